@@ -1,0 +1,119 @@
+"""The one switch between plain aten and the autograd Function, for every layer.
+
+A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward``, ``backward`` and
+``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself, which is
+all that forward mode needs.
+
+- no gradient asked for, or exporting: the map's own aten operations;
+- compiling: the Function without ``jvp``, which Dynamo can trace;
+- eager: the Function with ``jvp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class MultilinearMap(Protocol):
+    """What the boundary needs of a map."""
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output, and the intermediates kept for the backward."""
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        factors: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of x and of each factor."""
+
+    def bias_gradient(self, grad_y: Tensor) -> Tensor:
+        """Gradient of the bias."""
+
+
+def run(
+    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
+    """Apply a map, differentiably."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return layer_map.forward(x, bias, factors)[0]
+    boundary = _Boundary if torch.compiler.is_compiling() else _BoundaryWithJvp
+    y: Tensor = boundary.apply(layer_map, x, bias, *factors)[0]
+    return y
+
+
+class _Boundary(Function):
+    """Closed-form backward around a map's forward; reverse mode, vmap and compile."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, kept = layer_map.forward(x, bias, factors)
+        return (y, *kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        layer_map, x, _, *factors = inputs
+        ctx.layer_map = layer_map
+        ctx.n_factors = len(factors)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y = grads[0]
+        if grad_y is None:
+            return (None,) * (3 + ctx.n_factors)
+        x, *rest = ctx.saved_tensors
+        factors, kept = rest[: ctx.n_factors], rest[ctx.n_factors :]
+        if torch.is_grad_enabled():
+            # Kept intermediates are constants to autograd: second derivatives need them recomputed.
+            kept = []
+        needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
+        d_x, d_factors = ctx.layer_map.backward(
+            grad_y, x, kept, factors, (needs_x, *needs_factors)
+        )
+        d_bias = ctx.layer_map.bias_gradient(grad_y) if needs_bias else None
+        return (None, d_x, d_bias, *d_factors)
+
+
+class _BoundaryWithJvp(_Boundary):
+    """The same with forward mode, which torch.compile refuses to trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _Boundary.setup_context(ctx, inputs, output)
+        layer_map, x, bias, *factors = inputs
+        ctx.n_kept = len(output) - 1
+        ctx.save_for_forward(x, bias, *factors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """Σ over the arguments of the map with that one argument replaced by its tangent."""
+        _, t_x, t_bias, *t_factors = tangents
+        x, bias, *factors = ctx.saved_tensors
+        terms: list[Tensor] = []
+        if t_x is not None:
+            terms.append(ctx.layer_map.forward(t_x, None, factors)[0])
+        for position, tangent in enumerate(t_factors):
+            if tangent is not None:
+                moved = [*factors[:position], tangent, *factors[position + 1 :]]
+                terms.append(ctx.layer_map.forward(x, None, moved)[0])
+        if t_bias is not None:
+            zeros = torch.zeros_like(x)
+            terms.append(ctx.layer_map.forward(zeros, t_bias, factors)[0])
+        return (sum(terms[1:], terms[0]) if terms else None, *[None] * ctx.n_kept)

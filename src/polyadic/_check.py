@@ -1,0 +1,217 @@
+"""Validation at the public boundary: each rule stated once, with what was expected and got."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyadic._format import ConvFormat, LinearFormat, Shape
+from polyadic._plan import MEMORY, ConvPlan, LinearPlan, LinearRoute
+from polyadic.kernels.stages import Geometry
+
+
+def factor_group(factors: Any, name: str) -> list[Tensor]:
+    """Return one group of factors as a list of 2-D tensors.
+
+    Raises:
+        TypeError: not a sequence of tensors.
+        ValueError: empty, or a factor is not (mode, rank).
+    """
+    if isinstance(factors, Tensor) or not isinstance(factors, Iterable):
+        raise TypeError(
+            f"{name} must be a sequence of tensors (mode, rank), got {type(factors).__name__}"
+        )
+    group = list(factors)
+    if not group:
+        raise ValueError(f"{name} must hold at least one factor, got none")
+    for i, factor in enumerate(group):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(factor).__name__}")
+        if factor.dim() != 2:
+            raise ValueError(
+                f"{name}[{i}] must have shape (mode, rank), got {tuple(factor.shape)}"
+            )
+    return group
+
+
+def factors_agree(factors: Sequence[Tensor], weights: Tensor | None) -> int:
+    """Return the rank that all factors and λ share.
+
+    Raises:
+        TypeError: dtypes are not floating point or differ.
+        ValueError: ranks or devices differ, a mode or the rank is 0, λ is not (R,).
+    """
+    first = factors[0]
+    rank, dtype, device = first.shape[1], first.dtype, first.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"factors must be of a floating-point dtype, got {dtype}; cast them first")
+    for i, factor in enumerate(factors):
+        if factor.shape[1] != rank:
+            raise ValueError(
+                f"all factors must have the same rank (second dimension): factor 0 has {rank}, "
+                f"factor {i} has {factor.shape[1]}"
+            )
+        if factor.dtype != dtype:
+            raise TypeError(
+                f"all factors must have one dtype: factor 0 has {dtype}, factor {i} {factor.dtype}"
+            )
+        if factor.device != device:
+            raise ValueError(
+                f"all factors must be on one device: factor 0 is on {device}, factor {i} on "
+                f"{factor.device}"
+            )
+        if factor.shape[0] == 0:
+            raise ValueError(f"each mode must have at least size 1, factor {i} has size 0")
+    if rank == 0:
+        raise ValueError("rank must be at least 1, the factors have 0 columns")
+    if weights is not None:
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+        if weights.shape != (rank,):
+            raise ValueError(f"weights must have shape ({rank},), got {tuple(weights.shape)}")
+        if weights.dtype != dtype or weights.device != device:
+            raise ValueError(
+                f"weights must be {dtype} on {device} like the factors, got {weights.dtype} on "
+                f"{weights.device}"
+            )
+    return rank
+
+
+def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> None:
+    """Check that ``tensor`` is a floating tensor of the factors' dtype and device.
+
+    Args:
+        cast: autocast will change the dtype, so that it need not match.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"
+        )
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; cast it first")
+    if not cast and tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype}, the factors {like.dtype}; cast one of them or use autocast"
+        )
+
+
+def last_dimension(x: Tensor, size: int, name: str) -> None:
+    """Check that ``x`` is (..., size)."""
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise ValueError(f"{name} must have shape (..., {size}), got {tuple(x.shape)}")
+
+
+def vector(bias: Tensor | None, size: int, like: Tensor, *, cast: bool) -> None:
+    """Check that a bias is None or (size,)."""
+    if bias is None:
+        return
+    same_place(bias, like, "bias", cast=cast)
+    if bias.shape != (size,):
+        raise ValueError(f"bias must have shape ({size},), got {tuple(bias.shape)}")
+
+
+def memory(value: Any) -> None:
+    """Check ``memory=``."""
+    if value not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
+
+
+def linear_plan(plan: Any, fmt: LinearFormat) -> LinearPlan:
+    """Check that a given plan is a LinearPlan whose groups cover the modes of ``fmt``."""
+    if not isinstance(plan, LinearPlan):
+        raise TypeError(f"plan must be a polyadic.LinearPlan, got {type(plan).__name__}")
+    for route in (plan.forward, plan.backward):
+        for groups, modes, name in (
+            (route.in_groups, fmt.in_shape, "in_groups"),
+            (route.out_groups, fmt.out_shape, "out_groups"),
+        ):
+            if sum(groups) != len(modes):
+                raise ValueError(
+                    f"the plan's {name} {groups} cover {sum(groups)} modes, but the layer has "
+                    f"{len(modes)}: {modes}"
+                )
+    return plan
+
+
+def conv_plan(plan: Any) -> ConvPlan:
+    """Check that a given plan is a ConvPlan."""
+    if not isinstance(plan, ConvPlan):
+        raise TypeError(f"plan must be a polyadic.ConvPlan, got {type(plan).__name__}")
+    return plan
+
+
+def with_scale(plan: LinearPlan) -> LinearPlan:
+    """The plan for λ passed as one more in factor, in front."""
+
+    def shift(route: LinearRoute) -> LinearRoute:
+        first, *rest = route.in_groups
+        return LinearRoute((first + 1, *rest), route.out_groups, route.kind)
+
+    return LinearPlan(shift(plan.forward), shift(plan.backward), plan.keep)
+
+
+def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
+    if any(isinstance(v, bool) or not hasattr(v, "__index__") for v in values):
+        raise TypeError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
+    if len(values) != dims:
+        raise ValueError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return tuple(int(v) for v in values)
+
+
+def geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
+    """Check stride, padding ('same' and 'valid' too) and dilation, one entry per dimension.
+
+    Raises:
+        TypeError: not ints, tuples of ints or (padding) a string.
+        ValueError: wrong length, too small, an unknown string, or 'same' with a stride.
+    """
+
+    def hashable(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    return _geometry(kernel_size, hashable(stride), hashable(padding), hashable(dilation))
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
+    dims = len(kernel_size)
+    strides = _per_dimension(stride, dims, "stride", 1)
+    dilations = _per_dimension(dilation, dims, "dilation", 1)
+    if padding == "valid":
+        pairs = ((0, 0),) * dims
+    elif padding == "same":
+        if any(s != 1 for s in strides):
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
+        totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
+        pairs = tuple((total // 2, total - total // 2) for total in totals)
+    elif isinstance(padding, str):
+        raise ValueError(f"padding must be an int, a tuple, 'same' or 'valid', got {padding!r}")
+    else:
+        pairs = tuple((p, p) for p in _per_dimension(padding, dims, "padding", 0))
+    return Geometry(kernel_size, strides, pairs, dilations)
+
+
+def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
+    """Check that x is (B, Cin, *S) or (Cin, *S) and that the kernel fits into it."""
+    dims = len(fmt.kernel_size)
+    spatial = ", ".join(f"S{i + 1}" for i in range(dims))
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != fmt.in_channels:
+        raise ValueError(
+            f"x must have shape (B, {fmt.in_channels}, {spatial}) or ({fmt.in_channels}, "
+            f"{spatial}), got {tuple(x.shape)}"
+        )
+    size = x.shape[-dims:]
+    if not torch.compiler.is_compiling() and min(where.output_size(size)) < 1:
+        raise ValueError(
+            f"the kernel {fmt.kernel_size} with dilation {where.dilation} does not fit into an "
+            f"input of spatial size {tuple(size)} with padding {where.padding}"
+        )

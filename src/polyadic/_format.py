@@ -1,0 +1,237 @@
+"""Shapes: tensorized shapes, the CP format of a layer, its sizes and break-even rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+def positive_int(value: Any, name: str) -> int:
+    """Return ``value`` as a plain int, or say which argument was not a positive integer.
+
+    Raises:
+        TypeError: ``value`` is not an integer (bool and float are refused).
+        ValueError: ``value`` is below 1.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
+    number = value.__index__()
+    if number < 1:
+        raise ValueError(f"{name} must be a positive int, got {number}")
+    return int(number)
+
+
+def mode_sizes(value: Any, name: str) -> Shape:
+    """Return a group of mode sizes as a tuple of plain positive ints.
+
+    Raises:
+        TypeError: ``value`` is not a sequence of integers.
+        ValueError: the group is empty or a size is below 1.
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of mode sizes such as (4, 4, 16), got {value!r}")
+    sizes = tuple(positive_int(size, f"each mode of {name}") for size in value)
+    if not sizes:
+        raise ValueError(f"{name} must have at least one mode, got an empty sequence")
+    return sizes
+
+
+def _prime_factors(number: int) -> list[int]:
+    """Prime factors in ascending order; [1] for 1."""
+    primes, divisor = [], 2
+    while divisor * divisor <= number:
+        while number % divisor == 0:
+            primes.append(divisor)
+            number //= divisor
+        divisor += 1
+    if number > 1 or not primes:
+        primes.append(number)
+    return primes
+
+
+def _merge_smallest(parts: list[int], count: int) -> Shape:
+    """Multiply the two smallest parts together until ``count`` are left; pad with 1 if fewer."""
+    parts = sorted(parts)
+    while len(parts) > count:
+        parts = sorted([parts[0] * parts[1], *parts[2:]])
+    return (1,) * (count - len(parts)) + tuple(parts)
+
+
+def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shape, Shape]:
+    """Factor both feature counts into ``order`` integers each, ascending and balanced.
+
+    Each side starts from its prime factors (the output side takes at most one more part than
+    the input side has primes; what is left stays one part) and merges its two smallest parts
+    until ``order`` are left. Where a number has too few prime factors it gets modes of size 1 in
+    front. Where ``tltorch.utils.get_tensorized_shape`` finds ``order`` integers for both
+    sides, the result is the same.
+
+    Args:
+        in_features: M, any positive integer.
+        out_features: N, any positive integer.
+        order: D, the number of modes per side.
+
+    Returns:
+        ``(in_shape, out_shape)``, two tuples of D plain ints whose products are M and N.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is below 1.
+
+    >>> tensorize(256, 128, order=3)
+    ((4, 4, 16), (4, 4, 8))
+    >>> tensorize(7, 12, order=3)
+    ((1, 1, 7), (2, 2, 3))
+    """
+    in_features = positive_int(in_features, "in_features")
+    out_features = positive_int(out_features, "out_features")
+    order = positive_int(order, "order")
+    in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
+    # A number of few primes beside one of many: tltorch stops splitting the second early.
+    kept = max(len(in_parts), order - 1)
+    out_parts = [*out_parts[:kept], math.prod(out_parts[kept:])] if kept < len(out_parts) else out_parts
+    return _merge_smallest(in_parts, order), _merge_smallest(out_parts, order)
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """The CP format of a linear layer: ``W (M, N) = Σ_r ⊗_d A_d[:, r] ⊗_d C_d[:, r]``.
+
+    Args:
+        in_shape: (m_1, …), whose product is M = in_features.
+        out_shape: (n_1, …), whose product is N = out_features.
+        rank: R.
+    """
+
+    in_shape: Shape
+    out_shape: Shape
+    rank: int
+
+    @property
+    def in_features(self) -> int:
+        """M."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return math.prod(self.out_shape)
+
+    @property
+    def parameters(self) -> int:
+        """Number of factor entries, R·(Σ m_d + Σ n_d); weights λ and bias not counted."""
+        return self.rank * (sum(self.in_shape) + sum(self.out_shape))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of entries of the dense weight, M·N."""
+        return self.in_features * self.out_features
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank whose factorized FLOPs, 2·B·R·(M+N), do not exceed dense 2·B·M·N."""
+        return max(1, self.dense_parameters // (self.in_features + self.out_features))
+
+
+@dataclass(frozen=True)
+class ConvFormat:
+    """The CP format of a convolution: factors of the out, in and kernel modes, in this order.
+
+    Args:
+        out_shape: (n_1, …), whose product is out_channels.
+        in_shape: (m_1, …), whose product is in_channels.
+        kernel_size: one size per spatial dimension.
+        rank: R.
+    """
+
+    out_shape: Shape
+    in_shape: Shape
+    kernel_size: Shape
+    rank: int
+
+    @property
+    def in_channels(self) -> int:
+        """Cin."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_channels(self) -> int:
+        """Cout."""
+        return math.prod(self.out_shape)
+
+    @property
+    def parameters(self) -> int:
+        """Number of factor entries; weights λ and bias not counted."""
+        return self.rank * (sum(self.out_shape) + sum(self.in_shape) + sum(self.kernel_size))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of entries of the dense kernel."""
+        return self.out_channels * self.in_channels * math.prod(self.kernel_size)
+
+    @property
+    def depthwise_taps(self) -> int:
+        """Multiply-adds per rank and position of the cheaper depthwise form, 0 for a 1×1 kernel."""
+        longer = [size for size in self.kernel_size if size > 1]
+        return min(math.prod(longer), sum(longer)) if longer else 0
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank whose FLOPs per position, 2·R·(Cin+taps+Cout), do not exceed dense.
+
+        Counted at stride 1, where input and output have the same number of positions.
+        """
+        per_rank = self.in_channels + self.depthwise_taps + self.out_channels
+        return max(1, self.dense_parameters // per_rank)
+
+
+def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat) -> int:
+    """Turn a rank as users write it into an integer.
+
+    Args:
+        rank: a positive int; a float in (0, 1], the fraction of the dense layer's parameters
+            (rounded down, at least 1); or ``"break-even"``.
+        unit: the layer's format at rank 1.
+
+    Raises:
+        TypeError: ``rank`` is of another type.
+        ValueError: a float outside (0, 1] (NaN too), an int below 1, or another string.
+    """
+    if isinstance(rank, str):
+        if rank != "break-even":
+            raise ValueError(f"rank must be an int, a float in (0, 1] or 'break-even', got {rank!r}")
+        return unit.break_even_rank
+    if isinstance(rank, float):
+        if not 0.0 < rank <= 1.0:
+            raise ValueError(
+                f"rank as a float is the fraction of dense parameters and must lie in (0, 1], "
+                f"got {rank}; give an int for an absolute rank"
+            )
+        return max(1, int(rank * unit.dense_parameters / unit.parameters))
+    try:
+        return positive_int(rank, "rank")
+    except TypeError:
+        raise TypeError(
+            f"rank must be an int, a float in (0, 1] or 'break-even', "
+            f"got {rank!r} ({type(rank).__name__})"
+        ) from None
+
+
+def factored_shape(value: Sequence[int] | None, features: int, default: Shape, name: str) -> Shape:
+    """Return the user's mode sizes for one side, checked against its feature count.
+
+    Raises:
+        ValueError: the product of ``value`` is not ``features``.
+    """
+    if value is None:
+        return default
+    sizes = mode_sizes(value, name)
+    if math.prod(sizes) != features:
+        raise ValueError(
+            f"{name} must multiply to {features}, got {sizes} with product {math.prod(sizes)}"
+        )
+    return sizes

@@ -1,0 +1,128 @@
+"""Plans: frozen, hashable descriptions of how a layer is computed. Kernels obey them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Groups = tuple[int, ...]
+Kind = Literal["factorized", "dense"]
+Memory = Literal["fast", "balanced", "least"]
+
+MEMORY: tuple[Memory, ...] = ("fast", "balanced", "least")
+
+
+def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_groups(groups: object, name: str) -> None:
+    if not isinstance(groups, tuple) or not all(type(g) is int and g >= 1 for g in groups):
+        raise ValueError(
+            f"{name} must be a tuple of positive ints, the lengths of consecutive groups of modes "
+            f"such as (3,) or (1, 2), got {groups!r}"
+        )
+
+
+@dataclass(frozen=True)
+class LinearRoute:
+    """One direction (forward or backward) of a linear layer.
+
+    Args:
+        in_groups: lengths of consecutive groups of in modes contracted one after the other;
+            (D,) is the explicit Khatri-Rao matrix, (l, D-l) two-step, (1, …, 1) per factor.
+        out_groups: the same for the out modes.
+        kind: ``"factorized"``, or ``"dense"`` to rebuild W (M, N) and use one GEMM.
+    """
+
+    in_groups: Groups
+    out_groups: Groups
+    kind: Kind = "factorized"
+
+    def __post_init__(self) -> None:
+        _one_of(self.kind, ("factorized", "dense"), "kind")
+        _check_groups(self.in_groups, "in_groups")
+        _check_groups(self.out_groups, "out_groups")
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return "rebuild W"
+        return f"in {_groups_name(self.in_groups)}, out {_groups_name(self.out_groups)}"
+
+
+def _groups_name(groups: Groups) -> str:
+    if len(groups) == 1:
+        return "Khatri-Rao"
+    if len(groups) > 2 and set(groups) == {1}:
+        return "per factor"
+    return "split " + "|".join(map(str, groups))
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How a linear layer is computed.
+
+    Args:
+        forward: the route of Y = X W.
+        backward: the route of the gradients.
+        keep: keep Z = X K (B, R) for the backward; otherwise it is recomputed from X.
+    """
+
+    forward: LinearRoute
+    backward: LinearRoute
+    keep: bool = True
+
+    def __str__(self) -> str:
+        kept = "X and Z" if self.keep and self.forward.kind == "factorized" else "X"
+        return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
+
+
+@dataclass(frozen=True)
+class ConvRoute:
+    """One direction (forward or backward) of a convolution.
+
+    Args:
+        layout: ``"channels_last"`` makes both projections plain GEMMs (an input in another
+            layout is converted); ``"channels_first"`` works on the contiguous layout.
+        depthwise: ``"merged"`` forms the R kernels of all taps, ``"separable"`` convolves one
+            spatial dimension after the other.
+        kind: ``"factorized"``, or ``"dense"`` to rebuild the kernel and use one convolution.
+    """
+
+    layout: Literal["channels_last", "channels_first"] = "channels_last"
+    depthwise: Literal["merged", "separable"] = "merged"
+    kind: Kind = "factorized"
+
+    def __post_init__(self) -> None:
+        _one_of(self.kind, ("factorized", "dense"), "kind")
+        _one_of(self.layout, ("channels_last", "channels_first"), "layout")
+        _one_of(self.depthwise, ("merged", "separable"), "depthwise")
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return f"rebuild kernel, {self.layout}"
+        return f"{self.depthwise} depthwise, {self.layout}"
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """How a convolution is computed.
+
+    Args:
+        forward: the route of the forward pass.
+        backward: the route of the gradients.
+        keep: number of R-channel maps kept for the backward beside the input: 0, 1 (the
+            in-projection) or 2 (also the depthwise result); the others are recomputed.
+    """
+
+    forward: ConvRoute
+    backward: ConvRoute
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of(self.keep, (0, 1, 2), "keep")
+
+    def __str__(self) -> str:
+        maps = self.keep if self.forward.kind == "factorized" else 0
+        return f"forward: {self.forward}; backward: {self.backward}; keeps X and {maps} R-maps"

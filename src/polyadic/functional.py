@@ -1,0 +1,456 @@
+"""CP linear maps and convolutions on plain tensors: validate, plan, run.
+
+``cp_linear`` and ``cp_conv`` are differentiable; the pairs ``cp_linear_forward`` and
+``cp_linear_backward``, ``cp_conv_forward`` and ``cp_conv_backward`` are the same arithmetic
+without autograd, for those who bring their own.
+
+The method: a CP tensorized matrix is W = KA diag(λ) KCᵀ with Khatri-Rao products KA, KC of its
+factors (Kolda & Bader, Tensor Decompositions and Applications, SIAM Review 2009, §2.6 and §3), so
+that forward and backward are products with KA and KC and MTTKRPs of matrices of their size. A CP
+convolution is in-projection, depthwise convolution, out-projection (Lebedev et al., Speeding-up
+Convolutional Neural Networks Using Fine-tuned CP-Decomposition, ICLR 2015).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyadic import _check
+from polyadic._autograd import run
+from polyadic._format import ConvFormat, LinearFormat
+from polyadic._plan import ConvPlan, LinearPlan, Memory
+from polyadic._planner import plan_conv, plan_linear
+from polyadic.kernels.conv import ConvMap
+from polyadic.kernels.linear import LinearMap
+from polyadic.kernels.stages import Geometry
+
+__all__ = [
+    "ConvSaved",
+    "LinearSaved",
+    "cp_conv",
+    "cp_conv_backward",
+    "cp_conv_forward",
+    "cp_linear",
+    "cp_linear_backward",
+    "cp_linear_forward",
+]
+
+
+def _nbytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class LinearSaved:
+    """What ``cp_linear_forward`` hands to ``cp_linear_backward``.
+
+    Attributes:
+        x: the input (..., M) as it was given.
+        kept: intermediates the plan keeps: Z (B, R) or nothing.
+        in_factors: (m_d, R) each.
+        out_factors: (n_d, R) each.
+        weights: λ (R,) or None.
+        plan: the plan the forward followed and the backward will.
+    """
+
+    x: Tensor
+    kept: tuple[Tensor, ...]
+    in_factors: tuple[Tensor, ...]
+    out_factors: tuple[Tensor, ...]
+    weights: Tensor | None
+    plan: LinearPlan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: input, intermediates and factors."""
+        return _nbytes([self.x, *self.kept, *self.in_factors, *self.out_factors, self.weights])
+
+    def _map(self) -> LinearMap:
+        return _linear_map(self.plan, len(self.in_factors), self.weights)
+
+    def _factors(self) -> list[Tensor]:
+        return [*_scale(self.weights), *self.in_factors, *self.out_factors]
+
+
+@dataclass(frozen=True)
+class ConvSaved:
+    """What ``cp_conv_forward`` hands to ``cp_conv_backward``.
+
+    Attributes:
+        x: the input (B, Cin, *S) or (Cin, *S) as it was given.
+        kept: intermediates the plan keeps: the in-projection Z1 (B, R, *S), the depthwise
+            result Z2 (B, R, *S'), or fewer.
+        out_factors: (n_d, R) each.
+        in_factors: (m_d, R) each.
+        kernel_factors: (k_i, R) each.
+        weights: λ (R,) or None.
+        geometry: kernel size, stride, padding and dilation.
+        plan: the plan the forward followed and the backward will.
+    """
+
+    x: Tensor
+    kept: tuple[Tensor, ...]
+    out_factors: tuple[Tensor, ...]
+    in_factors: tuple[Tensor, ...]
+    kernel_factors: tuple[Tensor, ...]
+    weights: Tensor | None
+    geometry: Geometry
+    plan: ConvPlan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: input, intermediates and factors."""
+        factors = [*self.out_factors, *self.in_factors, *self.kernel_factors]
+        return _nbytes([self.x, *self.kept, *factors, self.weights])
+
+    def _map(self) -> ConvMap:
+        return ConvMap(self.plan, self.geometry, len(self.out_factors), len(self.in_factors))
+
+    def _factors(self) -> list[Tensor]:
+        scale = _scale(self.weights)
+        return [*self.out_factors, *self.in_factors, *scale, *self.kernel_factors]
+
+
+def _scale(weights: Tensor | None) -> list[Tensor]:
+    """λ (R,) as a factor (1, R), or nothing."""
+    return [] if weights is None else [weights.unsqueeze(0)]
+
+
+def _linear_map(plan: LinearPlan, n_in: int, weights: Tensor | None) -> LinearMap:
+    if weights is None:
+        return LinearMap(plan, n_in)
+    return LinearMap(_check.with_scale(plan), n_in + 1)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on x's device, None where it is off or x is float64."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+
+
+def _linear_saved(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    weights: Tensor | None,
+    plan: LinearPlan | None,
+    memory: Memory,
+    cast: bool,
+) -> LinearSaved:
+    """Validate the arguments of a linear map and settle its plan; nothing is kept yet."""
+    ins = _check.factor_group(in_factors, "in_factors")
+    outs = _check.factor_group(out_factors, "out_factors")
+    rank = _check.factors_agree([*ins, *outs], weights)
+    fmt = LinearFormat(tuple(f.shape[0] for f in ins), tuple(f.shape[0] for f in outs), rank)
+    _check.same_place(x, ins[0], "x", cast=cast)
+    _check.last_dimension(x, fmt.in_features, "x")
+    if plan is None:
+        _check.memory(memory)
+        batch = None if torch.compiler.is_compiling() else x.numel() // fmt.in_features
+        plan = plan_linear(fmt, batch, memory)
+    else:
+        plan = _check.linear_plan(plan, fmt)
+    return LinearSaved(x, (), tuple(ins), tuple(outs), weights, plan)
+
+
+def cp_linear(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    plan: LinearPlan | None = None,
+    memory: Memory = "balanced",
+) -> Tensor:
+    """Linear map by a matrix in CP format, y = x W + bias, without building W.
+
+    W (M, N) = (A_1 ⊙ … ⊙ A_D) diag(λ) (C_1 ⊙ … ⊙ C_E)ᵀ. Differentiable, also twice and in forward
+    mode; works under torch.func, torch.compile, torch.export and autocast.
+
+    Args:
+        x: (..., M), floating point.
+        in_factors: D tensors A_d (m_d, R) with Π m_d = M.
+        out_factors: E tensors C_d (n_d, R) with Π n_d = N.
+        bias: (N,) or None.
+        weights: λ (R,) or None for ones.
+        plan: a LinearPlan to obey; None lets the planner choose.
+        memory: ``"fast"``, ``"balanced"`` (keeps x and one (B, R) intermediate) or ``"least"``
+            (keeps x alone and recomputes); ignored by no plan but a given one, which says itself.
+
+    Returns:
+        (..., N), in x's dtype (under autocast in autocast's).
+
+    Raises:
+        TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
+        ValueError: shapes, ranks or devices do not fit together, or the plan is for other modes.
+    """
+    cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    saved = _linear_saved(x, in_factors, out_factors, weights, plan, memory, cast is not None)
+    out_features = math.prod([f.shape[0] for f in saved.out_factors])
+    _check.vector(bias, out_features, saved.in_factors[0], cast=cast is not None)
+    if cast is not None:
+        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = run(saved._map(), rows, bias, saved._factors())
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+def cp_linear_forward(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    *,
+    weights: Tensor | None = None,
+    plan: LinearPlan | None = None,
+) -> tuple[Tensor, LinearSaved]:
+    """Forward of ``cp_linear`` and what its backward needs, without autograd.
+
+    Args:
+        x: (..., M).
+        in_factors: D tensors (m_d, R).
+        out_factors: E tensors (n_d, R).
+        weights: λ (R,) or None.
+        plan: a LinearPlan to obey; None lets the planner choose.
+
+    Returns:
+        y (..., N) and the saved structure.
+
+    Raises:
+        TypeError: see ``cp_linear``.
+        ValueError: see ``cp_linear``.
+    """
+    saved = _linear_saved(x, in_factors, out_factors, weights, plan, "balanced", False)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y, kept = saved._map().forward(rows, None, saved._factors())
+    saved = LinearSaved(
+        x, kept, saved.in_factors, saved.out_factors, saved.weights, saved.plan
+    )
+    return y.view(*x.shape[:-1], y.shape[-1]), saved
+
+
+def cp_linear_backward(grad_y: Tensor, saved: LinearSaved) -> tuple[Any, ...]:
+    """Closed-form backward of ``cp_linear_forward``.
+
+    With Z = X KA and G = dY KC: dX = G diag(λ) KAᵀ, dKA = Xᵀ G diag(λ), dKC = dYᵀ Z diag(λ),
+    dλ = Σ_b Z ∘ G; each factor's gradient is an MTTKRP of dKA or dKC.
+
+    Args:
+        grad_y: (..., N), the gradient of the output.
+        saved: what the forward returned.
+
+    Returns:
+        ``(grad_x, grad_in_factors, grad_out_factors)``, the latter two lists of tensors shaped
+        as the factors; with weights also ``grad_weights`` (R,).
+
+    Raises:
+        TypeError: ``saved`` is not a LinearSaved, or the dtype differs from x's.
+        ValueError: ``grad_y`` has another shape than the output.
+    """
+    if not isinstance(saved, LinearSaved):
+        raise TypeError(f"saved must come from cp_linear_forward, got {type(saved).__name__}")
+    out_features = math.prod([f.shape[0] for f in saved.out_factors])
+    _gradient_like(grad_y, saved.x, (*saved.x.shape[:-1], out_features))
+    batch = math.prod(saved.x.shape[:-1])
+    x, rows = saved.x.reshape(batch, saved.x.shape[-1]), grad_y.reshape(batch, out_features)
+    factors = saved._factors()
+    needs = (True,) * (1 + len(factors))
+    grad_x, grads = saved._map().backward(rows, x, saved.kept, factors, needs)
+    assert grad_x is not None
+    scale, n_in = grads[: len(_scale(saved.weights))], len(saved.in_factors)
+    grads = grads[len(scale) :]
+    return (
+        grad_x.view(saved.x.shape),
+        grads[:n_in],
+        grads[n_in:],
+        *(g.squeeze(0) for g in scale if g is not None),
+    )
+
+
+def _gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    _check.same_place(grad_y, x, "grad_y")
+    if grad_y.shape != shape:
+        raise ValueError(f"grad_y must have the output's shape {shape}, got {tuple(grad_y.shape)}")
+
+
+def _conv_saved(
+    x: Tensor,
+    out_factors: Sequence[Tensor],
+    in_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    weights: Tensor | None,
+    where: tuple[Any, Any, Any],
+    plan: ConvPlan | None,
+    memory: Memory,
+    cast: bool,
+) -> ConvSaved:
+    """Validate the arguments of a convolution and settle its plan; nothing is kept yet."""
+    outs = _check.factor_group(out_factors, "out_factors")
+    ins = _check.factor_group(in_factors, "in_factors")
+    kernels = _check.factor_group(kernel_factors, "kernel_factors")
+    if len(kernels) > 3:
+        raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
+    rank = _check.factors_agree([*outs, *ins, *kernels], weights)
+    shapes = [tuple(f.shape[0] for f in group) for group in (outs, ins, kernels)]
+    fmt = ConvFormat(shapes[0], shapes[1], shapes[2], rank)
+    _check.same_place(x, ins[0], "x", cast=cast)
+    geometry = _check.geometry(fmt.kernel_size, *where)
+    _check.conv_input(x, fmt, geometry)
+    if plan is None:
+        _check.memory(memory)
+        positions = None if torch.compiler.is_compiling() else x.numel() // fmt.in_channels
+        plan = plan_conv(fmt, positions, memory)
+    else:
+        plan = _check.conv_plan(plan)
+    return ConvSaved(x, (), tuple(outs), tuple(ins), tuple(kernels), weights, geometry, plan)
+
+
+def cp_conv(
+    x: Tensor,
+    out_factors: Sequence[Tensor],
+    in_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    plan: ConvPlan | None = None,
+    memory: Memory = "balanced",
+) -> Tensor:
+    """1-, 2- or 3-D convolution by a kernel in CP format, without building the kernel.
+
+    As many spatial dimensions as there are kernel factors; a cross-correlation as in torch.
+
+    Args:
+        x: (B, Cin, *S) or (Cin, *S), floating point.
+        out_factors: tensors (n_d, R) with Π n_d = Cout.
+        in_factors: tensors (m_d, R) with Π m_d = Cin.
+        kernel_factors: one tensor (k_i, R) per spatial dimension.
+        bias: (Cout,) or None.
+        weights: λ (R,) or None for ones.
+        stride: int or one per spatial dimension.
+        padding: zeros on both sides; int, one per dimension, ``"same"`` (stride 1) or ``"valid"``.
+        dilation: int or one per spatial dimension.
+        plan: a ConvPlan to obey; None lets the planner choose.
+        memory: ``"fast"`` (keeps x and two R-channel maps), ``"balanced"`` (x and one) or
+            ``"least"`` (x alone); a given plan says itself what is kept.
+
+    Returns:
+        (B, Cout, *S') or (Cout, *S'), in x's dtype (under autocast in autocast's); in
+        channels_last strides where the plan computes in that layout.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
+        ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
+    """
+    cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    where = (stride, padding, dilation)
+    saved = _conv_saved(
+        x, out_factors, in_factors, kernel_factors, weights, where, plan, memory, cast is not None
+    )
+    out_channels = math.prod([f.shape[0] for f in saved.out_factors])
+    _check.vector(bias, out_channels, saved.in_factors[0], cast=cast is not None)
+    if cast is not None:
+        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    batched = x.dim() == len(saved.kernel_factors) + 2
+    y = run(saved._map(), x if batched else x.unsqueeze(0), bias, saved._factors())
+    return y if batched else y.squeeze(0)
+
+
+def cp_conv_forward(
+    x: Tensor,
+    out_factors: Sequence[Tensor],
+    in_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    *,
+    weights: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    plan: ConvPlan | None = None,
+) -> tuple[Tensor, ConvSaved]:
+    """Forward of ``cp_conv`` and what its backward needs, without autograd.
+
+    Args:
+        x: (B, Cin, *S) or (Cin, *S).
+        out_factors: tensors (n_d, R).
+        in_factors: tensors (m_d, R).
+        kernel_factors: one tensor (k_i, R) per spatial dimension.
+        weights: λ (R,) or None.
+        stride: as in ``cp_conv``.
+        padding: as in ``cp_conv``.
+        dilation: as in ``cp_conv``.
+        plan: a ConvPlan to obey; None lets the planner choose.
+
+    Returns:
+        y (B, Cout, *S') or (Cout, *S') and the saved structure.
+
+    Raises:
+        TypeError: see ``cp_conv``.
+        ValueError: see ``cp_conv``.
+    """
+    where = (stride, padding, dilation)
+    saved = _conv_saved(
+        x, out_factors, in_factors, kernel_factors, weights, where, plan, "balanced", False
+    )
+    batched = x.dim() == len(saved.kernel_factors) + 2
+    volume = x if batched else x.unsqueeze(0)
+    y, kept = saved._map().forward(volume, None, saved._factors())
+    saved = ConvSaved(
+        x, kept, saved.out_factors, saved.in_factors, saved.kernel_factors, weights,
+        saved.geometry, saved.plan,
+    )  # fmt: skip
+    return y if batched else y.squeeze(0), saved
+
+
+def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
+    """Closed-form backward of ``cp_conv_forward``.
+
+    The out-projection's and in-projection's gradients are GEMMs with KC and KA as in the linear
+    map, with the positions as rows; between them stands the depthwise convolution's backward.
+
+    Args:
+        grad_y: (B, Cout, *S') or (Cout, *S'), the gradient of the output.
+        saved: what the forward returned.
+
+    Returns:
+        ``(grad_x, grad_out_factors, grad_in_factors, grad_kernel_factors)``, the latter three
+        lists of tensors shaped as the factors; with weights also ``grad_weights`` (R,).
+
+    Raises:
+        TypeError: ``saved`` is not a ConvSaved, or the dtype differs from x's.
+        ValueError: ``grad_y`` has another shape than the output.
+    """
+    if not isinstance(saved, ConvSaved):
+        raise TypeError(f"saved must come from cp_conv_forward, got {type(saved).__name__}")
+    dims = len(saved.kernel_factors)
+    out_channels = math.prod([f.shape[0] for f in saved.out_factors])
+    lead, size = saved.x.shape[: -dims - 1], saved.geometry.output_size(saved.x.shape[-dims:])
+    _gradient_like(grad_y, saved.x, (*lead, out_channels, *size))
+    batched = bool(lead)
+    x = saved.x if batched else saved.x.unsqueeze(0)
+    grad = grad_y if batched else grad_y.unsqueeze(0)
+    factors = saved._factors()
+    needs = (True,) * (1 + len(factors))
+    grad_x, grads = saved._map().backward(grad, x, saved.kept, factors, needs)
+    assert grad_x is not None
+    n_out, n_in = len(saved.out_factors), len(saved.in_factors)
+    n_scale = len(_scale(saved.weights))
+    kernel = grads[n_out + n_in :]
+    return (
+        grad_x if batched else grad_x.squeeze(0),
+        grads[:n_out],
+        grads[n_out : n_out + n_in],
+        kernel[n_scale:],
+        *(g.squeeze(0) for g in kernel[:n_scale] if g is not None),
+    )

@@ -1,0 +1,79 @@
+"""Initialisation of factors to a wanted standard deviation of the weight they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
+    """Fill factors so that each entry of their CP tensor has mean 0 and standard deviation ``std``.
+
+    Each factor (m, R) is filled with blocks of m orthonormal random columns (Haar distributed, the
+    last block cut), times √m: its entries have mean square exactly 1 and mean 0. Factors are
+    independent and so are the signs of their columns, so that an entry of the tensor
+
+        W = Σ_r Π_k A_k[i_k, r]      has      E[W] = 0,   E[W²] = R · Π_k E[A_k²] = R,
+
+    since the cross terms of r ≠ s vanish: E[A_k[i, r] A_k[i, s]] = 0. All factors are scaled by the
+    same c with c^(2K) = std²/R, which gives Var(W) = std² and balanced factors.
+
+    Orthonormal rather than Gaussian columns because a product of K Gaussians has kurtosis
+    3 + (3^K − 3)/R per weight: most weights near 0, a few huge. Entries of an orthonormal m-column
+    have kurtosis 3m/(m + 2) < 3; components within a block are exactly orthogonal.
+
+    Args:
+        factors: K tensors (m_k, R), filled in place; meta tensors are left alone.
+        std: wanted standard deviation of an entry of the CP tensor.
+    """
+    rank = factors[0].shape[1]
+    scale = (std / math.sqrt(rank)) ** (1 / len(factors))
+    for factor in factors:
+        if not factor.is_meta:
+            factor.copy_(_orthonormal_columns(factor) * (scale * math.sqrt(factor.shape[0])))
+
+
+def _orthonormal_columns(like: Tensor) -> Tensor:
+    """(m, R): Haar-random m×m blocks side by side, the last one cut; fp32 at least."""
+    size, rank = like.shape
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    blocks = -(-rank // size)
+    normal = torch.randn(blocks, size, size, device=like.device, dtype=dtype)
+    q, r = torch.linalg.qr(normal)
+    # The sign of R's diagonal makes the QR factor unique, and Q Haar distributed (Mezzadri 2007).
+    q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return q.transpose(0, 1).reshape(size, blocks * size)[:, :rank]
+
+
+def torch_std(fan_in: int) -> float:
+    """Standard deviation of torch's own initial weights in Linear and Conv layers.
+
+    They are U(−1/√fan_in, 1/√fan_in) (``kaiming_uniform_`` with a = √5), of variance 1/(3 fan_in).
+
+    Args:
+        fan_in: M for a linear layer, Cin·Πk for a convolution.
+    """
+    return 1 / math.sqrt(3 * fan_in)
+
+
+@torch.no_grad()
+def torch_bias_(bias: Tensor, fan_in: int) -> None:
+    """Fill a bias as torch's own layers do: U(−1/√fan_in, 1/√fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    bias.uniform_(-bound, bound)
+
+
+def mup_std(fan_in: int, fan_out: int) -> float:
+    """Spectral (muP) standard deviation √(1/fan_in)·min(1, √(fan_out/fan_in)).
+
+    Source: Yang, Simon & Bernstein, A Spectral Condition for Feature Learning, 2023, §3.
+
+    Args:
+        fan_in: M.
+        fan_out: N.
+    """
+    return math.sqrt(1 / fan_in) * min(1.0, math.sqrt(fan_out / fan_in))

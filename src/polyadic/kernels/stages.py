@@ -1,0 +1,166 @@
+"""Where a convolution's kernel goes, and the depthwise stages it is split into.
+
+A 1-D convolution is lifted to 2-D with one row, so that stages always have two or more spatial
+dimensions and the channels_last layout exists for them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding and dilation, one entry per spatial dimension.
+
+    Args:
+        kernel_size: taps.
+        stride: step.
+        padding: zeros in front and behind, as (low, high) pairs with low <= high.
+        dilation: distance of taps.
+    """
+
+    kernel_size: Ints
+    stride: Ints
+    padding: tuple[tuple[int, int], ...]
+    dilation: Ints
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Spatial size of the output for an input of spatial size ``size``."""
+        return tuple(
+            (n + low + high - d * (k - 1) - 1) // s + 1
+            for n, k, s, (low, high), d in zip(
+                size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution, dense or depthwise, along some of the spatial dimensions.
+
+    Padding is symmetric; what 'same' needs more at the end (``excess``) is padded beforehand.
+
+    Args:
+        held: positions, among the kernel factors, of those this stage's taps are made of.
+    """
+
+    kernel_size: Ints
+    stride: Ints
+    padding: Ints
+    excess: Ints
+    dilation: Ints
+    held: Ints = field(default=())
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Zeros behind each spatial dimension where the padding is asymmetric."""
+        if not any(self.excess):
+            return x
+        return F.pad(x, [width for e in reversed(self.excess) for width in (0, e)])
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Spatial size of the output for an input of spatial size ``size``."""
+        return tuple(
+            (n + 2 * p + e - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, e, d in zip(
+                size, self.kernel_size, self.stride, self.padding, self.excess, self.dilation,
+                strict=True,
+            )
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
+        return torch.convolution(
+            self.padded(x), weight, bias, self.stride, self.padding, self.dilation,
+            False, [0] * len(self.stride), groups,
+        )  # fmt: skip
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x and of weight, where ``wrt`` asks for them."""
+        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad, self.padded(x), weight, None, self.stride, self.padding, self.dilation,
+            False, [0] * len(self.stride), groups, [*wrt, False],
+        )  # fmt: skip
+        if not wrt[0]:
+            return None, d_weight
+        for dim, excess in enumerate(self.excess, start=2):
+            if excess:
+                d_x = d_x.narrow(dim, 0, x.shape[dim])
+        return d_x, d_weight if wrt[1] else None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How the kernel of a CP convolution is applied.
+
+    Args:
+        skip: strides taken on the input, where the kernel has one tap and no padding.
+        depthwise: the depthwise convolutions one after the other; none where the kernel is 1×1.
+        dense: the one convolution of the rebuilt kernel, stride and all.
+    """
+
+    skip: Ints
+    depthwise: tuple[Stage, ...]
+    dense: Stage
+
+
+@functools.lru_cache(maxsize=1024)
+def stages(geometry: Geometry, form: str, n_kernel: int) -> Stages:
+    """Split a kernel into depthwise stages.
+
+    Args:
+        geometry: kernel size, stride, padding, dilation.
+        form: ``"merged"`` for one stage with all taps, ``"separable"`` for one per dimension.
+        n_kernel: number of kernel factors; those before the spatial ones (λ) go to the first stage.
+    """
+    if len(geometry.kernel_size) == 1:
+        g = Geometry(
+            (1, *geometry.kernel_size),
+            (1, *geometry.stride),
+            ((0, 0), *geometry.padding),
+            (1, *geometry.dilation),
+        )
+    else:
+        g = geometry
+    dims = range(len(g.kernel_size))
+    skip = tuple(g.stride[d] if g.kernel_size[d] == 1 and not any(g.padding[d]) else 1 for d in dims)
+
+    def along(chosen: Sequence[int], held: Sequence[int], strides: Ints) -> Stage:
+        def pick(values: Sequence[int], neutral: int) -> Ints:
+            return tuple(values[d] if d in chosen else neutral for d in dims)
+
+        return Stage(
+            pick(g.kernel_size, 1),
+            pick(strides, 1),
+            pick([low for low, _ in g.padding], 0),
+            pick([high - low for low, high in g.padding], 0),
+            pick(g.dilation, 1),
+            tuple(held),
+        )
+
+    dense = along(dims, range(n_kernel), g.stride)
+    remaining = tuple(s // q for s, q in zip(g.stride, skip, strict=True))
+    acting = [d for d in dims if g.kernel_size[d] > 1]
+    if not acting and not any(map(any, g.padding)):
+        return Stages(skip, (), dense)
+    if form == "merged" or len(acting) < 2:
+        return Stages(skip, (along(dims, range(n_kernel), remaining),), dense)
+    first_spatial = n_kernel - len(g.kernel_size)
+    alone = {first_spatial + d: d for d in acting[1:]}
+    first = along(
+        [d for d in dims if d not in acting[1:]],
+        [i for i in range(n_kernel) if i not in alone],
+        remaining,
+    )
+    rest = tuple(along([d], [i], remaining) for i, d in alone.items())
+    return Stages(skip, (first, *rest), dense)
