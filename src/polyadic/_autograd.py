@@ -48,7 +48,7 @@ def run(
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return layer_map.forward(x, bias, factors)[0]
     boundary = _Boundary if torch.compiler.is_compiling() else _BoundaryWithJvp
-    y: Tensor = boundary.apply(layer_map, x, bias, *factors)[0]
+    y: Tensor = boundary.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
     return y
 
 
@@ -76,18 +76,18 @@ class _Boundary(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y = grads[0]
+        n_factors: int = ctx.n_factors
         if grad_y is None:
-            return (None,) * (3 + ctx.n_factors)
+            return (None,) * (3 + n_factors)
+        layer_map: MultilinearMap = ctx.layer_map
         x, *rest = ctx.saved_tensors
-        factors, kept = rest[: ctx.n_factors], rest[ctx.n_factors :]
+        factors, kept = rest[:n_factors], rest[n_factors:]
         if torch.is_grad_enabled():
             # Kept intermediates are constants to autograd: second derivatives need them recomputed.
             kept = []
         needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
-        d_x, d_factors = ctx.layer_map.backward(
-            grad_y, x, kept, factors, (needs_x, *needs_factors)
-        )
-        d_bias = ctx.layer_map.bias_gradient(grad_y) if needs_bias else None
+        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs_x, *needs_factors))
+        d_bias = layer_map.bias_gradient(grad_y) if needs_bias else None
         return (None, d_x, d_bias, *d_factors)
 
 
@@ -97,7 +97,7 @@ class _BoundaryWithJvp(_Boundary):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _Boundary.setup_context(ctx, inputs, output)
-        layer_map, x, bias, *factors = inputs
+        _, x, bias, *factors = inputs
         ctx.n_kept = len(output) - 1
         ctx.save_for_forward(x, bias, *factors)
 
@@ -105,7 +105,7 @@ class _BoundaryWithJvp(_Boundary):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         """Σ over the arguments of the map with that one argument replaced by its tangent."""
         _, t_x, t_bias, *t_factors = tangents
-        x, bias, *factors = ctx.saved_tensors
+        x, _, *factors = ctx.saved_tensors
         terms: list[Tensor] = []
         if t_x is not None:
             terms.append(ctx.layer_map.forward(t_x, None, factors)[0])

@@ -32,9 +32,7 @@ def factor_group(factors: Any, name: str) -> list[Tensor]:
         if not isinstance(factor, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(factor).__name__}")
         if factor.dim() != 2:
-            raise ValueError(
-                f"{name}[{i}] must have shape (mode, rank), got {tuple(factor.shape)}"
-            )
+            raise ValueError(f"{name}[{i}] must have shape (mode, rank), got {tuple(factor.shape)}")
     return group
 
 
@@ -85,6 +83,9 @@ def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> N
     """Check that ``tensor`` is a floating tensor of the factors' dtype and device.
 
     Args:
+        tensor: what the user gave.
+        like: a factor.
+        name: of the argument, for the message.
         cast: autocast will change the dtype, so that it need not match.
     """
     if not isinstance(tensor, Tensor):
@@ -147,7 +148,7 @@ def conv_plan(plan: Any) -> ConvPlan:
 
 
 def with_scale(plan: LinearPlan) -> LinearPlan:
-    """The plan for λ passed as one more in factor, in front."""
+    """Return the plan for λ passed as one more in factor, in front."""
 
     def shift(route: LinearRoute) -> LinearRoute:
         first, *rest = route.in_groups

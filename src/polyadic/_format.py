@@ -33,7 +33,9 @@ def mode_sizes(value: Any, name: str) -> Shape:
         ValueError: the group is empty or a size is below 1.
     """
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of mode sizes such as (4, 4, 16), got {value!r}")
+        raise TypeError(
+            f"{name} must be a sequence of mode sizes such as (4, 4, 16), got {value!r}"
+        )
     sizes = tuple(positive_int(size, f"each mode of {name}") for size in value)
     if not sizes:
         raise ValueError(f"{name} must have at least one mode, got an empty sequence")
@@ -93,7 +95,9 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
     # A number of few primes beside one of many: tltorch stops splitting the second early.
     kept = max(len(in_parts), order - 1)
-    out_parts = [*out_parts[:kept], math.prod(out_parts[kept:])] if kept < len(out_parts) else out_parts
+    out_parts = (
+        [*out_parts[:kept], math.prod(out_parts[kept:])] if kept < len(out_parts) else out_parts
+    )
     return _merge_smallest(in_parts, order), _merge_smallest(out_parts, order)
 
 
@@ -203,7 +207,9 @@ def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat) -> int:
     """
     if isinstance(rank, str):
         if rank != "break-even":
-            raise ValueError(f"rank must be an int, a float in (0, 1] or 'break-even', got {rank!r}")
+            raise ValueError(
+                f"rank must be an int, a float in (0, 1] or 'break-even', got {rank!r}"
+            )
         return unit.break_even_rank
     if isinstance(rank, float):
         if not 0.0 < rank <= 1.0:

@@ -129,7 +129,7 @@ def _linear_map(plan: LinearPlan, n_in: int, weights: Tensor | None) -> LinearMa
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for on x's device, None where it is off or x is float64."""
+    """Return the dtype autocast asks for on x's device, None where it is off or x is float64."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -231,9 +231,7 @@ def cp_linear_forward(
     saved = _linear_saved(x, in_factors, out_factors, weights, plan, "balanced", False)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y, kept = saved._map().forward(rows, None, saved._factors())
-    saved = LinearSaved(
-        x, kept, saved.in_factors, saved.out_factors, saved.weights, saved.plan
-    )
+    saved = LinearSaved(x, kept, saved.in_factors, saved.out_factors, saved.weights, saved.plan)
     return y.view(*x.shape[:-1], y.shape[-1]), saved
 
 

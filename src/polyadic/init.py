@@ -46,11 +46,12 @@ def _orthonormal_columns(like: Tensor) -> Tensor:
     q, r = torch.linalg.qr(normal)
     # The sign of R's diagonal makes the QR factor unique, and Q Haar distributed (Mezzadri 2007).
     q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    return q.transpose(0, 1).reshape(size, blocks * size)[:, :rank]
+    columns: Tensor = q.transpose(0, 1).reshape(size, blocks * size)[:, :rank]
+    return columns
 
 
 def torch_std(fan_in: int) -> float:
-    """Standard deviation of torch's own initial weights in Linear and Conv layers.
+    """Return the standard deviation of torch's own initial weights in Linear and Conv layers.
 
     They are U(−1/√fan_in, 1/√fan_in) (``kaiming_uniform_`` with a = √5), of variance 1/(3 fan_in).
 

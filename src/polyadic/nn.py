@@ -303,17 +303,17 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built
     """
 
 
-class CPConv1d(_CPConv):
+class CPConv1d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=1)
     _dims = 1
 
 
-class CPConv2d(_CPConv):
+class CPConv2d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=2)
     _dims = 2
 
 
-class CPConv3d(_CPConv):
+class CPConv3d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=3)
     _dims = 3
 

@@ -89,7 +89,7 @@ class CPTensor(nn.Module):
         return torch.Size(math.prod(group) for group in self.tensorized_shape)
 
     def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
-        """The factors, one tuple per group of ``tensorized_shape``."""
+        """Return the factors, one tuple per group of ``tensorized_shape``."""
         stored = self.factors._parameters
         # The dict skips a getattr per factor; parametrized factors are not in it.
         every = tuple(stored.values()) if len(stored) == self.order else tuple(self.factors)
@@ -100,12 +100,12 @@ class CPTensor(nn.Module):
         return tuple(groups)  # type: ignore[arg-type]
 
     def to_tensor(self) -> Tensor:
-        """The full tensor, one dimension per mode; differentiable."""
+        """Build the full tensor, one dimension per mode; differentiable."""
         modes = [mode for group in self.tensorized_shape for mode in group]
         return self.to_matrix().view(modes)
 
     def to_matrix(self) -> Tensor:
-        """The tensor with one dimension per group, such as (M, N) or (Cout, Cin, kh·kw)."""
+        """Build the tensor with one dimension per group, such as (M, N) or (Cout, Cin, kh·kw)."""
         first, *rest = self.factor_groups()
         matrix = khatri_rao(first)
         if self.weights is not None:
@@ -122,7 +122,7 @@ class CPTensor(nn.Module):
         factors: Sequence[Tensor],
         weights: Tensor | None = None,
     ) -> CPTensor:
-        """A CPTensor with copies of the given factors as its parameters.
+        """Make a CPTensor with copies of the given factors as its parameters.
 
         Args:
             tensorized_shape: groups of mode sizes.
@@ -150,7 +150,7 @@ class CPTensor(nn.Module):
         return cp
 
     def to_tensorly(self) -> Any:
-        """The same as a ``tensorly.cp_tensor.CPTensor`` of copied torch tensors."""
+        """Copy to a ``tensorly.cp_tensor.CPTensor`` of torch tensors."""
         from tensorly.cp_tensor import CPTensor as TensorlyCP
 
         first = self.factors[0]
@@ -163,7 +163,7 @@ class CPTensor(nn.Module):
     def from_tensorly(
         cls, cp_tensor: Any, tensorized_shape: Sequence[Sequence[int]] | None = None
     ) -> CPTensor:
-        """A CPTensor with copies of a tensorly CP tensor's torch weights and factors.
+        """Make a CPTensor with copies of a tensorly CP tensor's torch weights and factors.
 
         Args:
             cp_tensor: ``tensorly.cp_tensor.CPTensor`` or a pair (weights, factors).
@@ -179,7 +179,7 @@ class CPTensor(nn.Module):
         return cls.from_factors(groups, factors, weights)
 
     def to_tltorch(self) -> Any:
-        """The same as a tltorch ``CPTensorized`` of copies; λ is ones where there is none."""
+        """Copy to a tltorch ``CPTensorized``; λ is ones where there is none."""
         import tltorch
 
         first = self.factors[0]
@@ -191,7 +191,7 @@ class CPTensor(nn.Module):
 
     @classmethod
     def from_tltorch(cls, tensor: Any) -> CPTensor:
-        """A CPTensor with copies of a tltorch ``CPTensorized``'s weights λ and factors.
+        """Make a CPTensor with copies of a tltorch ``CPTensorized``'s weights λ and factors.
 
         Raises:
             TypeError: ``tensor`` is not a CP tensorized tensor.
@@ -237,7 +237,7 @@ def _groups(tensorized_shape: Any) -> tuple[Shape, ...]:
 
 
 def _own(tensor: Tensor) -> nn.Parameter:
-    """A parameter that shares no storage with ``tensor`` and keeps its requires_grad flag."""
+    """Copy into a parameter that keeps the requires_grad flag of a parameter."""
     requires_grad = tensor.requires_grad if isinstance(tensor, nn.Parameter) else True
     return nn.Parameter(
         tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=requires_grad

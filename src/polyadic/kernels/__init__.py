@@ -1,0 +1,1 @@
+"""The arithmetic of every layer, as a plan says."""

@@ -50,7 +50,7 @@ def _outer(x: Tensor, z: Tensor, layout: str) -> Tensor:
 
 
 def _in_layout(x: Tensor, layout: str) -> Tensor:
-    """The same tensor, converted to ``layout`` where it is in another."""
+    """Return the same tensor, converted to ``layout`` where it is in another."""
     if layout == "channels_first":
         return x.contiguous()
     return x.contiguous(
@@ -67,7 +67,7 @@ def _strided(x: Tensor, skip: Ints) -> Tensor:
 
 
 def _unstrided(grad: Tensor, like: Tensor, skip: Ints) -> Tensor:
-    """The adjoint of ``_strided``: zeros between the positions that were taken."""
+    """Apply the adjoint of ``_strided``: zeros between the positions that were taken."""
     for dim, step in reversed(list(enumerate(skip, start=2))):
         if step > 1:
             size = [*grad.shape]
@@ -135,7 +135,7 @@ class ConvMap:
         return (y.squeeze(2) if self._lifted else y), tuple(maps[: self.plan.keep])
 
     def _dense(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The kernel (n, c, *k)."""
+        """Build the kernel (n, c, *k)."""
         out_factors, in_factors, kernel_factors = self._split(factors)
         inner = khatri_rao([*in_factors, *kernel_factors], dtype)
         size = self._stages("merged", factors).dense.kernel_size
@@ -176,8 +176,9 @@ class ConvMap:
         out_factors, in_factors, kernel_factors = self._split(factors)
         layout = self.plan.backward.layout
         kernel = self._dense(factors, x.dtype)
+        grad_y, x, kernel = (_in_layout(t, layout) for t in (grad_y, x, kernel))
         d_x, d_kernel = self._stages("merged", factors).dense.backward(
-            *(_in_layout(t, layout) for t in (grad_y, x, kernel)), 1, (needs[0], any(needs[1:]))
+            grad_y, x, kernel, 1, (needs[0], any(needs[1:]))
         )
         if d_kernel is None:
             return d_x, [None] * len(factors)

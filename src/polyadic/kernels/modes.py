@@ -187,9 +187,7 @@ def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Ten
     if len(factors) == 1:
         return [d_matrix.to(factors[0].dtype)]
     sizes = [factor.shape[0] for factor in factors]
-    cut = min(
-        range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:])
-    )
+    cut = min(range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:]))
     wide = accumulate_dtype(factors[0].dtype)
     left, right = khatri_rao(factors[:cut], wide), khatri_rao(factors[cut:], wide)
     cube = d_matrix.to(wide).view(left.shape[0], right.shape[0], left.shape[1])

@@ -133,7 +133,9 @@ def stages(geometry: Geometry, form: str, n_kernel: int) -> Stages:
     else:
         g = geometry
     dims = range(len(g.kernel_size))
-    skip = tuple(g.stride[d] if g.kernel_size[d] == 1 and not any(g.padding[d]) else 1 for d in dims)
+    skip = tuple(
+        g.stride[d] if g.kernel_size[d] == 1 and not any(g.padding[d]) else 1 for d in dims
+    )
 
     def along(chosen: Sequence[int], held: Sequence[int], strides: Ints) -> Stage:
         def pick(values: Sequence[int], neutral: int) -> Ints:
