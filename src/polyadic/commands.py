@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the plots.")] = Path(
         "polyadic-demo"
     ),
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of each model.")] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")
@@ -51,7 +52,16 @@ def demo(
     """Train CP and dense networks on real digits."""
     from polyadic.demo import run_demo
 
-    run_demo(out=out, seed=seed, quick=quick, threads=threads)
+    try:
+        run_demo(out=out, seed=seed, quick=quick, threads=threads)
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from error
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        # raised on purpose by the demo: it names the packages that the extra would bring
+        print(f"polyadic: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @app.command()
