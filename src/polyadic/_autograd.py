@@ -11,12 +11,14 @@ all that forward mode needs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 
 class MultilinearMap(Protocol):
@@ -82,13 +84,24 @@ class _Boundary(Function):
         layer_map: MultilinearMap = ctx.layer_map
         x, *rest = ctx.saved_tensors
         factors, kept = rest[:n_factors], rest[n_factors:]
-        if torch.is_grad_enabled():
+        if _differentiated((x, *factors)):
             # Kept intermediates are constants to autograd: second derivatives need them recomputed.
             kept = []
         needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
         d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs_x, *needs_factors))
         d_bias = layer_map.bias_gradient(grad_y) if needs_bias else None
         return (None, d_x, d_bias, *d_factors)
+
+
+def _differentiated(inputs: Sequence[Tensor]) -> bool:
+    """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return any(unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
+
+
+# Function.apply binds its arguments to forward's signature at each call; found once, it costs half.
+_Boundary.forward.__signature__ = inspect.signature(_Boundary.forward)  # type: ignore[attr-defined]
 
 
 class _BoundaryWithJvp(_Boundary):
