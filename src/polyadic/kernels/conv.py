@@ -25,7 +25,12 @@ from polyadic.kernels.stages import Geometry, Ints, Stage, Stages, stages
 
 def _rows(x: Tensor) -> Tensor:
     """(b, c, *s) → (b·s, c); a view where x is channels_last."""
-    return x.movedim(1, -1).flatten(0, -2)
+    return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
+
+
+def _columns(x: Tensor) -> Tensor:
+    """(b, c, *s) → (b, c, s); a view where x is channels_first."""
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
 def _volume(rows: Tensor, like: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ def _project(x: Tensor, matrix: Tensor, layout: str, bias: Tensor | None = None)
     if layout == "channels_last":
         rows = _rows(x)
         return _volume(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
-    y = torch.matmul(matrix.t(), x.flatten(2)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
+    y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
     return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -46,7 +51,7 @@ def _outer(x: Tensor, z: Tensor, layout: str) -> Tensor:
     """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r)."""
     if layout == "channels_last":
         return _rows(x).t() @ _rows(z)
-    return torch.bmm(x.flatten(2), z.flatten(2).transpose(1, 2)).sum(0)
+    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(0)
 
 
 def _in_layout(x: Tensor, layout: str) -> Tensor:
@@ -182,7 +187,7 @@ class ConvMap:
         )
         if d_kernel is None:
             return d_x, [None] * len(factors)
-        d_matrix = d_kernel.flatten(1)
+        d_matrix = d_kernel.reshape(d_kernel.shape[0], -1)
         inner = [*in_factors, *kernel_factors]
         d_out = khatri_rao_backward(d_matrix @ khatri_rao(inner, x.dtype), out_factors)
         d_inner = khatri_rao_backward(d_matrix.t() @ khatri_rao(out_factors, x.dtype), inner)
@@ -227,7 +232,7 @@ class ConvMap:
             d_z = d_map
             if d_taps is not None:
                 held = [kernel_factors[i] for i in stage.held]
-                pieces = khatri_rao_backward(d_taps.flatten(1).t(), held)
+                pieces = khatri_rao_backward(d_taps.reshape(d_taps.shape[0], -1).t(), held)
                 for i, piece in zip(stage.held, pieces, strict=True):
                     d_kernel[i] = piece
         d_in: list[Tensor | None] = none_rest
