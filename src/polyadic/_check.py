@@ -2,81 +2,106 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polyadic._cache import memoized
 from polyadic._format import ConvFormat, LinearFormat, Shape
-from polyadic._plan import MEMORY, ConvPlan, LinearPlan, LinearRoute
+from polyadic._plan import MEMORY, ConvPlan, LinearPlan, LinearRoute, Memory
 from polyadic.kernels.stages import Geometry
 
 
-def factor_group(factors: Any, name: str) -> list[Tensor]:
-    """Return one group of factors as a list of 2-D tensors.
+def factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
+    """Return one group of factors as a tuple of tensors; ``ranked`` looks at their shapes.
 
     Raises:
         TypeError: not a sequence of tensors.
-        ValueError: empty, or a factor is not (mode, rank).
+        ValueError: empty.
     """
     if isinstance(factors, Tensor) or not isinstance(factors, Iterable):
         raise TypeError(
             f"{name} must be a sequence of tensors (mode, rank), got {type(factors).__name__}"
         )
-    group = list(factors)
+    group = tuple(factors)
     if not group:
         raise ValueError(f"{name} must hold at least one factor, got none")
     for i, factor in enumerate(group):
         if not isinstance(factor, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(factor).__name__}")
-        if factor.dim() != 2:
-            raise ValueError(f"{name}[{i}] must have shape (mode, rank), got {tuple(factor.shape)}")
     return group
 
 
-def factors_agree(factors: Sequence[Tensor], weights: Tensor | None) -> int:
-    """Return the rank that all factors and λ share.
+def ranked(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
+    """Check that all factors belong together, and return each group's modes and then (rank,).
+
+    Args:
+        weights: λ (R,) or None.
+        groups: factors by the name of their group.
 
     Raises:
         TypeError: dtypes are not floating point or differ.
-        ValueError: ranks or devices differ, a mode or the rank is 0, λ is not (R,).
+        ValueError: a factor is not 2-D, ranks or devices differ, a size is 0, λ is not (R,).
     """
-    first = factors[0]
-    rank, dtype, device = first.shape[1], first.dtype, first.device
-    if not dtype.is_floating_point:
-        raise TypeError(f"factors must be of a floating-point dtype, got {dtype}; cast them first")
-    for i, factor in enumerate(factors):
-        if factor.shape[1] != rank:
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+    seen = tuple(
+        [
+            (name, tuple([(tuple(f.shape), f.dtype, f.device) for f in group]))
+            for name, group in groups.items()
+        ]
+    )
+    scale = None if weights is None else (tuple(weights.shape), weights.dtype, weights.device)
+    return _ranked(seen, scale)
+
+
+_Seen = tuple[Shape, torch.dtype, torch.device]
+
+
+@memoized
+def _ranked(
+    groups: tuple[tuple[str, tuple[_Seen, ...]], ...], scale: _Seen | None
+) -> tuple[Shape, ...]:
+    (first_name, (first, *_)), *_ = groups
+    for name, group in groups:
+        for i, (shape, dtype, device) in enumerate(group):
+            if len(shape) != 2:
+                raise ValueError(f"{name}[{i}] must have shape (mode, rank), got {shape}")
+            if not dtype.is_floating_point:
+                raise TypeError(
+                    f"factors must be of a floating-point dtype, {name}[{i}] is {dtype}; cast it"
+                )
+            if shape[0] == 0 or shape[1] == 0:
+                raise ValueError(
+                    f"modes and rank must be at least 1, {name}[{i}] has shape {shape}"
+                )
+            if shape[1] != first[0][1]:
+                raise ValueError(
+                    f"all factors must have the same rank (second dimension): {first_name}[0] has "
+                    f"{first[0][1]}, {name}[{i}] has {shape[1]}"
+                )
+            if dtype != first[1]:
+                raise TypeError(
+                    f"all factors must have one dtype: {first_name}[0] is {first[1]}, "
+                    f"{name}[{i}] is {dtype}"
+                )
+            if device != first[2]:
+                raise ValueError(
+                    f"all factors must be on one device: {first_name}[0] is on {first[2]}, "
+                    f"{name}[{i}] on {device}"
+                )
+    (_, rank), dtype, device = first
+    if scale is not None:
+        if scale[0] != (rank,):
+            raise ValueError(f"weights must have shape ({rank},), got {scale[0]}")
+        if scale[1:] != (dtype, device):
             raise ValueError(
-                f"all factors must have the same rank (second dimension): factor 0 has {rank}, "
-                f"factor {i} has {factor.shape[1]}"
+                f"weights must be {dtype} on {device} like the factors, got {scale[1]} on "
+                f"{scale[2]}"
             )
-        if factor.dtype != dtype:
-            raise TypeError(
-                f"all factors must have one dtype: factor 0 has {dtype}, factor {i} {factor.dtype}"
-            )
-        if factor.device != device:
-            raise ValueError(
-                f"all factors must be on one device: factor 0 is on {device}, factor {i} on "
-                f"{factor.device}"
-            )
-        if factor.shape[0] == 0:
-            raise ValueError(f"each mode must have at least size 1, factor {i} has size 0")
-    if rank == 0:
-        raise ValueError("rank must be at least 1, the factors have 0 columns")
-    if weights is not None:
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
-        if weights.shape != (rank,):
-            raise ValueError(f"weights must have shape ({rank},), got {tuple(weights.shape)}")
-        if weights.dtype != dtype or weights.device != device:
-            raise ValueError(
-                f"weights must be {dtype} on {device} like the factors, got {weights.dtype} on "
-                f"{weights.device}"
-            )
-    return rank
+    return (*(tuple([shape[0] for shape, _, _ in group]) for _, group in groups), (rank,))
 
 
 def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> None:
@@ -117,10 +142,12 @@ def vector(bias: Tensor | None, size: int, like: Tensor, *, cast: bool) -> None:
         raise ValueError(f"bias must have shape ({size},), got {tuple(bias.shape)}")
 
 
-def memory(value: Any) -> None:
-    """Check ``memory=``."""
-    if value not in MEMORY:
-        raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
+def memory(value: Any) -> Memory:
+    """Return ``memory=`` if it is a known level."""
+    for level in MEMORY:
+        if value == level:
+            return level
+    raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
 
 
 def linear_plan(plan: Any, fmt: LinearFormat) -> LinearPlan:
@@ -182,7 +209,7 @@ def geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Ge
     return _geometry(kernel_size, hashable(stride), hashable(padding), hashable(dilation))
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
+@memoized
 def _geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
     dims = len(kernel_size)
     strides = _per_dimension(stride, dims, "stride", 1)

@@ -1,21 +1,276 @@
-"""Choice of a plan for a layer, batch and machine; cached, so that the hot path only looks up."""
+"""Choice of a plan for a layer, batch and machine: the cheapest by predicted time.
+
+A linear layer's four pieces (each side, forward and backward) are independent of each other, so
+each takes its own cheapest grouping; rebuilding W competes with the factorized whole. Choices are
+cached by format and batch bucket (the next power of two), so that the hot path only looks up.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Iterator
 
-from polyadic._format import ConvFormat, LinearFormat
-from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute, Memory
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from polyadic._cost import Machine, Step
+from polyadic._format import ConvFormat, LinearFormat, Shape
+from polyadic._machines import machine_for
+from polyadic._plan import ConvPlan, ConvRoute, Groups, LinearPlan, LinearRoute, Memory
+from polyadic._steps import (
+    backward_steps,
+    contract_steps,
+    expand_steps,
+    forward_steps,
+    partials_steps,
+    plan_steps,
+)
+from polyadic._steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
+from polyadic.kernels.stages import Geometry
+
+# A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
+UNKNOWN_BATCH = 256
+
+
+def bucket(rows: int) -> int:
+    """The next power of two, at least 1."""
+    return 1 << (max(rows, 1) - 1).bit_length()
+
+
+def compositions(total: int) -> Iterator[Groups]:
+    """All ways to cut ``total`` modes into consecutive groups, the single group first."""
+    for first in range(total, 0, -1):
+        if first == total:
+            yield (total,)
+        else:
+            for rest in compositions(total - first):
+                yield (first, *rest)
+
+
+def groupings(order: int) -> list[Groups]:
+    """The groupings weighed: all for small orders, else one or two groups and per factor."""
+    if order <= 5:
+        return list(compositions(order))
+    two = [(left, order - left) for left in range(1, order)]
+    return [(order,), *two, (1,) * order]
+
+
+def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearPlan]:
+    """Every plan with the same route forward and backward: each grouping, and rebuilding W."""
+    keep = memory != "least"
+    m, n = len(fmt.in_shape), len(fmt.out_shape)
+    routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
+    routes.append(LinearRoute((m,), (n,), "dense"))
+    return [LinearPlan(route, route, keep) for route in routes]
+
+
+def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory) -> LinearPlan:
+    """The plan for x (..., M); one for all batch sizes where the batch is symbolic."""
+    shape = tuple(x.shape[:-1])
+    if not torch.compiler.is_compiling():
+        return choose_linear(fmt, bucket(math.prod(shape)), x.dtype, x.device.type, memory)
+    modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
+    if not all([has_static_value(size) for size in modes]):
+        route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
+        return LinearPlan(route, route, memory != "least")
+    rows = UNKNOWN_BATCH
+    if all([has_static_value(size) for size in shape]):
+        rows = bucket(math.prod(shape))
+    plan: LinearPlan = _constant_linear(
+        fmt.in_shape, fmt.out_shape, fmt.rank, rows, x.dtype, x.device.type, memory
+    )
+    return plan
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_linear(
+    in_shape: Shape,
+    out_shape: Shape,
+    rank: int,
+    rows: int,
+    dtype: torch.dtype,
+    device_type: str,
+    memory: Memory,
+) -> LinearPlan:
+    return choose_linear(LinearFormat(in_shape, out_shape, rank), rows, dtype, device_type, memory)
+
+
+def choose_linear(
+    fmt: LinearFormat, rows: int, dtype: torch.dtype, device_type: str, memory: Memory
+) -> LinearPlan:
+    """The cheapest plan for ``rows`` rows of ``dtype`` on this machine; cached."""
+    return _cheapest_linear(fmt, rows, dtype, machine_for(device_type, dtype), memory)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_linear(fmt: LinearFormat, batch: int | None, memory: Memory) -> LinearPlan:
-    """Return the plan for a linear layer; ``batch`` is the number of rows, None if unknown."""
-    route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
-    return LinearPlan(route, route, keep=memory != "least")
+def _cheapest_linear(
+    fmt: LinearFormat, rows: int, dtype: torch.dtype, machine: Machine, memory: Memory
+) -> LinearPlan:
+    item = dtype.itemsize
+    keep = memory != "least"
+    ins, outs = groupings(len(fmt.in_shape)), groupings(len(fmt.out_shape))
+    m, n, r = fmt.in_shape, fmt.out_shape, fmt.rank
+
+    def best(candidates: list[Groups], steps: dict[Groups, list[Step]]) -> Groups:
+        return min(candidates, key=lambda groups: machine.total(steps[groups]))
+
+    forward = LinearRoute(
+        best(ins, {g: contract_steps(rows, m, r, g, item) for g in ins}),
+        best(outs, {g: expand_steps(rows, n, r, g, item) for g in outs}),
+    )
+
+    def in_gradients(groups: Groups) -> list[Step]:
+        again = [] if keep else contract_steps(rows, m, r, groups, item)
+        return again + partials_steps(rows, m, r, groups, item, wrt_x=True, wrt_z=False)
+
+    backward = LinearRoute(
+        best(ins, {g: in_gradients(g) for g in ins}),
+        best(
+            outs,
+            {g: partials_steps(rows, n, r, g, item, wrt_x=False, wrt_z=True) for g in outs},
+        ),
+    )
+    rebuild = LinearRoute((len(m),), (len(n),), "dense")
+    forward = min(
+        (forward, rebuild), key=lambda route: machine.total(forward_steps(fmt, rows, route, item))
+    )
+    kept = keep and forward.kind == "factorized"
+    backward = min(
+        (backward, rebuild),
+        key=lambda route: machine.total(backward_steps(fmt, rows, route, item, kept=kept)),
+    )
+    # Z is of no use to a backward that rebuilds W.
+    return LinearPlan(forward, backward, keep=kept and backward.kind == "factorized")
+
+
+def predict_linear(
+    plan: LinearPlan,
+    fmt: LinearFormat,
+    rows: int,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    *,
+    training: bool = True,
+) -> float:
+    """Predicted seconds of forward (and backward) by a plan, without per-call overhead."""
+    forward, backward = plan_steps(fmt, rows, plan, dtype.itemsize, training=training)
+    machine = machine_for(device_type, dtype)
+    return machine.total(forward) + machine.total(backward)
+
+
+def conv_plans(memory: Memory = "balanced") -> list[ConvPlan]:
+    """Every plan with the same route forward and backward."""
+    keep = _conv_keep(memory)
+    routes = [
+        ConvRoute(layout, form)
+        for layout in ("channels_last", "channels_first")
+        for form in ("merged", "separable")
+    ]
+    routes += [
+        ConvRoute("channels_last", kind="dense"),
+        ConvRoute("channels_first", kind="dense"),
+    ]
+    return [ConvPlan(route, route, keep) for route in routes]
+
+
+def _conv_keep(memory: Memory) -> int:
+    return {"fast": 2, "balanced": 1, "least": 0}[memory]
+
+
+def plan_conv(fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory) -> ConvPlan:
+    """The plan for x (B, Cin, *S) or (Cin, *S); one for all sizes where a size is symbolic."""
+    dims = len(fmt.kernel_size)
+    size = tuple(x.shape[-dims:])
+    batch = x.shape[0] if x.dim() == dims + 2 else 1
+    if torch.compiler.is_compiling():
+        every = (*fmt.out_shape, *fmt.in_shape, *fmt.kernel_size, fmt.rank, *size)
+        if not all([has_static_value(n) for n in every]):
+            return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
+        batch = bucket(batch) if has_static_value(batch) else 8
+        plan: ConvPlan = _constant_conv(
+            (fmt.out_shape, fmt.in_shape, fmt.kernel_size), fmt.rank,
+            (geometry.stride, geometry.padding, geometry.dilation), batch, size,
+            x.dtype, x.device.type, memory,
+        )  # fmt: skip
+        return plan
+    last = x.dim() == dims + 2 and _is_channels_last(x)
+    return choose_conv(fmt, geometry, bucket(batch), size, last, x.dtype, x.device.type, memory)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_conv(
+    shapes: tuple[Shape, Shape, Shape],
+    rank: int,
+    where: tuple[Shape, tuple[tuple[int, int], ...], Shape],
+    batch: int,
+    size: Shape,
+    dtype: torch.dtype,
+    device_type: str,
+    memory: Memory,
+) -> ConvPlan:
+    fmt, geometry = ConvFormat(*shapes, rank), Geometry(shapes[2], *where)
+    return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory)
+
+
+def choose_conv(
+    fmt: ConvFormat,
+    geometry: Geometry,
+    batch: int,
+    size: Shape,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device_type: str,
+    memory: Memory,
+) -> ConvPlan:
+    """The cheapest plan for an input (batch, Cin, *size) on this machine; cached."""
+    machine = machine_for(device_type, dtype)
+    return _cheapest_conv(fmt, geometry, batch, size, channels_last, dtype, machine, memory)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_conv(fmt: ConvFormat, positions: int | None, memory: Memory) -> ConvPlan:
-    """Return the plan for a convolution; ``positions`` is batch times output positions."""
-    return ConvPlan(ConvRoute(), ConvRoute(), keep={"fast": 2, "balanced": 1, "least": 0}[memory])
+def _cheapest_conv(
+    fmt: ConvFormat,
+    geometry: Geometry,
+    batch: int,
+    size: Shape,
+    channels_last: bool,
+    dtype: torch.dtype,
+    machine: Machine,
+    memory: Memory,
+) -> ConvPlan:
+    routes = [plan.forward for plan in conv_plans()]
+    keep, item = _conv_keep(memory), dtype.itemsize
+    where = (fmt, geometry, batch, size, channels_last)
+    forward = min(routes, key=lambda r: machine.total(conv_forward_steps(*where, r, item)))
+    kept = keep if forward.kind == "factorized" else 0
+    backward = min(
+        routes, key=lambda r: machine.total(conv_backward_steps(*where, r, item, kept=kept))
+    )
+    return ConvPlan(forward, backward, kept if backward.kind == "factorized" else 0)
+
+
+def predict_conv(
+    plan: ConvPlan,
+    fmt: ConvFormat,
+    geometry: Geometry,
+    batch: int,
+    size: Shape,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    *,
+    channels_last: bool = False,
+    training: bool = True,
+) -> float:
+    """Predicted seconds of forward (and backward) by a plan, without per-call overhead."""
+    forward, backward = conv_plan_steps(
+        fmt, geometry, batch, size, channels_last, plan, dtype.itemsize, training=training
+    )
+    machine = machine_for(device_type, dtype)
+    return machine.total(forward) + machine.total(backward)

@@ -13,6 +13,7 @@ Convolutional Neural Networks Using Fine-tuned CP-Decomposition, ICLR 2015).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,12 +72,6 @@ class LinearSaved:
         """Bytes of all tensors held: input, intermediates and factors."""
         return _nbytes([self.x, *self.kept, *self.in_factors, *self.out_factors, self.weights])
 
-    def _map(self) -> LinearMap:
-        return _linear_map(self.plan, len(self.in_factors), self.weights)
-
-    def _factors(self) -> list[Tensor]:
-        return [*_scale(self.weights), *self.in_factors, *self.out_factors]
-
 
 @dataclass(frozen=True)
 class ConvSaved:
@@ -109,24 +104,6 @@ class ConvSaved:
         factors = [*self.out_factors, *self.in_factors, *self.kernel_factors]
         return _nbytes([self.x, *self.kept, *factors, self.weights])
 
-    def _map(self) -> ConvMap:
-        return ConvMap(self.plan, self.geometry, len(self.out_factors), len(self.in_factors))
-
-    def _factors(self) -> list[Tensor]:
-        scale = _scale(self.weights)
-        return [*self.out_factors, *self.in_factors, *scale, *self.kernel_factors]
-
-
-def _scale(weights: Tensor | None) -> list[Tensor]:
-    """λ (R,) as a factor (1, R), or nothing."""
-    return [] if weights is None else [weights.unsqueeze(0)]
-
-
-def _linear_map(plan: LinearPlan, n_in: int, weights: Tensor | None) -> LinearMap:
-    if weights is None:
-        return LinearMap(plan, n_in)
-    return LinearMap(_check.with_scale(plan), n_in + 1)
-
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype autocast asks for on x's device, None where it is off or x is float64."""
@@ -136,7 +113,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
-def _linear_saved(
+def _linear(
     x: Tensor,
     in_factors: Sequence[Tensor],
     out_factors: Sequence[Tensor],
@@ -144,21 +121,33 @@ def _linear_saved(
     plan: LinearPlan | None,
     memory: Memory,
     cast: bool,
-) -> LinearSaved:
-    """Validate the arguments of a linear map and settle its plan; nothing is kept yet."""
+) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Validate the arguments of a linear map and settle its plan."""
     ins = _check.factor_group(in_factors, "in_factors")
     outs = _check.factor_group(out_factors, "out_factors")
-    rank = _check.factors_agree([*ins, *outs], weights)
-    fmt = LinearFormat(tuple(f.shape[0] for f in ins), tuple(f.shape[0] for f in outs), rank)
+    in_shape, out_shape, (rank,) = _check.ranked(weights, in_factors=ins, out_factors=outs)
+    fmt = LinearFormat(in_shape, out_shape, rank)
     _check.same_place(x, ins[0], "x", cast=cast)
     _check.last_dimension(x, fmt.in_features, "x")
+    memory = _check.memory(memory)
     if plan is None:
-        _check.memory(memory)
-        batch = None if torch.compiler.is_compiling() else x.numel() // fmt.in_features
-        plan = plan_linear(fmt, batch, memory)
+        plan = plan_linear(fmt, x, memory)
     else:
         plan = _check.linear_plan(plan, fmt)
-    return LinearSaved(x, (), tuple(ins), tuple(outs), weights, plan)
+    return fmt, plan, ins, outs
+
+
+def _linear_map(
+    plan: LinearPlan,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    weights: Tensor | None,
+) -> tuple[LinearMap, list[Tensor]]:
+    """The map a plan stands for and its factors, λ in front as one more in factor."""
+    if weights is None:
+        return LinearMap(plan, len(in_factors)), [*in_factors, *out_factors]
+    scaled = LinearMap(_check.with_scale(plan), len(in_factors) + 1)
+    return scaled, [weights.unsqueeze(0), *in_factors, *out_factors]
 
 
 def cp_linear(
@@ -194,14 +183,17 @@ def cp_linear(
         ValueError: shapes, ranks or devices do not fit together, or the plan is for other modes.
     """
     cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
-    saved = _linear_saved(x, in_factors, out_factors, weights, plan, memory, cast is not None)
-    out_features = math.prod([f.shape[0] for f in saved.out_factors])
-    _check.vector(bias, out_features, saved.in_factors[0], cast=cast is not None)
+    fmt, plan, ins, outs = _linear(
+        x, in_factors, out_factors, weights, plan, memory, cast is not None
+    )
+    _check.vector(bias, fmt.out_features, ins[0], cast=cast is not None)
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = run(saved._map(), rows, bias, saved._factors())
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    layer_map, factors = _linear_map(plan, ins, outs, weights)
+    if x.dim() == 2:
+        return run(layer_map, x, bias, factors)
+    rows = x.reshape(math.prod(x.shape[:-1]), fmt.in_features)
+    return run(layer_map, rows, bias, factors).view(*x.shape[:-1], fmt.out_features)
 
 
 def cp_linear_forward(
@@ -228,11 +220,11 @@ def cp_linear_forward(
         TypeError: see ``cp_linear``.
         ValueError: see ``cp_linear``.
     """
-    saved = _linear_saved(x, in_factors, out_factors, weights, plan, "balanced", False)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y, kept = saved._map().forward(rows, None, saved._factors())
-    saved = LinearSaved(x, kept, saved.in_factors, saved.out_factors, saved.weights, saved.plan)
-    return y.view(*x.shape[:-1], y.shape[-1]), saved
+    fmt, plan, ins, outs = _linear(x, in_factors, out_factors, weights, plan, "balanced", False)
+    layer_map, factors = _linear_map(plan, ins, outs, weights)
+    y, kept = layer_map.forward(x.reshape(math.prod(x.shape[:-1]), fmt.in_features), None, factors)
+    saved = LinearSaved(x, kept, ins, outs, weights, plan)
+    return y.view(*x.shape[:-1], fmt.out_features), saved
 
 
 def cp_linear_backward(grad_y: Tensor, saved: LinearSaved) -> tuple[Any, ...]:
@@ -259,18 +251,16 @@ def cp_linear_backward(grad_y: Tensor, saved: LinearSaved) -> tuple[Any, ...]:
     _gradient_like(grad_y, saved.x, (*saved.x.shape[:-1], out_features))
     batch = math.prod(saved.x.shape[:-1])
     x, rows = saved.x.reshape(batch, saved.x.shape[-1]), grad_y.reshape(batch, out_features)
-    factors = saved._factors()
-    needs = (True,) * (1 + len(factors))
-    grad_x, grads = saved._map().backward(rows, x, saved.kept, factors, needs)
-    assert grad_x is not None
-    scale, n_in = grads[: len(_scale(saved.weights))], len(saved.in_factors)
-    grads = grads[len(scale) :]
-    return (
-        grad_x.view(saved.x.shape),
-        grads[:n_in],
-        grads[n_in:],
-        *(g.squeeze(0) for g in scale if g is not None),
+    layer_map, factors = _linear_map(
+        saved.plan, saved.in_factors, saved.out_factors, saved.weights
     )
+    needs = (True,) * (1 + len(factors))
+    grad_x, grads = layer_map.backward(rows, x, saved.kept, factors, needs)
+    assert grad_x is not None
+    n_out = len(saved.out_factors)
+    grad_in, grad_out = grads[:-n_out], grads[-n_out:]
+    scale = [] if saved.weights is None else [grad_in.pop(0)]
+    return (grad_x.view(saved.x.shape), grad_in, grad_out, *(g.squeeze(0) for g in scale if g is not None))
 
 
 def _gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -279,36 +269,39 @@ def _gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"grad_y must have the output's shape {shape}, got {tuple(grad_y.shape)}")
 
 
-def _conv_saved(
+def _conv(
     x: Tensor,
-    out_factors: Sequence[Tensor],
-    in_factors: Sequence[Tensor],
-    kernel_factors: Sequence[Tensor],
+    groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
     weights: Tensor | None,
     where: tuple[Any, Any, Any],
     plan: ConvPlan | None,
     memory: Memory,
     cast: bool,
-) -> ConvSaved:
+) -> tuple[ConvFormat, ConvSaved]:
     """Validate the arguments of a convolution and settle its plan; nothing is kept yet."""
-    outs = _check.factor_group(out_factors, "out_factors")
-    ins = _check.factor_group(in_factors, "in_factors")
-    kernels = _check.factor_group(kernel_factors, "kernel_factors")
+    outs = _check.factor_group(groups[0], "out_factors")
+    ins = _check.factor_group(groups[1], "in_factors")
+    kernels = _check.factor_group(groups[2], "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
-    rank = _check.factors_agree([*outs, *ins, *kernels], weights)
-    shapes = [tuple(f.shape[0] for f in group) for group in (outs, ins, kernels)]
-    fmt = ConvFormat(shapes[0], shapes[1], shapes[2], rank)
+    out_shape, in_shape, kernel_size, (rank,) = _check.ranked(
+        weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
+    )
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank)
     _check.same_place(x, ins[0], "x", cast=cast)
-    geometry = _check.geometry(fmt.kernel_size, *where)
+    geometry = _check.geometry(kernel_size, *where)
     _check.conv_input(x, fmt, geometry)
-    if plan is None:
-        _check.memory(memory)
-        positions = None if torch.compiler.is_compiling() else x.numel() // fmt.in_channels
-        plan = plan_conv(fmt, positions, memory)
-    else:
-        plan = _check.conv_plan(plan)
-    return ConvSaved(x, (), tuple(outs), tuple(ins), tuple(kernels), weights, geometry, plan)
+    memory = _check.memory(memory)
+    plan = plan_conv(fmt, geometry, x, memory) if plan is None else _check.conv_plan(plan)
+    return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan)
+
+
+def _conv_map(saved: ConvSaved) -> tuple[ConvMap, list[Tensor]]:
+    """The map a plan stands for and its factors, λ as one more kernel factor."""
+    scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
+    factors = [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
+    n_out, n_in = len(saved.out_factors), len(saved.in_factors)
+    return ConvMap(saved.plan, saved.geometry, n_out, n_in), factors
 
 
 def cp_conv(
@@ -353,16 +346,16 @@ def cp_conv(
     """
     cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
     where = (stride, padding, dilation)
-    saved = _conv_saved(
-        x, out_factors, in_factors, kernel_factors, weights, where, plan, memory, cast is not None
+    fmt, saved = _conv(
+        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory, cast is not None
     )
-    out_channels = math.prod([f.shape[0] for f in saved.out_factors])
-    _check.vector(bias, out_channels, saved.in_factors[0], cast=cast is not None)
+    _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
-    batched = x.dim() == len(saved.kernel_factors) + 2
-    y = run(saved._map(), x if batched else x.unsqueeze(0), bias, saved._factors())
-    return y if batched else y.squeeze(0)
+    layer_map, factors = _conv_map(saved)
+    if x.dim() == len(fmt.kernel_size) + 2:
+        return run(layer_map, x, bias, factors)
+    return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)
 
 
 def cp_conv_forward(
@@ -398,17 +391,12 @@ def cp_conv_forward(
         ValueError: see ``cp_conv``.
     """
     where = (stride, padding, dilation)
-    saved = _conv_saved(
-        x, out_factors, in_factors, kernel_factors, weights, where, plan, "balanced", False
-    )
-    batched = x.dim() == len(saved.kernel_factors) + 2
-    volume = x if batched else x.unsqueeze(0)
-    y, kept = saved._map().forward(volume, None, saved._factors())
-    saved = ConvSaved(
-        x, kept, saved.out_factors, saved.in_factors, saved.kernel_factors, weights,
-        saved.geometry, saved.plan,
-    )  # fmt: skip
-    return y if batched else y.squeeze(0), saved
+    groups = (out_factors, in_factors, kernel_factors)
+    fmt, saved = _conv(x, groups, weights, where, plan, "balanced", False)
+    batched = x.dim() == len(fmt.kernel_size) + 2
+    layer_map, factors = _conv_map(saved)
+    y, kept = layer_map.forward(x if batched else x.unsqueeze(0), None, factors)
+    return y if batched else y.squeeze(0), dataclasses.replace(saved, kept=kept)
 
 
 def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
@@ -438,17 +426,17 @@ def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
     batched = bool(lead)
     x = saved.x if batched else saved.x.unsqueeze(0)
     grad = grad_y if batched else grad_y.unsqueeze(0)
-    factors = saved._factors()
+    layer_map, factors = _conv_map(saved)
     needs = (True,) * (1 + len(factors))
-    grad_x, grads = saved._map().backward(grad, x, saved.kept, factors, needs)
+    grad_x, grads = layer_map.backward(grad, x, saved.kept, factors, needs)
     assert grad_x is not None
     n_out, n_in = len(saved.out_factors), len(saved.in_factors)
-    n_scale = len(_scale(saved.weights))
     kernel = grads[n_out + n_in :]
+    scale = [] if saved.weights is None else [kernel.pop(0)]
     return (
         grad_x if batched else grad_x.squeeze(0),
         grads[:n_out],
         grads[n_out : n_out + n_in],
-        kernel[n_scale:],
-        *(g.squeeze(0) for g in kernel[:n_scale] if g is not None),
+        kernel,
+        *(g.squeeze(0) for g in scale if g is not None),
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import functional
-from polyadic._check import geometry, memory
+from polyadic._check import geometry
+from polyadic._check import memory as check_memory
 from polyadic._format import (
     ConvFormat,
     LinearFormat,
@@ -129,7 +130,7 @@ class CPLinear(_CPLayer):
         default_in, default_out = tensorize(in_features, out_features, order)
         self.in_shape = factored_shape(in_shape, self.in_features, default_in, "in_shape")
         self.out_shape = factored_shape(out_shape, self.out_features, default_out, "out_shape")
-        self.memory = _memory(memory)
+        self.memory = check_memory(memory)
         resolved = resolve_rank(rank, LinearFormat(self.in_shape, self.out_shape, 1))
         self._own(
             (self.in_shape, self.out_shape), resolved, self.out_features if bias else None,
@@ -213,7 +214,7 @@ class _CPConv(_CPLayer):
         default_out, default_in = tensorize(out_channels, in_channels, order)
         self.out_shape = factored_shape(out_shape, self.out_channels, default_out, "out_shape")
         self.in_shape = factored_shape(in_shape, self.in_channels, default_in, "in_shape")
-        self.memory = _memory(memory)
+        self.memory = check_memory(memory)
         unit = ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1)
         self._own(
             (self.out_shape, self.in_shape, self.kernel_size), resolve_rank(rank, unit),
@@ -316,8 +317,3 @@ class CPConv2d(_CPConv):  # noqa: D101
 class CPConv3d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=3)
     _dims = 3
-
-
-def _memory(value: Memory) -> Memory:
-    memory(value)
-    return value

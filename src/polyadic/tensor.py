@@ -136,8 +136,7 @@ class CPTensor(nn.Module):
         groups = _groups(tensorized_shape)
         modes = tuple(mode for group in groups for mode in group)
         tensors = _check.factor_group(factors, "factors")
-        rank = _check.factors_agree(tensors, weights)
-        sizes = tuple(factor.shape[0] for factor in tensors)
+        sizes, (rank,) = _check.ranked(weights, factors=tensors)
         if sizes != modes:
             raise ValueError(
                 f"factors must have the modes {modes} of the tensorized shape, got {sizes}"

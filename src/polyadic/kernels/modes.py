@@ -30,6 +30,13 @@ from torch import Tensor
 Groups = tuple[int, ...]
 
 
+def best_cut(sizes: Sequence[int]) -> int:
+    """Where to halve modes for a dimension tree: both Khatri-Rao products together smallest."""
+    if len(sizes) == 2:
+        return 1
+    return min(range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:]))
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which products of factors are formed: fp32 for half precisions, else ``dtype``."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -42,12 +49,20 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
         factors: D tensors (m_d, R); the last mode varies fastest.
         dtype: dtype of the result, the factors' own by default.
     """
-    dtype = dtype or factors[0].dtype
-    wide = accumulate_dtype(factors[0].dtype)
-    product = factors[0].to(wide)
-    for factor in factors[1:]:
-        product = (product.unsqueeze(1) * factor.to(wide)).flatten(0, 1)
-    return product.to(dtype)
+    own = factors[0].dtype
+    product, *rest = _at_least_fp32(factors)
+    for factor in rest:
+        product = product.unsqueeze(-2) * factor
+    if rest:
+        product = product.flatten(0, -2)
+    # Tensor.to costs a microsecond even where there is nothing to do.
+    return product if product.dtype == (dtype or own) else product.to(dtype or own)
+
+
+def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same tensors, half precisions cast to fp32."""
+    wide = accumulate_dtype(tensors[0].dtype)
+    return tensors if tensors[0].dtype == wide else [tensor.to(wide) for tensor in tensors]
 
 
 def _grouped(factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> list[Tensor]:
@@ -61,9 +76,9 @@ def _grouped(factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> l
 
 def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
     """Z = X K: (B, M) → (B, R), the rightmost group by a GEMM, the others by weighted sums."""
+    if len(groups) == 1:
+        return x @ khatri_rao(factors, x.dtype)
     *left, last = _grouped(factors, groups, x.dtype)
-    if not left:
-        return x @ last
     return _sum_left(_contract_last(x, last), left)[0]
 
 
@@ -107,9 +122,10 @@ def expand(
     z: Tensor, factors: Sequence[Tensor], groups: Groups, bias: Tensor | None = None
 ) -> Tensor:
     """X = Z Kᵀ (+ bias): (B, R) → (B, M), all groups but the last multiplied in before the GEMM."""
+    if len(groups) == 1:
+        matrix = khatri_rao(factors, z.dtype).t()
+        return z @ matrix if bias is None else torch.addmm(bias, z, matrix)
     *left, last = _grouped(factors, groups, z.dtype)
-    if not left:
-        return z @ last.t() if bias is None else torch.addmm(bias, z, last.t())
     x = _expand_last(_spread(z, left)[-1], last)
     return x if bias is None else x + bias
 
@@ -146,15 +162,19 @@ def partials(
         wrt_z: compute ∂T/∂Z (B, R).
         wrt_factors: compute every ∂T/∂A_d (m_d, R), in the factors' dtype.
     """
+    if len(groups) == 1:
+        matrix = khatri_rao(factors, x.dtype) if wrt_x or wrt_z else None
+        return (
+            z @ matrix.t() if wrt_x and matrix is not None else None,
+            x @ matrix if wrt_z and matrix is not None else None,
+            khatri_rao_backward(x.t() @ z, factors) if wrt_factors else None,
+        )
     *left, last = _grouped(factors, groups, x.dtype)
     rows, rank = z.shape
-    spread = _spread(z, left) if (wrt_x or wrt_factors) else []
+    spread = _spread(z, left)
     d_x = _expand_last(spread[-1], last) if wrt_x else None
-    # The explicit form needs X K for Z alone; with several groups the P_j enter ∂T/∂K_j as well.
-    summed: list[Tensor] = []
-    if wrt_z or (wrt_factors and left):
-        summed = _sum_left(_contract_last(x, last), left)
-    d_z = summed[0].view(rows, rank) if wrt_z else None
+    summed = _sum_left(_contract_last(x, last), left) if wrt_z or wrt_factors else []
+    d_z = summed[0] if wrt_z else None
     if not wrt_factors:
         return d_x, d_z, None
     grads, start = [], 0
@@ -184,12 +204,20 @@ def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Ten
     Returns:
         D tensors (m_d, R), in the factors' dtype.
     """
+    own = factors[0].dtype
+    wide = accumulate_dtype(own)
+    if d_matrix.dtype != wide:
+        d_matrix = d_matrix.to(wide)
+    grads = _factor_gradients(d_matrix, _at_least_fp32(factors))
+    return grads if own == wide else [grad.to(own) for grad in grads]
+
+
+def _factor_gradients(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The dimension tree itself, in one dtype."""
     if len(factors) == 1:
-        return [d_matrix.to(factors[0].dtype)]
-    sizes = [factor.shape[0] for factor in factors]
-    cut = min(range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:]))
-    wide = accumulate_dtype(factors[0].dtype)
-    left, right = khatri_rao(factors[:cut], wide), khatri_rao(factors[cut:], wide)
-    cube = d_matrix.to(wide).view(left.shape[0], right.shape[0], left.shape[1])
+        return [d_matrix]
+    cut = best_cut([factor.shape[0] for factor in factors])
+    left, right = khatri_rao(factors[:cut]), khatri_rao(factors[cut:])
+    cube = d_matrix.view(left.shape[0], right.shape[0], left.shape[1])
     d_left, d_right = (cube * right).sum(1), (cube * left.unsqueeze(1)).sum(0)
-    return khatri_rao_backward(d_left, factors[:cut]) + khatri_rao_backward(d_right, factors[cut:])
+    return _factor_gradients(d_left, factors[:cut]) + _factor_gradients(d_right, factors[cut:])

@@ -6,13 +6,14 @@ dimensions and the channels_last layout exists for them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from polyadic._cache import memoized
 
 Ints = tuple[int, ...]
 
@@ -114,7 +115,7 @@ class Stages:
     dense: Stage
 
 
-@functools.lru_cache(maxsize=1024)
+@memoized
 def stages(geometry: Geometry, form: str, n_kernel: int) -> Stages:
     """Split a kernel into depthwise stages.
 

@@ -1,0 +1,137 @@
+"""What a step of a plan costs: FLOPs, bytes, launches, and the seconds a machine needs for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation (or a few that belong together) of a plan.
+
+    Args:
+        name: what it computes, in the axes of the kernels.
+        kind: which rate of the machine it runs at.
+        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them.
+        nbytes: least bytes read and written.
+        launches: torch operations dispatched that touch memory or make a view.
+        rows: outer iterations of an elementwise step whose inner loop is short.
+        elements: elements of the largest tensor written.
+        padded_flops: FLOPs at the width the vector units work in; ``flops`` by default.
+        channels_last: of a convolution, the layout.
+        transposed: of a GEMM, whether its right operand is transposed in memory.
+    """
+
+    name: str
+    kind: StepKind
+    flops: int = 0
+    nbytes: int = 0
+    launches: int = 1
+    rows: int = 0
+    elements: int = 0
+    padded_flops: int = 0
+    channels_last: bool = True
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device with one dtype and thread count; seconds, bytes and FLOPs.
+
+    Args:
+        gemm: FLOP/s of a large matrix product.
+        gemm_bandwidth: bytes/s at which a thin product reads its operands.
+        gemm_bandwidth_transposed: the same with a transposed right operand.
+        vector: columns a product is padded to (the SIMD width).
+        memory_bandwidth: bytes/s of elementwise steps on tensors larger than the cache.
+        cache_bandwidth: the same where they fit.
+        cache: bytes of the cache meant.
+        launch: seconds per operation.
+        row: seconds per outer iteration of an elementwise step.
+        depthwise: FLOP/s of a depthwise convolution in channels_last.
+        depthwise_first: the same in channels_first.
+        conv: FLOP/s of a dense convolution in channels_last.
+        conv_first: the same in channels_first.
+        source: ``"built-in"`` or ``"calibrated"``.
+    """
+
+    gemm: float = 150e9
+    gemm_bandwidth: float = 26e9
+    gemm_bandwidth_transposed: float = 16e9
+    vector: int = 16
+    memory_bandwidth: float = 24e9
+    cache_bandwidth: float = 60e9
+    cache: float = 1.5e6
+    launch: float = 1.8e-6
+    row: float = 25e-9
+    depthwise: float = 30e9
+    depthwise_first: float = 2e9
+    conv: float = 120e9
+    conv_first: float = 100e9
+    source: str = "built-in"
+
+    def seconds(self, step: Step) -> float:
+        """Predicted time of one step."""
+        time = step.launches * self.launch + step.rows * self.row
+        if step.kind == "gemm":
+            thin = self.gemm_bandwidth_transposed if step.transposed else self.gemm_bandwidth
+            return time + max((step.padded_flops or step.flops) / self.gemm, step.nbytes / thin)
+        fits = step.nbytes <= self.cache
+        streamed = step.nbytes / (self.cache_bandwidth if fits else self.memory_bandwidth)
+        if step.kind == "depthwise":
+            rate = self.depthwise if step.channels_last else self.depthwise_first
+            return time + max(step.flops / rate, streamed)
+        if step.kind == "conv":
+            rate = self.conv if step.channels_last else self.conv_first
+            return time + max(step.flops / rate, streamed)
+        return time + streamed
+
+    def total(self, steps: Iterable[Step]) -> float:
+        """Predicted time of steps one after the other."""
+        return sum(map(self.seconds, steps))
+
+
+CPU_THREAD = Machine()
+# An accelerator's rates are orders of magnitude, enough to weigh launches against work; measured
+# ones come from ``polyadic.calibrate(device="cuda")``.
+ACCELERATOR = Machine(
+    gemm=40e12,
+    gemm_bandwidth=1.5e12,
+    gemm_bandwidth_transposed=1.5e12,
+    memory_bandwidth=1.5e12,
+    cache_bandwidth=3e12,
+    cache=40e6,
+    launch=6e-6,
+    row=0.0,
+    depthwise=2e12,
+    depthwise_first=2e12,
+    conv=30e12,
+    conv_first=30e12,
+)
+_RATES = (
+    "gemm", "gemm_bandwidth", "gemm_bandwidth_transposed", "memory_bandwidth", "cache_bandwidth",
+    "depthwise", "depthwise_first", "conv", "conv_first",
+)  # fmt: skip
+_COMPUTE = ("gemm", "depthwise", "depthwise_first", "conv", "conv_first")
+
+
+@functools.lru_cache(maxsize=64)
+def built_in(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
+    """Built-in numbers for a device type and dtype: one thread's, scaled where it is a CPU."""
+    base = CPU_THREAD if device_type == "cpu" else ACCELERATOR
+    scaled = {name: getattr(base, name) for name in _RATES}
+    if device_type == "cpu":
+        for name in _RATES:
+            # Memory channels are shared: beyond a few threads bandwidth no longer grows.
+            scaled[name] *= threads if name in _COMPUTE else min(threads, 4)
+    for name in _COMPUTE:
+        scaled[name] *= {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1)
+    fields = {**base.__dict__, **scaled}
+    return Machine(**fields)

@@ -1,0 +1,198 @@
+"""The steps of a linear plan, with their costs: a mirror of ``kernels.linear`` on sizes alone.
+
+``tests/test_cost.py`` holds the mirror against the kernels: FLOPs equal what torch counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from polyadic._cost import Step
+from polyadic._format import LinearFormat, Shape
+from polyadic._plan import Groups, LinearPlan, LinearRoute
+from polyadic.kernels.modes import best_cut
+
+
+def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
+    """The mode sizes of each group."""
+    pieces, start = [], 0
+    for length in groups:
+        pieces.append(tuple(sizes[start : start + length]))
+        start += length
+    return pieces
+
+
+def gemm(
+    name: str, m: int, k: int, n: int, item: int, *, vector: int = 16, transposed: bool = False
+) -> Step:
+    """(m, k) @ (k, n)."""
+    padded = -(-n // vector) * vector
+    return Step(
+        name, "gemm", 2 * m * k * n, item * (m * k + k * n + m * n), 1,
+        elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed,
+    )  # fmt: skip
+
+
+def khatri_rao_steps(name: str, sizes: Sequence[int], rank: int, item: int) -> list[Step]:
+    """The products that build (Π sizes, R); none for one factor."""
+    steps, rows = [], sizes[0]
+    for size in sizes[1:]:
+        elements = rows * size * rank
+        # The product is written once; its two small operands come from the cache.
+        steps.append(
+            Step(name, "stream", 0, item * elements, 2, rows=_short(rows, size * rank), elements=elements)
+        )
+        rows *= size
+    return steps
+
+
+def _short(rows: int, inner: int) -> int:
+    """Outer iterations that cost something of their own: those over a short inner loop."""
+    return rows if inner < 2048 else 0
+
+
+def khatri_rao_backward_steps(name: str, sizes: Sequence[int], rank: int, item: int) -> list[Step]:
+    """The dimension tree of MTTKRPs."""
+    if len(sizes) == 1:
+        return []
+    cut = best_cut(sizes)
+    left, right = math.prod(sizes[:cut]), math.prod(sizes[cut:])
+    elements = left * right * rank
+    steps = [
+        *khatri_rao_steps(name, sizes[:cut], rank, item),
+        *khatri_rao_steps(name, sizes[cut:], rank, item),
+        Step(f"{name} left half", "stream", 0, 4 * item * elements, 3, rows=left, elements=elements),
+        Step(f"{name} right half", "stream", 0, 4 * item * elements, 3, elements=elements),
+    ]
+    for half in (sizes[:cut], sizes[cut:]):
+        steps += khatri_rao_backward_steps(name, half, rank, item)
+    return steps
+
+
+def contract_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) -> list[Step]:
+    """Z = X K."""
+    pieces = grouped(sizes, groups)
+    steps = [s for piece in pieces for s in khatri_rao_steps("Khatri-Rao", piece, rank, item)]
+    return steps + _sum_right(rows, pieces, rank, item)
+
+
+def _sum_right(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
+    outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
+    steps = [gemm("X K, last group", rows * outer, last, rank, item)]
+    for piece in reversed(pieces[:-1]):
+        group = math.prod(piece)
+        elements = rows * outer * rank
+        outer //= group
+        steps.append(
+            Step("weighted sum over a group", "stream", 0, 4 * item * elements, 3,
+                 rows=rows * outer, elements=elements)
+        )  # fmt: skip
+    return steps
+
+
+def spread_steps(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
+    """Q: Z multiplied by all groups but the last."""
+    steps, outer = [], 1
+    for piece in pieces[:-1]:
+        before, outer = outer, outer * math.prod(piece)
+        elements = rows * outer * rank
+        steps.append(
+            Step("spread over a group", "stream", 0, 2 * item * elements, 3,
+                 rows=rows * before, elements=elements)
+        )  # fmt: skip
+    return steps
+
+
+def expand_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) -> list[Step]:
+    """X = Z Kᵀ."""
+    pieces = grouped(sizes, groups)
+    steps = [s for piece in pieces for s in khatri_rao_steps("Khatri-Rao", piece, rank, item)]
+    outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
+    steps += spread_steps(rows, pieces, rank, item)
+    return [*steps, gemm("Z K^T, last group", rows * outer, rank, last, item, transposed=True)]
+
+
+def partials_steps(
+    rows: int, sizes: Shape, rank: int, groups: Groups, item: int, *, wrt_x: bool, wrt_z: bool
+) -> list[Step]:
+    """Gradients of one side: of its factors and of X or Z."""
+    pieces = grouped(sizes, groups)
+    outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
+    steps = [s for piece in pieces for s in khatri_rao_steps("Khatri-Rao", piece, rank, item)]
+    steps += spread_steps(rows, pieces, rank, item)
+    if wrt_x:
+        steps.append(gemm("dX = Q K^T", rows * outer, rank, last, item, transposed=True))
+    if wrt_z or len(groups) > 1:
+        steps += _sum_right(rows, pieces, rank, item)
+    before = 1
+    for piece in pieces[:-1]:
+        elements = rows * before * math.prod(piece) * rank
+        steps.append(
+            Step("dK of a group", "stream", 0, 4 * item * elements, 3, rows=rows * before, elements=elements)
+        )
+        steps += khatri_rao_backward_steps("MTTKRP", piece, rank, item)
+        before *= math.prod(piece)
+    steps.append(gemm("dK of the last group", last, rows * outer, rank, item))
+    return steps + khatri_rao_backward_steps("MTTKRP", pieces[-1], rank, item)
+
+
+def forward_steps(fmt: LinearFormat, rows: int, route: LinearRoute, item: int) -> list[Step]:
+    """Y = X W by one route."""
+    if route.kind == "dense":
+        return [
+            *_both_khatri_rao(fmt, item),
+            gemm("W = KA KC^T", fmt.in_features, fmt.rank, fmt.out_features, item, transposed=True),
+            gemm("Y = X W", rows, fmt.in_features, fmt.out_features, item),
+        ]
+    return [
+        *contract_steps(rows, fmt.in_shape, fmt.rank, route.in_groups, item),
+        *expand_steps(rows, fmt.out_shape, fmt.rank, route.out_groups, item),
+    ]
+
+
+def backward_steps(
+    fmt: LinearFormat, rows: int, route: LinearRoute, item: int, *, kept: bool
+) -> list[Step]:
+    """All gradients by one route; Z recomputed where it is not kept."""
+    m, n, r = fmt.in_features, fmt.out_features, fmt.rank
+    if route.kind == "dense":
+        return [
+            *_both_khatri_rao(fmt, item),
+            gemm("W^T = KC KA^T", n, r, m, item, transposed=True),
+            gemm("dX = dY W^T", rows, n, m, item),
+            gemm("dW = X^T dY", m, rows, n, item),
+            gemm("dKA = dW KC", m, n, r, item),
+            gemm("dKC = dW^T KA", n, m, r, item),
+            *khatri_rao_backward_steps("MTTKRP in", fmt.in_shape, r, item),
+            *khatri_rao_backward_steps("MTTKRP out", fmt.out_shape, r, item),
+        ]
+    again = [] if kept else contract_steps(rows, fmt.in_shape, r, route.in_groups, item)
+    return [
+        *again,
+        *partials_steps(rows, fmt.out_shape, r, route.out_groups, item, wrt_x=False, wrt_z=True),
+        *partials_steps(rows, fmt.in_shape, r, route.in_groups, item, wrt_x=True, wrt_z=False),
+    ]
+
+
+def _both_khatri_rao(fmt: LinearFormat, item: int) -> Iterable[Step]:
+    yield from khatri_rao_steps("KA", fmt.in_shape, fmt.rank, item)
+    yield from khatri_rao_steps("KC", fmt.out_shape, fmt.rank, item)
+
+
+def plan_steps(
+    fmt: LinearFormat, rows: int, plan: LinearPlan, item: int, *, training: bool
+) -> tuple[list[Step], list[Step]]:
+    """Forward and (if training) backward steps of a plan."""
+    forward = forward_steps(fmt, rows, plan.forward, item)
+    kept = plan.keep and plan.forward.kind == "factorized"
+    return forward, backward_steps(fmt, rows, plan.backward, item, kept=kept) if training else []
+
+
+def dense_steps(fmt: LinearFormat, rows: int, item: int, *, training: bool) -> list[Step]:
+    """What a dense linear layer does: one GEMM forward, two backward."""
+    m, n = fmt.in_features, fmt.out_features
+    steps = [gemm("Y = X W", rows, m, n, item, transposed=True)]
+    if training:
+        steps += [gemm("dX = dY W^T", rows, n, m, item), gemm("dW = X^T dY", m, rows, n, item)]
+    return steps
