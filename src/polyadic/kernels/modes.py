@@ -114,7 +114,9 @@ def _spread(z: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
     """Multiply the groups in left to right: (B, R) → [(B, 1, R), (B, g_1, R), …, (B, L, R)]."""
     spread = [z.unsqueeze(1)]
     for matrix in left:
-        spread.append((spread[-1].unsqueeze(2) * matrix).flatten(1, 2))
+        product = spread[-1].unsqueeze(2) * matrix
+        rows, outer, group, rank = product.shape
+        spread.append(product.reshape(rows, outer * group, rank))
     return spread
 
 
@@ -132,8 +134,8 @@ def expand(
 
 def _expand_last(spread: Tensor, last: Tensor) -> Tensor:
     """X[b, l, g] = Σ_r Q[b, l, r] K[g, r]: (B, L, R) → (B, M)."""
-    rows, outer, _ = spread.shape
-    return (spread.flatten(0, 1) @ last.t()).view(rows, outer * last.shape[0])
+    rows, outer, rank = spread.shape
+    return (spread.reshape(rows * outer, rank) @ last.t()).view(rows, outer * last.shape[0])
 
 
 def partials(
@@ -181,7 +183,8 @@ def partials(
     for j, length in enumerate(groups):
         if j == len(left):
             width = last.shape[0]
-            d_matrix = x.reshape(rows * (x.shape[1] // width), width).t() @ spread[j].flatten(0, 1)
+            tall = x.reshape(rows * (x.shape[1] // width), width)
+            d_matrix = tall.t() @ spread[j].reshape(-1, rank)
         else:
             outer, group = spread[j].shape[1], left[j].shape[0]
             p = summed[j + 1].view(rows, outer, group, rank)
