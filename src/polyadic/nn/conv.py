@@ -1,4 +1,4 @@
-"""Layers whose weight is a CP tensor. They own parameters; the arithmetic is in ``functional``."""
+"""Convolution layers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyadic import functional
 from polyadic._check import geometry
 from polyadic._check import memory as check_memory
 from polyadic._format import (
     ConvFormat,
-    LinearFormat,
     Shape,
     factored_shape,
     mode_sizes,
@@ -23,155 +22,10 @@ from polyadic._format import (
     tensorize,
 )
 from polyadic._plan import Memory
-from polyadic.init import torch_bias_, torch_std
-from polyadic.tensor import CPTensor
-
-__all__ = ["CPConv1d", "CPConv2d", "CPConv3d", "CPLinear"]
-
-Rank = int | float | str
+from polyadic.nn._layer import CPLayer, Rank
 
 
-class _CPLayer(nn.Module):
-    """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
-
-    cp: CPTensor
-    bias: nn.Parameter | None
-    memory: Memory
-
-    def _own(
-        self,
-        tensorized_shape: Sequence[Shape],
-        rank: int,
-        bias: int | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """Create the parameters and fill them; ``bias`` is its length, or None."""
-        self.cp = CPTensor(tensorized_shape, rank, device=device, dtype=dtype)
-        values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
-        self.register_parameter("bias", None if values is None else nn.Parameter(values))
-        self.reset_parameters()
-
-    def _fan_in(self) -> int:
-        raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Draw factors and bias anew with the output variance of the torch layer replaced.
-
-        For inputs of independent entries with mean square q, Var(y) = fan_in · Var(W) · q + Var(b).
-        torch draws W from U(−1/√fan_in, 1/√fan_in), so Var(W) = 1/(3 fan_in); the factors are drawn
-        such that the entries of their CP tensor have that very variance
-        (``polyadic.init.cp_orthonormal_``), and the bias as torch draws it.
-        """
-        fan_in = self._fan_in()
-        self.cp.reset_parameters(torch_std(fan_in))
-        if self.bias is not None:
-            torch_bias_(self.bias, fan_in)
-
-    @property
-    def rank(self) -> int:
-        """R, the number of rank-one components."""
-        return self.cp.rank
-
-    def _ratio(self) -> str:
-        own, dense = sum(f.numel() for f in self.cp.factors), math.prod(self.cp.shape)
-        return f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
-
-
-class CPLinear(_CPLayer):
-    """Linear layer y = x Wᵀ + b whose weight is in CP format and never built.
-
-    Stands in for ``torch.nn.Linear``. Forward and backward are products with the Khatri-Rao
-    products of the factors (see ``polyadic.functional.cp_linear``), 3·2·B·R·(M+N) FLOPs a training
-    step against 3·2·B·M·N.
-
-    Args:
-        in_features: M.
-        out_features: N.
-        bias: own a bias (N,).
-        rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
-            ``"break-even"``, the largest rank whose FLOPs do not exceed the dense layer's.
-        order: D, modes per side, where ``in_shape`` or ``out_shape`` are not given.
-        in_shape: in modes with product M; ``polyadic.tensorize`` by default.
-        out_shape: out modes with product N; may differ in number from the in modes.
-        memory: what may be kept for the backward: ``"fast"``, ``"balanced"`` or ``"least"``.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Attributes:
-        cp: the ``CPTensor`` of shape (M, N) with tensorized shape (in_shape, out_shape).
-        bias: (N,) or None.
-
-    Shape:
-        (..., M) → (..., N).
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: a size, the rank or a shape does not fit.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: Rank,
-        order: int = 3,
-        in_shape: Sequence[int] | None = None,
-        out_shape: Sequence[int] | None = None,
-        memory: Memory = "balanced",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features = positive_int(in_features, "in_features")
-        self.out_features = positive_int(out_features, "out_features")
-        default_in, default_out = tensorize(in_features, out_features, order)
-        self.in_shape = factored_shape(in_shape, self.in_features, default_in, "in_shape")
-        self.out_shape = factored_shape(out_shape, self.out_features, default_out, "out_shape")
-        self.memory = check_memory(memory)
-        resolved = resolve_rank(rank, LinearFormat(self.in_shape, self.out_shape, 1))
-        self._own(
-            (self.in_shape, self.out_shape), resolved, self.out_features if bias else None,
-            device, dtype,
-        )  # fmt: skip
-
-    def _fan_in(self) -> int:
-        return self.in_features
-
-    @property
-    def in_factors(self) -> tuple[Tensor, ...]:
-        """D tensors (m_d, R)."""
-        return self.cp.factor_groups()[0]
-
-    @property
-    def out_factors(self) -> tuple[Tensor, ...]:
-        """D tensors (n_d, R)."""
-        return self.cp.factor_groups()[1]
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (N, M) in torch's layout, built anew at each access; read-only."""
-        return self.cp.to_matrix().t()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., M) → (..., N)."""
-        in_factors, out_factors = self.cp.factor_groups()
-        return functional.cp_linear(
-            x, in_factors, out_factors, self.bias, weights=self.cp.weights, memory=self.memory
-        )
-
-    def extra_repr(self) -> str:
-        """Shapes, rank and parameter ratio."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, in_shape={self.in_shape}, "
-            f"out_shape={self.out_shape}, {self._ratio()}"
-        )
-
-
-class _CPConv(_CPLayer):
+class _CPConv(CPLayer):
     """Convolution with a kernel in CP format; subclasses fix the number of spatial dimensions."""
 
     _dims: int

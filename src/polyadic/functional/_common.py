@@ -1,0 +1,29 @@
+"""What the functions of every layer share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyadic import _check
+
+
+def nbytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype autocast asks for on x's device, None where it is off or x is float64."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+
+
+def gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    _check.same_place(grad_y, x, "grad_y")
+    if grad_y.shape != shape:
+        raise ValueError(f"grad_y must have the output's shape {shape}, got {tuple(grad_y.shape)}")

@@ -1,0 +1,225 @@
+"""CP convolutions: validate, plan, run; and the explicit pair of forward and backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from polyadic import _check
+from polyadic._autograd import run
+from polyadic._format import ConvFormat
+from polyadic._plan import ConvPlan, Memory
+from polyadic._planner import plan_conv
+from polyadic.functional._common import autocast_dtype, gradient_like, nbytes
+from polyadic.kernels.conv import ConvMap
+from polyadic.kernels.stages import Geometry
+
+
+@dataclass(frozen=True)
+class ConvSaved:
+    """What ``cp_conv_forward`` hands to ``cp_conv_backward``.
+
+    Attributes:
+        x: the input (B, Cin, *S) or (Cin, *S) as it was given.
+        kept: intermediates the plan keeps: the in-projection Z1 (B, R, *S), the depthwise
+            result Z2 (B, R, *S'), or fewer.
+        out_factors: (n_d, R) each.
+        in_factors: (m_d, R) each.
+        kernel_factors: (k_i, R) each.
+        weights: λ (R,) or None.
+        geometry: kernel size, stride, padding and dilation.
+        plan: the plan the forward followed and the backward will.
+    """
+
+    x: Tensor
+    kept: tuple[Tensor, ...]
+    out_factors: tuple[Tensor, ...]
+    in_factors: tuple[Tensor, ...]
+    kernel_factors: tuple[Tensor, ...]
+    weights: Tensor | None
+    geometry: Geometry
+    plan: ConvPlan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: input, intermediates and factors."""
+        factors = [*self.out_factors, *self.in_factors, *self.kernel_factors]
+        return nbytes([self.x, *self.kept, *factors, self.weights])
+
+
+def _conv(
+    x: Tensor,
+    groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    weights: Tensor | None,
+    where: tuple[Any, Any, Any],
+    plan: ConvPlan | None,
+    memory: Memory,
+    cast: bool,
+) -> tuple[ConvFormat, ConvSaved]:
+    """Validate the arguments of a convolution and settle its plan; nothing is kept yet."""
+    outs = _check.factor_group(groups[0], "out_factors")
+    ins = _check.factor_group(groups[1], "in_factors")
+    kernels = _check.factor_group(groups[2], "kernel_factors")
+    if len(kernels) > 3:
+        raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
+    out_shape, in_shape, kernel_size, (rank,) = _check.ranked(
+        weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
+    )
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank)
+    _check.same_place(x, ins[0], "x", cast=cast)
+    geometry = _check.geometry(kernel_size, *where)
+    _check.conv_input(x, fmt, geometry)
+    memory = _check.memory(memory)
+    plan = plan_conv(fmt, geometry, x, memory) if plan is None else _check.conv_plan(plan)
+    return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan)
+
+
+def _conv_map(saved: ConvSaved) -> tuple[ConvMap, list[Tensor]]:
+    """The map a plan stands for and its factors, λ as one more kernel factor."""
+    scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
+    factors = [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
+    n_out, n_in = len(saved.out_factors), len(saved.in_factors)
+    return ConvMap(saved.plan, saved.geometry, n_out, n_in), factors
+
+
+def cp_conv(
+    x: Tensor,
+    out_factors: Sequence[Tensor],
+    in_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    plan: ConvPlan | None = None,
+    memory: Memory = "balanced",
+) -> Tensor:
+    """1-, 2- or 3-D convolution by a kernel in CP format, without building the kernel.
+
+    As many spatial dimensions as there are kernel factors; a cross-correlation as in torch.
+
+    Args:
+        x: (B, Cin, *S) or (Cin, *S), floating point.
+        out_factors: tensors (n_d, R) with Π n_d = Cout.
+        in_factors: tensors (m_d, R) with Π m_d = Cin.
+        kernel_factors: one tensor (k_i, R) per spatial dimension.
+        bias: (Cout,) or None.
+        weights: λ (R,) or None for ones.
+        stride: int or one per spatial dimension.
+        padding: zeros on both sides; int, one per dimension, ``"same"`` (stride 1) or ``"valid"``.
+        dilation: int or one per spatial dimension.
+        plan: a ConvPlan to obey; None lets the planner choose.
+        memory: ``"fast"`` (keeps x and two R-channel maps), ``"balanced"`` (x and one) or
+            ``"least"`` (x alone); a given plan says itself what is kept.
+
+    Returns:
+        (B, Cout, *S') or (Cout, *S'), in x's dtype (under autocast in autocast's); in
+        channels_last strides where the plan computes in that layout.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
+        ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
+    """
+    cast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    where = (stride, padding, dilation)
+    fmt, saved = _conv(
+        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory, cast is not None
+    )
+    _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
+    if cast is not None:
+        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    layer_map, factors = _conv_map(saved)
+    if x.dim() == len(fmt.kernel_size) + 2:
+        return run(layer_map, x, bias, factors)
+    return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)
+
+
+def cp_conv_forward(
+    x: Tensor,
+    out_factors: Sequence[Tensor],
+    in_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    *,
+    weights: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    plan: ConvPlan | None = None,
+) -> tuple[Tensor, ConvSaved]:
+    """Forward of ``cp_conv`` and what its backward needs, without autograd.
+
+    Args:
+        x: (B, Cin, *S) or (Cin, *S).
+        out_factors: tensors (n_d, R).
+        in_factors: tensors (m_d, R).
+        kernel_factors: one tensor (k_i, R) per spatial dimension.
+        weights: λ (R,) or None.
+        stride: as in ``cp_conv``.
+        padding: as in ``cp_conv``.
+        dilation: as in ``cp_conv``.
+        plan: a ConvPlan to obey; None lets the planner choose.
+
+    Returns:
+        y (B, Cout, *S') or (Cout, *S') and the saved structure.
+
+    Raises:
+        TypeError: see ``cp_conv``.
+        ValueError: see ``cp_conv``.
+    """
+    where = (stride, padding, dilation)
+    groups = (out_factors, in_factors, kernel_factors)
+    fmt, saved = _conv(x, groups, weights, where, plan, "balanced", False)
+    batched = x.dim() == len(fmt.kernel_size) + 2
+    layer_map, factors = _conv_map(saved)
+    y, kept = layer_map.forward(x if batched else x.unsqueeze(0), None, factors)
+    return y if batched else y.squeeze(0), dataclasses.replace(saved, kept=kept)
+
+
+def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
+    """Closed-form backward of ``cp_conv_forward``.
+
+    The out-projection's and in-projection's gradients are GEMMs with KC and KA as in the linear
+    map, with the positions as rows; between them stands the depthwise convolution's backward.
+
+    Args:
+        grad_y: (B, Cout, *S') or (Cout, *S'), the gradient of the output.
+        saved: what the forward returned.
+
+    Returns:
+        ``(grad_x, grad_out_factors, grad_in_factors, grad_kernel_factors)``, the latter three
+        lists of tensors shaped as the factors; with weights also ``grad_weights`` (R,).
+
+    Raises:
+        TypeError: ``saved`` is not a ConvSaved, or the dtype differs from x's.
+        ValueError: ``grad_y`` has another shape than the output.
+    """
+    if not isinstance(saved, ConvSaved):
+        raise TypeError(f"saved must come from cp_conv_forward, got {type(saved).__name__}")
+    dims = len(saved.kernel_factors)
+    out_channels = math.prod([f.shape[0] for f in saved.out_factors])
+    lead, size = saved.x.shape[: -dims - 1], saved.geometry.output_size(saved.x.shape[-dims:])
+    gradient_like(grad_y, saved.x, (*lead, out_channels, *size))
+    batched = bool(lead)
+    x = saved.x if batched else saved.x.unsqueeze(0)
+    grad = grad_y if batched else grad_y.unsqueeze(0)
+    layer_map, factors = _conv_map(saved)
+    needs = (True,) * (1 + len(factors))
+    grad_x, grads = layer_map.backward(grad, x, saved.kept, factors, needs)
+    assert grad_x is not None
+    n_out, n_in = len(saved.out_factors), len(saved.in_factors)
+    kernel = grads[n_out + n_in :]
+    scale = [] if saved.weights is None else [kernel.pop(0)]
+    return (
+        grad_x if batched else grad_x.squeeze(0),
+        grads[:n_out],
+        grads[n_out : n_out + n_in],
+        kernel,
+        *(g.squeeze(0) for g in scale if g is not None),
+    )

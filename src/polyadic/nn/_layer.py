@@ -1,0 +1,63 @@
+"""What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from polyadic._format import Shape
+from polyadic._plan import Memory
+from polyadic.init import torch_bias_, torch_std
+from polyadic.tensor import CPTensor
+
+Rank = int | float | str
+
+
+class CPLayer(nn.Module):
+    """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
+
+    cp: CPTensor
+    bias: nn.Parameter | None
+    memory: Memory
+
+    def _own(
+        self,
+        tensorized_shape: Sequence[Shape],
+        rank: int,
+        bias: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Create the parameters and fill them; ``bias`` is its length, or None."""
+        self.cp = CPTensor(tensorized_shape, rank, device=device, dtype=dtype)
+        values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+        self.reset_parameters()
+
+    def _fan_in(self) -> int:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw factors and bias anew with the output variance of the torch layer replaced.
+
+        For inputs of independent entries with mean square q, Var(y) = fan_in · Var(W) · q + Var(b).
+        torch draws W from U(−1/√fan_in, 1/√fan_in), so Var(W) = 1/(3 fan_in); the factors are drawn
+        such that the entries of their CP tensor have that very variance
+        (``polyadic.init.cp_orthonormal_``), and the bias as torch draws it.
+        """
+        fan_in = self._fan_in()
+        self.cp.reset_parameters(torch_std(fan_in))
+        if self.bias is not None:
+            torch_bias_(self.bias, fan_in)
+
+    @property
+    def rank(self) -> int:
+        """R, the number of rank-one components."""
+        return self.cp.rank
+
+    def _ratio(self) -> str:
+        own, dense = sum(f.numel() for f in self.cp.factors), math.prod(self.cp.shape)
+        return f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
