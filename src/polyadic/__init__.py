@@ -1,21 +1,31 @@
 """CP-factorized layers for PyTorch whose forward and backward stay factorized."""
 
 from polyadic import functional, init, nn, reference
-from polyadic._format import tensorize
+from polyadic._format import ConvFormat, LinearFormat, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.calibrate import calibrate
+from polyadic.explain import Explanation, explain
+from polyadic.freeze import freeze, unfreeze
 from polyadic.tensor import CPTensor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CPTensor",
+    "ConvFormat",
     "ConvPlan",
     "ConvRoute",
+    "Explanation",
+    "LinearFormat",
     "LinearPlan",
     "LinearRoute",
+    "calibrate",
+    "explain",
+    "freeze",
     "functional",
     "init",
     "nn",
     "reference",
     "tensorize",
+    "unfreeze",
 ]

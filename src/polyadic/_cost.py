@@ -59,22 +59,26 @@ class Machine:
         depthwise_first: the same in channels_first.
         conv: FLOP/s of a dense convolution in channels_last.
         conv_first: the same in channels_first.
+        call: seconds a CP layer's call costs beside its operations, per pass.
+        dense_call: the same of a torch layer.
         source: ``"built-in"`` or ``"calibrated"``.
     """
 
     gemm: float = 150e9
-    gemm_bandwidth: float = 26e9
-    gemm_bandwidth_transposed: float = 16e9
+    gemm_bandwidth: float = 24e9
+    gemm_bandwidth_transposed: float = 15e9
     vector: int = 16
-    memory_bandwidth: float = 24e9
-    cache_bandwidth: float = 60e9
+    memory_bandwidth: float = 30e9
+    cache_bandwidth: float = 70e9
     cache: float = 1.5e6
-    launch: float = 1.8e-6
+    launch: float = 1.5e-6
     row: float = 25e-9
-    depthwise: float = 30e9
-    depthwise_first: float = 2e9
-    conv: float = 120e9
-    conv_first: float = 100e9
+    depthwise: float = 40e9
+    depthwise_first: float = 8e9
+    conv: float = 150e9
+    conv_first: float = 140e9
+    call: float = 80e-6
+    dense_call: float = 20e-6
     source: str = "built-in"
 
     def seconds(self, step: Step) -> float:

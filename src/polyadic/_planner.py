@@ -67,17 +67,25 @@ def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearP
     return [LinearPlan(route, route, keep) for route in routes]
 
 
+def _known(*sizes: int) -> bool:
+    """Whether torch.compile knows all sizes as constants."""
+    known = True
+    for size in sizes:
+        known = known and has_static_value(size)
+    return known
+
+
 def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory) -> LinearPlan:
     """The plan for x (..., M); one for all batch sizes where the batch is symbolic."""
     shape = tuple(x.shape[:-1])
     if not torch.compiler.is_compiling():
         return choose_linear(fmt, bucket(math.prod(shape)), x.dtype, x.device.type, memory)
     modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
-    if not all([has_static_value(size) for size in modes]):
+    if not _known(*modes):
         route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
         return LinearPlan(route, route, memory != "least")
     rows = UNKNOWN_BATCH
-    if all([has_static_value(size) for size in shape]):
+    if _known(*shape):
         rows = bucket(math.prod(shape))
     plan: LinearPlan = _constant_linear(
         fmt.in_shape, fmt.out_shape, fmt.rank, rows, x.dtype, x.device.type, memory
@@ -187,7 +195,7 @@ def plan_conv(fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory) ->
     batch = x.shape[0] if x.dim() == dims + 2 else 1
     if torch.compiler.is_compiling():
         every = (*fmt.out_shape, *fmt.in_shape, *fmt.kernel_size, fmt.rank, *size)
-        if not all([has_static_value(n) for n in every]):
+        if not _known(*every):
             return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
         batch = bucket(batch) if has_static_value(batch) else 8
         plan: ConvPlan = _constant_conv(

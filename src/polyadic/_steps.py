@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
@@ -41,7 +42,15 @@ def khatri_rao_steps(name: str, sizes: Sequence[int], rank: int, item: int) -> l
         elements = rows * size * rank
         # The product is written once; its two small operands come from the cache.
         steps.append(
-            Step(name, "stream", 0, item * elements, 2, rows=_short(rows, size * rank), elements=elements)
+            Step(
+                name,
+                "stream",
+                0,
+                item * elements,
+                2,
+                rows=_short(rows, size * rank),
+                elements=elements,
+            )
         )
         rows *= size
     return steps
@@ -62,7 +71,9 @@ def khatri_rao_backward_steps(name: str, sizes: Sequence[int], rank: int, item: 
     steps = [
         *khatri_rao_steps(name, sizes[:cut], rank, item),
         *khatri_rao_steps(name, sizes[cut:], rank, item),
-        Step(f"{name} left half", "stream", 0, 4 * item * elements, 3, rows=left, elements=elements),
+        Step(
+            f"{name} left half", "stream", 0, 4 * item * elements, 3, rows=left, elements=elements
+        ),
         Step(f"{name} right half", "stream", 0, 4 * item * elements, 3, elements=elements),
     ]
     for half in (sizes[:cut], sizes[cut:]):
@@ -129,7 +140,15 @@ def partials_steps(
     for piece in pieces[:-1]:
         elements = rows * before * math.prod(piece) * rank
         steps.append(
-            Step("dK of a group", "stream", 0, 4 * item * elements, 3, rows=rows * before, elements=elements)
+            Step(
+                "dK of a group",
+                "stream",
+                0,
+                4 * item * elements,
+                3,
+                rows=rows * before,
+                elements=elements,
+            )
         )
         steps += khatri_rao_backward_steps("MTTKRP", piece, rank, item)
         before *= math.prod(piece)
@@ -146,9 +165,14 @@ def forward_steps(fmt: LinearFormat, rows: int, route: LinearRoute, item: int) -
             gemm("Y = X W", rows, fmt.in_features, fmt.out_features, item),
         ]
     return [
-        *contract_steps(rows, fmt.in_shape, fmt.rank, route.in_groups, item),
-        *expand_steps(rows, fmt.out_shape, fmt.rank, route.out_groups, item),
+        *_side("in", contract_steps(rows, fmt.in_shape, fmt.rank, route.in_groups, item)),
+        *_side("out", expand_steps(rows, fmt.out_shape, fmt.rank, route.out_groups, item)),
     ]
+
+
+def _side(side: str, steps: Iterable[Step]) -> list[Step]:
+    """The same steps, named by the side they work on."""
+    return [dataclasses.replace(step, name=f"{side}: {step.name}") for step in steps]
 
 
 def backward_steps(
@@ -168,11 +192,9 @@ def backward_steps(
             *khatri_rao_backward_steps("MTTKRP out", fmt.out_shape, r, item),
         ]
     again = [] if kept else contract_steps(rows, fmt.in_shape, r, route.in_groups, item)
-    return [
-        *again,
-        *partials_steps(rows, fmt.out_shape, r, route.out_groups, item, wrt_x=False, wrt_z=True),
-        *partials_steps(rows, fmt.in_shape, r, route.in_groups, item, wrt_x=True, wrt_z=False),
-    ]
+    outs = partials_steps(rows, fmt.out_shape, r, route.out_groups, item, wrt_x=False, wrt_z=True)
+    ins = partials_steps(rows, fmt.in_shape, r, route.in_groups, item, wrt_x=True, wrt_z=False)
+    return [*_side("again in", again), *_side("out", outs), *_side("in", ins)]
 
 
 def _both_khatri_rao(fmt: LinearFormat, item: int) -> Iterable[Step]:

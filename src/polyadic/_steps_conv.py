@@ -75,11 +75,12 @@ def conv_forward_steps(
         steps += _kernel_steps(fmt, item)
         if route.layout == "channels_last" and not channels_last:
             steps.append(_layout("X", c, positions, item))
-        return [*steps, _dense_conv("dense convolution", fmt, positions, out_positions, item, route)]
+        return [
+            *steps,
+            _dense_conv("dense convolution", fmt, positions, out_positions, item, route),
+        ]
     sizes = _sizes(plan, size)
     taken = batch * math.prod(sizes[0])
-    if route.layout == "channels_last" and not channels_last:
-        steps.append(_layout("X", c, taken, item))
     steps += khatri_rao_steps("KA", _inner(fmt, plan), r, item)
     steps.append(_project("Z1 = X KA", taken, c, r, item))
     for stage, before, after in zip(plan.depthwise, sizes, sizes[1:], strict=False):
@@ -119,15 +120,15 @@ def conv_backward_steps(
         return steps + khatri_rao_backward_steps("MTTKRP in", inner, r, item)
     sizes = _sizes(plan, size)
     taken = batch * math.prod(sizes[0])
-    if route.layout == "channels_last" and not channels_last:
-        steps.append(_layout("X", c, taken, item))
     steps += khatri_rao_steps("KA", _inner(fmt, plan), r, item)
     steps += khatri_rao_steps("KC", fmt.out_shape, r, item)
     if not kept:
         steps.append(_project("Z1 = X KA again", taken, c, r, item))
     again = plan.depthwise if kept < 2 else plan.depthwise[:-1]
     for stage, before, after in zip(again, sizes, sizes[1:], strict=False):
-        steps.append(_depthwise(stage, r, batch, before, after, route, item, name="depthwise again"))
+        steps.append(
+            _depthwise(stage, r, batch, before, after, route, item, name="depthwise again")
+        )
     steps += [
         gemm("dKC = dY Z2", n, out_positions, r, item),
         *khatri_rao_backward_steps("MTTKRP out", fmt.out_shape, r, item),

@@ -23,35 +23,44 @@ from polyadic.kernels.modes import khatri_rao, khatri_rao_backward
 from polyadic.kernels.stages import Geometry, Ints, Stage, Stages, stages
 
 
+def _is_rows(x: Tensor) -> bool:
+    """Whether the channels are innermost, so that positions are rows of a matrix."""
+    return x.stride(1) == 1
+
+
 def _rows(x: Tensor) -> Tensor:
-    """(b, c, *s) → (b·s, c); a view where x is channels_last."""
-    return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
-
-
-def _columns(x: Tensor) -> Tensor:
-    """(b, c, *s) → (b, c, s); a view where x is channels_first."""
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+    """(b, c, *s) → (b·s, c); a view where the channels are innermost."""
+    return x.movedim(1, -1).flatten(0, -2)
 
 
 def _volume(rows: Tensor, like: Tensor) -> Tensor:
-    """(b·s, r) → (b, r, *s) in channels_last strides, b and s those of ``like``."""
-    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).movedim(-1, 1)
+    """(b·s, r) or (b, s, r) → (b, r, *s) with channels innermost, b and s those of ``like``."""
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
 
 
 def _project(x: Tensor, matrix: Tensor, layout: str, bias: Tensor | None = None) -> Tensor:
-    """Contract the channels: (b, c, *s) with (c, r) → (b, r, *s)."""
-    if layout == "channels_last":
+    """Contract the channels: (b, c, *s) with (c, r) → (b, r, *s), in the layout asked for.
+
+    To channels_last from an input that is not: the GEMM reads the input transposed, so that no
+    pass over it is spent on conversion.
+    """
+    if layout == "channels_first":
+        y = torch.matmul(matrix.t(), x.flatten(2)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
+        return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
+    if _is_rows(x):
         rows = _rows(x)
         return _volume(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
-    y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
-    return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
+    columns, matrices = x.flatten(2).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
+    if bias is None:
+        return _volume(torch.bmm(columns, matrices), x)
+    return _volume(torch.baddbmm(bias.expand(1, 1, -1), columns, matrices), x)
 
 
 def _outer(x: Tensor, z: Tensor, layout: str) -> Tensor:
     """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r)."""
-    if layout == "channels_last":
+    if layout == "channels_last" and _is_rows(x):
         return _rows(x).t() @ _rows(z)
-    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(0)
+    return torch.bmm(x.flatten(2), z.flatten(2).transpose(1, 2)).sum(0)
 
 
 def _in_layout(x: Tensor, layout: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from polyadic._format import Shape
 from polyadic._plan import Memory
 from polyadic.init import torch_bias_, torch_std
+from polyadic.nn._frozen import Frozen
 from polyadic.tensor import CPTensor
 
 Rank = int | float | str
@@ -22,6 +23,7 @@ class CPLayer(nn.Module):
     cp: CPTensor
     bias: nn.Parameter | None
     memory: Memory
+    frozen: Frozen | None
 
     def _own(
         self,
@@ -32,6 +34,7 @@ class CPLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         """Create the parameters and fill them; ``bias`` is its length, or None."""
+        self.frozen = None
         self.cp = CPTensor(tensorized_shape, rank, device=device, dtype=dtype)
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))

@@ -108,6 +108,9 @@ class _CPConv(CPLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B."""
+        if self.frozen is not None:
+            y: Tensor = self.frozen(x, self.bias, self.stride, self.padding, self.dilation)
+            return y
         out_factors, in_factors, kernel_factors = self.cp.factor_groups()
         return functional.cp_conv(
             x, out_factors, in_factors, kernel_factors, self.bias, weights=self.cp.weights,

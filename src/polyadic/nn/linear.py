@@ -93,6 +93,9 @@ class CPLinear(CPLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., M) → (..., N)."""
+        if self.frozen is not None:
+            y: Tensor = self.frozen(x, self.bias)
+            return y
         in_factors, out_factors = self.cp.factor_groups()
         return functional.cp_linear(
             x, in_factors, out_factors, self.bias, weights=self.cp.weights, memory=self.memory

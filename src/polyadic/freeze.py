@@ -1,0 +1,132 @@
+"""``polyadic.freeze``: contract factors once for inference; ``polyadic.unfreeze``: go back."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from polyadic import _planner
+from polyadic._check import geometry
+from polyadic._format import ConvFormat, Shape, mode_sizes, positive_int
+from polyadic._machines import machine_for
+from polyadic._steps import gemm
+from polyadic._steps_conv import conv_forward_steps, dense_conv_steps
+from polyadic.kernels.modes import khatri_rao
+from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
+from polyadic.nn._frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
+
+Model = TypeVar("Model", bound=nn.Module)
+_CONVOLUTIONS = (CPConv1d, CPConv2d, CPConv3d)
+
+
+def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) -> Model:
+    """Contract the factors of every CP layer of a model for inference, in place.
+
+    A linear layer takes the cheaper of the Khatri-Rao pair (two GEMMs) and the dense weight (one).
+    A convolution takes the dense kernel where that is predicted to be cheaper than its plan, and
+    else stays as it is. The layers' parameters no longer require gradients until ``unfreeze``;
+    gradients still pass through to the input. State dicts are as before.
+
+    A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
+    (``parameter.data``) cannot be noticed.
+
+    Args:
+        model: a module that holds CP layers, or is one.
+        batch: rows of linear layers, images of convolutions, that the choice is made for.
+        size: spatial size of convolutions' inputs that the choice is made for.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: ``model`` is not a module, or an argument is not an integer.
+        ValueError: the model has no CP layer, or a size is below 1.
+    """
+    _module(model)
+    positive_int(batch, "batch")
+    sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
+    found = False
+    for layer in model.modules():
+        if isinstance(layer, (CPLinear, *_CONVOLUTIONS)):
+            found = True
+            if layer.frozen is None:
+                _install(layer, batch, sizes)
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no CP layer that could be frozen")
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Give every frozen CP layer its factorized forward and its gradients back, in place.
+
+    Args:
+        model: a module given to ``freeze`` before; layers that are not frozen are left alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _module(model)
+    for layer in model.modules():
+        if isinstance(layer, (CPLinear, *_CONVOLUTIONS)) and layer.frozen is not None:
+            parameters = [p for name, p in layer.named_parameters() if "frozen." not in name]
+            for parameter, trainable in zip(parameters, layer.frozen.trainable, strict=True):
+                parameter.requires_grad_(trainable)
+            layer.frozen = None
+    return model
+
+
+def _module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+@torch.no_grad()
+def _install(layer: CPLinear | CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> None:
+    parameters = list(layer.parameters())
+    if isinstance(layer, CPLinear):
+        frozen = _frozen_linear(layer, batch, parameters)
+    elif _kernel_is_cheaper(layer, batch, size):
+        frozen = FrozenKernel([layer.weight.contiguous()], parameters)
+    else:
+        return
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    layer.frozen = frozen
+
+
+def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -> Frozen:
+    """The Khatri-Rao pair or W, whichever is predicted to be faster for ``rows`` rows."""
+    m, n, r = layer.in_features, layer.out_features, layer.rank
+    item = parameters[0].element_size()
+    machine = machine_for(parameters[0].device.type, parameters[0].dtype)
+    pair = [gemm("X KA", rows, m, r, item), gemm("Z KC^T", rows, r, n, item)]
+    dense = [gemm("X W", rows, m, n, item, transposed=True)]
+    if machine.total(dense) <= machine.total(pair):
+        return FrozenWeight([layer.weight.contiguous()], parameters)
+    in_factors, out_factors = layer.cp.factor_groups()
+    ka = khatri_rao(in_factors)
+    if layer.cp.weights is not None:
+        ka = ka * layer.cp.weights
+    return FrozenPair([ka.contiguous(), khatri_rao(out_factors).t().contiguous()], parameters)
+
+
+def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:
+    fmt = ConvFormat(layer.out_shape, layer.in_shape, layer.kernel_size, layer.rank)
+    where = geometry(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    dims = len(layer.kernel_size)
+    sizes = size * dims if len(size) == 1 else size
+    if len(sizes) != dims:
+        raise ValueError(f"size must be an int or {dims} ints for {layer}, got {size}")
+    first = layer.cp.factors[0]
+    kind, dtype = first.device.type, first.dtype
+    machine = machine_for(kind, dtype)
+    plan = _planner.choose_conv(fmt, where, batch, sizes, False, dtype, kind, "balanced")
+    steps = conv_forward_steps(fmt, where, batch, sizes, False, plan.forward, dtype.itemsize)
+    dense = dense_conv_steps(fmt, where, batch, sizes, dtype.itemsize, training=False)
+    ours = machine.total(steps) + machine.call
+    return machine.total(dense) + machine.dense_call <= ours

@@ -1,0 +1,81 @@
+"""The contracted form a layer takes for inference; ``polyadic.freeze`` chooses and installs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Frozen(nn.Module):
+    """Matrices contracted from factors, and a watch on the factors they came from.
+
+    The matrices are buffers that no state dict holds, so that a frozen model saves and loads as it
+    did before.
+
+    Args:
+        matrices: the contracted tensors, without gradient.
+        parameters: the layer's parameters; a change of one of them in place makes this stale.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        for i, matrix in enumerate(matrices):
+            self.register_buffer(f"matrix{i}", matrix, persistent=False)
+        self.trainable = [parameter.requires_grad for parameter in parameters]
+        self._watched = [(parameter, parameter._version) for parameter in parameters]
+
+    def check(self) -> None:
+        """Raise a RuntimeError if a parameter was changed after freezing."""
+        if torch.compiler.is_compiling():
+            return
+        for parameter, version in self._watched:
+            if parameter._version != version:
+                raise RuntimeError(
+                    "the factors of a frozen layer were changed (an optimizer step, or "
+                    "load_state_dict); call polyadic.unfreeze(model), then freeze it again"
+                )
+
+
+class FrozenPair(Frozen):
+    """y = (x KA) KCᵀ + b with the Khatri-Rao pair: matrix0 KA (M, R), matrix1 KCᵀ (R, N)."""
+
+    matrix0: Tensor
+    matrix1: Tensor
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., M) → (..., N)."""
+        self.check()
+        return F.linear(x @ self.matrix0, self.matrix1.t(), bias)
+
+
+class FrozenWeight(Frozen):
+    """y = x Wᵀ + b with the rebuilt weight: matrix0 W (N, M)."""
+
+    matrix0: Tensor
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., M) → (..., N)."""
+        self.check()
+        return F.linear(x, self.matrix0, bias)
+
+
+class FrozenKernel(Frozen):
+    """A convolution with the rebuilt kernel: matrix0 (Cout, Cin, *k)."""
+
+    matrix0: Tensor
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: str | tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> Tensor:
+        """(B, Cin, *S) → (B, Cout, *S')."""
+        self.check()
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.matrix0.dim() - 3]
+        return convolve(x, self.matrix0, bias, stride, padding, dilation)
