@@ -30,7 +30,12 @@ def _is_rows(x: Tensor) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     """(b, c, *s) → (b·s, c); a view where the channels are innermost."""
-    return x.movedim(1, -1).flatten(0, -2)
+    return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
+
+
+def _columns(x: Tensor) -> Tensor:
+    """(b, c, *s) → (b, c, s); reshape, unlike flatten, has a rule for batched gradients."""
+    return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
 
 
 def _volume(rows: Tensor, like: Tensor) -> Tensor:
@@ -45,12 +50,12 @@ def _project(x: Tensor, matrix: Tensor, layout: str, bias: Tensor | None = None)
     pass over it is spent on conversion.
     """
     if layout == "channels_first":
-        y = torch.matmul(matrix.t(), x.flatten(2)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
+        y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
         return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
     if _is_rows(x):
         rows = _rows(x)
         return _volume(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
-    columns, matrices = x.flatten(2).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
+    columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
     if bias is None:
         return _volume(torch.bmm(columns, matrices), x)
     return _volume(torch.baddbmm(bias.expand(1, 1, -1), columns, matrices), x)
@@ -60,16 +65,15 @@ def _outer(x: Tensor, z: Tensor, layout: str) -> Tensor:
     """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r)."""
     if layout == "channels_last" and _is_rows(x):
         return _rows(x).t() @ _rows(z)
-    return torch.bmm(x.flatten(2), z.flatten(2).transpose(1, 2)).sum(0)
+    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(0)
 
 
 def _in_layout(x: Tensor, layout: str) -> Tensor:
     """Return the same tensor, converted to ``layout`` where it is in another."""
     if layout == "channels_first":
         return x.contiguous()
-    return x.contiguous(
-        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    )
+    # contiguous(memory_format=torch.channels_last) does the same but is refused under vmap.
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _strided(x: Tensor, skip: Ints) -> Tensor:
