@@ -9,8 +9,10 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Silence torch's note on speed of the dense counterparts of some cases."""
+    """One thread, for tensors this small; and no notes from torch about itself."""
+    torch.set_num_threads(1)
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated")
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +23,15 @@ def _seeded() -> Iterator[None]:
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before

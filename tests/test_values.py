@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -120,18 +118,7 @@ def test_gradient_of_other_strides(case: Case) -> None:
     assert_all_close(dict(zip(named, got, strict=True)), dict(zip(named, ones, strict=True)))
 
 
-@pytest.fixture
-def _poison() -> Iterator[None]:
-    """Fill what ``torch.empty`` returns with NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
-
-
-@pytest.mark.usefixtures("_poison")
+@pytest.mark.usefixtures("poison")
 @every_case
 def test_poisoned_memory(case: Case) -> None:
     assert torch.empty(3).isnan().all()
