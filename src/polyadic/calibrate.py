@@ -41,17 +41,18 @@ def calibrate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machin
     kind = torch.device(device).type
     threads = threads_of(kind)
     base = built_in(kind, dtype, threads)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rates = _Rates(kind, dtype)
-        machine = dataclasses.replace(
-            base,
-            **rates.gemm(),
-            **rates.stream(),
-            **rates.convolutions(),
-            source="calibrated",
-        )
-    machine = dataclasses.replace(machine, **_calls(kind, dtype, machine))
+        with torch.no_grad():
+            rates = _Rates(kind, dtype)
+            machine = dataclasses.replace(
+                base,
+                **rates.gemm(),
+                **rates.stream(),
+                **rates.convolutions(),
+                source="calibrated",
+            )
+        machine = dataclasses.replace(machine, **_calls(kind, dtype, machine))
     store(machine, kind, dtype, threads)
     return machine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,15 @@ class Frozen(nn.Module):
             self.register_buffer(f"matrix{i}", matrix, persistent=False)
         self.trainable = [parameter.requires_grad for parameter in parameters]
         self._watched = [(parameter, parameter._version) for parameter in parameters]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the copied parameters from the versions they start with."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._watched = [(parameter, parameter._version) for parameter, _ in self._watched]
 
     def check(self) -> None:
         """Raise a RuntimeError if a parameter was changed after freezing."""

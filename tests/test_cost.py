@@ -1,0 +1,142 @@
+"""The cost model's mirror of the kernels: FLOPs equal torch's count, steps sum to plans."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyadic import ConvFormat, LinearFormat, LinearRoute
+from polyadic._check import geometry
+from polyadic._cost import Machine, built_in
+from polyadic._planner import (
+    bucket,
+    choose_linear,
+    compositions,
+    conv_plans,
+    linear_plans,
+    predict_linear,
+)
+from polyadic._steps import plan_steps
+from polyadic._steps_conv import conv_plan_steps
+from polyadic.functional import cp_conv, cp_linear
+
+LINEAR = [
+    (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
+    (LinearFormat((7,), (3, 5), 2), 1),
+    (LinearFormat((2, 3, 5, 2), (1, 4), 9), 3),
+]
+CONV = [
+    (ConvFormat((4, 2), (2, 3), (3, 3), 5), (1, 1, 1), 2, (6, 7)),
+    (ConvFormat((4, 2), (2, 3), (1, 1), 5), (2, 0, 1), 2, (6, 7)),
+    (ConvFormat((8,), (6,), (5, 3), 4), (2, "valid", 1), 1, (11, 9)),
+    (ConvFormat((4, 2), (2, 3), (4,), 5), (1, "same", 2), 3, (13,)),
+]
+
+
+def _convolution_backward(
+    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *args: Any, **kwargs: Any
+) -> int:
+    """Two FLOPs per output position, output channel and tap, for each gradient asked for.
+
+    torch's own formula leaves groups out of account and counts a depthwise weight gradient
+    R times over.
+    """
+    output_mask = args[7]
+    return 2 * math.prod(grad_shape) * math.prod(w_shape[1:]) * sum(output_mask[:2])
+
+
+def _counter() -> FlopCounterMode:
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _factors(*groups: tuple[int, ...], rank: int) -> list[list[torch.Tensor]]:
+    return [[torch.randn(n, rank, requires_grad=True) for n in group] for group in groups]
+
+
+@pytest.mark.parametrize("memory", ["balanced", "least"])
+@pytest.mark.parametrize(("fmt", "rows"), LINEAR)
+def test_linear_flops_are_what_torch_counts(fmt: LinearFormat, rows: int, memory: str) -> None:
+    ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
+    x = torch.randn(rows, fmt.in_features, requires_grad=True)
+    for plan in linear_plans(fmt, memory):
+        forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
+        with _counter() as counter:
+            y = cp_linear(x, ins, outs, plan=plan)
+        assert counter.get_total_flops() == sum(step.flops for step in forward), plan
+        with _counter() as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
+@pytest.mark.parametrize(("fmt", "where", "batch", "size"), CONV)
+def test_conv_flops_are_what_torch_counts(
+    fmt: ConvFormat, where: tuple, batch: int, size: tuple[int, ...], memory: str
+) -> None:
+    outs, ins, kernels = _factors(fmt.out_shape, fmt.in_shape, fmt.kernel_size, rank=fmt.rank)
+    stride, padding, dilation = where
+    x = torch.randn(batch, fmt.in_channels, *size, requires_grad=True)
+    place = geometry(fmt.kernel_size, *where)
+    for plan in conv_plans(memory):
+        forward, backward = conv_plan_steps(fmt, place, batch, size, False, plan, 4, training=True)
+        options = {"stride": stride, "padding": padding, "dilation": dilation}
+        with _counter() as counter:
+            y = cp_conv(x, outs, ins, kernels, plan=plan, **options)
+        assert counter.get_total_flops() == sum(step.flops for step in forward), plan
+        with _counter() as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+
+
+def test_compositions_are_all_ways_to_cut() -> None:
+    assert set(compositions(3)) == {(3,), (1, 2), (2, 1), (1, 1, 1)}
+    assert len(list(compositions(5))) == 16
+
+
+def test_bucket_is_the_next_power_of_two() -> None:
+    assert [bucket(n) for n in (0, 1, 2, 3, 32, 33)] == [1, 1, 2, 4, 32, 64]
+
+
+def test_the_choice_is_the_cheapest_of_the_predictions() -> None:
+    for fmt, rows in LINEAR:
+        chosen = choose_linear(fmt, rows, torch.float32, "cpu", "balanced")
+        times = [predict_linear(plan, fmt, rows) for plan in linear_plans(fmt)]
+        assert predict_linear(chosen, fmt, rows) <= min(times) * (1 + 1e-9)
+
+
+def test_small_batches_split_and_high_ranks_rebuild() -> None:
+    wide = LinearFormat((16, 16, 16), (16, 16, 16), 256)
+    one = choose_linear(wide, 1, torch.float32, "cpu", "balanced")
+    assert len(one.forward.in_groups) > 1
+    assert len(one.backward.out_groups) > 1
+    many = choose_linear(wide, 4096, torch.float32, "cpu", "balanced")
+    assert many.forward == LinearRoute((3,), (3,))
+    above = LinearFormat((8, 8), (8, 8), 512)
+    assert choose_linear(above, 4096, torch.float32, "cpu", "balanced").forward.kind == "dense"
+
+
+def test_least_memory_keeps_nothing() -> None:
+    for fmt, rows in LINEAR:
+        assert not choose_linear(fmt, rows, torch.float32, "cpu", "least").keep
+
+
+def test_predictions_add_up_to_the_steps() -> None:
+    fmt, rows = LINEAR[0]
+    machine = Machine(gemm=1e9, launch=1e-3)
+    plan = linear_plans(fmt)[0]
+    forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
+    every = [*forward, *backward]
+    assert machine.total(every) == pytest.approx(machine.total(forward) + machine.total(backward))
+    assert machine.total(every) > 1e-3 * sum(step.launches for step in every)
+
+
+def test_built_in_rates_scale_with_threads_and_dtype() -> None:
+    one, four = built_in("cpu", torch.float32, 1), built_in("cpu", torch.float32, 4)
+    assert four.gemm == 4 * one.gemm
+    assert four.launch == one.launch
+    assert built_in("cpu", torch.float64, 1).gemm == one.gemm / 2

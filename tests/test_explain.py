@@ -1,0 +1,124 @@
+"""explain(): the report says what will run, what it costs and what was rejected."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import polyadic
+from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute
+from polyadic._machines import machine_for
+from polyadic.nn import CPConv2d, CPLinear
+from polyadic.reference import dense
+
+
+def test_the_report_names_plan_steps_dense_and_rejected() -> None:
+    found = polyadic.explain(CPLinear(1024, 1024, rank=64), batch=32)
+    text = str(found)
+    for part in ("FLOPs", "kept for backward", "dense layer", "break-even rank 512", "rejected"):
+        assert part in text
+    assert "rebuild W" in text
+    assert str(found.chosen.plan) in text
+    assert len(found.rejected) >= 10
+    seconds = [other.seconds for other, _ in found.rejected]
+    assert seconds == sorted(seconds)
+    assert found.chosen.seconds <= seconds[0]
+
+
+def test_flops_of_the_dense_layer_and_of_the_khatri_rao_plan_are_the_formulas() -> None:
+    fmt, rows = LinearFormat((4, 4, 16), (4, 4, 8), 16), 32
+    route = LinearRoute((3,), (3,))
+    found = polyadic.explain(fmt, batch=rows, plan=LinearPlan(route, route))
+    assert found.chosen.flops == 3 * 2 * rows * 16 * (256 + 128)
+    assert found.dense.flops == 3 * 2 * rows * 256 * 128
+    assert found.chosen.kept_bytes == 4 * rows * (256 + 16)
+    assert found.dense.kept_bytes == 4 * rows * 256
+
+
+def test_it_says_where_dense_is_faster() -> None:
+    tiny = polyadic.explain(LinearFormat((4, 4), (2, 5), 2), batch=4)
+    assert tiny.dense_is_faster
+    assert "dense is faster here" in str(tiny)
+    wide = polyadic.explain(LinearFormat((16, 16, 16), (16, 16, 16), 64), batch=256)
+    assert not wide.dense_is_faster
+    assert "times as fast as dense" in str(wide)
+
+
+def test_inference_has_no_backward_and_keeps_nothing() -> None:
+    found = polyadic.explain(CPLinear(64, 64, rank=4), batch=8, training=False)
+    assert found.chosen.backward == ()
+    assert found.chosen.kept_bytes == 0
+
+
+def test_least_memory_keeps_the_input_alone() -> None:
+    layer = CPConv2d(8, 8, 3, padding=1, rank=4, memory="least")
+    found = polyadic.explain(layer, batch=2, size=(6, 5))
+    assert found.chosen.kept_bytes == 4 * 2 * 8 * 30
+    balanced = polyadic.explain(
+        layer, batch=2, size=(6, 5), plan=ConvPlan(ConvRoute(), ConvRoute(), keep=1)
+    )
+    assert balanced.chosen.kept_bytes == 4 * 2 * 30 * (8 + 4)
+
+
+def test_a_convolution_says_its_layouts() -> None:
+    layer = CPConv2d(64, 64, 3, padding="same", rank=32)
+    text = str(polyadic.explain(layer, batch=8, size=32))
+    assert "channels_last" in text
+    assert "rebuild kernel" in text
+    fmt = ConvFormat(layer.out_shape, layer.in_shape, (3, 3), 32)
+    assert text == str(polyadic.explain(fmt, batch=8, size=(32, 32), padding="same"))
+
+
+def test_what_explain_says_is_what_runs() -> None:
+    layer = CPLinear(256, 256, rank=8)
+    found = polyadic.explain(layer, batch=16)
+    x = torch.randn(16, 256)
+    forced = polyadic.functional.cp_linear(
+        x, layer.in_factors, layer.out_factors, layer.bias, plan=found.chosen.plan
+    )
+    assert torch.equal(layer(x), forced)
+    torch.testing.assert_close(layer(x), x @ dense(layer.cp) + layer.bias)
+
+
+def test_to_dict_is_plain_data() -> None:
+    found = polyadic.explain(CPLinear(64, 32, rank=4), batch=8)
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["break_even_rank"] == 64 * 32 // (64 + 32)
+    machine = machine_for("cpu", torch.float32)
+    assert sum(s["seconds"] for s in data["chosen"]["steps"]) == pytest.approx(
+        found.chosen.seconds - 2 * machine.call
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: polyadic.explain(torch.nn.Linear(4, 4), batch=1), TypeError, "got Linear"),
+        (lambda: polyadic.explain(CPLinear(4, 4, rank=1), batch=-1), ValueError, "batch"),
+        (lambda: polyadic.explain(CPLinear(4, 4, rank=1), batch=1, size=3), ValueError, "size"),
+        (lambda: polyadic.explain(CPConv2d(4, 4, 3, rank=1), batch=1), ValueError, "size=(32, 32)"),
+        (
+            lambda: polyadic.explain(CPConv2d(4, 4, 3, rank=1), batch=1, size=2),
+            ValueError,
+            "does not fit",
+        ),
+        (
+            lambda: polyadic.explain(CPLinear(4, 4, rank=1), batch=1, memory="none"),
+            ValueError,
+            "memory must be one of",
+        ),
+        (
+            lambda: polyadic.explain(
+                CPLinear(4, 4, rank=1), batch=1, plan=ConvPlan(ConvRoute(), ConvRoute())
+            ),
+            TypeError,
+            "LinearPlan",
+        ),
+    ],
+)
+def test_errors(call, error, message) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
