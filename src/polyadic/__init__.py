@@ -1,7 +1,7 @@
 """CP-factorized layers for PyTorch whose forward and backward stay factorized."""
 
 from polyadic import functional, init, nn, reference
-from polyadic._format import ConvFormat, LinearFormat, tensorize
+from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
 from polyadic.explain import Explanation, explain
@@ -25,6 +25,7 @@ __all__ = [
     "functional",
     "init",
     "nn",
+    "padded_shape",
     "reference",
     "tensorize",
     "unfreeze",

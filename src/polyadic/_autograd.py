@@ -2,7 +2,7 @@
 
 A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward``, ``backward`` and
 ``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself, which is
-all that forward mode needs.
+all that forward mode needs; or x are indices, which have neither gradient nor tangent.
 
 - no gradient asked for, or exporting: the map's own aten operations;
 - compiling: the Function without ``jvp``, which Dynamo can trace;

@@ -101,6 +101,35 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     return _merge_smallest(in_parts, order), _merge_smallest(out_parts, order)
 
 
+def padded_shape(size: int, order: int = 3) -> Shape:
+    """``order`` modes whose product is at least ``size`` and whose sum is the smallest possible.
+
+    For a given sum the product is largest where the modes differ by at most one, so the smallest
+    sum that suffices is found among those.
+
+    Args:
+        size: what is to be covered, such as a vocabulary.
+        order: D.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is below 1.
+
+    >>> padded_shape(50257)
+    (37, 37, 37)
+    >>> padded_shape(30522)
+    (31, 31, 32)
+    """
+    size, order = positive_int(size, "size"), positive_int(order, "order")
+    total = order * max(1, math.floor(size ** (1 / order)) - 1)
+    while True:
+        low, more = divmod(total, order)
+        modes: Shape = (low,) * (order - more) + (low + 1,) * more
+        if math.prod(modes) >= size:
+            return modes
+        total += 1
+
+
 @dataclass(frozen=True)
 class LinearFormat:
     """The CP format of a linear layer: ``W (M, N) = Σ_r ⊗_d A_d[:, r] ⊗_d C_d[:, r]``.
@@ -139,6 +168,22 @@ class LinearFormat:
     def break_even_rank(self) -> int:
         """Largest rank whose factorized FLOPs, 2·B·R·(M+N), do not exceed dense 2·B·M·N."""
         return max(1, self.dense_parameters // (self.in_features + self.out_features))
+
+
+@dataclass(frozen=True)
+class EmbeddingFormat(LinearFormat):
+    """The CP format of an embedding: that of a linear map with a row per index, some unused.
+
+    Args:
+        num_embeddings: V, at most in_features.
+    """
+
+    num_embeddings: int = 0
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of entries of the table, V·E."""
+        return self.num_embeddings * self.out_features
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""CP linear maps and convolutions on plain tensors: validate, plan, run.
+"""CP linear maps, convolutions and embeddings on plain tensors: validate, plan, run.
 
-``cp_linear`` and ``cp_conv`` are differentiable; the pairs ``cp_linear_forward`` and
-``cp_linear_backward``, ``cp_conv_forward`` and ``cp_conv_backward`` are the same arithmetic
+``cp_linear``, ``cp_conv`` and ``cp_embedding`` are differentiable; the pairs ``cp_linear_forward``
+and ``cp_linear_backward``, ``cp_conv_forward`` and ``cp_conv_backward`` are the same arithmetic
 without autograd, for those who bring their own.
 
 The method: a CP tensorized matrix is W = KA diag(λ) KCᵀ with Khatri-Rao products KA, KC of its
@@ -12,6 +12,7 @@ Convolutional Neural Networks Using Fine-tuned CP-Decomposition, ICLR 2015).
 """
 
 from polyadic.functional.conv import ConvSaved, cp_conv, cp_conv_backward, cp_conv_forward
+from polyadic.functional.embedding import cp_embedding
 from polyadic.functional.linear import (
     LinearSaved,
     cp_linear,
@@ -25,6 +26,7 @@ __all__ = [
     "cp_conv",
     "cp_conv_backward",
     "cp_conv_forward",
+    "cp_embedding",
     "cp_linear",
     "cp_linear_backward",
     "cp_linear_forward",

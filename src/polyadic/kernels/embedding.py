@@ -134,9 +134,7 @@ class EmbeddingMap:
         else:
             z = grad_y.new_empty(grad_y.shape[0], in_factors[0].shape[1])
         groups = self.plan.backward.out_groups
-        _, g, d_out = partials(
-            grad_y, z, out_factors, groups, wrt_z=wrt_in, wrt_factors=wrt_out
-        )
+        _, g, d_out = partials(grad_y, z, out_factors, groups, wrt_z=wrt_in, wrt_factors=wrt_out)
         d_in: list[Tensor | None] = [None] * self.n_in
         if g is not None:
             digits, rows = _pick(x, in_factors)
@@ -151,7 +149,8 @@ class EmbeddingMap:
                     total = _sum_into(piece, digits[d], in_factors[d].shape[0])
                     d_in[d] = total.to(in_factors[d].dtype)
                 after = rows[d] if after is None else rows[d] * after
-        return [*d_in, *(d_out or [None] * len(out_factors))]
+        none_out = [None] * len(out_factors)
+        return [*d_in, *(d_out or none_out)]
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Layers whose weight is a CP tensor. They own parameters; the arithmetic is in ``functional``."""
 
 from polyadic.nn.conv import CPConv1d, CPConv2d, CPConv3d
+from polyadic.nn.embedding import CPEmbedding, CPTiedLinear
 from polyadic.nn.linear import CPLinear
 
-__all__ = ["CPConv1d", "CPConv2d", "CPConv3d", "CPLinear"]
+__all__ = ["CPConv1d", "CPConv2d", "CPConv3d", "CPEmbedding", "CPLinear", "CPTiedLinear"]

@@ -61,6 +61,10 @@ class CPLayer(nn.Module):
         """R, the number of rank-one components."""
         return self.cp.rank
 
+    def _dense_parameters(self) -> int:
+        """Number of entries of the dense weight this layer stands for."""
+        return math.prod(self.cp.shape)
+
     def _ratio(self) -> str:
-        own, dense = sum(f.numel() for f in self.cp.factors), math.prod(self.cp.shape)
+        own, dense = sum(f.numel() for f in self.cp.factors), self._dense_parameters()
         return f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"

@@ -1,0 +1,103 @@
+"""CP embeddings: rows of a table in CP format, without building the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyadic import _check
+from polyadic._autograd import run
+from polyadic._format import LinearFormat
+from polyadic._plan import LinearPlan, Memory
+from polyadic._planner import plan_linear
+from polyadic.kernels.embedding import EmbeddingMap
+
+# Below this many indices a lookup costs no more than finding the distinct ones.
+FEWEST_TO_COUNT = 512
+
+
+def _may_count(flat: Tensor) -> bool:
+    """Whether distinct indices may be counted unasked: no host sync, no capture, no transform."""
+    return (
+        flat.device.type == "cpu"
+        and type(flat) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and len(flat) >= FEWEST_TO_COUNT
+    )
+
+
+def cp_embedding(
+    indices: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    num_embeddings: int | None = None,
+    unique: bool | None = None,
+    memory: Memory = "balanced",
+) -> Tensor:
+    """Rows of a table in CP format, y[j] = W[indices[j]], without building the table W.
+
+    W (V, E) are the first V rows of (A_1 ⊙ … ⊙ A_D) diag(λ) (C_1 ⊙ … ⊙ C_E)ᵀ. Each index is split
+    into its digits over the in modes, D rows are gathered and multiplied, and one GEMM follows; the
+    gradient goes straight into the factors. Differentiable in the factors, also twice and in
+    forward mode; works under torch.func, torch.compile and torch.export. Autocast leaves it alone,
+    as it does torch's embedding.
+
+    Args:
+        indices: of any shape, int64 or int32, each in [0, V).
+        in_factors: D tensors A_d (m_d, R) with Π m_d ≥ V; the last mode varies fastest.
+        out_factors: tensors C_d (n_d, R) whose modes multiply to E.
+        weights: λ (R,) or None for ones.
+        padding_idx: index whose output row is zero and which sends no gradient; counted from the
+            end where negative.
+        num_embeddings: V; Π m_d by default. On a CPU an index outside [0, V) is an IndexError; on
+            other devices, as with torch's own, it is caught asynchronously or (compiled, from V
+            to Π m_d) not at all.
+        unique: look up each distinct index once and copy its row to its repeats. None does so in
+            eager mode on a CPU, where there are at least 512 indices and at most half as many
+            distinct ones; True always (it needs the number of distinct indices on the host, so
+            that it cannot be captured in one graph), False never.
+        memory: ``"fast"`` keeps one (len, R) intermediate for the backward; ``"balanced"`` and
+            ``"least"`` keep the indices alone.
+
+    Returns:
+        (*indices.shape, E), in the factors' dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, ranks or devices do not fit together.
+        IndexError: an index is outside [0, V).
+    """
+    ins = _check.factor_group(in_factors, "in_factors")
+    outs = _check.factor_group(out_factors, "out_factors")
+    in_shape, out_shape, (rank,) = _check.ranked(weights, in_factors=ins, out_factors=outs)
+    fmt = LinearFormat(in_shape, out_shape, rank)
+    _check.indices(indices, ins[0])
+    size = _check.table_rows(num_embeddings, in_shape)
+    padding_idx = _check.padding_index(padding_idx, size)
+    memory = _check.memory(memory)
+    flat = indices.reshape(math.prod(indices.shape))
+    if not torch.compiler.is_compiling():
+        _check.within(flat, size)
+    inverse = None
+    if _may_count(flat) if unique is None else unique:
+        distinct, places = torch.unique(flat, return_inverse=True)
+        if unique or 2 * len(distinct) <= len(flat):
+            flat, inverse = distinct, places
+    # The planner reads leading shape, dtype and device of a linear map's input: one row per index.
+    like = ins[0].detach().new_empty(()).expand(flat.shape[0], fmt.in_features)
+    plan = plan_linear(fmt, like, memory)
+    plan = LinearPlan(plan.forward, plan.backward, keep=memory == "fast")
+    if weights is not None:
+        ins = (weights.unsqueeze(0), *ins)
+    y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])
+    if inverse is not None:
+        y = F.embedding(inverse, y)
+    return y.view(*indices.shape, fmt.out_features)

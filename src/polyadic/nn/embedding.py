@@ -1,0 +1,226 @@
+"""The embedding layer and the output head tied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from polyadic import _check, functional
+from polyadic._format import (
+    EmbeddingFormat,
+    factored_shape,
+    mode_sizes,
+    padded_shape,
+    positive_int,
+    resolve_rank,
+    tensorize,
+)
+from polyadic._plan import Memory
+from polyadic.nn._layer import CPLayer, Rank
+from polyadic.tensor import CPTensor
+
+
+class CPEmbedding(CPLayer):
+    """Lookup of rows of a table (V, E) that is in CP format and never built.
+
+    Stands in for ``torch.nn.Embedding``. The vocabulary is padded up to a product of modes of
+    nearly equal size; an index is split into its digits over them (see
+    ``polyadic.functional.cp_embedding``), and the gradient goes straight into the small factors.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: E.
+        padding_idx: an index whose output is zero and which sends no gradient. torch sets its
+            row to zero; a row of a CP table cannot be set alone, so the output is zeroed instead.
+        max_norm: None; another value is refused, since a row cannot be renormalised alone.
+        norm_type: as in torch, without meaning where ``max_norm`` is None.
+        scale_grad_by_freq: False; True is refused.
+        sparse: False; True is refused, since every factor's gradient is small and dense.
+        rank: R as an int; a float in (0, 1], the fraction of the table's entries; or
+            ``"break-even"``, the largest rank whose FLOPs in ``as_linear`` do not exceed those of
+            a dense output head.
+        order: D, modes per side, where ``in_shape`` or ``out_shape`` are not given.
+        in_shape: in modes with a product of at least V; ``polyadic.padded_shape`` by default.
+        out_shape: out modes with product E.
+        memory: ``"fast"`` keeps one (len, R) intermediate for the backward, the others nothing.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        cp: the ``CPTensor`` of shape (Π in_shape, E), of which the first V rows are the table.
+
+    Shape:
+        (...) of int64 or int32 → (..., E).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, the rank or an option does not fit or is not supported.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        rank: Rank,
+        order: int = 3,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        memory: Memory = "balanced",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        refused = {"max_norm": max_norm is not None, "scale_grad_by_freq": scale_grad_by_freq,
+                   "sparse": sparse}  # fmt: skip
+        for name, given in refused.items():
+            if given:
+                raise ValueError(
+                    f"CPEmbedding does not support {name}: rows of a CP table share all factors; "
+                    f"leave it at its default"
+                )
+        self.num_embeddings = positive_int(num_embeddings, "num_embeddings")
+        self.embedding_dim = positive_int(embedding_dim, "embedding_dim")
+        self.padding_idx = _check.padding_index(padding_idx, self.num_embeddings)
+        self.norm_type = norm_type
+        if in_shape is None:
+            self.in_shape = padded_shape(self.num_embeddings, order)
+        else:
+            self.in_shape = mode_sizes(in_shape, "in_shape")
+            _check.table_rows(self.num_embeddings, self.in_shape)
+        default_out = tensorize(self.embedding_dim, self.embedding_dim, order)[0]
+        self.out_shape = factored_shape(out_shape, self.embedding_dim, default_out, "out_shape")
+        self.memory = _check.memory(memory)
+        unit = EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
+        self._own((self.in_shape, self.out_shape), resolve_rank(rank, unit), None, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw factors anew with mean 0 and variance 1 per entry of the table, as torch's N(0, 1).
+
+        The entries are sums of R products of factor entries (``polyadic.init.cp_orthonormal_``):
+        of the same two moments, not exactly normal.
+        """
+        self.cp.reset_parameters(1.0)
+
+    @property
+    def in_factors(self) -> tuple[Tensor, ...]:
+        """D tensors (m_d, R)."""
+        return self.cp.factor_groups()[0]
+
+    @property
+    def out_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (n_d, R)."""
+        return self.cp.factor_groups()[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, E) with the padding row zero, built anew at each access; read-only."""
+        table = self.cp.to_matrix()[: self.num_embeddings]
+        if self.padding_idx is None:
+            return table
+        rows = torch.arange(self.num_embeddings, device=table.device)
+        return table.masked_fill((rows == self.padding_idx).unsqueeze(1), 0)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """(...) → (..., E)."""
+        in_factors, out_factors = self.cp.factor_groups()
+        return functional.cp_embedding(
+            indices, in_factors, out_factors, weights=self.cp.weights,
+            padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
+        )  # fmt: skip
+
+    def as_linear(self, bias: bool = False) -> CPTiedLinear:
+        """Return an output head (..., E) → (..., V) that shares this layer's factors.
+
+        Args:
+            bias: own a bias (V,), initialised to zeros.
+        """
+        return CPTiedLinear(self, bias)
+
+    def extra_repr(self) -> str:
+        """Shapes, rank and parameter ratio."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, in_shape={self.in_shape}, "
+            f"out_shape={self.out_shape}, {self._ratio()}"
+        )
+
+    def _dense_parameters(self) -> int:
+        return self.num_embeddings * self.embedding_dim
+
+
+class CPTiedLinear(nn.Module):
+    """Output head y = x Wᵀ + b whose weight is the table of a ``CPEmbedding``; made by as_linear.
+
+    Logits of all V indices by ``polyadic.functional.cp_linear`` on the embedding's own factors,
+    with the sides exchanged; the table is not built. Rows that only pad the vocabulary are cut
+    off. The padding index has the logit of its CP row, which the lookup never shows.
+
+    Args:
+        embedding: whose factors are shared; parameters exist once, and gradients add up.
+        bias: own a bias (V,), initialised to zeros.
+
+    Attributes:
+        cp: the embedding's own ``CPTensor``.
+        bias: (V,) or None.
+
+    Shape:
+        (..., E) → (..., V).
+    """
+
+    cp: CPTensor
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: CPEmbedding, bias: bool = False) -> None:
+        super().__init__()
+        if not isinstance(embedding, CPEmbedding):
+            raise TypeError(f"embedding must be a CPEmbedding, got {type(embedding).__name__}")
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.memory = embedding.memory
+        self.cp = embedding.cp
+        like = self.cp.factors[0]
+        self.register_parameter(
+            "bias", nn.Parameter(like.detach().new_zeros(self.out_features)) if bias else None
+        )
+
+    @property
+    def rank(self) -> int:
+        """R, the number of rank-one components."""
+        return self.cp.rank
+
+    @property
+    def in_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (n_d, R): the embedding's out factors."""
+        return self.cp.factor_groups()[1]
+
+    @property
+    def out_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (m_d, R): the embedding's in factors."""
+        return self.cp.factor_groups()[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (V, E), built anew at each access; read-only."""
+        return self.cp.to_matrix()[: self.out_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) → (..., V)."""
+        rows, columns = self.cp.factor_groups()
+        logits = functional.cp_linear(x, columns, rows, weights=self.cp.weights, memory=self.memory)
+        if logits.shape[-1] != self.out_features:
+            logits = logits[..., : self.out_features]
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def extra_repr(self) -> str:
+        """Shapes and rank; the parameters are the embedding's."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}"
+        )
