@@ -1,0 +1,506 @@
+"""CPEmbedding and its tied head against a dense table, F.embedding and F.linear, in float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+
+import polyadic
+from polyadic import CPTensor
+from polyadic import functional as PF
+from polyadic.functional import embedding as embedding_module
+from polyadic.nn import CPEmbedding, CPTiedLinear
+from test_values import assert_close
+
+Shape = tuple[int, ...]
+
+
+def make(
+    size: int, in_shape: Shape, out_shape: Shape, rank: int, *, weights: bool = False, **kwargs: Any
+) -> CPEmbedding:
+    """A layer in float64 with factors of order 1."""
+    layer = CPEmbedding(
+        size, math.prod(out_shape), rank=rank, in_shape=in_shape, out_shape=out_shape,
+        dtype=torch.float64, **kwargs,
+    )  # fmt: skip
+    scale = 1 + 0.5 * torch.randn(rank, dtype=torch.float64) if weights else None
+    factors = [torch.randn_like(f) for f in layer.cp.factors]
+    layer.cp = CPTensor.from_factors((in_shape, out_shape), factors, scale)
+    return layer
+
+
+def table(layer: CPEmbedding) -> Tensor:
+    """The table by one einsum, as torch's embedding would own it; differentiable."""
+    letters = "abcdefgh"[: layer.cp.order]
+    terms = [f"{letter}r" for letter in letters]
+    operands: list[Tensor] = list(layer.cp.factors)
+    if layer.cp.weights is not None:
+        terms.append("r")
+        operands.append(layer.cp.weights)
+    full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+    rows = full.reshape(math.prod(layer.in_shape), -1)[: layer.num_embeddings]
+    if layer.padding_idx is None:
+        return rows
+    # torch's own semantics: the row is zero and the lookup sends it no gradient.
+    keep = torch.ones(layer.num_embeddings, 1, dtype=rows.dtype)
+    keep[layer.padding_idx] = 0
+    return rows * keep
+
+
+def assert_agrees(layer: CPEmbedding, indices: Tensor, **kwargs: Any) -> None:
+    """Output and the gradient of every parameter against torch's embedding of the table."""
+    parameters = list(layer.cp.parameters())
+    want = F.embedding(indices, table(layer), padding_idx=layer.padding_idx)
+    if kwargs:
+        ins, outs = layer.cp.factor_groups()
+        y = PF.cp_embedding(
+            indices, ins, outs, weights=layer.cp.weights, padding_idx=layer.padding_idx,
+            num_embeddings=layer.num_embeddings, **kwargs,
+        )  # fmt: skip
+    else:
+        y = layer(indices)
+    assert_close(y, want, "y")
+    grad_y = torch.randn_like(want)
+    got = torch.autograd.grad(y, parameters, grad_y)
+    for i, (g, w) in enumerate(
+        zip(got, torch.autograd.grad(want, parameters, grad_y), strict=True)
+    ):
+        assert_close(g, w, f"gradient of parameter {i}")
+
+
+TABLE = [
+    pytest.param(7, (7,), (5,), 3, (4,), {}, id="order1"),
+    pytest.param(5, (7,), (5,), 3, (4,), {"weights": True}, id="order1-padded-lambda"),
+    pytest.param(1, (1,), (1,), 1, (3,), {}, id="scalar"),
+    pytest.param(11, (3, 4), (2, 3), 4, (2, 5), {}, id="order2"),
+    pytest.param(12, (3, 4), (2, 3), 1, (), {}, id="order2-one-index"),
+    pytest.param(12, (3, 4), (2, 3), 5, (0,), {}, id="order2-no-index"),
+    pytest.param(12, (3, 4), (2, 3), 5, (2, 0, 3), {"weights": True}, id="order2-lead-with-0"),
+    pytest.param(23, (2, 3, 4), (3, 2, 2), 6, (3, 1, 4), {"padding_idx": 5}, id="order3"),
+    pytest.param(23, (2, 3, 4), (3, 2, 2), 6, (9,), {"padding_idx": -1, "weights": True},
+                 id="order3-padding-last-lambda"),
+    pytest.param(23, (4, 1, 6), (1, 7, 1), 4, (9,), {"padding_idx": 0}, id="order3-size1"),
+    pytest.param(30, (2, 2, 3, 3), (2, 5), 7, (4, 4), {}, id="order4-to-2"),
+    pytest.param(30, (5, 7), (2, 1, 3, 2), 40, (11,), {"weights": True}, id="rank-above-both"),
+    pytest.param(9, (9,), (2, 3, 2), 4, (700,), {"padding_idx": 3}, id="many-repeats"),
+    pytest.param(2000, (13, 13, 13), (4, 3), 4, (600,), {}, id="few-repeats"),
+]  # fmt: skip
+every_layer = pytest.mark.parametrize(
+    ("size", "in_shape", "out_shape", "rank", "lead", "options"), TABLE
+)
+
+
+@every_layer
+@pytest.mark.parametrize("kwargs", [{}, {"unique": True}, {"unique": False, "memory": "fast"},
+                                    {"memory": "least"}])  # fmt: skip
+def test_table(
+    size: int, in_shape: Shape, out_shape: Shape, rank: int, lead: Shape, options: Any, kwargs: Any
+) -> None:
+    layer = make(size, in_shape, out_shape, rank, **options)
+    indices = torch.randint(size, lead)
+    if layer.padding_idx is not None:
+        indices.view(-1)[0] = layer.padding_idx
+    assert_agrees(layer, indices, **kwargs)
+    assert_close(layer.weight, table(layer), "weight")
+
+
+@st.composite
+def _layers(draw: Any) -> tuple[CPEmbedding, Tensor, dict[str, Any]]:
+    modes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
+    in_shape, out_shape = draw(modes), draw(modes)
+    rows = math.prod(in_shape)
+    size = draw(st.integers(max(1, rows // 2), rows))
+    padding_idx = draw(st.none() | st.integers(-size, size - 1))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    layer = make(
+        size, in_shape, out_shape, draw(st.integers(1, 7)), weights=draw(st.booleans()),
+        padding_idx=padding_idx,
+    )  # fmt: skip
+    lead = draw(st.lists(st.integers(0, 4), max_size=3))
+    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
+    indices = torch.randint(size, lead, dtype=dtype)
+    if draw(st.booleans()) and indices.dim() > 1:
+        indices = indices.transpose(0, 1)
+    kwargs = {
+        "unique": draw(st.sampled_from([None, True, False])),
+        "memory": draw(st.sampled_from(["fast", "balanced", "least"])),
+    }
+    return layer, indices, kwargs
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(_layers())
+def test_generated(drawn: tuple[CPEmbedding, Tensor, dict[str, Any]]) -> None:
+    layer, indices, kwargs = drawn
+    assert_agrees(layer, indices, **kwargs)
+
+
+class TestPadding:
+    def test_row_and_gradient_are_zero(self) -> None:
+        layer = make(10, (3, 4), (2, 2), 3, padding_idx=7)
+        y = layer(torch.tensor([7, 1, 7]))
+        assert y[[0, 2]].count_nonzero() == 0
+        assert y[1].count_nonzero() == 4
+        y[[0, 2]].sum().backward()
+        assert all(f.grad.count_nonzero() == 0 for f in layer.cp.parameters())
+
+    def test_counts_from_the_end(self) -> None:
+        assert CPEmbedding(10, 4, -3, rank=2).padding_idx == nn.Embedding(10, 4, -3).padding_idx
+
+    def test_without_it_no_row_is_zero(self) -> None:
+        assert make(10, (3, 4), (2, 2), 3)(torch.arange(10)).abs().amin(1).gt(0).all()
+
+
+class TestUnique:
+    def test_rule(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From 512 indices on, where at most half of them are distinct, each is looked up once."""
+        rows: list[int] = []
+        run = embedding_module.run
+        monkeypatch.setattr(
+            embedding_module, "run", lambda m, x, b, f: rows.append(len(x)) or run(m, x, b, f)
+        )
+        layer = make(1000, (10, 10, 10), (2, 3), 3)
+        repeated, distinct = torch.arange(256), torch.arange(512)
+        layer(repeated.repeat(2))
+        layer(repeated.repeat(2)[:-1])
+        layer(distinct)
+        assert rows == [256, 511, 512]
+
+    def test_no_gradient_larger_than_the_lookup(self) -> None:
+        """Nothing of the size of the table is made: the largest tensor is that of the output."""
+        layer = CPEmbedding(50257, 768, rank=8)
+        sizes: list[int] = []
+
+        class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+                out = func(*args, **(kwargs or {}))
+                tensors = out if isinstance(out, (tuple, list)) else (out,)
+                sizes.extend(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
+                return out
+
+        indices = torch.randint(50257, (32,))
+        with Sizes():
+            layer(indices).square().sum().backward()
+        assert max(sizes) == 32 * 768 * 4
+
+
+def test_saves_indices_alone() -> None:
+    """For the backward "balanced" keeps 8 bytes per index beside the factors, "fast" also Z."""
+    kept: dict[str, int] = {}
+    for memory in ("balanced", "least", "fast"):
+        layer = CPEmbedding(1000, 64, rank=16, memory=memory)
+        factors = {f.data_ptr() for f in layer.cp.factors}
+        count: list[Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, c=count: c.append(t) or t, lambda t: t
+        )
+        with hooks:
+            layer(torch.randint(1000, (100,)))
+        kept[memory] = sum(t.nbytes for t in count if t.data_ptr() not in factors)
+    assert kept == {"balanced": 800, "least": 800, "fast": 800 + 100 * 16 * 4}
+
+
+class TestDerivatives:
+    layers = pytest.mark.parametrize("weights", [False, True])
+
+    @staticmethod
+    def function(weights: bool, memory: str = "balanced", unique: bool | None = None) -> Any:
+        layer = make(7, (2, 2, 2), (2, 2), 3, weights=weights, padding_idx=3)
+        indices = torch.tensor([[0, 3, 6], [6, 6, 1]])
+        tensors = [p.detach().clone() for p in layer.cp.parameters()]
+        scale = [tensors.pop(0)] if weights else []
+
+        def cp(*given: Tensor) -> Tensor:
+            return PF.cp_embedding(
+                indices, given[:3], given[3:5], weights=given[5] if weights else None,
+                padding_idx=3, num_embeddings=7, memory=memory, unique=unique,
+            )  # fmt: skip
+
+        def dense(*given: Tensor) -> Tensor:
+            scale = given[5] if weights else torch.ones(3, dtype=torch.float64)
+            full = torch.einsum("ar,br,cr,dr,er,r->abcde", *given[:5], scale).reshape(8, 4)
+            keep = torch.ones(8, 1, dtype=torch.float64)
+            keep[3] = 0
+            return (full * keep)[indices]
+
+        return cp, dense, [*tensors, *scale]
+
+    @layers
+    @pytest.mark.parametrize("options", [("balanced", None), ("fast", None), ("balanced", True)])
+    def test_gradcheck(self, weights: bool, options: tuple[str, bool | None]) -> None:
+        cp, _, tensors = self.function(weights, *options)
+        tensors = [t.requires_grad_() for t in tensors]
+        assert gradcheck(cp, tensors, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(cp, tensors, check_fwd_over_rev=True)
+
+    @layers
+    def test_func(self, weights: bool) -> None:
+        cp, dense, tensors = self.function(weights)
+        tangents = tuple(map(torch.randn_like, tensors))
+        every = tuple(range(len(tensors)))
+        results = []
+        for f in (cp, dense):
+            loss = lambda *t, f=f: f(*t).sin().sum()  # noqa: E731
+            stacked = [torch.stack([t, 1 - t]) for t in tensors]
+            results.append([
+                *grad(loss, every)(*tensors), *jvp(f, tuple(tensors), tangents),
+                *jacrev(f, every)(*tensors), hessian(loss, 1)(*tensors), vmap(f)(*stacked),
+                *[h for row in hessian(loss, (0, 3))(*tensors) for h in row],
+            ])  # fmt: skip
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            assert_close(got, want, f"result {i}")
+
+    def test_vmap_over_indices(self) -> None:
+        layer = make(10, (3, 4), (2, 2), 3, padding_idx=2)
+        indices = torch.tensor([[1, 2], [9, 9], [0, 2]])
+        assert_close(vmap(layer)(indices), layer(indices), "y")
+        values = {k: v.detach() for k, v in layer.named_parameters()}
+
+        def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return functional_call(layer, values, (sample,)).square().sum()
+
+        got = vmap(grad(loss), (None, 0))(values, indices)
+        for i, sample in enumerate(indices):
+            want = grad(loss)(values, sample)
+            for name in want:
+                assert_close(got[name][i], want[name], name)
+
+
+class TestTiedHead:
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("weights", [False, True])
+    @pytest.mark.parametrize("size", [23, 24])
+    def test_agrees_with_linear(self, bias: bool, weights: bool, size: int) -> None:
+        layer = make(size, (2, 3, 4), (3, 2), 5, weights=weights)
+        head = layer.as_linear(bias)
+        if bias:
+            nn.init.normal_(head.bias)
+        x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *layer.cp.parameters(), *([head.bias] if bias else [])]
+        got, want = head(x), F.linear(x, table(layer), head.bias)
+        assert_close(got, want, "logits")
+        assert_close(head.weight, table(layer), "weight")
+        grad_y = torch.randn_like(want)
+        for g, w in zip(
+            torch.autograd.grad(got, leaves, grad_y), torch.autograd.grad(want, leaves, grad_y),
+            strict=True,
+        ):  # fmt: skip
+            assert_close(g, w, "gradient")
+
+    def test_shares_parameters(self) -> None:
+        """One set of parameters, to which lookup and head both send their gradient."""
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed = make(23, (2, 3, 4), (3, 2), 5)
+                self.head = self.embed.as_linear()
+
+            def forward(self, indices: Tensor) -> Tensor:
+                return self.head(self.embed(indices))
+
+        model, indices = Model(), torch.randint(23, (4, 3))
+        assert sum(p.numel() for p in model.parameters()) == 5 * (2 + 3 + 4 + 3 + 2)
+        model(indices).square().sum().backward()
+        got = [p.grad for p in model.parameters()]
+        weight = table(model.embed)
+        want = F.linear(F.embedding(indices, weight), weight).square().sum()
+        for g, w in zip(got, torch.autograd.grad(want, list(model.parameters())), strict=True):
+            assert_close(g, w, "gradient")
+        copied = copy.deepcopy(model)
+        assert copied.head.cp is copied.embed.cp
+        copied.load_state_dict(model.state_dict())
+
+    def test_padding_row_shows_in_the_head_alone(self) -> None:
+        layer = make(23, (2, 3, 4), (3, 2), 5, padding_idx=4)
+        head = layer.as_linear()
+        others = torch.arange(23) != 4
+        assert torch.equal(head.weight[others], layer.weight[others])
+        assert layer.weight[4].count_nonzero() == 0
+        assert head.weight[4].count_nonzero() == 6
+
+    def test_wants_an_embedding(self) -> None:
+        with pytest.raises(TypeError, match="CPEmbedding, got Linear"):
+            CPTiedLinear(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 7, 97, 1000, 4096, 30522, 32000, 50257, 151936])
+def test_padded_shape(size: int, order: int) -> None:
+    modes = polyadic.padded_shape(size, order)
+    assert len(modes) == order
+    assert math.prod(modes) >= size
+    assert max(modes) - min(modes) <= 1
+    # One less in the sum is too few, however it is distributed.
+    low, more = divmod(sum(modes) - 1, order)
+    assert (low + 1) ** more * low ** (order - more) < size
+
+
+@pytest.mark.parametrize(("size", "dim", "rank"), [(50257, 768, 2048), (30522, 384, 768)])
+def test_real_vocabularies(size: int, dim: int, rank: int) -> None:
+    """A hundred times fewer parameters at ranks above twice the embedding dimension."""
+    layer = CPEmbedding(size, dim, rank=rank, device="meta")
+    parameters = sum(p.numel() for p in layer.parameters())
+    assert size * dim / parameters >= 100
+    assert rank >= 2 * dim
+    small = CPEmbedding(size, dim, rank=32)
+    indices = torch.randint(size, (4, 128))
+    indices[0, 0] = size - 1
+    y = small(indices)
+    assert y.shape == (4, 128, dim)
+    y.sum().backward()
+    assert small.as_linear()(y[:2, 0]).shape == (2, size)
+
+
+def test_initial_variance_is_that_of_torch() -> None:
+    weight = torch.stack([CPEmbedding(1000, 96, rank=64).weight for _ in range(40)])
+    # Of 40 tables whose entries are uncorrelated: the mean square deviates by well below 5 %.
+    assert abs(weight.mean().item()) < 0.02
+    assert abs(weight.square().mean().item() - 1) < 0.05
+
+
+class TestHome:
+    """The layer in the company of the rest of torch."""
+
+    def test_autocast_leaves_it_alone(self) -> None:
+        layer, indices = CPEmbedding(100, 24, rank=4), torch.randint(100, (5,))
+        plain = torch.autograd.grad(layer(indices).sum(), list(layer.parameters()))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(indices)
+            inside = torch.autograd.grad(y.sum(), list(layer.parameters()))
+            assert y.dtype == nn.Embedding(3, 4)(indices % 3).dtype == torch.float32
+        assert all(map(torch.equal, plain, inside))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_halves(self, dtype: torch.dtype) -> None:
+        """Error at most twice that of torch's lookup in the rounded table."""
+        layer = make(1000, (10, 10, 10), (4, 8), 24)
+        exact = table(layer)
+        low = copy.deepcopy(layer).to(dtype)
+        exact = table(copy.deepcopy(low).double())
+        indices = torch.randint(1000, (300,))
+        error = (low(indices).double() - exact[indices]).norm()
+        assert low(indices).dtype == dtype
+        assert error <= 2 * (exact.to(dtype).double() - exact)[indices].norm()
+        low(indices).sum().backward()
+        assert all(p.grad.dtype == dtype for p in low.parameters())
+
+    def test_half_gradients_are_summed_in_fp32(self) -> None:
+        """Of 4096 equal rows; a bfloat16 sum would stand still at 256."""
+        layer = CPEmbedding(2, 1, rank=1, in_shape=(2,), out_shape=(1,), dtype=torch.bfloat16)
+        for p in layer.parameters():
+            nn.init.ones_(p)
+        ins, outs = layer.cp.factor_groups()
+        PF.cp_embedding(
+            torch.zeros(4096, dtype=torch.int64), ins, outs, unique=False
+        ).sum().backward()
+        assert ins[0].grad[0].item() == 4096
+
+    def test_meta_and_to_empty(self) -> None:
+        layer = CPEmbedding(1000, 24, rank=4, device="meta")
+        assert layer(torch.zeros(600, dtype=torch.int64, device="meta")).shape == (600, 24)
+        layer.to_empty(device="cpu").reset_parameters()
+        assert layer(torch.arange(600)).isfinite().all()
+
+    def test_pickle_and_state_dict(self) -> None:
+        layer, indices = make(23, (2, 3, 4), (3, 2), 5), torch.arange(23)
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(indices), layer(indices))
+        other = make(23, (2, 3, 4), (3, 2), 5)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(indices), layer(indices))
+
+    def test_checkpoint(self) -> None:
+        layer, indices = make(23, (2, 3, 4), (3, 2), 5), torch.arange(23)
+        y = torch.utils.checkpoint.checkpoint(layer, indices, use_reentrant=False)
+        got = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        want = torch.autograd.grad(layer(indices).square().sum(), list(layer.parameters()))
+        assert all(map(torch.equal, got, want))
+
+    @pytest.mark.slow
+    def test_compile(self) -> None:
+        torch._dynamo.reset()
+        layer = make(23, (2, 3, 4), (3, 2), 5, padding_idx=3)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+        for count in (5, 600, 7):
+            indices = torch.randint(23, (count, 2))
+            y, want = compiled(indices), layer(indices)
+            assert_close(y, want, "y")
+            for g, w in zip(
+                torch.autograd.grad(y.square().sum(), list(layer.parameters())),
+                torch.autograd.grad(want.square().sum(), list(layer.parameters())),
+                strict=True,
+            ):
+                assert_close(g, w, "gradient")
+
+    @pytest.mark.slow
+    def test_compile_tied(self) -> None:
+        torch._dynamo.reset()
+        layer = make(23, (2, 3, 4), (3, 2), 5)
+        model = nn.Sequential(layer, layer.as_linear(True))
+        indices = torch.randint(23, (4, 3))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(indices), model(indices), "logits")
+        compiled(indices).sum().backward()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_export(self, strict: bool) -> None:
+        layer = make(23, (2, 3, 4), (3, 2), 5, padding_idx=3)
+        batch = torch.export.Dim("batch", min=2)
+        program = torch.export.export(
+            layer, (torch.arange(6).view(3, 2),), dynamic_shapes=({0: batch},), strict=strict
+        )
+        indices = torch.randint(23, (8, 2))
+        assert_close(program.module()(indices), layer(indices), "y")
+
+
+INS, OUTS = [torch.ones(3, 2), torch.ones(4, 2)], [torch.ones(5, 2)]
+ERRORS: list[tuple[str, Any, type[Exception], str]] = [
+    ("max_norm", lambda: CPEmbedding(9, 4, max_norm=1.0, rank=2), ValueError, "max_norm"),
+    ("sparse", lambda: CPEmbedding(9, 4, sparse=True, rank=2), ValueError, "sparse"),
+    ("freq", lambda: CPEmbedding(9, 4, scale_grad_by_freq=True, rank=2), ValueError,
+     "scale_grad_by_freq"),
+    ("size-0", lambda: CPEmbedding(0, 4, rank=2), ValueError, "num_embeddings"),
+    ("dim-float", lambda: CPEmbedding(9, 4.0, rank=2), TypeError, "embedding_dim"),
+    ("rank-0", lambda: CPEmbedding(9, 4, rank=0), ValueError, "rank"),
+    ("padding-outside", lambda: CPEmbedding(9, 4, 9, rank=2), ValueError, r"\[-9, 9\), got 9"),
+    ("padding-float", lambda: CPEmbedding(9, 4, 1.0, rank=2), TypeError, "padding_idx"),
+    ("in-shape", lambda: CPEmbedding(9, 4, rank=2, in_shape=(2, 4)), ValueError, "8 rows, fewer"),
+    ("out-shape", lambda: CPEmbedding(9, 4, rank=2, out_shape=(2, 3)), ValueError, "out_shape"),
+    ("memory", lambda: CPEmbedding(9, 4, rank=2, memory="none"), ValueError, "memory"),
+    ("not-a-tensor", lambda: PF.cp_embedding([1], INS, OUTS), TypeError, "indices must be"),
+    ("float", lambda: PF.cp_embedding(torch.ones(2), INS, OUTS), TypeError, "int64 or int32"),
+    ("bool", lambda: PF.cp_embedding(torch.ones(2) > 0, INS, OUTS), TypeError, "int64 or int32"),
+    ("device", lambda: PF.cp_embedding(torch.ones(2, device="meta").long(), INS, OUTS),
+     ValueError, "move one"),
+    ("rows", lambda: PF.cp_embedding(torch.arange(2), INS, OUTS, num_embeddings=13), ValueError,
+     "12 rows"),
+    ("negative", lambda: PF.cp_embedding(torch.tensor([-1]), INS, OUTS), IndexError, r"\[0, 12\)"),
+    ("beyond", lambda: PF.cp_embedding(torch.tensor([12]), INS, OUTS), IndexError, r"\[0, 12\)"),
+    ("in-the-padding", lambda: PF.cp_embedding(torch.tensor([11]), INS, OUTS, num_embeddings=11),
+     IndexError, r"\[0, 11\)"),
+    ("weights", lambda: PF.cp_embedding(torch.tensor([1]), INS, OUTS, weights=torch.ones(3)),
+     ValueError, "weights must have shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"), [pytest.param(*rest, id=name) for name, *rest in ERRORS]
+)
+def test_errors(call: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
