@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polyadic._plan import ConvPlan
-from polyadic.kernels.modes import khatri_rao, khatri_rao_backward
+from polyadic.kernels.modes import accumulate_dtype, khatri_rao, khatri_rao_backward
 from polyadic.kernels.stages import Geometry, Ints, Stage, Stages, stages
 
 
@@ -62,10 +62,15 @@ def _project(x: Tensor, matrix: Tensor, layout: str, bias: Tensor | None = None)
 
 
 def _outer(x: Tensor, z: Tensor, layout: str) -> Tensor:
-    """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r)."""
+    """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r).
+
+    A sum over the batch taken here is of half-precision terms already rounded; it stays in fp32.
+    """
     if layout == "channels_last" and _is_rows(x):
         return _rows(x).t() @ _rows(z)
-    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(0)
+    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(
+        0, dtype=accumulate_dtype(x.dtype)
+    )
 
 
 def _in_layout(x: Tensor, layout: str) -> Tensor:
