@@ -1,0 +1,280 @@
+"""Is a contestant right, what does it keep and need, and how long does it take.
+
+Memory is counted exactly, at the boundary of the operators: every tensor storage an operator
+returns is live from then until it is freed. Scratch memory inside an operator (packed operands of
+a GEMM, an im2col buffer) is not seen; nor is it the allocator's rounding, so that the count is the
+same on every run and every machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from polyadic.bench.problem import Built, Form, Problem, apply_dense, dense_weight
+
+# Relative L2 error against float64 that rounding can explain, for the longest sums of the grid.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+class Gate:
+    """The float64 answers of one problem; each format of the parameters is worked out once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._answers: dict[Form, tuple[Tensor, ...]] = {}
+
+    def errors(self, built: Built, inference: bool = False) -> dict[str, float]:
+        """Relative L2 errors of y, without and with autograd, and of every gradient.
+
+        NaN and infinity count as infinite error.
+
+        Args:
+            built: the contestant; run twice forward and once back.
+            inference: look at y alone, run forward once.
+        """
+        grad = self._problem.grad
+        y_infer = built.infer()
+        if inference:
+            return {"y": _error(y_infer, self._answer(built)[0])}
+        y = built.forward(built.x)
+        grads = torch.autograd.grad(y, (built.x, *built.parameters), like(grad, y))
+        right_y, *right_grads = self._answer(built)
+        errors = {"y": _error(y_infer, right_y), "y under autograd": _error(y, right_y)}
+        names = ["x", *[f"parameter {i}" for i in range(len(built.parameters))]]
+        for name, got, right in zip(names, grads, right_grads, strict=True):
+            errors[f"gradient of {name}"] = _error(got, right)
+        return errors
+
+    def _answer(self, built: Built) -> tuple[Tensor, ...]:
+        if built.form not in self._answers:
+            case = self._problem.case
+            leaves = [
+                t.detach().double().contiguous().requires_grad_()
+                for t in (built.x, *built.parameters)
+            ]
+            y = apply_dense(case, leaves[0], dense_weight(case, built.form, leaves[1:]))
+            grads = torch.autograd.grad(y, leaves, self._problem.grad.double())
+            self._answers[built.form] = (y.detach(), *grads)
+        return self._answers[built.form]
+
+
+def _error(got: Tensor, right: Tensor) -> float:
+    if got.shape != right.shape:
+        return float("inf")
+    size = float(right.norm())
+    error = float((got.detach().double() - right).norm()) / (size or 1.0)
+    return error if error < float("inf") else float("inf")
+
+
+def like(grad: Tensor, y: Tensor) -> Tensor:
+    """Copy the numbers into y's strides, as the next layer's backward would hand them."""
+    return torch.empty_like(y).copy_(grad).detach()
+
+
+def kept_bytes(built: Built) -> int:
+    """Bytes autograd keeps from forward to backward: distinct storages, parameters left out.
+
+    The input counts, since the layer keeps it alive.
+    """
+    own = {_key(p) for p in built.parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in own:
+            kept[_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = built.forward(built.x)
+    del y
+    return sum(kept.values())
+
+
+def _key(tensor: Tensor) -> int:
+    # The storage object itself is the identity: meta tensors all have the address 0.
+    return int(tensor.untyped_storage()._cdata)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of live tensor storages, and their peak.
+
+    Attributes:
+        current: bytes of storages seen and not freed.
+        peak: the most there ever were.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        """Start from tensors that are there already."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current = self.peak = 0
+        self._live: dict[int, int] = {}
+        for tensor in held:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._live:
+            return
+        self._live[key] = storage.nbytes()
+        self.current += self._live[key]
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.current -= self._live.pop(key)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+
+def peak_bytes(built: Built, grad: Tensor) -> int:
+    """Most bytes live in one training step: parameters, x, gradient of y, and all it makes."""
+    grad = like(grad, built.infer())
+    with LiveBytes([built.x, grad, *built.parameters]) as live:
+        grads = built.train(grad)
+    del grads
+    peak: int = live.peak
+    return peak
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long contestants are timed.
+
+    Args:
+        seconds: that each gets at least, unless it is stopped early.
+        repeats: that each gets at least.
+        block: seconds one repeat should last; shorter steps are called several times in it.
+        limit: seconds after which three repeats are enough.
+        hopeless: a contestant this many times slower than the best is stopped once it has had a
+            third of its seconds and three repeats, or all its seconds.
+    """
+
+    seconds: float = 0.25
+    repeats: int = 7
+    block: float = 1e-3
+    limit: float = 1.0
+    hopeless: float = 4.0
+
+
+@dataclass
+class Timing:
+    """Seconds per call, one entry per repeat.
+
+    Args:
+        calls: in one repeat.
+        warm: whether a call goes ahead of each repeat without being counted.
+    """
+
+    calls: int = 1
+    warm: bool = True
+    samples: list[float] = field(default_factory=list)
+    stopped_early: bool = False
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent in all, uncounted calls included."""
+        return (self.calls + self.warm) * sum(self.samples)
+
+    def record(self) -> dict[str, Any]:
+        """Median, least and quartiles in seconds."""
+        ordered = sorted(self.samples)
+        q1, median, q3 = (
+            statistics.quantiles(ordered, n=4, method="inclusive")
+            if len(ordered) > 1
+            else ordered * 3
+        )
+        return {
+            "median": median, "min": ordered[0], "q1": q1, "q3": q3, "repeats": len(ordered),
+            "calls_per_repeat": self.calls, "stopped_early": self.stopped_early,
+        }  # fmt: skip
+
+
+def time_interleaved(
+    steps: Mapping[str, Callable[[], Any]],
+    patience: Patience,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time steps in turns, so that what disturbs the machine disturbs all alike.
+
+    The order is drawn anew in every round. A turn is a block of calls behind one that is not
+    counted, since the turn before has emptied the caches and given back other memory; calls so
+    long that this cannot matter go without.
+    """
+    order = random.Random(0)
+    timings = {name: _prepare(step, patience, synchronize) for name, step in steps.items()}
+    waiting = dict(steps)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        while waiting:
+            turns = list(waiting.items())
+            order.shuffle(turns)
+            for name, step in turns:
+                timing = timings[name]
+                if timing.warm:
+                    step()
+                timing.samples.append(_clock(step, timing.calls, synchronize))
+                best = min(statistics.median(t.samples) for t in timings.values() if t.samples)
+                if _enough(timing, best, patience):
+                    del waiting[name]
+    finally:
+        if collecting:
+            gc.enable()
+    return timings
+
+
+def _clock(step: Callable[[], Any], calls: int, synchronize: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _prepare(
+    step: Callable[[], Any], patience: Patience, synchronize: Callable[[], None]
+) -> Timing:
+    """Settle how often a step is called in a turn, and whether a call goes ahead of it."""
+    first = _clock(step, 1, synchronize)
+    if first >= 50 * patience.block:
+        return Timing(warm=False)
+    best = min(_clock(step, 1, synchronize) for _ in range(3))
+    return Timing(max(1, round(patience.block / best)))
+
+
+def _enough(timing: Timing, best: float, patience: Patience) -> bool:
+    count = len(timing.samples)
+    slower = statistics.median(timing.samples) / best
+    patient = patience.seconds / 3 if count >= 3 else patience.seconds
+    if slower > patience.hopeless and timing.elapsed >= patient:
+        timing.stopped_early = True
+        return True
+    if count >= patience.repeats and timing.elapsed >= patience.seconds:
+        return True
+    return count >= 3 and timing.elapsed >= patience.limit
