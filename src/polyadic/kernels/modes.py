@@ -55,8 +55,7 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
         product = product.unsqueeze(-2) * factor
     if rest:
         product = product.flatten(0, -2)
-    # Tensor.to costs a microsecond even where there is nothing to do.
-    return product if product.dtype == (dtype or own) else product.to(dtype or own)
+    return _rounded(product, dtype or own)
 
 
 def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -66,11 +65,17 @@ def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _grouped(factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> list[Tensor]:
-    """One Khatri-Rao matrix (g, R) per group, left to right."""
-    matrices, start = [], 0
+    """One Khatri-Rao matrix (g, R) per group, left to right.
+
+    The last one enters a GEMM in ``dtype``. The others enter products that are rounded once, in
+    the end, so that more groups do not mean more roundings: they stay in fp32 at least.
+    """
+    matrices, start, wide = [], 0, accumulate_dtype(dtype)
     for length in groups:
-        matrices.append(khatri_rao(factors[start : start + length], dtype))
-        start += length
+        stop = start + length
+        inner = stop < len(factors)
+        matrices.append(khatri_rao(factors[start:stop], wide if inner else dtype))
+        start = stop
     return matrices
 
 
@@ -92,31 +97,41 @@ def _contract_last(x: Tensor, last: Tensor) -> Tensor:
 def _sum_left(partial: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
     """Contract the remaining groups right to left; result j has the modes of the first j groups.
 
-    (B, L, R) → [(B, R), (B, g_1, R), …, (B, L, R)], each the weighted sum of its right neighbour.
+    (B, L, R) → [(B, R), (B, g_1, R), …, (B, L, R)], each the weighted sum of its right neighbour;
+    the first and the last in the dtype of ``partial``, those between in that of ``left``.
     """
     partials = [partial]
     for matrix in reversed(left):
         group, rank = matrix.shape
         outer = partials[0].shape[1] // group
         split = partials[0].view(partial.shape[0], outer, group, rank)
-        partials.insert(0, _weighted(split, matrix).sum(2).to(partial.dtype))
-    partials[0] = partials[0].squeeze(1)
+        partials.insert(0, (split * matrix).sum(2))
+    partials[0] = _rounded(partials[0].squeeze(1), partial.dtype)
     return partials
 
 
 def _weighted(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise product in the accumulation dtype, for a sum that follows."""
     wide = accumulate_dtype(a.dtype)
-    return a.to(wide) * b.to(wide)
+    return _rounded(a, wide) * _rounded(b, wide)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype; Tensor.to costs a microsecond even where nothing is to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _spread(z: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
-    """Multiply the groups in left to right: (B, R) → [(B, 1, R), (B, g_1, R), …, (B, L, R)]."""
+    """Multiply the groups in left to right: (B, R) → [(B, 1, R), (B, g_1, R), …, (B, L, R)].
+
+    The first and the last in the dtype of ``z``, those between in that of ``left``.
+    """
     spread = [z.unsqueeze(1)]
     for matrix in left:
         product = spread[-1].unsqueeze(2) * matrix
         rows, outer, group, rank = product.shape
         spread.append(product.reshape(rows, outer * group, rank))
+    spread[-1] = _rounded(spread[-1], z.dtype)
     return spread
 
 
