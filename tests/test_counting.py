@@ -1,0 +1,303 @@
+"""Counted, not timed: bytes kept for the backward, tensors allocated, FLOPs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import CASES, Case, every_case
+from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic import functional as PF
+
+# 512 → 384 at rank 6 on 8 rows: W has 196,608 entries, the next largest tensors (M, R) and (B, M).
+LINEAR = Case("count-linear", ((8, 8, 8), (6, 8, 8)), 6, (8,))
+LINEAR_LAMBDA = Case("count-lambda", ((8, 8, 8), (6, 8, 8)), 6, (2, 4), weights=True)
+# 128 → 96 channels, 3×3, rank 5 on 2×7×7 positions: the kernel has 110,592 entries.
+CONV = Case(
+    "count-conv", ((8, 12), (8, 16), (3, 3)), 5, (2,), (7, 7), options={"padding": 1}, weights=True
+)
+GROUPINGS = [(3,), (1, 2), (2, 1), (1, 1, 1)]
+CONV_ROUTES = [
+    ConvRoute(layout, depthwise)
+    for layout in ("channels_last", "channels_first")
+    for depthwise in ("merged", "separable")
+]
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of each storage once, by address; a view counts as the whole it is a view of."""
+    unique = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {address: size for address, size in unique.items() if size}
+
+
+def kept_bytes(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> int:
+    """Bytes of the unique storages autograd keeps alive between forward and backward."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    leaves = case.leaves(dtype).map(Tensor.requires_grad_)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = case.cp(leaves, **kwargs)
+    kept = sum(storages(saved).values())
+    torch.autograd.grad(y.sum(), list(leaves.named().values()))
+    return kept
+
+
+def input_bytes(case: Case, itemsize: int = 4) -> int:
+    return itemsize * math.prod(case.x_shape)
+
+
+def factor_bytes(case: Case, itemsize: int = 4) -> int:
+    return itemsize * case.rank * (sum(case.modes) + case.weights)
+
+
+def rows(case: Case) -> int:
+    """Entries of one intermediate per rank: rows of x, or positions of the in-projection."""
+    if case.linear:
+        return math.prod(case.lead)
+    kernel, where = case.tensorized_shape[2], case.options
+    size = case.size
+    if math.prod(kernel) == 1 and not where.get("padding"):
+        stride = where.get("stride", 1)
+        strides = stride if isinstance(stride, tuple) else (stride,) * len(size)
+        size = tuple(-(-n // s) for n, s in zip(size, strides, strict=True))
+    return math.prod(case.lead) * math.prod(size)
+
+
+CONTIGUOUS = [c for c in CASES if c.strides in ("contiguous", "channels_last")]
+
+
+@pytest.mark.parametrize("case", CONTIGUOUS, ids=lambda c: c.id)
+def test_bytes_kept_for_the_backward(case: Case) -> None:
+    x, factors, one = input_bytes(case), factor_bytes(case), 4 * rows(case) * case.rank
+    assert kept_bytes(case, memory="balanced") <= x + one + factors
+    assert kept_bytes(case, memory="least") <= x + factors
+    if not case.linear:
+        # The second map has the positions of the output, which padding can make more.
+        two = 4 * case.rank * case.grad_y().numel() // case.out_features
+        assert kept_bytes(case, memory="fast") <= x + one + two + factors
+
+
+@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+def test_bytes_kept_by_linear_exactly(case: Case) -> None:
+    x, factors, z = input_bytes(case), factor_bytes(case), 4 * rows(case) * case.rank
+    route = LinearRoute((3,), (3,))
+    assert kept_bytes(case, plan=LinearPlan(route, route, keep=True)) == x + z + factors
+    assert kept_bytes(case, plan=LinearPlan(route, route, keep=False)) == x + factors
+
+
+def test_bytes_kept_by_conv_exactly() -> None:
+    x, factors, z = input_bytes(CONV), factor_bytes(CONV), 4 * rows(CONV) * CONV.rank
+    for keep in (0, 1, 2):
+        for route in CONV_ROUTES:
+            plan = ConvPlan(route, route, keep)
+            # Padding 1 keeps the size, so that both maps are equally large.
+            assert kept_bytes(CONV, plan=plan) == x + keep * z + factors, plan
+
+
+def test_bytes_kept_in_bf16_are_half() -> None:
+    route = LinearRoute((3,), (3,))
+    for case in (LINEAR, LINEAR_LAMBDA):
+        full, half = (
+            kept_bytes(case, dtype, plan=LinearPlan(route, route))
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert full == 2 * half
+
+
+def test_kept_bytes_can_fail() -> None:
+    """What autograd keeps of the same map written as two products is more."""
+    leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        LINEAR.expected(leaves)
+    limit = input_bytes(LINEAR) + 4 * rows(LINEAR) * LINEAR.rank + factor_bytes(LINEAR)
+    assert sum(storages(saved).values()) > limit
+
+
+@every_case
+def test_nbytes_of_saved(case: Case) -> None:
+    leaves = case.leaves()
+    y, saved = case.cp_forward(leaves)
+    parts = [saved.x, *saved.kept, *leaves.factors, leaves.weights]
+    assert saved.nbytes == sum(8 * t.numel() for t in parts if t is not None)
+    assert all(t is not y for t in saved.kept)
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of all tensors any operation returns, views of its inputs left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = storages([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in inputs:
+                    self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
+                    self.operations += 1
+        return out
+
+
+def largest_allocation(case: Case, **kwargs: Any) -> int:
+    """Entries of the largest tensor allocated in a forward and backward."""
+    leaves = case.leaves(torch.float32).map(Tensor.requires_grad_)
+    named, grad_y = leaves.named(), case.grad_y(torch.float32)
+    with Allocations() as allocations:
+        y = case.cp(leaves, **kwargs)
+        torch.autograd.grad(y, list(named.values()), grad_y)
+    assert allocations.operations > 4
+    return allocations.largest
+
+
+def dense_size(case: Case) -> int:
+    return math.prod(math.prod(group) for group in case.tensorized_shape)
+
+
+@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+def test_linear_never_builds_the_weight(case: Case) -> None:
+    largest_ok = max(rows(case), case.rank) * max(case.in_features, case.out_features)
+    assert largest_ok < dense_size(case)
+    for inner in GROUPINGS:
+        for outer in GROUPINGS:
+            for keep in (True, False):
+                route = LinearRoute(inner, outer)
+                largest = largest_allocation(case, plan=LinearPlan(route, route, keep))
+                assert largest < dense_size(case), str(route)
+                if inner == outer == (3,):
+                    assert largest <= largest_ok
+    for memory in ("fast", "balanced", "least"):
+        assert largest_allocation(case, memory=memory) < dense_size(case)
+
+
+def test_conv_never_builds_the_kernel() -> None:
+    for route in CONV_ROUTES:
+        for keep in (0, 1, 2):
+            largest = largest_allocation(CONV, plan=ConvPlan(route, route, keep))
+            assert largest < dense_size(CONV), str(route)
+    for memory in ("fast", "balanced", "least"):
+        assert largest_allocation(CONV, memory=memory) < dense_size(CONV)
+
+
+def test_explicit_pairs_never_build_the_weight() -> None:
+    for case in (LINEAR, LINEAR_LAMBDA, CONV):
+        leaves, grad_y = case.leaves(torch.float32), case.grad_y(torch.float32)
+        with Allocations() as allocations:
+            case.cp_backward(grad_y, case.cp_forward(leaves)[1])
+        assert 0 < allocations.largest < dense_size(case)
+
+
+def test_allocations_can_fail() -> None:
+    """The same mode sees the weight where a plan, or dense torch, builds it."""
+    linear, conv = LinearRoute((3,), (3,), "dense"), ConvRoute(kind="dense")
+    for case, plan in (
+        (LINEAR, LinearPlan(linear, linear)),
+        (LINEAR, LinearPlan(LinearRoute((3,), (3,)), linear)),
+        (CONV, ConvPlan(conv, conv)),
+        (CONV, ConvPlan(ConvRoute(), conv)),
+    ):
+        assert largest_allocation(case, plan=plan) >= dense_size(case)
+    with Allocations() as allocations:
+        LINEAR.expected(LINEAR.leaves(torch.float32))
+    assert allocations.largest >= dense_size(LINEAR)
+
+
+def flops(case: Case, plan: Any) -> tuple[int, int]:
+    """FLOPs of a forward and backward, through autograd and through the explicit pair."""
+    leaves, grad_y = case.leaves(torch.float32), case.grad_y(torch.float32)
+    with FlopCounterMode(display=False) as explicit:
+        case.cp_backward(grad_y, case.cp_forward(leaves, plan=plan)[1])
+    leaves = leaves.map(Tensor.requires_grad_)
+    with FlopCounterMode(display=False) as autograd:
+        case.cp(leaves, plan=plan).backward(grad_y)
+    return explicit.get_total_flops(), autograd.get_total_flops()
+
+
+@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+def test_flops_of_linear(case: Case) -> None:
+    """2·B·R·(M+N) forward, twice that backward; once more 2·B·R·M where Z is recomputed."""
+    m, n, r, b = case.in_features, case.out_features, case.rank, rows(case)
+    for inner in GROUPINGS:
+        for outer in GROUPINGS:
+            route = LinearRoute(inner, outer)
+            explicit, autograd = flops(case, LinearPlan(route, route, True))
+            # Of several in groups the partial sums enter the factors' gradients: one GEMM more.
+            again = 2 * b * r * m * (len(inner) > 1)
+            assert explicit == autograd == 6 * b * r * (m + n) + again
+            less, _ = flops(case, LinearPlan(route, route, False))
+            assert less == explicit + 2 * b * r * m
+
+
+@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+def test_flops_of_the_explicit_khatri_rao_form_exactly(case: Case) -> None:
+    m, n, r, b = case.in_features, case.out_features, case.rank, rows(case)
+    route = LinearRoute((3,), (3,))
+    assert flops(case, LinearPlan(route, route)) == (6 * b * r * (m + n),) * 2
+
+
+def test_flops_of_dense_torch_are_more() -> None:
+    """The counter counts: dense torch needs 3·2·B·M·N besides building W."""
+    leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
+    weight = LINEAR.dense_weight(leaves).detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        LINEAR.dense(leaves.x, weight, leaves.bias).sum().backward()
+    b, m, n = rows(LINEAR), LINEAR.in_features, LINEAR.out_features
+    assert counter.get_total_flops() == 6 * b * m * n
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
+def test_flops_of_conv(layout: str) -> None:
+    """Projections like a linear map's on all positions; the depthwise convolution besides."""
+    b, r, taps = rows(CONV), CONV.rank, 9
+    channels = CONV.in_features + CONV.out_features
+    route, grad_y = ConvRoute(layout, "merged"), CONV.grad_y(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        _, saved = CONV.cp_forward(CONV.leaves(torch.float32), plan=ConvPlan(route, route, 2))
+    assert counter.get_total_flops() == 2 * b * r * (channels + taps)
+    with FlopCounterMode(display=False) as counter:
+        CONV.cp_backward(grad_y, saved)
+    counts = counter.get_flop_counts()["Global"]
+    # Of convolution_backward the counter does not know the groups: only products are compared.
+    products = sum(n for op, n in counts.items() if "convolution" not in str(op))
+    assert products == 4 * b * r * channels
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    """A frozen layer's backward to x costs 2·B·R·(M+N), nothing for the factors."""
+    m, n, r, b = LINEAR.in_features, LINEAR.out_features, LINEAR.rank, rows(LINEAR)
+    leaves = LINEAR.leaves(torch.float32)
+    route = LinearRoute((3,), (3,))
+    leaves.x.requires_grad_()
+    y = LINEAR.cp(leaves, plan=LinearPlan(route, route))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * b * r * (m + n)
+
+
+def test_no_gradient_keeps_nothing() -> None:
+    saved: list[Tensor] = []
+    leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        ins, outs = LINEAR.groups(leaves.factors)
+        assert not PF.cp_linear(leaves.x, ins, outs).requires_grad
+    assert not saved
