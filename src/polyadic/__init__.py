@@ -7,6 +7,7 @@ from polyadic.calibrate import calibrate
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
 from polyadic.tensor import CPTensor
+from polyadic.tltorch import accelerate_tltorch
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
+    "accelerate_tltorch",
     "calibrate",
     "explain",
     "freeze",
