@@ -14,6 +14,8 @@ from polyadic._format import ConvFormat, LinearFormat, Shape, positive_int
 from polyadic._plan import MEMORY, ConvPlan, LinearPlan, LinearRoute, Memory
 from polyadic.kernels.stages import Geometry
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
 
 def factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
     """Return one group of factors as a tuple of tensors; ``ranked`` looks at their shapes.
@@ -229,13 +231,67 @@ def _geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> G
     return Geometry(kernel_size, strides, pairs, dilations)
 
 
-def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
+def transposed_geometry(
+    kernel_size: Shape, stride: Any, padding: Any, output_padding: Any, dilation: Any
+) -> Geometry:
+    """Check a transposed convolution's options, one entry per dimension.
+
+    Raises:
+        TypeError: not ints or tuples of ints.
+        ValueError: wrong length, too small, or an output padding as large as stride and dilation.
+    """
+    dims = len(kernel_size)
+    strides = _per_dimension(stride, dims, "stride", 1)
+    dilations = _per_dimension(dilation, dims, "dilation", 1)
+    pairs = tuple([(p, p) for p in _per_dimension(padding, dims, "padding", 0)])
+    extra = _per_dimension(output_padding, dims, "output_padding", 0)
+    for e, s, d in zip(extra, strides, dilations, strict=True):
+        if e >= max(s, d):
+            raise ValueError(
+                f"output_padding must be smaller than the stride or the dilation, got "
+                f"{output_padding!r} with stride {strides} and dilation {dilations}"
+            )
+    return Geometry(kernel_size, strides, pairs, dilations, True, extra)
+
+
+def channel_groups(value: Any, **channels: int) -> int:
+    """Return ``groups`` if it divides every number of channels."""
+    groups = positive_int(value, "groups")
+    for name, number in channels.items():
+        if number % groups:
+            raise ValueError(f"{name} must be divisible by groups={groups}, got {number}")
+    return groups
+
+
+def padding_mode(value: Any) -> str:
+    """Return ``padding_mode`` if torch knows it."""
+    if value not in PADDING_MODES:
+        known = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode must be one of {known}, got {value!r}")
+    return str(value)
+
+
+def padding_fits(x: Tensor, where: Geometry, mode: str) -> None:
+    """Check that an input is large enough to be padded by its own entries."""
+    if torch.compiler.is_compiling() or mode in ("zeros", "replicate"):
+        return
+    for size, pair in zip(x.shape[-len(where.padding) :], where.padding, strict=True):
+        most = size - 1 if mode == "reflect" else size
+        if max(pair) > most:
+            raise ValueError(
+                f"padding_mode={mode!r} can pad a dimension of size {size} by at most {most}, got "
+                f"padding {where.padding}"
+            )
+
+
+def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry, groups: int = 1) -> None:
     """Check that x is (B, Cin, *S) or (Cin, *S) and that the kernel fits into it."""
-    dims = len(fmt.kernel_size)
+    dims, channels = len(fmt.kernel_size), fmt.in_channels
+    channels = channels if where.transposed else groups * channels
     spatial = ", ".join(f"S{i + 1}" for i in range(dims))
-    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != fmt.in_channels:
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != channels:
         raise ValueError(
-            f"x must have shape (B, {fmt.in_channels}, {spatial}) or ({fmt.in_channels}, "
+            f"x must have shape (B, {channels}, {spatial}) or ({channels}, "
             f"{spatial}), got {tuple(x.shape)}"
         )
     size = x.shape[-dims:]

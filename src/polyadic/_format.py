@@ -195,21 +195,25 @@ class ConvFormat:
         in_shape: (m_1, …), whose product is in_channels.
         kernel_size: one size per spatial dimension.
         rank: R.
+        groups: number of groups; the side they do not share counts the channels of all.
+        transposed: whether they share the out side (a transposed convolution) or the in side.
     """
 
     out_shape: Shape
     in_shape: Shape
     kernel_size: Shape
     rank: int
+    groups: int = 1
+    transposed: bool = False
 
     @property
     def in_channels(self) -> int:
-        """Cin."""
+        """Cin, of one group where groups share the in side."""
         return math.prod(self.in_shape)
 
     @property
     def out_channels(self) -> int:
-        """Cout."""
+        """Cout, of one group where groups share the out side."""
         return math.prod(self.out_shape)
 
     @property
@@ -234,7 +238,10 @@ class ConvFormat:
 
         Counted at stride 1, where input and output have the same number of positions.
         """
-        per_rank = self.in_channels + self.depthwise_taps + self.out_channels
+        own, shared = self.out_channels, self.in_channels
+        if self.transposed:
+            own, shared = shared, own
+        per_rank = own + self.groups * (self.depthwise_taps + shared)
         return max(1, self.dense_parameters // per_rank)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic import _check
@@ -60,8 +61,13 @@ def _conv(
     plan: ConvPlan | None,
     memory: Memory,
     cast: bool,
+    n_groups: int = 1,
+    padding_mode: str = "zeros",
 ) -> tuple[ConvFormat, ConvSaved]:
-    """Validate the arguments of a convolution and settle its plan; nothing is kept yet."""
+    """Validate the arguments of a convolution and settle its plan; nothing is kept yet.
+
+    x is returned padded where the padding is not of zeros: what pads it is no part of the map.
+    """
     outs = _check.factor_group(groups[0], "out_factors")
     ins = _check.factor_group(groups[1], "in_factors")
     kernels = _check.factor_group(groups[2], "kernel_factors")
@@ -71,20 +77,50 @@ def _conv(
         weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
     fmt = ConvFormat(out_shape, in_shape, kernel_size, rank)
+    n_groups = _check.channel_groups(n_groups, out_channels=fmt.out_channels)
     _check.same_place(x, ins[0], "x", cast=cast)
     geometry = _check.geometry(kernel_size, *where)
-    _check.conv_input(x, fmt, geometry)
+    _check.conv_input(x, fmt, geometry, n_groups)
+    if _check.padding_mode(padding_mode) != "zeros":
+        x, geometry = padded(x, geometry, padding_mode)
     memory = _check.memory(memory)
-    plan = plan_conv(fmt, geometry, x, memory) if plan is None else _check.conv_plan(plan)
+    if plan is not None:
+        plan = _check.conv_plan(plan)
+    elif n_groups == 1:
+        plan = plan_conv(fmt, geometry, x, memory)
+    else:
+        # One group is a convolution like any other, and there are n_groups per image.
+        one = ConvFormat((fmt.out_channels // n_groups,), in_shape, kernel_size, rank)
+        plan = plan_conv(one, geometry, _images(x, n_groups, fmt.in_channels, geometry), memory)
     return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan)
 
 
-def _conv_map(saved: ConvSaved) -> tuple[ConvMap, list[Tensor]]:
+def _images(x: Tensor, per_image: int, channels: int, geometry: Geometry) -> Tensor:
+    """A stand-in of x's dtype and device for the planner, ``per_image`` images for each of x."""
+    dims = len(geometry.kernel_size)
+    batch = x.shape[0] if x.dim() == dims + 2 else 1
+    return x.detach().new_empty(()).expand(per_image * batch, channels, *x.shape[-dims:])
+
+
+def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
+    """Pad x by its own entries, and the geometry that is left to do."""
+    _check.padding_fits(x, where, mode)
+    widths = [width for pair in reversed(where.padding) for width in pair]
+    none = ((0, 0),) * len(where.padding)
+    rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
+    if not any(widths):
+        return x, rest
+    if x.dim() == len(where.padding) + 2:
+        return F.pad(x, widths, mode), rest
+    return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
+
+
+def _conv_map(saved: ConvSaved, n_groups: int = 1) -> tuple[ConvMap, list[Tensor]]:
     """The map a plan stands for and its factors, λ as one more kernel factor."""
     scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
     factors = [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
     n_out, n_in = len(saved.out_factors), len(saved.in_factors)
-    return ConvMap(saved.plan, saved.geometry, n_out, n_in), factors
+    return ConvMap(saved.plan, saved.geometry, n_out, n_in, n_groups), factors
 
 
 def cp_conv(
@@ -98,23 +134,30 @@ def cp_conv(
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
     plan: ConvPlan | None = None,
     memory: Memory = "balanced",
 ) -> Tensor:
     """1-, 2- or 3-D convolution by a kernel in CP format, without building the kernel.
 
-    As many spatial dimensions as there are kernel factors; a cross-correlation as in torch.
+    As many spatial dimensions as there are kernel factors; a cross-correlation as in torch. With
+    groups the kernel is (Cout, Cin/groups, *k) as torch's: each group has its own rows of the out
+    side, while in side and taps are the same for all.
 
     Args:
         x: (B, Cin, *S) or (Cin, *S), floating point.
         out_factors: tensors (n_d, R) with Π n_d = Cout.
-        in_factors: tensors (m_d, R) with Π m_d = Cin.
+        in_factors: tensors (m_d, R) with Π m_d = Cin / groups.
         kernel_factors: one tensor (k_i, R) per spatial dimension.
         bias: (Cout,) or None.
         weights: λ (R,) or None for ones.
         stride: int or one per spatial dimension.
-        padding: zeros on both sides; int, one per dimension, ``"same"`` (stride 1) or ``"valid"``.
+        padding: on both sides; int, one per dimension, ``"same"`` (stride 1) or ``"valid"``.
         dilation: int or one per spatial dimension.
+        groups: groups of channels that are convolved separately; divides Cin and Cout.
+        padding_mode: ``"zeros"``, or ``"reflect"``, ``"replicate"`` or ``"circular"``: then x is
+            padded first, and kept for the backward as padded.
         plan: a ConvPlan to obey; None lets the planner choose.
         memory: ``"fast"`` (keeps x and two R-channel maps), ``"balanced"`` (x and one) or
             ``"least"`` (x alone); a given plan says itself what is kept.
@@ -130,12 +173,14 @@ def cp_conv(
     cast = autocast_dtype(x) if isinstance(x, Tensor) else None
     where = (stride, padding, dilation)
     fmt, saved = _conv(
-        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory, cast is not None
-    )
+        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory,
+        cast is not None, groups, padding_mode,
+    )  # fmt: skip
+    x = saved.x
     _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
-    layer_map, factors = _conv_map(saved)
+    layer_map, factors = _conv_map(saved, groups)
     if x.dim() == len(fmt.kernel_size) + 2:
         return run(layer_map, x, bias, factors)
     return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)

@@ -6,6 +6,10 @@ Stride, padding and dilation act in the depthwise stage alone; padding commutes 
 in-projection because that has no bias. A weight vector λ (R,) enters as one more kernel factor
 with a mode of size 1, and a 1×1 kernel's factors join the in factors: then it is a linear map.
 
+A transposed convolution is the adjoint of a convolution: the same three steps, the middle one a
+depthwise transposed convolution. With g groups each has its own rows of KC (transposed: of KA) and
+all share the other two; Z1 and Z2 then hold g·R channels, group by group, under repeated taps.
+
 Axes: b batch, c in channels, n out channels, r rank, s all positions.
 """
 
@@ -19,66 +23,9 @@ import torch
 from torch import Tensor
 
 from polyadic._plan import ConvPlan
-from polyadic.kernels.modes import accumulate_dtype, khatri_rao, khatri_rao_backward
+from polyadic.kernels.modes import khatri_rao, khatri_rao_backward
+from polyadic.kernels.projections import in_layout, outer, project
 from polyadic.kernels.stages import Geometry, Ints, Stage, Stages, stages
-
-
-def _is_rows(x: Tensor) -> bool:
-    """Whether the channels are innermost, so that positions are rows of a matrix."""
-    return x.stride(1) == 1
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(b, c, *s) → (b·s, c); a view where the channels are innermost."""
-    return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
-
-
-def _columns(x: Tensor) -> Tensor:
-    """(b, c, *s) → (b, c, s); reshape, unlike flatten, has a rule for batched gradients."""
-    return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
-
-
-def _volume(rows: Tensor, like: Tensor) -> Tensor:
-    """(b·s, r) or (b, s, r) → (b, r, *s) with channels innermost, b and s those of ``like``."""
-    return rows.view(like.shape[0], *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
-
-
-def _project(x: Tensor, matrix: Tensor, layout: str, bias: Tensor | None = None) -> Tensor:
-    """Contract the channels: (b, c, *s) with (c, r) → (b, r, *s), in the layout asked for.
-
-    To channels_last from an input that is not: the GEMM reads the input transposed, so that no
-    pass over it is spent on conversion.
-    """
-    if layout == "channels_first":
-        y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
-        return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
-    if _is_rows(x):
-        rows = _rows(x)
-        return _volume(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
-    columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
-    if bias is None:
-        return _volume(torch.bmm(columns, matrices), x)
-    return _volume(torch.baddbmm(bias.expand(1, 1, -1), columns, matrices), x)
-
-
-def _outer(x: Tensor, z: Tensor, layout: str) -> Tensor:
-    """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r).
-
-    A sum over the batch taken here is of half-precision terms already rounded; it stays in fp32.
-    """
-    if layout == "channels_last" and _is_rows(x):
-        return _rows(x).t() @ _rows(z)
-    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(
-        0, dtype=accumulate_dtype(x.dtype)
-    )
-
-
-def _in_layout(x: Tensor, layout: str) -> Tensor:
-    """Return the same tensor, converted to ``layout`` where it is in another."""
-    if layout == "channels_first":
-        return x.contiguous()
-    # contiguous(memory_format=torch.channels_last) does the same but is refused under vmap.
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _strided(x: Tensor, skip: Ints) -> Tensor:
@@ -99,10 +46,13 @@ def _unstrided(grad: Tensor, like: Tensor, skip: Ints) -> Tensor:
     return grad
 
 
-def _taps(stage: Stage, kernel_factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Depthwise kernels (r, 1, *k) of one stage."""
+def _taps(
+    stage: Stage, kernel_factors: Sequence[Tensor], dtype: torch.dtype, groups: int
+) -> Tensor:
+    """Depthwise kernels (g·r, 1, *k) of one stage, the same for every group."""
     columns = khatri_rao([kernel_factors[i] for i in stage.held], dtype)
-    return columns.t().reshape(-1, 1, *stage.kernel_size)
+    kernels = columns.t().reshape(-1, 1, *stage.kernel_size)
+    return kernels if groups == 1 else kernels.repeat(groups, *[1] * (kernels.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -111,15 +61,17 @@ class ConvMap:
 
     Args:
         plan: layout, depthwise form and what is kept.
-        geometry: kernel size, stride, padding, dilation.
+        geometry: kernel size, stride, padding, dilation; whether transposed.
         n_out: number of out factors.
         n_in: number of in factors.
+        groups: number of groups of channels.
     """
 
     plan: ConvPlan
     geometry: Geometry
     n_out: int
     n_in: int
+    groups: int = 1
 
     def _split(
         self, factors: Sequence[Tensor]
@@ -130,6 +82,17 @@ class ConvMap:
     @property
     def _lifted(self) -> bool:
         return len(self.geometry.kernel_size) == 1
+
+    def _matrices(
+        self, in_factors: Sequence[Tensor], out_factors: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """KA (c, r) and KC (n, r), the side that groups do not share as (g, c/g, r) or likewise."""
+        ka, kc = khatri_rao(in_factors, dtype), khatri_rao(out_factors, dtype)
+        if self.groups > 1 and self.geometry.transposed:
+            ka = ka.view(self.groups, -1, ka.shape[1])
+        elif self.groups > 1:
+            kc = kc.view(self.groups, -1, kc.shape[1])
+        return ka, kc
 
     def _stages(self, form: str, factors: Sequence[Tensor]) -> Stages:
         return stages(self.geometry, form, len(factors) - self.n_out - self.n_in)
@@ -144,26 +107,35 @@ class ConvMap:
         x = x.unsqueeze(2) if self._lifted else x
         maps: list[Tensor] = []
         if route.kind == "dense":
-            kernel = _in_layout(self._dense(factors, x.dtype), route.layout)
-            y = plan.dense.forward(_in_layout(x, route.layout), kernel, bias, 1)
+            kernel = in_layout(self._dense(factors, x.dtype), route.layout)
+            y = plan.dense.forward(in_layout(x, route.layout), kernel, bias, self.groups)
         else:
             if not plan.depthwise:
                 in_factors = [*kernel_factors, *in_factors]
-            ka = khatri_rao(in_factors, x.dtype)
-            maps = [_project(_strided(x, plan.skip), ka, route.layout)]
+            ka, kc = self._matrices(in_factors, out_factors, x.dtype)
+            maps = [project(_strided(x, plan.skip), ka, route.layout, self.groups)]
             for stage in plan.depthwise:
-                taps = _taps(stage, kernel_factors, x.dtype)
+                taps = _taps(stage, kernel_factors, x.dtype, self.groups)
                 maps = [maps[0], stage.forward(maps[-1], taps, None, taps.shape[0])]
-            y = _project(maps[-1], khatri_rao(out_factors, x.dtype).t(), route.layout, bias)
+            y = project(maps[-1], kc.mT, route.layout, self.groups, bias)
         return (y.squeeze(2) if self._lifted else y), tuple(maps[: self.plan.keep])
 
     def _dense(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Build the kernel (n, c, *k)."""
-        out_factors, in_factors, kernel_factors = self._split(factors)
-        inner = khatri_rao([*in_factors, *kernel_factors], dtype)
+        """Build the kernel in torch's layout: (n, c, *k), transposed (c, n, *k)."""
+        first, rest = self._first_and_rest(factors)
+        inner = khatri_rao(rest, dtype)
         size = self._stages("merged", factors).dense.kernel_size
-        kernel = khatri_rao(out_factors, dtype) @ inner.t()
+        kernel = khatri_rao(first, dtype) @ inner.t()
         return kernel.view(kernel.shape[0], inner.shape[0] // math.prod(size), *size)
+
+    def _first_and_rest(
+        self, factors: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Factors of the first dimension of torch's kernel, and of all others."""
+        out_factors, in_factors, kernel_factors = self._split(factors)
+        if self.geometry.transposed:
+            return in_factors, [*out_factors, *kernel_factors]
+        return out_factors, [*in_factors, *kernel_factors]
 
     def backward(
         self,
@@ -196,20 +168,21 @@ class ConvMap:
     def _backward_dense(
         self, grad_y: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        out_factors, in_factors, kernel_factors = self._split(factors)
         layout = self.plan.backward.layout
         kernel = self._dense(factors, x.dtype)
-        grad_y, x, kernel = (_in_layout(t, layout) for t in (grad_y, x, kernel))
+        grad_y, x, kernel = (in_layout(t, layout) for t in (grad_y, x, kernel))
         d_x, d_kernel = self._stages("merged", factors).dense.backward(
-            grad_y, x, kernel, 1, (needs[0], any(needs[1:]))
+            grad_y, x, kernel, self.groups, (needs[0], any(needs[1:]))
         )
         if d_kernel is None:
             return d_x, [None] * len(factors)
         d_matrix = d_kernel.reshape(d_kernel.shape[0], -1)
-        inner = [*in_factors, *kernel_factors]
-        d_out = khatri_rao_backward(d_matrix @ khatri_rao(inner, x.dtype), out_factors)
-        d_inner = khatri_rao_backward(d_matrix.t() @ khatri_rao(out_factors, x.dtype), inner)
-        return d_x, [*d_out, *d_inner]
+        first, rest = self._first_and_rest(factors)
+        d_first = khatri_rao_backward(d_matrix @ khatri_rao(rest, x.dtype), first)
+        d_rest = khatri_rao_backward(d_matrix.t() @ khatri_rao(first, x.dtype), rest)
+        if self.geometry.transposed:
+            return d_x, [*d_rest[: self.n_out], *d_first, *d_rest[self.n_out :]]
+        return d_x, [*d_first, *d_rest]
 
     def _backward_factorized(
         self,
@@ -226,21 +199,21 @@ class ConvMap:
             in_factors = [*kernel_factors, *in_factors]
         wrt_x, wrt_out = needs[0], any(needs[1 : 1 + self.n_out])
         wrt_rest = any(needs[1 + self.n_out :])
-        ka, kc = khatri_rao(in_factors, x.dtype), khatri_rao(out_factors, x.dtype)
-        taps = [_taps(stage, kernel_factors, x.dtype) for stage in plan.depthwise]
+        ka, kc = self._matrices(in_factors, out_factors, x.dtype)
+        taps = [_taps(stage, kernel_factors, x.dtype, self.groups) for stage in plan.depthwise]
         taken = _strided(x, plan.skip)
 
         maps = self._inputs_of_stages(taken, kept, ka, taps, plan, wrt_out, wrt_rest)
         d_out: list[Tensor] | None = None
         if wrt_out:
             z2 = kept[1] if len(kept) == 2 else maps[-1]
-            d_out = khatri_rao_backward(_outer(grad_y, z2, layout), out_factors)
+            d_out = khatri_rao_backward(self._outer(grad_y, z2, kc), out_factors)
         none_rest: list[Tensor | None] = [None] * (len(factors) - self.n_out)
         d_first: list[Tensor | None] = [*d_out] if d_out else [None] * self.n_out
         if not (wrt_x or wrt_rest):
             return None, [*d_first, *none_rest]
 
-        d_z = _project(grad_y, kc, layout)
+        d_z = project(grad_y, kc, layout, self.groups)
         d_kernel: list[Tensor | None] = [None] * len(kernel_factors)
         for stage, z, weight in reversed(
             list(zip(plan.depthwise, maps[: len(taps)], taps, strict=True))
@@ -250,18 +223,26 @@ class ConvMap:
             d_z = d_map
             if d_taps is not None:
                 held = [kernel_factors[i] for i in stage.held]
-                pieces = khatri_rao_backward(d_taps.reshape(d_taps.shape[0], -1).t(), held)
+                # Groups share the taps: their gradients add up.
+                d_taps = d_taps.reshape(self.groups, d_taps.shape[0] // self.groups, -1).sum(0)
+                pieces = khatri_rao_backward(d_taps.t(), held)
                 for i, piece in zip(stage.held, pieces, strict=True):
                     d_kernel[i] = piece
         d_in: list[Tensor | None] = none_rest
         if wrt_rest:
-            d_in = [*khatri_rao_backward(_outer(taken, d_z, layout), in_factors)]
+            d_in = [*khatri_rao_backward(self._outer(taken, d_z, ka), in_factors)]
             if plan.depthwise:
                 d_in = [*d_in, *d_kernel]
             else:
                 d_in = [*d_in[len(kernel_factors) :], *d_in[: len(kernel_factors)]]
-        d_x = _unstrided(_project(d_z, ka.t(), layout), x, plan.skip) if wrt_x else None
+        d_x = _unstrided(project(d_z, ka.mT, layout, self.groups), x, plan.skip) if wrt_x else None
         return d_x, [*d_first, *d_in]
+
+    def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
+        """Gradient of the Khatri-Rao matrix with which ``matrix`` projects x to z, or back."""
+        each = matrix.dim() == 3
+        total = outer(x, z, self.plan.backward.layout, self.groups, each)
+        return total.reshape(-1, total.shape[-1]) if each else total
 
     def _inputs_of_stages(
         self,
@@ -280,11 +261,11 @@ class ConvMap:
         if not (wrt_out or (wrt_rest and taps)):
             size, empty = taken.shape[2:], []
             for stage in plan.depthwise:
-                shape = (taken.shape[0], ka.shape[1], *size)
+                shape = (taken.shape[0], self.groups * ka.shape[-1], *size)
                 empty.append(taken.new_empty(()).expand(shape))
                 size = torch.Size(stage.output_size(size))
             return empty
-        maps = [kept[0] if kept else _project(taken, ka, self.plan.backward.layout)]
+        maps = [kept[0] if kept else project(taken, ka, self.plan.backward.layout, self.groups)]
         needed = len(taps) if wrt_out and len(kept) < 2 else len(taps) - 1
         for stage, weight in zip(plan.depthwise[:needed], taps, strict=False):
             maps.append(stage.forward(maps[-1], weight, None, weight.shape[0]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +26,30 @@ class Geometry:
     Args:
         kernel_size: taps.
         stride: step.
-        padding: zeros in front and behind, as (low, high) pairs with low <= high.
+        padding: zeros in front and behind, as (low, high) pairs with low <= high; of a transposed
+            convolution positions cut off, low == high.
         dilation: distance of taps.
+        transposed: the adjoint: a convolution of these numbers maps its output to its input.
+        output_padding: of a transposed convolution, positions added behind.
     """
 
     kernel_size: Ints
     stride: Ints
     padding: tuple[tuple[int, int], ...]
     dilation: Ints
+    transposed: bool = False
+    output_padding: Ints = ()
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial size of the output for an input of spatial size ``size``."""
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * low + d * (k - 1) + extra + 1
+                for n, k, s, (low, _), d, extra in zip(
+                    size, self.kernel_size, self.stride, self.padding, self.dilation,
+                    self.output_padding, strict=True,
+                )
+            )  # fmt: skip
         return tuple(
             (n + low + high - d * (k - 1) - 1) // s + 1
             for n, k, s, (low, high), d in zip(
@@ -52,6 +66,8 @@ class Stage:
 
     Args:
         held: positions, among the kernel factors, of those this stage's taps are made of.
+        transposed: a transposed convolution.
+        output_padding: of a transposed convolution, positions added behind.
     """
 
     kernel_size: Ints
@@ -60,6 +76,13 @@ class Stage:
     excess: Ints
     dilation: Ints
     held: Ints = field(default=())
+    transposed: bool = False
+    output_padding: Ints = field(default=())
+
+    def _where(self) -> tuple[Any, ...]:
+        """Stride, padding and what else torch's convolution takes before the groups."""
+        extra = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, extra
 
     def padded(self, x: Tensor) -> Tensor:
         """Zeros behind each spatial dimension where the padding is asymmetric."""
@@ -69,6 +92,14 @@ class Stage:
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial size of the output for an input of spatial size ``size``."""
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+                for n, k, s, p, e, d in zip(
+                    size, self.kernel_size, self.stride, self.padding, self.output_padding,
+                    self.dilation, strict=True,
+                )
+            )  # fmt: skip
         return tuple(
             (n + 2 * p + e - d * (k - 1) - 1) // s + 1
             for n, k, s, p, e, d in zip(
@@ -79,19 +110,18 @@ class Stage:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
+        stride, padding, dilation, transposed, extra = self._where()
         return torch.convolution(
-            self.padded(x), weight, bias, self.stride, self.padding, self.dilation,
-            False, [0] * len(self.stride), groups,
-        )  # fmt: skip
+            self.padded(x), weight, bias, stride, padding, dilation, transposed, extra, groups
+        )
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x and of weight, where ``wrt`` asks for them."""
         d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-            grad, self.padded(x), weight, None, self.stride, self.padding, self.dilation,
-            False, [0] * len(self.stride), groups, [*wrt, False],
-        )  # fmt: skip
+            grad, self.padded(x), weight, None, *self._where(), groups, [*wrt, False]
+        )
         if not wrt[0]:
             return None, d_weight
         for dim, excess in enumerate(self.excess, start=2):
@@ -130,12 +160,15 @@ def stages(geometry: Geometry, form: str, n_kernel: int) -> Stages:
             (1, *geometry.stride),
             ((0, 0), *geometry.padding),
             (1, *geometry.dilation),
+            geometry.transposed,
+            (0, *geometry.output_padding),
         )
     else:
         g = geometry
     dims = range(len(g.kernel_size))
     skip = tuple(
-        g.stride[d] if g.kernel_size[d] == 1 and not any(g.padding[d]) else 1 for d in dims
+        g.stride[d] if g.kernel_size[d] == 1 and not any(g.padding[d]) and not g.transposed else 1
+        for d in dims
     )
 
     def along(chosen: Sequence[int], held: Sequence[int], strides: Ints) -> Stage:
@@ -149,12 +182,15 @@ def stages(geometry: Geometry, form: str, n_kernel: int) -> Stages:
             pick([high - low for low, high in g.padding], 0),
             pick(g.dilation, 1),
             tuple(held),
+            g.transposed,
+            pick(g.output_padding, 0) if g.transposed else (),
         )
 
     dense = along(dims, range(n_kernel), g.stride)
     remaining = tuple(s // q for s, q in zip(g.stride, skip, strict=True))
     acting = [d for d in dims if g.kernel_size[d] > 1]
-    if not acting and not any(map(any, g.padding)):
+    moved = g.transposed and (max(g.stride) > 1 or any(g.output_padding))
+    if not acting and not any(map(any, g.padding)) and not moved:
         return Stages(skip, (), dense)
     if form == "merged" or len(acting) < 2:
         return Stages(skip, (along(dims, range(n_kernel), remaining),), dense)

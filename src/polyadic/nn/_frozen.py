@@ -73,7 +73,7 @@ class FrozenWeight(Frozen):
 
 
 class FrozenKernel(Frozen):
-    """A convolution with the rebuilt kernel: matrix0 (Cout, Cin, *k)."""
+    """A convolution with the rebuilt kernel: matrix0 (Cout, Cin/groups, *k)."""
 
     matrix0: Tensor
 
@@ -87,5 +87,7 @@ class FrozenKernel(Frozen):
     ) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S')."""
         self.check()
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.matrix0.dim() - 3]
-        return convolve(x, self.matrix0, bias, stride, padding, dilation)
+        dims = self.matrix0.dim() - 2
+        groups = x.shape[-dims - 1] // self.matrix0.shape[1]
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        return convolve(x, self.matrix0, bias, stride, padding, dilation, groups)

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyadic import functional
-from polyadic._check import geometry
-from polyadic._check import memory as check_memory
+from polyadic import _check, functional
 from polyadic._format import (
     ConvFormat,
     Shape,
@@ -22,13 +20,43 @@ from polyadic._format import (
     tensorize,
 )
 from polyadic._plan import Memory
+from polyadic.functional.conv import padded
 from polyadic.nn._layer import CPLayer, Rank
 
 
-class _CPConv(CPLayer):
-    """Convolution with a kernel in CP format; subclasses fix the number of spatial dimensions."""
+class CPConvBase(CPLayer):
+    """What convolutions share; subclasses fix the number of spatial dimensions."""
 
     _dims: int
+
+    def _kernel_size(self, value: Any) -> Shape:
+        sizes = mode_sizes(
+            value if isinstance(value, Sequence) else (value,) * self._dims, "kernel_size"
+        )
+        if len(sizes) != self._dims:
+            raise ValueError(f"kernel_size must be an int or {self._dims} ints, got {value!r}")
+        return sizes
+
+    def _factor(
+        self,
+        shared: tuple[int, int],
+        order: int,
+        out_shape: Sequence[int] | None,
+        in_shape: Sequence[int] | None,
+    ) -> None:
+        """Set the mode sizes for a kernel with ``shared`` (out, in) channels."""
+        default_out, default_in = tensorize(*shared, order)
+        self.out_shape = factored_shape(out_shape, shared[0], default_out, "out_shape")
+        self.in_shape = factored_shape(in_shape, shared[1], default_in, "in_shape")
+
+    @property
+    def kernel_factors(self) -> tuple[Tensor, ...]:
+        """One tensor (k_i, R) per spatial dimension."""
+        return self.cp.factor_groups()[2]
+
+
+class _CPConv(CPConvBase):
+    """Convolution with a kernel in CP format."""
 
     def __init__(
         self,
@@ -51,40 +79,28 @@ class _CPConv(CPLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if groups != 1:
-            raise ValueError(f"{name} supports groups=1 only, got groups={groups!r}")
-        if padding_mode != "zeros":
-            raise ValueError(
-                f"{name} supports padding_mode='zeros' only, got padding_mode={padding_mode!r}; "
-                f"pad the input with torch.nn.functional.pad"
-            )
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
+        self.groups = _check.channel_groups(
+            groups, in_channels=self.in_channels, out_channels=self.out_channels
+        )
+        self.padding_mode = _check.padding_mode(padding_mode)
         self.kernel_size = self._kernel_size(kernel_size)
-        where = geometry(self.kernel_size, stride, padding, dilation)
+        where = _check.geometry(self.kernel_size, stride, padding, dilation)
         self.stride, self.dilation = where.stride, where.dilation
         self.padding = padding if isinstance(padding, str) else tuple(p for p, _ in where.padding)
-        default_out, default_in = tensorize(out_channels, in_channels, order)
-        self.out_shape = factored_shape(out_shape, self.out_channels, default_out, "out_shape")
-        self.in_shape = factored_shape(in_shape, self.in_channels, default_in, "in_shape")
-        self.memory = check_memory(memory)
-        unit = ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1)
+        self._factor(
+            (self.out_channels, self.in_channels // self.groups), order, out_shape, in_shape
+        )
+        self.memory = _check.memory(memory)
+        unit = ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1, self.groups)
         self._own(
             (self.out_shape, self.in_shape, self.kernel_size), resolve_rank(rank, unit),
             self.out_channels if bias else None, device, dtype,
         )  # fmt: skip
 
-    def _kernel_size(self, value: Any) -> Shape:
-        sizes = mode_sizes(
-            value if isinstance(value, Sequence) else (value,) * self._dims, "kernel_size"
-        )
-        if len(sizes) != self._dims:
-            raise ValueError(f"kernel_size must be an int or {self._dims} ints, got {value!r}")
-        return sizes
-
     def _fan_in(self) -> int:
-        return self.in_channels * math.prod(self.kernel_size)
+        return self.in_channels // self.groups * math.prod(self.kernel_size)
 
     @property
     def out_factors(self) -> tuple[Tensor, ...]:
@@ -97,31 +113,36 @@ class _CPConv(CPLayer):
         return self.cp.factor_groups()[1]
 
     @property
-    def kernel_factors(self) -> tuple[Tensor, ...]:
-        """One tensor (k_i, R) per spatial dimension."""
-        return self.cp.factor_groups()[2]
-
-    @property
     def weight(self) -> Tensor:
-        """The dense kernel (Cout, Cin, *k), built anew at each access; read-only."""
-        return self.cp.to_matrix().view(self.out_channels, self.in_channels, *self.kernel_size)
+        """The dense kernel (Cout, Cin/groups, *k), built anew at each access; read-only."""
+        return self.cp.to_matrix().view(self.out_channels, -1, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B."""
         if self.frozen is not None:
-            y: Tensor = self.frozen(x, self.bias, self.stride, self.padding, self.dilation)
-            return y
+            return self._forward_frozen(x)
         out_factors, in_factors, kernel_factors = self.cp.factor_groups()
         return functional.cp_conv(
             x, out_factors, in_factors, kernel_factors, self.bias, weights=self.cp.weights,
-            stride=self.stride, padding=self.padding, dilation=self.dilation, memory=self.memory,
+            stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
+            padding_mode=self.padding_mode, memory=self.memory,
         )  # fmt: skip
+
+    def _forward_frozen(self, x: Tensor) -> Tensor:
+        assert self.frozen is not None
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            where = _check.geometry(self.kernel_size, self.stride, padding, self.dilation)
+            x, padding = padded(x, where, self.padding_mode)[0], (0,) * self._dims
+        y: Tensor = self.frozen(x, self.bias, self.stride, padding, self.dilation)
+        return y
 
     def extra_repr(self) -> str:
         """Shapes, rank and parameter ratio."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
+            f"groups={self.groups}, padding_mode={self.padding_mode!r}, "
             f"bias={self.bias is not None}, out_shape={self.out_shape}, "
             f"in_shape={self.in_shape}, {self._ratio()}"
         )
@@ -139,13 +160,14 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built
         stride: int or one per spatial dimension.
         padding: int, one per spatial dimension, ``"same"`` (stride 1) or ``"valid"``.
         dilation: int or one per spatial dimension.
-        groups: 1; another value is refused.
+        groups: groups of channels that are convolved separately; divides Cin and Cout. Each has
+            its own rows of the out side; in side and taps are the same for all.
         bias: own a bias (Cout,).
-        padding_mode: ``"zeros"``; another value is refused.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
             ``"break-even"``, the largest rank whose FLOPs do not exceed the dense layer's.
         order: D, modes per channel side, where ``in_shape`` or ``out_shape`` are not given.
-        in_shape: in modes with product Cin; ``polyadic.tensorize(Cout, Cin)`` by default.
+        in_shape: in modes with product Cin / groups; ``polyadic.tensorize`` of both by default.
         out_shape: out modes with product Cout.
         memory: what may be kept for the backward: ``"fast"``, ``"balanced"`` or ``"least"``.
         device: of the parameters.

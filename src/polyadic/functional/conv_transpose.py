@@ -1,0 +1,106 @@
+"""CP transposed convolutions, the adjoints of CP convolutions: validate, plan, run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from polyadic import _check
+from polyadic._autograd import run
+from polyadic._format import ConvFormat
+from polyadic._plan import ConvPlan, Memory
+from polyadic._planner import plan_conv
+from polyadic.functional._common import autocast_dtype
+from polyadic.kernels.conv import ConvMap
+from polyadic.kernels.stages import Geometry
+
+
+def cp_conv_transpose(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    plan: ConvPlan | None = None,
+    memory: Memory = "balanced",
+) -> Tensor:
+    """1-, 2- or 3-D transposed convolution by a kernel in CP format, without building the kernel.
+
+    The kernel is (Cin, Cout/groups, *k) as torch's, factors in this order. The adjoint of
+    ``cp_conv`` with the sides exchanged: in-projection, depthwise transposed convolution,
+    out-projection. With groups each has its own rows of the in side; out side and taps are the
+    same for all.
+
+    Args:
+        x: (B, Cin, *S) or (Cin, *S), floating point.
+        in_factors: tensors (m_d, R) with Π m_d = Cin.
+        out_factors: tensors (n_d, R) with Π n_d = Cout / groups.
+        kernel_factors: one tensor (k_i, R) per spatial dimension.
+        bias: (Cout,) or None.
+        weights: λ (R,) or None for ones.
+        stride: int or one per spatial dimension.
+        padding: positions cut off on both sides; int or one per spatial dimension.
+        output_padding: positions added behind, fewer than stride or dilation; int or one per
+            spatial dimension.
+        groups: groups of channels that are convolved separately; divides Cin and Cout.
+        dilation: int or one per spatial dimension.
+        plan: a ConvPlan to obey; None lets the planner choose.
+        memory: as in ``cp_conv``.
+
+    Returns:
+        (B, Cout, *S') or (Cout, *S') with S' = (S−1)·stride − 2·padding + dilation·(k−1) +
+        output_padding + 1, in x's dtype (under autocast in autocast's).
+
+    Raises:
+        TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
+        ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
+    """
+    cast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    ins = _check.factor_group(in_factors, "in_factors")
+    outs = _check.factor_group(out_factors, "out_factors")
+    kernels = _check.factor_group(kernel_factors, "kernel_factors")
+    if len(kernels) > 3:
+        raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
+    in_shape, out_shape, kernel_size, (rank,) = _check.ranked(
+        weights, in_factors=ins, out_factors=outs, kernel_factors=kernels
+    )
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, transposed=True)
+    groups = _check.channel_groups(groups, in_channels=fmt.in_channels)
+    _check.same_place(x, ins[0], "x", cast=cast is not None)
+    where = _check.transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
+    _check.conv_input(x, fmt, where, groups)
+    _check.vector(bias, groups * fmt.out_channels, ins[0], cast=cast is not None)
+    if plan is not None:
+        plan = _check.conv_plan(plan)
+    else:
+        plan = _plan(fmt, where, x, groups, _check.memory(memory))
+    if cast is not None:
+        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    scale = [] if weights is None else [weights.unsqueeze(0)]
+    layer_map = ConvMap(plan, where, len(outs), len(ins), groups)
+    factors = [*outs, *ins, *scale, *kernels]
+    if x.dim() == len(kernel_size) + 2:
+        return run(layer_map, x, bias, factors)
+    return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)
+
+
+def _plan(fmt: ConvFormat, where: Geometry, x: Tensor, groups: int, memory: Memory) -> ConvPlan:
+    """The plan of the adjoint, of one group: its three steps are the same size."""
+    dims = len(fmt.kernel_size)
+    adjoint = Geometry(fmt.kernel_size, where.stride, where.padding, where.dilation)
+    one = ConvFormat((fmt.in_channels // groups,), fmt.out_shape, fmt.kernel_size, fmt.rank)
+    batch = x.shape[0] if x.dim() == dims + 2 else 1
+    like = (
+        x.detach()
+        .new_empty(())
+        .expand(groups * batch, fmt.out_channels, *where.output_size(x.shape[-dims:]))
+    )
+    return plan_conv(one, adjoint, like, memory)

@@ -1,0 +1,102 @@
+"""Contractions of the channels of (b, c, *s) with a matrix, in either memory layout.
+
+Axes: b batch, c channels, r rank (or the channels contracted to), s all positions, g groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from polyadic.kernels.modes import accumulate_dtype
+
+
+def _is_rows(x: Tensor) -> bool:
+    """Whether the channels are innermost, so that positions are rows of a matrix."""
+    return x.stride(1) == 1
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(b, c, *s) → (b·s, c); a view where the channels are innermost."""
+    return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
+
+
+def _columns(x: Tensor) -> Tensor:
+    """(b, c, *s) → (b, c, s); reshape, unlike flatten, has a rule for batched gradients."""
+    return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+
+
+def _volume(rows: Tensor, like: Tensor) -> Tensor:
+    """(b·s, r) or (b, s, r) → (b, r, *s) with channels innermost, b and s those of ``like``."""
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
+
+
+def project(
+    x: Tensor, matrix: Tensor, layout: str, groups: int = 1, bias: Tensor | None = None
+) -> Tensor:
+    """Contract the channels: (b, c, *s) with (c, r) → (b, r, *s), in the layout asked for.
+
+    To channels_last from an input that is not: the GEMM reads the input transposed, so that no
+    pass over it is spent on conversion. With groups the channels of each are contracted alone, by
+    one matrix (c/g, r) for all or by its own of (g, c/g, r), and give r channels each.
+    """
+    if groups > 1:
+        return _project_groups(x, matrix, layout, groups, bias)
+    if layout == "channels_first":
+        y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
+        return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
+    if _is_rows(x):
+        rows = _rows(x)
+        return _volume(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
+    columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
+    if bias is None:
+        return _volume(torch.bmm(columns, matrices), x)
+    return _volume(torch.baddbmm(bias.expand(1, 1, -1), columns, matrices), x)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(b, g·c, *s) → (b, g, c, s)."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+
+
+def _project_groups(
+    x: Tensor, matrix: Tensor, layout: str, groups: int, bias: Tensor | None
+) -> Tensor:
+    """``project`` with groups: (b, g·c, *s) → (b, g·r, *s)."""
+    if layout == "channels_last":
+        rows = _rows(x)
+        rows = rows.view(rows.shape[0], groups, x.shape[1] // groups)
+        own = matrix.dim() == 3
+        y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
+        y = y.reshape(y.shape[0], groups * matrix.shape[-1])
+        return _volume(y if bias is None else y + bias, x)
+    y = (matrix.mT @ _by_group(x, groups)).reshape(
+        x.shape[0], groups * matrix.shape[-1], *x.shape[2:]
+    )
+    return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
+
+
+def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False) -> Tensor:
+    """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r).
+
+    A sum over the batch taken here is of half-precision terms already rounded; it stays in fp32.
+    With groups it is that of the shared matrix (c/g, r), or of ``each`` group's: (g, c/g, r).
+    """
+    if groups > 1:
+        products = _by_group(x, groups) @ _by_group(z, groups).mT
+        return products.sum(0 if each else (0, 1), dtype=accumulate_dtype(x.dtype))
+    if layout == "channels_last" and _is_rows(x):
+        return _rows(x).t() @ _rows(z)
+    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(
+        0, dtype=accumulate_dtype(x.dtype)
+    )
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """Return the same tensor, converted to ``layout`` where it is in another."""
+    if layout == "channels_first":
+        return x.contiguous()
+    # contiguous(memory_format=torch.channels_last) does the same but is refused under vmap.
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)

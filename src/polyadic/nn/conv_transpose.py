@@ -1,0 +1,187 @@
+"""Transposed convolution layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polyadic import _check, functional
+from polyadic._format import ConvFormat, Shape, positive_int, resolve_rank
+from polyadic._plan import Memory
+from polyadic.nn._layer import Rank
+from polyadic.nn.conv import CPConvBase
+
+
+class _CPConvTranspose(CPConvBase):
+    """Transposed convolution with a kernel in CP format."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        *,
+        rank: Rank,
+        order: int = 2,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        memory: Memory = "balanced",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if padding_mode != "zeros":
+            raise ValueError(
+                f"{type(self).__name__} supports padding_mode='zeros' only, as torch's, got "
+                f"padding_mode={padding_mode!r}"
+            )
+        self.in_channels = positive_int(in_channels, "in_channels")
+        self.out_channels = positive_int(out_channels, "out_channels")
+        self.groups = _check.channel_groups(
+            groups, in_channels=self.in_channels, out_channels=self.out_channels
+        )
+        self.padding_mode = padding_mode
+        self.kernel_size = self._kernel_size(kernel_size)
+        where = _check.transposed_geometry(
+            self.kernel_size, stride, padding, output_padding, dilation
+        )
+        self.stride, self.dilation = where.stride, where.dilation
+        self.padding = tuple(p for p, _ in where.padding)
+        self.output_padding = where.output_padding
+        self._factor(
+            (self.out_channels // self.groups, self.in_channels), order, out_shape, in_shape
+        )
+        self.memory = _check.memory(memory)
+        unit = ConvFormat(
+            self.out_shape, self.in_shape, self.kernel_size, 1, self.groups, transposed=True
+        )
+        self._own(
+            (self.in_shape, self.out_shape, self.kernel_size), resolve_rank(rank, unit),
+            self.out_channels if bias else None, device, dtype,
+        )  # fmt: skip
+
+    def _fan_in(self) -> int:
+        # What torch takes for it: of a kernel (Cin, Cout/groups, *k) all but the first dimension.
+        return self.out_channels // self.groups * math.prod(self.kernel_size)
+
+    @property
+    def in_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (m_d, R)."""
+        return self.cp.factor_groups()[0]
+
+    @property
+    def out_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (n_d, R)."""
+        return self.cp.factor_groups()[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel (Cin, Cout/groups, *k), built anew at each access; read-only."""
+        return self.cp.to_matrix().view(self.in_channels, -1, *self.kernel_size)
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(B, Cin, *S) → (B, Cout, *S'), or both without B.
+
+        Args:
+            x: the input.
+            output_size: S' where the stride leaves a choice, instead of ``output_padding``; may
+                be preceded by the output's other dimensions.
+
+        Raises:
+            ValueError: no output padding gives ``output_size``.
+        """
+        extra = self.output_padding if output_size is None else self._extra(x, output_size)
+        in_factors, out_factors, kernel_factors = self.cp.factor_groups()
+        return functional.cp_conv_transpose(
+            x, in_factors, out_factors, kernel_factors, self.bias, weights=self.cp.weights,
+            stride=self.stride, padding=self.padding, output_padding=extra, groups=self.groups,
+            dilation=self.dilation, memory=self.memory,
+        )  # fmt: skip
+
+    def _extra(self, x: Tensor, output_size: Sequence[int]) -> Shape:
+        """The output padding that gives a wanted size."""
+        plain = _check.transposed_geometry(
+            self.kernel_size, self.stride, self.padding, 0, self.dilation
+        )
+        least = plain.output_size(x.shape[-self._dims :])
+        wanted = tuple(output_size)[-self._dims :]
+        most = tuple(low + s - 1 for low, s in zip(least, self.stride, strict=True))
+        if len(wanted) != self._dims or any(
+            not low <= size <= high for size, low, high in zip(wanted, least, most, strict=True)
+        ):
+            raise ValueError(
+                f"output_size must lie between {least} and {most} for this input, got "
+                f"{tuple(output_size)}"
+            )
+        return tuple(size - low for size, low in zip(wanted, least, strict=True))
+
+    def extra_repr(self) -> str:
+        """Shapes, rank and parameter ratio."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, "
+            f"output_padding={self.output_padding}, groups={self.groups}, "
+            f"dilation={self.dilation}, bias={self.bias is not None}, in_shape={self.in_shape}, "
+            f"out_shape={self.out_shape}, {self._ratio()}"
+        )
+
+
+_DOC = """{dims}-D transposed convolution whose kernel is in CP format and never built.
+
+    Stands in for ``torch.nn.ConvTranspose{dims}d``: in-projection, depthwise transposed
+    convolution, out-projection (see ``polyadic.functional.cp_conv_transpose``).
+
+    Args:
+        in_channels: Cin.
+        out_channels: Cout.
+        kernel_size: int or one per spatial dimension.
+        stride: int or one per spatial dimension.
+        padding: positions cut off on both sides; int or one per spatial dimension.
+        output_padding: positions added behind; int or one per spatial dimension.
+        groups: groups of channels that are convolved separately; divides Cin and Cout. Each has
+            its own rows of the in side; out side and taps are the same for all.
+        bias: own a bias (Cout,).
+        dilation: int or one per spatial dimension.
+        padding_mode: ``"zeros"``; another value is refused, as by torch.
+        rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
+            ``"break-even"``, the largest rank whose FLOPs do not exceed the dense layer's.
+        order: D, modes per channel side, where ``in_shape`` or ``out_shape`` are not given.
+        in_shape: in modes with product Cin; ``polyadic.tensorize`` of both by default.
+        out_shape: out modes with product Cout / groups.
+        memory: what may be kept for the backward: ``"fast"``, ``"balanced"`` or ``"least"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        cp: the ``CPTensor`` with tensorized shape (in_shape, out_shape, kernel_size).
+        bias: (Cout,) or None.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, the rank or an option does not fit or is not supported.
+    """
+
+
+class CPConvTranspose1d(_CPConvTranspose):  # noqa: D101
+    __doc__ = _DOC.format(dims=1)
+    _dims = 1
+
+
+class CPConvTranspose2d(_CPConvTranspose):  # noqa: D101
+    __doc__ = _DOC.format(dims=2)
+    _dims = 2
+
+
+class CPConvTranspose3d(_CPConvTranspose):  # noqa: D101
+    __doc__ = _DOC.format(dims=3)
+    _dims = 3
