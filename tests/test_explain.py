@@ -122,3 +122,14 @@ def test_errors(call, error, message) -> None:
     with pytest.raises(error) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_a_grouped_convolution_is_explained_and_frozen_as_one_group() -> None:
+    grouped = CPConv2d(32, 32, 3, padding=1, groups=4, rank=4)
+    alone = CPConv2d(8, 8, 3, padding=1, rank=4)
+    ours, one = (polyadic.explain(c, batch=b, size=16) for c, b in ((grouped, 2), (alone, 8)))
+    assert ours.chosen.flops == one.chosen.flops
+    assert ours.dense.flops == one.dense.flops == 3 * 2 * 2 * 256 * 32 * 8 * 9
+    x = torch.randn(2, 32, 16, 16)
+    before = grouped(x)
+    torch.testing.assert_close(polyadic.freeze(grouped, batch=2, size=16)(x), before)

@@ -184,6 +184,7 @@ def explain(
 ) -> Explanation:
     """Explain how a layer will be computed, what that costs, and what was weighed against it.
 
+    A grouped convolution is explained as the convolution of one group, of as many more images.
     Times are predictions of a cost model (FLOPs, bytes and launches over the machine's rates);
     ``polyadic.calibrate()`` measures the rates of the machine at hand.
 
@@ -204,13 +205,15 @@ def explain(
         TypeError: ``layer`` or ``plan`` is of another type.
         ValueError: a size is missing or does not fit.
     """
+    batch = positive_int(batch, "batch")
     if isinstance(layer, (LinearFormat, ConvFormat)):
         fmt: LinearFormat | ConvFormat = layer
         where = (stride, padding, dilation)
     elif isinstance(layer, CPLinear):
         fmt, where = LinearFormat(layer.in_shape, layer.out_shape, layer.rank), (1, 0, 1)
     elif isinstance(layer, (CPConv1d, CPConv2d, CPConv3d)):
-        fmt = ConvFormat(layer.out_shape, layer.in_shape, layer.kernel_size, layer.rank)
+        # Groups are planned as so many more images of a convolution of one group.
+        fmt, batch = layer.one_group()[0], batch * layer.groups
         where = (layer.stride, layer.padding, layer.dilation)
     else:
         raise TypeError(
@@ -223,8 +226,6 @@ def explain(
         device = device or first.device.type
     memory = _check.memory(memory or "balanced")
     dtype, device = dtype or torch.float32, device or "cpu"
-    if batch != 0:
-        positive_int(batch, "batch")
     machine = machine_for(device, dtype)
     if isinstance(fmt, LinearFormat):
         if size is not None:

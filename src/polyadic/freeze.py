@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from polyadic import _planner
-from polyadic._check import geometry
-from polyadic._format import ConvFormat, Shape, mode_sizes, positive_int
+from polyadic._format import Shape, mode_sizes, positive_int
 from polyadic._machines import machine_for
 from polyadic._steps import gemm
 from polyadic._steps_conv import conv_forward_steps, dense_conv_steps
@@ -116,8 +115,8 @@ def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -
 
 
 def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:
-    fmt = ConvFormat(layer.out_shape, layer.in_shape, layer.kernel_size, layer.rank)
-    where = geometry(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    fmt, where = layer.one_group()
+    images = batch * layer.groups
     dims = len(layer.kernel_size)
     sizes = size * dims if len(size) == 1 else size
     if len(sizes) != dims:
@@ -125,8 +124,8 @@ def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: 
     first = layer.cp.factors[0]
     kind, dtype = first.device.type, first.dtype
     machine = machine_for(kind, dtype)
-    plan = _planner.choose_conv(fmt, where, batch, sizes, False, dtype, kind, "balanced")
-    steps = conv_forward_steps(fmt, where, batch, sizes, False, plan.forward, dtype.itemsize)
-    dense = dense_conv_steps(fmt, where, batch, sizes, dtype.itemsize, training=False)
+    plan = _planner.choose_conv(fmt, where, images, sizes, False, dtype, kind, "balanced")
+    steps = conv_forward_steps(fmt, where, images, sizes, False, plan.forward, dtype.itemsize)
+    dense = dense_conv_steps(fmt, where, images, sizes, dtype.itemsize, training=False)
     ours = machine.total(steps) + machine.call
     return machine.total(dense) + machine.dense_call <= ours

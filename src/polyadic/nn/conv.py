@@ -21,6 +21,7 @@ from polyadic._format import (
 )
 from polyadic._plan import Memory
 from polyadic.functional.conv import padded
+from polyadic.kernels.stages import Geometry
 from polyadic.nn._layer import CPLayer, Rank
 
 
@@ -127,6 +128,17 @@ class _CPConv(CPConvBase):
             stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
             padding_mode=self.padding_mode, memory=self.memory,
         )  # fmt: skip
+
+    def one_group(self) -> tuple[ConvFormat, Geometry]:
+        """Return what is planned: the format of one group, and where its kernel goes.
+
+        Each image holds ``groups`` of them.
+        """
+        out_shape = self.out_shape
+        if self.groups > 1:
+            out_shape = (self.out_channels // self.groups,)
+        where = _check.geometry(self.kernel_size, self.stride, self.padding, self.dilation)
+        return ConvFormat(out_shape, self.in_shape, self.kernel_size, self.rank), where
 
     def _forward_frozen(self, x: Tensor) -> Tensor:
         assert self.frozen is not None
