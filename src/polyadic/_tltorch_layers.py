@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyadic._plan import Memory
 from polyadic.functional import cp_conv, cp_embedding, cp_linear
-from polyadic.functional._common import autocast_dtype
+from polyadic.functional._boundary import autocast_dtype
+
+# Even at this level less is kept for the backward than by tltorch; where that keeps little beside
+# x (a checkpointed linear layer, a rebuilt convolution kernel) "least" is asked for.
+MEMORY: Memory = "fast"
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,16 @@ class Taker:
 
 
 def _chosen(layer: Any, indices: Any) -> tuple[int, ...] | None:
-    """Indices of a call into the modes of a joint weight; () of a single one, None if unknown."""
+    """Indices of a call into the modes of a joint weight; () of a single one, None if unfit."""
     n_layers = layer.n_layers
+    if isinstance(n_layers, int) and n_layers == 1:
+        return () if isinstance(indices, int) and indices == 0 else None
     if isinstance(n_layers, int):
-        if n_layers == 1:
-            return () if isinstance(indices, int) and indices == 0 else None
-        return (indices,) if isinstance(indices, int) else None
-    rows = tuple(indices) if isinstance(indices, (tuple, list)) else ()
-    fits = len(rows) == len(n_layers) and all(isinstance(row, int) for row in rows)
-    return rows if fits else None
+        n_layers, indices = (n_layers,), (indices,)
+    if not isinstance(indices, (tuple, list)) or len(indices) != len(n_layers):
+        return None
+    within = [isinstance(i, int) and -n <= i < n for i, n in zip(indices, n_layers, strict=True)]
+    return tuple(indices) if all(within) else None
 
 
 def _component(weight: Any, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -128,7 +134,7 @@ class Linears(Taker):
         outs, ins = factors[:n_out], factors[n_out:]
         if x.dim() == 0 or x.shape[-1] != math.prod([f.shape[0] for f in ins]):
             return f"the input has shape {tuple(x.shape)}"
-        memory: Any = "least" if layer.checkpointing else "balanced"
+        memory: Memory = "least" if layer.checkpointing else MEMORY
         # tltorch adds this bias outside of autocast: the sum is of the bias's dtype.
         apart = layer.implementation == "factorized" and autocast_dtype(x) is not None
         within = None if apart else bias
@@ -136,12 +142,15 @@ class Linears(Taker):
         return y + bias if apart and bias is not None else y
 
 
+@dataclass(frozen=True)
 class Convolutions(Taker):
+    """Convolutions; ``functions`` are tltorch's for CP weights, the first rebuilds the kernel."""
+
+    functions: tuple[Any, ...]
+
     def _odd(self, layer: Any) -> str | None:
-        function = layer.forward_fun
-        known = function.__name__ in ("cp_conv", "cp_conv_mobilenet", "convolve")
-        if not known or function.__module__ != "tltorch.functional.convolution":
-            return f"its forward_fun is {function.__module__}.{function.__name__}"
+        if layer.forward_fun not in self.functions:
+            return f"its forward_fun is {layer.forward_fun}"
         dims = len(layer.weight.factors) - len(layer.layers_shape) - 2
         sizes = {array.shape[-1] for array in (layer.stride, layer.padding, layer.dilation)}
         return None if 1 <= dims <= 3 and sizes == {dims} else f"it has {dims} spatial dimensions"
@@ -162,13 +171,13 @@ class Convolutions(Taker):
         )
         if not _fits(x.shape, in_.shape[0], [f.shape[0] for f in kernel], padding, dilation):
             return f"the input has shape {tuple(x.shape)}"
+        rebuilt = layer.forward_fun is self.functions[0]
         y: Tensor = cp_conv(
             x, [out], [in_], kernel, bias, weights=scale, stride=stride, padding=padding,
-            dilation=dilation,
+            dilation=dilation, memory="least" if rebuilt else MEMORY,
         )  # fmt: skip
         # Only torch's own convolution answers in the layout of x; code after may rely on .view.
-        as_x = layer.forward_fun.__name__ == "convolve" and not x.is_contiguous()
-        return y if as_x else y.contiguous()
+        return y if rebuilt and not x.is_contiguous() else y.contiguous()
 
 
 def _fits(
@@ -204,7 +213,7 @@ class Embeddings(Taker):
             return f"the indices are on {input.device}, the factors on {scale.device}"
         n_in = len(weight.tensorized_shape[-2])
         try:
-            y = cp_embedding(input, factors[:n_in], factors[n_in:], weights=scale)
+            y = cp_embedding(input, factors[:n_in], factors[n_in:], weights=scale, memory=MEMORY)
         except IndexError:
             return "an index lies outside the table"
         # tltorch's lookup ends in a matrix product, which autocast casts.

@@ -14,7 +14,7 @@ from polyadic._autograd import run
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, Memory
 from polyadic._planner import plan_linear
-from polyadic.functional._common import autocast_dtype, gradient_like, nbytes
+from polyadic.functional._boundary import autocast_dtype, gradient_like, nbytes
 from polyadic.kernels.linear import LinearMap
 
 

@@ -1,4 +1,4 @@
-"""What the functions of every layer share."""
+"""What every public function does at its boundary: autocast, shapes of gradients, bytes held."""
 
 from __future__ import annotations
 
