@@ -18,7 +18,10 @@ def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
 
 
 def _check_groups(groups: object, name: str) -> None:
-    if not isinstance(groups, tuple) or not all(type(g) is int and g >= 1 for g in groups):
+    # isinstance, as torch.compile does not trace "type(g) is int" here.
+    if not isinstance(groups, tuple) or not all(
+        isinstance(g, int) and not isinstance(g, bool) and g >= 1 for g in groups
+    ):
         raise ValueError(
             f"{name} must be a tuple of positive ints, the lengths of consecutive groups of modes "
             f"such as (3,) or (1, 2), got {groups!r}"

@@ -35,7 +35,9 @@ class CPLayer(nn.Module):
     ) -> None:
         """Create the parameters and fill them; ``bias`` is its length, or None."""
         self.frozen = None
-        self.cp = CPTensor(tensorized_shape, rank, device=device, dtype=dtype)
+        # Made without values: reset_parameters draws them, once.
+        empty = CPTensor(tensorized_shape, rank, device="meta", dtype=dtype)
+        self.cp = empty.to_empty(device=device or torch.get_default_device())
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self.reset_parameters()
