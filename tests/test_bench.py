@@ -18,7 +18,7 @@ from polyadic.bench import Options, measure, run_bench
 from polyadic.bench.cases import ConvCase, LinearCase, all_cases, describe, select
 from polyadic.bench.contestants import contestants
 from polyadic.bench.machine import Rates, work
-from polyadic.bench.measure import Gate, LiveBytes, Patience, kept_bytes, time_interleaved
+from polyadic.bench.measure import Gate, LiveBytes, Patience, observed_step, time_interleaved
 from polyadic.bench.problem import Built, Contestant, NotApplicableError, Problem, leaf
 from polyadic.bench.records import Run, check
 from polyadic.bench.report import between, stored_runs, three_digits, write_report
@@ -183,9 +183,11 @@ def test_live_bytes_are_counted_storage_by_storage() -> None:
 def test_kept_bytes_count_the_input_but_no_parameter(device: str) -> None:
     problem = draw(LINEAR) if device == "cpu" else draw(LINEAR).on_meta()
     x, z = 8 * 5 * 6, 8 * 5 * 4
-    assert kept_bytes(named(LINEAR, "dense").build(problem)) == x
-    assert kept_bytes(named(LINEAR, "plan 2 → 2").build(problem)) == x + z
-    assert kept_bytes(named(LINEAR, "polyadic, least memory").build(problem)) == x
+    for name, kept in (("dense", x), ("plan 2 → 2", x + z), ("polyadic, least memory", x)):
+        step = observed_step(named(LINEAR, name).build(problem), problem.grad)
+        assert step.kept == kept
+        assert step.peak is not None
+        assert step.peak > kept
 
 
 class Clock:

@@ -232,7 +232,6 @@ def _reference(problem: Problem) -> Built:
 
 def _compiled(build: Callable[[Problem], Built]) -> Callable[[Problem], Built]:
     def build_compiled(problem: Problem) -> Built:
-        torch._dynamo.reset()
         built = build(problem)
         return Built(
             torch.compile(built.forward), built.x, built.parameters, built.form, built.plan
@@ -274,7 +273,7 @@ def contestants(case: Case, *, compiled: bool = False) -> list[Contestant]:
         ]
     rebuilt = partial(_tltorch, how="reconstructed")
     entries += [
-        Contestant("tltorch reconstructed", "tltorch", rebuilt, memory=2**31),
+        Contestant("tltorch reconstructed", "tltorch", rebuilt, memory=2**30),
         Contestant("einsum", "einsum", _einsum, memory=2**32),
         Contestant("reference", "reference", _reference, memory=2**32),
     ]

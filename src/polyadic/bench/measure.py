@@ -40,25 +40,21 @@ class Gate:
         self._problem = problem
         self._answers: dict[Form, tuple[Tensor, ...]] = {}
 
-    def errors(self, built: Built, inference: bool = False) -> dict[str, float]:
-        """Relative L2 errors of y, without and with autograd, and of every gradient.
-
-        NaN and infinity count as infinite error.
+    def errors(self, built: Built, y_infer: Tensor, step: Step | None = None) -> dict[str, float]:
+        """Relative L2 errors; NaN and infinity count as infinite error.
 
         Args:
-            built: the contestant; run twice forward and once back.
-            inference: look at y alone, run forward once.
+            built: the contestant.
+            y_infer: its output without autograd.
+            step: its training step, where it has one.
         """
-        grad = self._problem.grad
-        y_infer = built.infer()
-        if inference:
-            return {"y": _error(y_infer, self._answer(built)[0])}
-        y = built.forward(built.x)
-        grads = torch.autograd.grad(y, (built.x, *built.parameters), like(grad, y))
         right_y, *right_grads = self._answer(built)
-        errors = {"y": _error(y_infer, right_y), "y under autograd": _error(y, right_y)}
+        errors = {"y": _error(y_infer, right_y)}
+        if step is None:
+            return errors
+        errors["y under autograd"] = _error(step.y, right_y)
         names = ["x", *[f"parameter {i}" for i in range(len(built.parameters))]]
-        for name, got, right in zip(names, grads, right_grads, strict=True):
+        for name, got, right in zip(names, step.grads, right_grads, strict=True):
             errors[f"gradient of {name}"] = _error(got, right)
         return errors
 
@@ -86,25 +82,6 @@ def _error(got: Tensor, right: Tensor) -> float:
 def like(grad: Tensor, y: Tensor) -> Tensor:
     """Copy the numbers into y's strides, as the next layer's backward would hand them."""
     return torch.empty_like(y).copy_(grad).detach()
-
-
-def kept_bytes(built: Built) -> int:
-    """Bytes autograd keeps from forward to backward: distinct storages, parameters left out.
-
-    The input counts, since the layer keeps it alive.
-    """
-    own = {_key(p) for p in built.parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in own:
-            kept[_key(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = built.forward(built.x)
-    del y
-    return sum(kept.values())
 
 
 def _key(tensor: Tensor) -> int:
@@ -150,14 +127,45 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def peak_bytes(built: Built, grad: Tensor) -> int:
-    """Most bytes live in one training step: parameters, x, gradient of y, and all it makes."""
-    grad = like(grad, built.infer())
+@dataclass(frozen=True)
+class Step:
+    """One training step, and what it needed.
+
+    Args:
+        y: the output.
+        grads: gradients of x and of every parameter.
+        kept: bytes autograd keeps from forward to backward: distinct storages, parameters left
+            out. The input counts, since the layer keeps it alive. None where it was not asked.
+        peak: most bytes live at once: parameters, x, gradient of y, and all the step makes.
+    """
+
+    y: Tensor
+    grads: tuple[Tensor, ...]
+    kept: int | None = None
+    peak: int | None = None
+
+
+def plain_step(built: Built, grad: Tensor) -> Step:
+    """One training step, its memory not looked at."""
+    y = built.forward(built.x)
+    return Step(y.detach(), torch.autograd.grad(y, (built.x, *built.parameters), grad))
+
+
+def observed_step(built: Built, grad: Tensor) -> Step:
+    """One training step with its bytes counted; far slower where its tensors are small."""
+    own = {_key(p) for p in built.parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in own:
+            kept[_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
     with LiveBytes([built.x, grad, *built.parameters]) as live:
-        grads = built.train(grad)
-    del grads
-    peak: int = live.peak
-    return peak
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = built.forward(built.x)
+        grads = torch.autograd.grad(y, (built.x, *built.parameters), grad)
+    return Step(y.detach(), grads, sum(kept.values()), live.peak)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,8 @@ class Patience:
         repeats: that each gets at least.
         block: seconds one repeat should last; shorter steps are called several times in it.
         limit: seconds after which three repeats are enough.
+        close: a contestant more than this many times slower than the best, which no decision
+            hangs on, gets half of these seconds.
         hopeless: a contestant this many times slower than the best is stopped once it has had a
             third of its seconds and three repeats, or all its seconds.
     """
@@ -176,7 +186,8 @@ class Patience:
     seconds: float = 0.25
     repeats: int = 7
     block: float = 1e-3
-    limit: float = 1.0
+    limit: float = 1.5
+    close: float = 1.3
     hopeless: float = 4.0
 
 
@@ -271,10 +282,11 @@ def _prepare(
 def _enough(timing: Timing, best: float, patience: Patience) -> bool:
     count = len(timing.samples)
     slower = statistics.median(timing.samples) / best
+    share = 1.0 if slower <= patience.close else 0.5
     patient = patience.seconds / 3 if count >= 3 else patience.seconds
     if slower > patience.hopeless and timing.elapsed >= patient:
         timing.stopped_early = True
         return True
-    if count >= patience.repeats and timing.elapsed >= patience.seconds:
+    if count >= patience.repeats and timing.elapsed >= share * patience.seconds:
         return True
-    return count >= 3 and timing.elapsed >= patience.limit
+    return count >= 3 and timing.elapsed >= share * patience.limit

@@ -74,7 +74,7 @@ def _ratios(run: Run, threads: int) -> Any:
                 size, line = (90, 1.6) if marker == "|" else (26, 0)
                 ax.scatter(*zip(*points, strict=True), s=size, c=colour, marker=marker, label=name,
                            linewidths=line, zorder=3)  # fmt: skip
-        ax.axvline(1, color=STYLES["polyadic"][0], linewidth=1.4, zorder=2)
+        ax.axvline(1, color=STYLES["polyadic"][0], linewidth=1.4, zorder=2, label="polyadic")
         ax.set(xscale="log", ylim=(len(keys) - 0.4, -0.6))
         ax.set_yticks(range(len(keys)), [run.cells[key.cell]["title"] for key in keys])
         ax.set_title(layer, loc="left", fontweight="bold")
@@ -83,7 +83,7 @@ def _ratios(run: Run, threads: int) -> Any:
         _plain_ratio_ticks(ax)
     axes[-1].set_xlabel("time over polyadic's, forward and backward (right of the line: slower)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 

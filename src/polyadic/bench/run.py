@@ -20,9 +20,9 @@ from polyadic.bench.measure import (
     TOLERANCE,
     Gate,
     Patience,
-    kept_bytes,
     like,
-    peak_bytes,
+    observed_step,
+    plain_step,
     time_interleaved,
 )
 from polyadic.bench.plans import predicted, rates_source
@@ -149,6 +149,9 @@ def _cell(case: Case, options: Options, rates: dict[int, machine.Rates]) -> Iter
 def _timed_cell(problem: Problem, gate: Gate, options: Options, threads: int) -> Iterator[Record]:
     """Admit the contestants of a cell, then time those let in, one mode after the other."""
     case, ready = problem.case, {}
+    if options.compiled:
+        # torch stops compiling one function after a few shapes; each cell starts anew.
+        torch._dynamo.reset()
     for contestant in contestants(case, compiled=options.compiled):
         base = {
             "kind": "measurement", "cell": case.name, "contestant": contestant.name,
@@ -163,7 +166,12 @@ def _timed_cell(problem: Problem, gate: Gate, options: Options, threads: int) ->
     patience = QUICK if options.quick else options.patience
     synchronize = machine.synchronizer(problem.x.device)
     for mode in options.modes:
-        times = time_interleaved(_steps(ready, mode, problem), patience, synchronize)
+        steps = _steps(ready, mode, problem)
+        for name in steps:
+            if ready[name][1]["compiled"]:
+                # Compiles for this mode.
+                steps[name]()
+        times = time_interleaved(steps, patience, synchronize)
         for name, timing in times.items():
             built, record = ready[name]
             seconds = None
@@ -200,8 +208,14 @@ def admit(
         return None, {"status": "skipped", "reason": f"{error.name} is not installed"}
     except NotApplicableError as error:
         return None, {"status": "skipped", "reason": str(error)}
+    step = None
     try:
-        errors = gate.errors(built, contestant.inference)
+        y = built.infer()
+        if not contestant.inference:
+            # A dispatch mode would send compiled code back to eager.
+            run_once = plain_step if contestant.compiled else observed_step
+            step = run_once(built, like(problem.grad, y))
+        errors = gate.errors(built, y, step)
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         return None, {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
@@ -216,15 +230,15 @@ def admit(
         "parameter_bytes": sum(p.numel() * p.element_size() for p in built.parameters),
         "plan": plan_record(built.plan),
     }
-    if not contestant.compiled and not contestant.inference:
-        found |= {"kept_bytes": kept_bytes(built), "peak_bytes": peak_bytes(built, problem.grad)}
+    if step is not None and step.peak is not None:
+        found |= {"kept_bytes": step.kept, "peak_bytes": step.peak}
     return built, found
 
 
 def _ask_on_meta(contestant: Contestant, problem: Problem) -> None:
     """Refuse what would need more memory than it may, without running it."""
     meta = problem.on_meta()
-    needed = peak_bytes(contestant.build(meta), meta.grad)
+    needed = observed_step(contestant.build(meta), meta.grad).peak or 0
     if contestant.memory is not None and needed > contestant.memory:
         raise NotApplicableError(f"would need {needed / 2**30:.1f} GiB in one training step")
 

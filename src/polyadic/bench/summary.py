@@ -144,7 +144,7 @@ class _Judge:
             if rival in self.run.timed[key]
         ]
         mean = geometric_mean(ratios)
-        value = f"{mean:.2f}× over {len(ratios)} cells" if ratios else ""
+        value = f"{mean:.2f}× over {len(ratios)} cell(s)" if ratios else ""
         return Criterion(
             f"{layer}, training: ≥ {wanted:g}× faster than {rival} in the geometric mean",
             int(bool(ratios) and mean >= wanted), int(bool(ratios)), value,
