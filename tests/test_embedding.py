@@ -384,15 +384,22 @@ class TestHome:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_halves(self, dtype: torch.dtype) -> None:
-        """Error at most twice that of torch's lookup in the rounded table."""
-        layer = make(1000, (10, 10, 10), (4, 8), 24)
-        exact = table(layer)
-        low = copy.deepcopy(layer).to(dtype)
-        exact = table(copy.deepcopy(low).double())
-        indices = torch.randint(1000, (300,))
-        error = (low(indices).double() - exact[indices]).norm()
-        assert low(indices).dtype == dtype
-        assert error <= 2 * (exact.to(dtype).double() - exact)[indices].norm()
+        """Error at most twice that of torch's lookup in the rounded table.
+
+        Three roundings (of Z, KC and y) against torch's one: √3 of its error. Summed over draws
+        of the layer's own factors; in a product of Gaussians a few entries make up the norm.
+        """
+        ours = theirs = 0.0
+        for seed in range(8):
+            torch.manual_seed(seed)
+            shapes = {"in_shape": (10, 10, 10), "out_shape": (4, 8)}
+            low = CPEmbedding(1000, 32, rank=24, dtype=dtype, **shapes)
+            exact = table(copy.deepcopy(low).double()).detach()
+            indices = torch.randint(1000, (300,))
+            assert low(indices).dtype == dtype
+            ours += (low(indices).double() - exact[indices]).square().sum().item()
+            theirs += (exact.to(dtype).double() - exact)[indices].square().sum().item()
+        assert ours <= 2**2 * theirs
         low(indices).sum().backward()
         assert all(p.grad.dtype == dtype for p in low.parameters())
 

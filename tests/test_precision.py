@@ -101,13 +101,7 @@ def separable_in_half(plan: Plan, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", params(LARGE))
 def test_error_at_most_twice_that_of_dense_torch(case: Case, dtype: torch.dtype) -> None:
-    plan = case.cp_forward(case.leaves(dtype))[1].plan
-    try:
-        assert_within_twice(case, dtype, None)
-    except AssertionError as error:
-        if separable_in_half(plan, dtype):
-            pytest.xfail(f"the planner chose separable stages, each rounds once more: {error}")
-        raise
+    assert_within_twice(case, dtype, None)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])

@@ -12,7 +12,7 @@ from torch import Tensor
 from polyadic import _check
 from polyadic._autograd import run
 from polyadic._format import LinearFormat
-from polyadic._plan import LinearPlan, Memory
+from polyadic._plan import LinearPlan, LinearRoute, Memory
 from polyadic._planner import plan_linear
 from polyadic.kernels.embedding import EmbeddingMap
 
@@ -94,7 +94,11 @@ def cp_embedding(
     # The planner reads leading shape, dtype and device of a linear map's input: one row per index.
     like = ins[0].detach().new_empty(()).expand(flat.shape[0], fmt.in_features)
     plan = plan_linear(fmt, like, memory)
-    plan = LinearPlan(plan.forward, plan.backward, keep=memory == "fast")
+    forward, backward = plan.forward, plan.backward
+    if like.dtype.itemsize == 2:
+        # A lookup rounds less than a GEMM: splitting would round once more than torch, twice over.
+        forward = backward = LinearRoute((len(ins),), (len(outs),))
+    plan = LinearPlan(forward, backward, keep=memory == "fast")
     if weights is not None:
         ins = (weights.unsqueeze(0), *ins)
     y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])
