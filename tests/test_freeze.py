@@ -92,7 +92,7 @@ def test_a_copy_and_a_cast_stay_frozen_and_right() -> None:
     [
         (lambda: polyadic.freeze(3), TypeError, "torch.nn.Module"),
         (lambda: polyadic.unfreeze(3), TypeError, "torch.nn.Module"),
-        (lambda: polyadic.freeze(nn.Linear(2, 2)), ValueError, "no CP layer"),
+        (lambda: polyadic.freeze(nn.Linear(2, 2)), ValueError, "no CPLinear or CPConvNd"),
         (lambda: polyadic.freeze(CPLinear(4, 4, rank=1), batch=0), ValueError, "batch"),
         (lambda: polyadic.freeze(CPConv2d(4, 4, 3, rank=1), size=(8,) * 3), ValueError, "size"),
     ],

@@ -128,4 +128,5 @@ class ConvPlan:
 
     def __str__(self) -> str:
         maps = self.keep if self.forward.kind == "factorized" else 0
-        return f"forward: {self.forward}; backward: {self.backward}; keeps X and {maps} R-maps"
+        kept = ("X", "X and Z1", "X, Z1 and Z2")[maps]
+        return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"

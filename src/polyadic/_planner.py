@@ -33,6 +33,7 @@ from polyadic.kernels.stages import Geometry
 
 # A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
 UNKNOWN_BATCH = 256
+UNKNOWN_IMAGES = 8
 
 
 def bucket(rows: int) -> int:
@@ -197,7 +198,7 @@ def plan_conv(fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory) ->
         every = (*fmt.out_shape, *fmt.in_shape, *fmt.kernel_size, fmt.rank, *size)
         if not _known(*every):
             return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
-        batch = bucket(batch) if has_static_value(batch) else 8
+        batch = bucket(batch) if has_static_value(batch) else UNKNOWN_IMAGES
         plan: ConvPlan = _constant_conv(
             (fmt.out_shape, fmt.in_shape, fmt.kernel_size), fmt.rank,
             (geometry.stride, geometry.padding, geometry.dilation), batch, size,

@@ -81,16 +81,25 @@ def khatri_rao_backward_steps(name: str, sizes: Sequence[int], rank: int, item: 
     return steps
 
 
+def _group_matrices(pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
+    """The Khatri-Rao matrix of each group."""
+    steps: list[Step] = []
+    for piece in pieces:
+        modes = "x".join(map(str, piece))
+        steps += khatri_rao_steps(f"Khatri-Rao of modes {modes}", piece, rank, item)
+    return steps
+
+
 def contract_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) -> list[Step]:
     """Z = X K."""
     pieces = grouped(sizes, groups)
-    steps = [s for piece in pieces for s in khatri_rao_steps("Khatri-Rao", piece, rank, item)]
+    steps = _group_matrices(pieces, rank, item)
     return steps + _sum_right(rows, pieces, rank, item)
 
 
 def _sum_right(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
-    steps = [gemm("X K, last group", rows * outer, last, rank, item)]
+    steps = [gemm("contract the last group", rows * outer, last, rank, item)]
     for piece in reversed(pieces[:-1]):
         group = math.prod(piece)
         elements = rows * outer * rank
@@ -118,10 +127,10 @@ def spread_steps(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> li
 def expand_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) -> list[Step]:
     """X = Z Kᵀ."""
     pieces = grouped(sizes, groups)
-    steps = [s for piece in pieces for s in khatri_rao_steps("Khatri-Rao", piece, rank, item)]
+    steps = _group_matrices(pieces, rank, item)
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     steps += spread_steps(rows, pieces, rank, item)
-    return [*steps, gemm("Z K^T, last group", rows * outer, rank, last, item, transposed=True)]
+    return [*steps, gemm("expand the last group", rows * outer, rank, last, item, transposed=True)]
 
 
 def partials_steps(
@@ -130,10 +139,10 @@ def partials_steps(
     """Gradients of one side: of its factors and of X or Z."""
     pieces = grouped(sizes, groups)
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
-    steps = [s for piece in pieces for s in khatri_rao_steps("Khatri-Rao", piece, rank, item)]
+    steps = _group_matrices(pieces, rank, item)
     steps += spread_steps(rows, pieces, rank, item)
     if wrt_x:
-        steps.append(gemm("dX = Q K^T", rows * outer, rank, last, item, transposed=True))
+        steps.append(gemm("expand the last group", rows * outer, rank, last, item, transposed=True))
     if wrt_z or len(groups) > 1:
         steps += _sum_right(rows, pieces, rank, item)
     before = 1

@@ -206,6 +206,7 @@ def explain(
         ValueError: a size is missing or does not fit.
     """
     batch = positive_int(batch, "batch")
+    groups = 1
     if isinstance(layer, (LinearFormat, ConvFormat)):
         fmt: LinearFormat | ConvFormat = layer
         where = (stride, padding, dilation)
@@ -213,7 +214,7 @@ def explain(
         fmt, where = LinearFormat(layer.in_shape, layer.out_shape, layer.rank), (1, 0, 1)
     elif isinstance(layer, (CPConv1d, CPConv2d, CPConv3d)):
         # Groups are planned as so many more images of a convolution of one group.
-        fmt, batch = layer.one_group()[0], batch * layer.groups
+        fmt, groups = layer.one_group()[0], layer.groups
         where = (layer.stride, layer.padding, layer.dilation)
     else:
         raise TypeError(
@@ -242,7 +243,7 @@ def explain(
     if len(sizes) != len(fmt.kernel_size):
         raise ValueError(f"size must have {len(fmt.kernel_size)} entries, got {sizes}")
     return _explain_conv(
-        fmt, geometry, batch, sizes, plan, memory, training, dtype, device, machine
+        fmt, geometry, (batch, groups), sizes, plan, memory, training, dtype, device, machine
     )
 
 
@@ -310,7 +311,7 @@ def _explain_linear(
 def _explain_conv(
     fmt: ConvFormat,
     geometry: Geometry,
-    batch: int,
+    images: tuple[int, int],
     size: Shape,
     plan: Any,
     memory: Memory,
@@ -319,7 +320,7 @@ def _explain_conv(
     device: str,
     machine: Machine,
 ) -> Explanation:
-    item = dtype.itemsize
+    item, batch = dtype.itemsize, math.prod(images)
     inputs = batch * math.prod(size)
     outputs = batch * math.prod(geometry.output_size(size))
     if inputs and min(geometry.output_size(size)) < 1:
@@ -340,9 +341,10 @@ def _explain_conv(
     every = dense_conv_steps(fmt, geometry, batch, size, item, training=training)
     dense = _cost(None, (every[:1], every[1:]), item * inputs * fmt.in_channels, machine)
     spatial, kernel = "x".join(map(str, size)), "x".join(map(str, fmt.kernel_size))
+    of_groups = f" in {images[1]} groups of channels" if images[1] > 1 else ""
     title = (
         f"convolution {fmt.in_channels} -> {fmt.out_channels}, kernel {kernel}, modes out "
-        f"{fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {batch} images of {spatial}, "
+        f"{fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {images[0]} images of {spatial}{of_groups}, "
         f"{dtype} on {device}, {'forward and backward' if training else 'forward'}, "
         f"memory={memory!r}"
     )

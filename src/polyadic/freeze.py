@@ -21,14 +21,14 @@ _CONVOLUTIONS = (CPConv1d, CPConv2d, CPConv3d)
 
 
 def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) -> Model:
-    """Contract the factors of every CP layer of a model for inference, in place.
+    """Contract the factors of every CPLinear and CPConvNd of a model for inference, in place.
 
     A linear layer takes the cheaper of the Khatri-Rao pair (two GEMMs) and the dense weight (one).
     A convolution takes the dense kernel where that is predicted to be cheaper than its plan, and
     else stays as it is. The layers' parameters no longer require gradients until ``unfreeze``;
     gradients still pass through to the input. State dicts are as before.
 
-    A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
+    Embeddings and transposed convolutions stay as they are. A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
     (``parameter.data``) cannot be noticed.
 
     Args:
@@ -41,7 +41,7 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
 
     Raises:
         TypeError: ``model`` is not a module, or an argument is not an integer.
-        ValueError: the model has no CP layer, or a size is below 1.
+        ValueError: the model has no CPLinear or CPConvNd, or a size is below 1.
     """
     _module(model)
     positive_int(batch, "batch")
@@ -53,7 +53,7 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
             if layer.frozen is None:
                 _install(layer, batch, sizes)
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no CP layer that could be frozen")
+        raise ValueError(f"{type(model).__name__} holds no CPLinear or CPConvNd to freeze")
     return model
 
 

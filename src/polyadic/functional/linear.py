@@ -103,8 +103,8 @@ def cp_linear(
         bias: (N,) or None.
         weights: λ (R,) or None for ones.
         plan: a LinearPlan to obey; None lets the planner choose.
-        memory: ``"fast"``, ``"balanced"`` (keeps x and one (B, R) intermediate) or ``"least"``
-            (keeps x alone and recomputes); ignored by no plan but a given one, which says itself.
+        memory: ``"fast"`` and ``"balanced"`` keep x and one (B, R) intermediate, ``"least"`` keeps
+            x alone and recomputes; a given plan says itself what is kept.
 
     Returns:
         (..., N), in x's dtype (under autocast in autocast's).
