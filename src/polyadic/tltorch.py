@@ -29,12 +29,13 @@ def accelerate_tltorch() -> Acceleration:
     ``FactorizedEmbedding`` whose weight is a real CP tensor, layers of a joint weight included, as
     they are: same parameters, same results to rounding, same dtypes. All else runs in tltorch
     untouched: other factorizations, complex factors, weights with active hooks (tensor dropout,
-    lasso), and calls that polyadic would refuse, whose error is then tltorch's own. Outputs are
-    contiguous. One thing is better than it was: embeddings take indices on CUDA.
+    lasso), and calls that polyadic would refuse, whose error is then tltorch's own. Less is kept
+    for the backward than by tltorch.
 
     What is replaced are three methods of tltorch's classes, so it holds for the whole process, in
     every thread. Calls may be nested and undone in any order; the methods are tltorch's own again
-    once the last is undone. Turn it on before ``torch.compile`` sees the model.
+    once the last is undone. Turn it on before ``torch.compile`` sees the model; convolutions
+    break its graph, as they do without.
 
     Returns:
         An ``Acceleration``: ``undo()`` ends it, so does leaving it as a context, and its ``str``
@@ -223,15 +224,17 @@ class _Patch:
 def _tltorch_classes() -> dict[type[nn.Module], Taker]:
     try:
         import tltorch
+        from tltorch.functional.convolution import convolve, cp_conv, cp_conv_mobilenet
         from tltorch.tensor_hooks._tensor_dropout import TensorDropout
     except ImportError as error:
         raise ImportError(
             'accelerate_tltorch needs tltorch and what it needs: pip install "polyadic[interop]" '
             f"({error})"
         ) from error
+    functions = (convolve, cp_conv, cp_conv_mobilenet)
     return {
         tltorch.FactorizedLinear: Linears(tltorch.CPTensorized, TensorDropout),
-        tltorch.FactorizedConv: Convolutions(tltorch.CPTensor, TensorDropout),
+        tltorch.FactorizedConv: Convolutions(tltorch.CPTensor, TensorDropout, functions),
         tltorch.FactorizedEmbedding: Embeddings(tltorch.CPTensorized, TensorDropout),
     }
 
