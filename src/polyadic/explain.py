@@ -344,8 +344,8 @@ def _explain_conv(
     of_groups = f" in {images[1]} groups of channels" if images[1] > 1 else ""
     title = (
         f"convolution {fmt.in_channels} -> {fmt.out_channels}, kernel {kernel}, modes out "
-        f"{fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {images[0]} images of {spatial}{of_groups}, "
-        f"{dtype} on {device}, {'forward and backward' if training else 'forward'}, "
+        f"{fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {images[0]} images of {spatial}"
+        f"{of_groups}, {dtype} on {device}, {'forward and backward' if training else 'forward'}, "
         f"memory={memory!r}"
     )
     rejected = _rejected([cost(p) for p in _planner.conv_plans(memory)], chosen, machine)

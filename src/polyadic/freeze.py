@@ -25,10 +25,11 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
 
     A linear layer takes the cheaper of the Khatri-Rao pair (two GEMMs) and the dense weight (one).
     A convolution takes the dense kernel where that is predicted to be cheaper than its plan, and
-    else stays as it is. The layers' parameters no longer require gradients until ``unfreeze``;
-    gradients still pass through to the input. State dicts are as before.
+    else stays as it is; so do embeddings and transposed convolutions. The layers' parameters no
+    longer require gradients until ``unfreeze``; gradients still pass through to the input. State
+    dicts are as before.
 
-    Embeddings and transposed convolutions stay as they are. A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
+    A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
     (``parameter.data``) cannot be noticed.
 
     Args:
