@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
-import math
-import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import polyadic
-
-tltorch = pytest.importorskip("tltorch")
+from tltorch_cases import LEFT, TAKEN, conv, embedding, linear, tltorch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -38,137 +32,6 @@ def _theirs_before_and_after() -> Iterator[None]:
     assert tuple(cls.__dict__["forward"] for cls in CLASSES) == FORWARDS
     yield
     assert tuple(cls.__dict__["forward"] for cls in CLASSES) == FORWARDS
-
-
-def drawn(layer: Any, std: float = 0.7) -> Any:
-    """Fill parameters, λ included, with values of one size; tltorch leaves some uninitialised."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            real = torch.view_as_real(parameter) if parameter.is_complex() else parameter
-            real.normal_(0, std)
-    return layer
-
-
-def linear(
-    ins: Any, outs: Any, shape: Any = (5,), cp: str = "cp", index: Any = 0, **kw: Any
-) -> Any:
-    layer = tltorch.FactorizedLinear(
-        ins, outs, factorization=cp, **{"rank": 4, "dtype": torch.float64, **kw}
-    )
-    x = torch.randn(*shape, math.prod(ins), dtype=layer.weight.factors[0].dtype)
-    return drawn(layer), x, index
-
-
-def conv(sizes: Any, kernel: Any, size: Any, cp: str = "cp", index: Any = 0, **kw: Any) -> Any:
-    layer = tltorch.FactorizedConv(
-        *sizes, kernel, factorization=cp, **{"rank": 4, "dtype": torch.float64, **kw}
-    )
-    x = torch.randn(3, sizes[0], *size, dtype=layer.weight.factors[0].dtype)
-    return drawn(layer), x, index
-
-
-def embedding(
-    rows: int, dim: int, shape: Any = (9,), cp: str = "cp", index: Any = 0, **kw: Any
-) -> Any:
-    layer = tltorch.FactorizedEmbedding(
-        rows, dim, factorization=cp, **{"rank": 4, "dtype": torch.float64, **kw}
-    )
-    return drawn(layer), torch.randint(rows, shape), index
-
-
-def joint_conv() -> Any:
-    """Three convolutions of one weight, each with its own stride, padding and bias."""
-    layer, x, _ = conv((4, 6), (3, 3), (8, 7), bias=True, n_layers=3)
-    layer.set(1, stride=(2, 1), padding=(0, 2), dilation=1, bias=torch.randn(6, dtype=x.dtype))
-    return layer, x, 1
-
-
-def from_conv(**kw: Any) -> Any:
-    torch_layer = nn.Conv2d(3, 5, (3, 2), stride=2, padding=(1, 0), dilation=(1, 2)).double()
-    layer = tltorch.FactorizedConv.from_conv(
-        torch_layer, rank=6, decompose_weights=False, dtype=torch.float64, **kw
-    )
-    return drawn(layer), torch.randn(2, 3, 9, 8, dtype=torch.float64), 0
-
-
-def transducted() -> Any:
-    """An image layer that tltorch turned into a video layer; its old parameters stay fixed."""
-    layer, _, _ = conv((3, 5), (3, 3), (1, 1), bias=True, padding=1)
-    layer.transduct(3, mode=0, padding=1)
-    return layer.double(), torch.randn(2, 3, 4, 6, 5, dtype=torch.float64), 0
-
-
-TAKEN = {
-    "linear": lambda: linear((3, 4), (2, 5)),
-    "linear 1x1 modes": lambda: linear((6,), (5,)),
-    "linear uneven groups": lambda: linear((2, 3, 2), (7, 2)),
-    "linear order 4": lambda: linear((2, 3, 2, 2), (2, 2, 3, 2), rank=7),
-    "linear no bias": lambda: linear((3, 4), (2, 5), bias=False),
-    "linear rank 1": lambda: linear((3, 4), (2, 5), rank=1),
-    "linear high rank": lambda: linear((3, 4), (2, 5), rank=40),
-    "linear rank by ratio": lambda: linear((4, 4), (4, 4), rank=0.5),
-    "linear vector": lambda: linear((3, 4), (2, 5), ()),
-    "linear batch of 1": lambda: linear((3, 4), (2, 5), (1,)),
-    "linear sequence": lambda: linear((3, 4), (2, 5), (2, 3, 4)),
-    "linear rebuilt": lambda: linear((3, 4), (2, 5), implementation="reconstructed"),
-    "linear rebuilt vector": lambda: linear((3, 4), (2, 5), (), implementation="reconstructed"),
-    "linear checkpointed": lambda: linear((3, 4), (2, 5), checkpointing=True),
-    "linear joint 0": lambda: linear((3, 4), (2, 5), n_layers=3, index=0),
-    "linear joint -1": lambda: linear((3, 4), (2, 5), n_layers=3, index=-1),
-    "linear joint rebuilt": lambda: linear(
-        (3, 4), (2, 5), n_layers=2, index=1, bias=False, implementation="reconstructed"
-    ),
-    "conv1d": lambda: conv((4, 6), (3,), (11,), bias=True),
-    "conv1d options": lambda: conv((4, 6), (5,), (20,), stride=3, padding=4, dilation=2),
-    "conv1d mobilenet": lambda: conv((4, 6), (4,), (11,), implementation="mobilenet", padding=1),
-    "conv2d": lambda: conv((4, 6), (3, 3), (8, 7), bias=True, padding=1),
-    "conv2d no bias": lambda: conv((4, 6), 3, (8, 7), order=2),
-    "conv2d uneven": lambda: conv(
-        (5, 3), (4, 1), (9, 7), stride=(2, 1), padding=(0, 2), dilation=(1, 3)
-    ),
-    "conv2d 1x1": lambda: conv((4, 6), (1, 1), (5, 4), stride=2, bias=True),
-    "conv2d high rank": lambda: conv((4, 6), (3, 3), (8, 7), rank=60, padding=1),
-    "conv2d rebuilt": lambda: conv((4, 6), (3, 3), (8, 7), implementation="reconstructed"),
-    "conv2d mobilenet": lambda: conv(
-        (4, 6), (3, 2), (8, 7), implementation="mobilenet", stride=(1, 2), bias=True
-    ),
-    "conv2d joint": joint_conv,
-    "conv2d joint without bias": lambda: conv((4, 6), (3, 3), (8, 7), n_layers=2, index=1),
-    "conv2d joint twice": lambda: conv(
-        (4, 6), (3, 3), (8, 7), n_layers=(2, 3), bias=True, index=(1, 2)
-    ),
-    "conv2d from_conv": from_conv,
-    "conv2d from_conv factorized": lambda: from_conv(implementation="factorized"),
-    "conv3d": lambda: conv((2, 3), (3, 2, 3), (5, 4, 6), bias=True, padding=1),
-    "conv3d options": lambda: conv(
-        (2, 3), (3, 1, 2), (7, 4, 6), stride=(2, 1, 3), padding=(1, 0, 2), dilation=(2, 1, 1)
-    ),
-    "conv3d mobilenet": lambda: conv((2, 3), (2, 2, 2), (5, 4, 6), implementation="mobilenet"),
-    "conv3d transducted": transducted,
-    "embedding": lambda: embedding(60, 16),
-    "embedding order 2": lambda: embedding(60, 12, n_tensorized_modes=2),
-    "embedding given modes": lambda: embedding(
-        30, 8, auto_tensorize=False, tensorized_num_embeddings=(5, 6), tensorized_embedding_dim=(8,)
-    ),
-    "embedding repeats": lambda: embedding(12, 8, (700,)),
-    "embedding 2-D": lambda: embedding(60, 16, (4, 5)),
-    "embedding one index": lambda: embedding(60, 16, ()),
-    "embedding joint": lambda: embedding(60, 16, (4, 5), n_layers=3, index=2),
-}  # fmt: skip
-
-LEFT = {
-    "linear tucker": lambda: linear((3, 4), (2, 5), cp="tucker", rank=(2, 2, 2, 2)),
-    "linear blocktt": lambda: linear((3, 4), (2, 5), cp="blocktt"),
-    "linear blocktt joint": lambda: linear((3, 4), (2, 5), cp="blocktt", n_layers=2, index=1),
-    "linear complex": lambda: linear((3, 4), (2, 5), cp="complexcp", dtype=torch.complex128),
-    "conv tucker": lambda: conv((4, 6), (3, 3), (8, 7), cp="tucker", rank=(2, 3, 2, 2)),
-    "conv tt": lambda: conv((4, 6), (3, 3), (8, 7), cp="tt", rank=2, padding=1),
-    "conv tucker rebuilt": lambda: conv(
-        (4, 6), (3, 3), (8, 7), cp="tucker", rank=(2, 3, 2, 2), implementation="reconstructed"
-    ),
-    "embedding blocktt": lambda: embedding(60, 16, cp="blocktt"),
-    "embedding tucker": lambda: embedding(60, 16, cp="tucker", rank=(2,) * 6),
-}
 
 
 def results(layer: nn.Module, x: Tensor, index: Any) -> dict[str, Tensor]:
@@ -545,65 +408,3 @@ def test_a_missing_tltorch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tltorch", None)
     with pytest.raises(ImportError, match=re.escape('pip install "polyadic[interop]"')):
         polyadic.accelerate_tltorch()
-
-
-# Their tests draw unseeded and some then fail now and then: both runs get the same numbers.
-PLUGIN = """
-import json, os, numpy, polyadic, torch
-def pytest_runtest_call(item):
-    torch.manual_seed(0)
-    numpy.random.seed(0)
-def pytest_configure(config):
-    config.taken = polyadic.accelerate_tltorch() if os.environ["ON"] == "1" else None
-def pytest_unconfigure(config):
-    layers = [] if config.taken is None else config.taken.taken
-    with open(os.environ["REPORT"], "w") as file:
-        json.dump([[one.label, one.taken] for one in layers], file)
-"""
-THEIR_TESTS = (
-    "functional/tests/test_factorized_linear.py",
-    "factorized_layers/tests/test_factorized_linear.py",
-    "factorized_layers/tests/test_factorized_convolution.py",
-    "factorized_layers/tests/test_factorized_embedding.py",
-)
-
-
-def run_their_tests(folder: Path, on: bool) -> tuple[set[str], list[Any]]:
-    """Run the installed package's tests in CP format; which passed, and which layers we ran."""
-    spec = importlib.util.find_spec("tltorch")
-    assert spec is not None
-    assert spec.origin is not None
-    package, report = Path(spec.origin).parent, folder / f"taken{int(on)}.json"
-    files = [package / test for test in THEIR_TESTS]
-    if not all(file.exists() for file in files):
-        pytest.skip("this tltorch was installed without its tests")
-    (folder / "accelerated.py").write_text(PLUGIN)
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "accelerated", "-p", "no:cacheprovider"]
-    command += [
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(package.parent),
-        "-k",
-        "CP or cp",
-        "-W",
-        "ignore",
-    ]
-    env = os.environ | {"ON": str(int(on)), "REPORT": str(report), "PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, *map(str, files)], capture_output=True, text=True, cwd=folder, env=env,
-    )  # fmt: skip
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    return set(re.findall(r"^(\S+) PASSED", done.stdout, re.M)), json.loads(report.read_text())
-
-
-@pytest.mark.slow
-def test_their_own_tests_pass_with_it_on(tmp_path: Path) -> None:
-    without, nothing = run_their_tests(tmp_path, on=False)
-    with_it, layers = run_their_tests(tmp_path, on=True)
-    assert not nothing
-    assert len(without) >= 7
-    assert without <= with_it
-    taken = {label.split("(")[0] for label, calls in layers if calls}
-    assert taken == {cls.__name__ for cls in CLASSES}
