@@ -1,0 +1,237 @@
+"""The shape of the package: one direction of imports, light to import, short files, documented."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import json
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import polyadic
+from polyadic import functional, init, nn, reference
+
+PACKAGE = Path(polyadic.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 420
+# What only some users have, or takes long to import.
+HEAVY = ["tltorch", "tensorly", "matplotlib", "sklearn", "typer", "rich", "triton", "pandas"]
+COMPILER = ["torch._dynamo", "torch._inductor"]
+
+
+def module_name(path: Path) -> str:
+    """polyadic.kernels.conv of kernels/conv.py; a package by the name of its folder."""
+    parts = ["polyadic", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imports_of(source: str, name: str, is_package: bool) -> set[str]:
+    """Names of the modules a module imports from its own package, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = name.split(".")
+            base = parts[: len(parts) - node.level + is_package] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            # "from package import module" is an import of the module, else of the package.
+            submodules = {f"{origin}.{alias.name}" for alias in node.names}
+            found |= {s for s in submodules if s in MODULES} or {origin}
+            if any(s not in MODULES for s in submodules):
+                found.add(origin)
+    return {target for target in found if target in MODULES and target != name}
+
+
+def import_graph() -> dict[str, set[str]]:
+    return {
+        name: imports_of(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+        for name, path in MODULES.items()
+    }
+
+
+def test_imports_go_in_one_direction() -> None:
+    """No cycle, not even one hidden by an import inside a function."""
+    graph = import_graph()
+    assert sum(map(len, graph.values())) > len(graph)
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+    assert order.index("polyadic._format") < order.index("polyadic.functional.linear")
+    assert order.index("polyadic.functional") < order.index("polyadic.nn")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "expected"),
+    [
+        ("import polyadic.tensor", "polyadic.nn", {"polyadic.tensor"}),
+        ("from polyadic.tensor import CPTensor", "polyadic.nn", {"polyadic.tensor"}),
+        ("from polyadic import init", "polyadic.tensor", {"polyadic.init"}),
+        ("from polyadic import init, tensorize", "polyadic.cli", {"polyadic.init", "polyadic"}),
+        ("from . import tensor", "polyadic.init", {"polyadic.tensor"}),
+        ("from .tensor import CPTensor", "polyadic.init", {"polyadic.tensor"}),
+        ("def f():\n    from polyadic import nn", "polyadic.init", {"polyadic.nn"}),
+        ("import torch\nfrom torch import nn", "polyadic.init", set()),
+    ],
+)
+def test_imports_are_found(source: str, name: str, expected: set[str]) -> None:
+    assert imports_of(source, name, is_package=False) == expected
+
+
+def test_a_hidden_circle_is_found() -> None:
+    graph = import_graph()
+    graph["polyadic._format"] |= imports_of(
+        "def late():\n    from polyadic.nn import CPLinear", "polyadic._format", is_package=False
+    )
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(graph).static_order())
+
+
+ALLOWED = {
+    # The arithmetic knows nothing of layers, the reference nothing of the arithmetic.
+    "polyadic._format": set(),
+    "polyadic._plan": set(),
+    "polyadic._autograd": set(),
+    "polyadic.reference": set(),
+}
+
+
+@pytest.mark.parametrize(("name", "allowed"), ALLOWED.items())
+def test_modules_at_the_bottom_import_nothing(name: str, allowed: set[str]) -> None:
+    assert import_graph()[name] <= allowed
+
+
+def test_kernels_do_not_know_layers_or_functions() -> None:
+    for name, targets in import_graph().items():
+        if name.startswith("polyadic.kernels"):
+            below = ("polyadic.kernels", "polyadic._plan", "polyadic._cache")
+            assert all(target.startswith(below) for target in targets), name
+
+
+def test_layers_do_no_arithmetic() -> None:
+    """Layers go through the functions, never to the kernels' modules by themselves."""
+    arithmetic = {"polyadic.kernels.modes", "polyadic.kernels.linear", "polyadic._autograd"}
+    for name, targets in import_graph().items():
+        if name.startswith("polyadic.nn"):
+            assert targets.isdisjoint(arithmetic), name
+
+
+@functools.cache
+def in_a_fresh_process(code: str) -> Any:
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def loaded(names: list[str]) -> str:
+    """Code that prints which of some modules are loaded."""
+    return f"import json, sys; print(json.dumps(sorted(set(sys.modules) & set({names!r}))))"
+
+
+def test_importing_is_light() -> None:
+    """What torch itself loads is not ours; anything more is."""
+    alone = in_a_fresh_process(f"import torch; {loaded(HEAVY)}")
+    assert in_a_fresh_process(f"import polyadic; {loaded(HEAVY)}") == alone
+
+
+@pytest.mark.xfail(
+    reason="assume_constant_result in the planner imports torch._dynamo", strict=True
+)
+def test_importing_leaves_the_compiler_alone() -> None:
+    """torch loads its compiler at the first use, a second or more; importing us is no use of it."""
+    assert in_a_fresh_process(f"import torch; {loaded(COMPILER)}") == []
+    assert in_a_fresh_process(f"import polyadic; {loaded(COMPILER)}") == []
+
+
+def test_the_heavy_would_be_seen() -> None:
+    pytest.importorskip("rich")
+    assert "rich" in in_a_fresh_process(f"import polyadic, rich; {loaded(HEAVY)}")
+
+
+def test_using_layers_is_light() -> None:
+    """A training step loads nothing optional either."""
+    code = f"""
+import torch, polyadic
+polyadic.nn.CPLinear(8, 6, rank=2)(torch.ones(3, 8)).sum().backward()
+polyadic.nn.CPConv2d(4, 4, 3, rank=2)(torch.ones(1, 4, 5, 5)).sum().backward()
+{loaded(HEAVY)}
+"""
+    assert in_a_fresh_process(code) == in_a_fresh_process(f"import torch; {loaded(HEAVY)}")
+
+
+def test_importing_changes_no_setting_of_torch() -> None:
+    code = """
+import json, torch
+def settings():
+    return [str(torch.get_default_dtype()), torch.get_num_threads(), torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(), torch.initial_seed() == 3,
+            torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark]
+torch.manual_seed(3)
+before, state = settings(), torch.get_rng_state()
+import polyadic
+print(json.dumps([before == settings(), torch.equal(state, torch.get_rng_state())]))
+"""
+    assert in_a_fresh_process(code) == [True, True]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= MOST_LINES, f"{lines} lines"
+
+
+PUBLIC = [
+    pytest.param(module, name, id=f"{module.__name__}.{name}")
+    for module in (polyadic, functional, nn, init, reference)
+    for name in getattr(module, "__all__", [])
+]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
+def test_public_names_are_documented(module: Any, name: str) -> None:
+    value = getattr(module, name)
+    doc = inspect.getdoc(value) if not inspect.ismodule(value) else value.__doc__
+    assert doc, f"{name} has no docstring"
+    if inspect.isclass(value):
+        # A dataclass without one gets its signature, a module class that of nn.Module.
+        assert not doc.startswith(f"{value.__name__}("), f"{name} has no docstring of its own"
+        assert "__doc__" in vars(value)
+    if inspect.isfunction(value):
+        parameters = [p for p in inspect.signature(value).parameters if p not in ("args", "kwargs")]
+        assert not parameters or "Args:" in doc, f"{name} does not describe its arguments"
+        assert all(f"{p}:" in doc for p in parameters), f"{name} leaves out an argument"
+
+
+def test_public_names_exist_once() -> None:
+    for module in (polyadic, functional, nn):
+        names = module.__all__
+        assert sorted(set(names)) == list(names), f"{module.__name__}.__all__ is not sorted"
+        assert all(hasattr(module, name) for name in names)
+
+
+def test_nothing_names_a_machine_or_holds_a_leftover() -> None:
+    marks = ("TODO", "FIXME", "XXX", "print(torch", "breakpoint(", "/tmp/", "/home/")
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert not [mark for mark in marks if mark in text], path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_are_documented_and_typed(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.returns is not None, f"{node.name} has no return type"
