@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from cases import BY_ID, CASES, Case, Leaves, every_case, params
 from polyadic import _autograd
+from polyadic.nn import CPLinear
 from test_values import assert_close
 
 # Entry by entry where there are few; the others along random directions (fast_mode).
@@ -289,3 +290,13 @@ def test_explicit_pair_is_differentiable(case: Case) -> None:
     first = torch.autograd.grad(case.expected(leaves), tensors, case.grad_y(), create_graph=True)
     want = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
     assert_trees_close(got, want)
+
+
+def test_a_bias_batched_alone_under_vmap() -> None:
+    """The bias is added in place, which vmap refuses where only the bias is batched."""
+    layer, x = CPLinear(12, 8, rank=2, dtype=torch.float64), torch.randn(3, 12).double()
+    biases = torch.randn(5, 8, dtype=torch.float64)
+    got = torch.func.vmap(lambda bias: torch.func.functional_call(layer, {"bias": bias}, (x,)))(
+        biases
+    )
+    torch.testing.assert_close(got, (layer(x) - layer.bias) + biases.unsqueeze(1))

@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from polyadic._plan import LinearPlan
-from polyadic.kernels.modes import contract, expand, khatri_rao, khatri_rao_backward, partials
+from polyadic.kernels.modes import (
+    contract,
+    expand,
+    khatri_rao,
+    khatri_rao_backward,
+    partials,
+    plus_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class LinearMap:
         route = self.plan.forward
         if route.kind == "dense":
             weight = khatri_rao(in_factors, x.dtype) @ khatri_rao(out_factors, x.dtype).t()
-            return (x @ weight if bias is None else torch.addmm(bias, x, weight)), ()
+            return plus_bias(x @ weight, bias), ()
         z = contract(x, in_factors, route.in_groups)
         y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()

@@ -135,16 +135,32 @@ def _spread(z: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
     return spread
 
 
+def plus_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Y + bias in the memory of y, which nothing else holds.
+
+    ``addmm`` would first spread the bias over the whole output, one more pass over it.
+    """
+    if bias is None:
+        return y
+    if torch.compiler.is_compiling():
+        return y + bias
+    try:
+        return y.add_(bias)
+    except RuntimeError:
+        # Under vmap a batched bias does not fit into a y that is not batched.
+        return y + bias
+
+
 def expand(
     z: Tensor, factors: Sequence[Tensor], groups: Groups, bias: Tensor | None = None
 ) -> Tensor:
     """X = Z Kᵀ (+ bias): (B, R) → (B, M), all groups but the last multiplied in before the GEMM."""
     if len(groups) == 1:
         matrix = khatri_rao(factors, z.dtype).t()
-        return z @ matrix if bias is None else torch.addmm(bias, z, matrix)
+        return plus_bias(z @ matrix, bias)
     *left, last = _grouped(factors, groups, z.dtype)
     x = _expand_last(_spread(z, left)[-1], last)
-    return x if bias is None else x + bias
+    return plus_bias(x, bias)
 
 
 def _expand_last(spread: Tensor, last: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from polyadic.kernels.modes import accumulate_dtype
+from polyadic.kernels.modes import accumulate_dtype, plus_bias
 
 
 def _is_rows(x: Tensor) -> bool:
@@ -46,14 +46,11 @@ def project(
         return _project_groups(x, matrix, layout, groups, bias)
     if layout == "channels_first":
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
-        return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
+        return plus_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
     if _is_rows(x):
-        rows = _rows(x)
-        return _volume(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
+        return _volume(plus_bias(_rows(x) @ matrix, bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
-    if bias is None:
-        return _volume(torch.bmm(columns, matrices), x)
-    return _volume(torch.baddbmm(bias.expand(1, 1, -1), columns, matrices), x)
+    return _volume(plus_bias(torch.bmm(columns, matrices), bias), x)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -71,7 +68,7 @@ def _project_groups(
         own = matrix.dim() == 3
         y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
         y = y.reshape(y.shape[0], groups * matrix.shape[-1])
-        return _volume(y if bias is None else y + bias, x)
+        return _volume(plus_bias(y, bias), x)
     y = (matrix.mT @ _by_group(x, groups)).reshape(
         x.shape[0], groups * matrix.shape[-1], *x.shape[2:]
     )
