@@ -220,7 +220,9 @@ class Case:
         letters = LETTERS[: len(self.modes)]
         operands = [*leaves.factors, *([] if leaves.weights is None else [leaves.weights])]
         terms = [f"{letter}r" for letter in letters] + ["r"] * (leaves.weights is not None)
-        full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+        # The search for the best order takes longer than any order of tensors this small.
+        with torch.backends.opt_einsum.flags(enabled=False):
+            full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
         shape = [math.prod(group) for group in self.tensorized_shape[:2]]
         if self.linear:
             return full.reshape(shape).T
@@ -238,10 +240,15 @@ class Case:
 
     def grad_y(self, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
         """A random gradient of the output."""
-        with torch.no_grad():
-            like = self.expected(self.leaves().map(lambda t: t.to("meta")))
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(y_shape(self), generator=generator, dtype=torch.float64).to(dtype)
+
+
+@functools.cache
+def y_shape(case: Case) -> torch.Size:
+    """Shape of the output, by dense torch."""
+    with torch.no_grad():
+        return case.expected(case.leaves().map(lambda t: t.to("meta"))).shape
 
 
 def gradients(y: Tensor, leaves: Leaves, grad_y: Tensor) -> dict[str, Tensor]:
