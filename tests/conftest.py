@@ -12,7 +12,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread, for tensors this small; and no notes from torch about itself."""
     torch.set_num_threads(1)
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")
 
 
 @pytest.fixture(autouse=True)
