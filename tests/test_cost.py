@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyadic import ConvFormat, LinearFormat, LinearRoute
+from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic._check import geometry
 from polyadic._cost import Machine, built_in
 from polyadic._planner import (
@@ -56,6 +56,21 @@ def _counter() -> FlopCounterMode:
 
 def _factors(*groups: tuple[int, ...], rank: int) -> list[list[torch.Tensor]]:
     return [[torch.randn(n, rank, requires_grad=True) for n in group] for group in groups]
+
+
+@pytest.mark.parametrize(("fmt", "rows"), LINEAR)
+def test_flops_left_to_autograd_are_the_same(fmt: LinearFormat, rows: int) -> None:
+    route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
+    closed, left = (
+        plan_steps(fmt, rows, LinearPlan(route, route, keep), 4, training=True) for keep in (1, 2)
+    )
+    ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
+    x = torch.randn(rows, fmt.in_features, requires_grad=True)
+    with _counter() as counter:
+        cp_linear(x, ins, outs, plan=LinearPlan(route, route, 2)).sum().backward()
+    assert counter.get_total_flops() == sum(step.flops for part in left for step in part)
+    assert counter.get_total_flops() == sum(step.flops for part in closed for step in part)
+    assert len(left[1]) <= len(closed[1])
 
 
 @pytest.mark.parametrize("memory", ["balanced", "least"])

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import polyadic
 from cases import CASES, Case, every_case
 from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic import functional as PF
+from polyadic.nn import CPLinear
 
 # 512 → 384 at rank 6 on 8 rows: W has 196,608 entries, the next largest tensors (M, R) and (B, M).
 LINEAR = Case("count-linear", ((8, 8, 8), (6, 8, 8)), 6, (8,))
@@ -301,3 +303,23 @@ def test_no_gradient_keeps_nothing() -> None:
         ins, outs = LINEAR.groups(leaves.factors)
         assert not PF.cp_linear(leaves.x, ins, outs).requires_grad
     assert not saved
+
+
+def test_fast_memory_may_keep_the_khatri_rao_products() -> None:
+    """What explain says is kept is what autograd keeps, to the byte."""
+    layer = CPLinear(256, 128, rank=16, memory="fast")
+    found = polyadic.explain(layer, batch=32)
+    assert found.chosen.plan.keep == 2
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(torch.randn(32, 256, requires_grad=True))
+    assert sum(kept.values()) == found.chosen.kept_bytes
+    del y

@@ -313,6 +313,14 @@ def test_a_plan_of_the_other_type_is_refused() -> None:
         (lambda: ConvRoute(depthwise="split"), "depthwise must be one of"),
         (lambda: ConvRoute(kind="rebuild"), "kind must be one of"),
         (lambda: ConvPlan(ConvRoute(), ConvRoute(), keep=3), "keep must be one of"),
+        (
+            lambda: LinearPlan(LinearRoute((2,), (2,)), LinearRoute((2,), (2,)), keep=3),
+            "keep must be one of",
+        ),
+        (
+            lambda: LinearPlan(LinearRoute((1, 1), (2,)), LinearRoute((1, 1), (2,)), keep=2),
+            "keep=2 leaves the backward to autograd",
+        ),
     ],
 )
 def test_malformed_plans_are_refused(make: Any, message: str) -> None:
@@ -322,8 +330,8 @@ def test_malformed_plans_are_refused(make: Any, message: str) -> None:
 
 def test_plans_are_frozen_hashable_and_say_what_they_do() -> None:
     route = LinearRoute((1, 2), (2,))
-    plan = LinearPlan(route, LinearRoute((3,), (2,), "dense"), keep=False)
-    assert hash(plan) == hash(LinearPlan(LinearRoute((1, 2), (2,)), plan.backward, keep=False))
+    plan = LinearPlan(route, LinearRoute((3,), (2,), "dense"), keep=0)
+    assert hash(plan) == hash(LinearPlan(LinearRoute((1, 2), (2,)), plan.backward, keep=0))
     with pytest.raises(AttributeError):
         plan.keep = True  # type: ignore[misc]
     assert "split 1|2" in str(plan)

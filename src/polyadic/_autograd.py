@@ -4,7 +4,7 @@ A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward
 ``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself, which is
 all that forward mode needs; or x are indices, which have neither gradient nor tangent.
 
-- no gradient asked for, or exporting: the map's own aten operations;
+- no gradient asked for, exporting, or a plan that says so: the map's own aten operations;
 - compiling: the Function without ``jvp``, which Dynamo can trace;
 - eager: the Function with ``jvp``.
 """
@@ -23,6 +23,10 @@ from torch.autograd.forward_ad import unpack_dual
 
 class MultilinearMap(Protocol):
     """What the boundary needs of a map."""
+
+    @property
+    def left_to_autograd(self) -> bool:
+        """Whether torch's autograd differentiates the forward, in place of ``backward``."""
 
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
@@ -47,7 +51,7 @@ def run(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
     """Apply a map, differentiably."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if layer_map.left_to_autograd or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return layer_map.forward(x, bias, factors)[0]
     boundary = _Boundary if torch.compiler.is_compiling() else _BoundaryWithJvp
     y: Tensor = boundary.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]

@@ -48,6 +48,11 @@ class LinearRoute:
         _check_groups(self.in_groups, "in_groups")
         _check_groups(self.out_groups, "out_groups")
 
+    @property
+    def is_khatri_rao(self) -> bool:
+        """Whether both sides are contracted with their whole Khatri-Rao matrix."""
+        return self.kind == "factorized" and len(self.in_groups) == len(self.out_groups) == 1
+
     def __str__(self) -> str:
         if self.kind == "dense":
             return "rebuild W"
@@ -69,15 +74,31 @@ class LinearPlan:
     Args:
         forward: the route of Y = X W.
         backward: the route of the gradients.
-        keep: keep Z = X K (B, R) for the backward; otherwise it is recomputed from X.
+        keep: what is kept for the backward beside X and the factors: 0 nothing, Z = X K (B, R) is
+            recomputed; 1 Z; 2 all that torch's own autograd keeps of the forward, the Khatri-Rao
+            products too. With 2 there is no closed-form backward but autograd's of the same route,
+            which spares small layers the cost of a call into it.
+
+    Raises:
+        ValueError: ``keep`` is none of these, or 2 with other than explicit Khatri-Rao routes.
     """
 
     forward: LinearRoute
     backward: LinearRoute
-    keep: bool = True
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of(self.keep, (0, 1, 2), "keep")
+        if self.keep == 2 and not (self.forward == self.backward and self.forward.is_khatri_rao):
+            raise ValueError(
+                f"keep=2 leaves the backward to autograd, which follows the forward; it is for the "
+                f"explicit Khatri-Rao route in both, got {self.forward} and {self.backward}"
+            )
 
     def __str__(self) -> str:
-        kept = "X and Z" if self.keep and self.forward.kind == "factorized" else "X"
+        kept = ("X", "X and Z", "what autograd keeps")[self.keep]
+        if self.keep == 1 and self.forward.kind == "dense":
+            kept = "X"
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
 
 

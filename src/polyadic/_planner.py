@@ -61,7 +61,7 @@ def groupings(order: int) -> list[Groups]:
 
 def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearPlan]:
     """Every plan with the same route forward and backward: each grouping, and rebuilding W."""
-    keep = memory != "least"
+    keep = int(memory != "least")
     m, n = len(fmt.in_shape), len(fmt.out_shape)
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
     routes.append(LinearRoute((m,), (n,), "dense"))
@@ -84,7 +84,7 @@ def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory) -> LinearPlan:
     modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
     if not _known(*modes):
         route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
-        return LinearPlan(route, route, memory != "least")
+        return LinearPlan(route, route, int(memory != "least"))
     rows = UNKNOWN_BATCH
     if _known(*shape):
         rows = bucket(math.prod(shape))
@@ -146,13 +146,15 @@ def _cheapest_linear(
     forward = min(
         (forward, rebuild), key=lambda route: machine.total(forward_steps(fmt, rows, route, item))
     )
-    kept = keep and forward.kind == "factorized"
+    kept = int(keep and forward.kind == "factorized")
     backward = min(
         (backward, rebuild),
         key=lambda route: machine.total(backward_steps(fmt, rows, route, item, kept=kept)),
     )
+    if memory == "fast" and forward.is_khatri_rao and backward == forward:
+        return LinearPlan(forward, backward, keep=2)
     # Z is of no use to a backward that rebuilds W.
-    return LinearPlan(forward, backward, keep=kept and backward.kind == "factorized")
+    return LinearPlan(forward, backward, keep=kept if backward.kind == "factorized" else 0)
 
 
 def predict_linear(

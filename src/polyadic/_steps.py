@@ -134,12 +134,20 @@ def expand_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) 
 
 
 def partials_steps(
-    rows: int, sizes: Shape, rank: int, groups: Groups, item: int, *, wrt_x: bool, wrt_z: bool
+    rows: int,
+    sizes: Shape,
+    rank: int,
+    groups: Groups,
+    item: int,
+    *,
+    wrt_x: bool,
+    wrt_z: bool,
+    matrices_kept: bool = False,
 ) -> list[Step]:
     """Gradients of one side: of its factors and of X or Z."""
     pieces = grouped(sizes, groups)
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
-    steps = _group_matrices(pieces, rank, item)
+    steps = [] if matrices_kept else _group_matrices(pieces, rank, item)
     steps += spread_steps(rows, pieces, rank, item)
     if wrt_x:
         steps.append(gemm("expand the last group", rows * outer, rank, last, item, transposed=True))
@@ -185,9 +193,9 @@ def _side(side: str, steps: Iterable[Step]) -> list[Step]:
 
 
 def backward_steps(
-    fmt: LinearFormat, rows: int, route: LinearRoute, item: int, *, kept: bool
+    fmt: LinearFormat, rows: int, route: LinearRoute, item: int, *, kept: int
 ) -> list[Step]:
-    """All gradients by one route; Z recomputed where it is not kept."""
+    """All gradients by one route, with what ``LinearPlan.keep`` says kept."""
     m, n, r = fmt.in_features, fmt.out_features, fmt.rank
     if route.kind == "dense":
         return [
@@ -201,8 +209,14 @@ def backward_steps(
             *khatri_rao_backward_steps("MTTKRP out", fmt.out_shape, r, item),
         ]
     again = [] if kept else contract_steps(rows, fmt.in_shape, r, route.in_groups, item)
-    outs = partials_steps(rows, fmt.out_shape, r, route.out_groups, item, wrt_x=False, wrt_z=True)
-    ins = partials_steps(rows, fmt.in_shape, r, route.in_groups, item, wrt_x=True, wrt_z=False)
+    outs = partials_steps(
+        rows, fmt.out_shape, r, route.out_groups, item,
+        wrt_x=False, wrt_z=True, matrices_kept=kept == 2,
+    )  # fmt: skip
+    ins = partials_steps(
+        rows, fmt.in_shape, r, route.in_groups, item,
+        wrt_x=True, wrt_z=False, matrices_kept=kept == 2,
+    )  # fmt: skip
     return [*_side("again in", again), *_side("out", outs), *_side("in", ins)]
 
 
@@ -216,7 +230,7 @@ def plan_steps(
 ) -> tuple[list[Step], list[Step]]:
     """Forward and (if training) backward steps of a plan."""
     forward = forward_steps(fmt, rows, plan.forward, item)
-    kept = plan.keep and plan.forward.kind == "factorized"
+    kept = plan.keep if plan.forward.kind == "factorized" else 0
     return forward, backward_steps(fmt, rows, plan.backward, item, kept=kept) if training else []
 
 

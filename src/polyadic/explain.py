@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -255,7 +257,8 @@ def _cost(
 ) -> Costed:
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
-    seconds = machine.total(forward) + machine.total(backward) + call * (2 if backward else 1)
+    back = machine.dense_call if plan is not None and plan.keep == 2 else call
+    seconds = machine.total(forward) + machine.total(backward) + call + (back if backward else 0)
     return Costed(plan, tuple(forward), tuple(backward), kept if backward else 0, seconds)
 
 
@@ -289,9 +292,11 @@ def _explain_linear(
     item = dtype.itemsize
 
     def cost(p: LinearPlan) -> Costed:
-        keeps = p.keep and p.forward.kind == "factorized"
-        kept = item * rows * (fmt.in_features + (fmt.rank if keeps else 0))
-        return _cost(p, plan_steps(fmt, rows, p, item, training=training), kept, machine)
+        keeps = p.keep if p.forward.kind == "factorized" else 0
+        kept = rows * (fmt.in_features + (fmt.rank if keeps else 0))
+        if keeps == 2:
+            kept += fmt.rank * (_products(fmt.in_shape) + _products(fmt.out_shape))
+        return _cost(p, plan_steps(fmt, rows, p, item, training=training), item * kept, machine)
 
     if plan is None:
         plan = _planner.choose_linear(fmt, _planner.bucket(rows), dtype, device, memory)
@@ -306,6 +311,12 @@ def _explain_linear(
     )
     rejected = _rejected(others, chosen, machine)
     return Explanation(title, chosen, dense, rejected, fmt.break_even_rank, fmt.rank, machine)
+
+
+def _products(modes: Shape) -> int:
+    """Rows of all partial Khatri-Rao products on the way to the whole one."""
+    rows: int = sum(itertools.accumulate(modes, operator.mul))
+    return rows - modes[0]
 
 
 def _explain_conv(

@@ -103,8 +103,9 @@ def cp_linear(
         bias: (N,) or None.
         weights: λ (R,) or None for ones.
         plan: a LinearPlan to obey; None lets the planner choose.
-        memory: ``"fast"`` and ``"balanced"`` keep x and one (B, R) intermediate, ``"least"`` keeps
-            x alone and recomputes; a given plan says itself what is kept.
+        memory: ``"balanced"`` keeps x and one (B, R) intermediate, ``"least"`` x alone; ``"fast"``
+            may keep the Khatri-Rao products too, which small layers gain most from. A given plan
+            says itself what is kept.
 
     Returns:
         (..., N), in x's dtype (under autocast in autocast's).

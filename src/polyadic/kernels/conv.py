@@ -73,6 +73,8 @@ class ConvMap:
     n_in: int
     groups: int = 1
 
+    left_to_autograd = False
+
     def _split(
         self, factors: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:

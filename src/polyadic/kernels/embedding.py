@@ -75,6 +75,8 @@ class EmbeddingMap:
     n_in: int
     padding_idx: int | None = None
 
+    left_to_autograd = False
+
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

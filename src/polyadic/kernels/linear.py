@@ -35,6 +35,11 @@ class LinearMap:
     plan: LinearPlan
     n_in: int
 
+    @property
+    def left_to_autograd(self) -> bool:
+        """Whether the plan leaves the backward to torch's autograd."""
+        return self.plan.keep == 2
+
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
