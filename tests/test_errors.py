@@ -357,3 +357,9 @@ def test_mistakes_are_found_under_compile_too() -> None:
     with pytest.raises((ValueError, RuntimeError), match=r"x must have shape \(\.\.\., 8\)"):
         compiled(torch.ones(3, 7))
     torch._dynamo.reset()
+
+
+def test_a_float_equal_to_an_int_is_refused_though_the_int_was_taken_before() -> None:
+    CPConv2d(8, 6, 3, stride=(1, 1), rank=2)
+    with pytest.raises(TypeError, match=r"stride must be an int or a tuple of 2 ints"):
+        CPConv2d(8, 6, 3, stride=(1.0, 1), rank=2)

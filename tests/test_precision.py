@@ -31,8 +31,8 @@ LARGE = [case for case in CASES if case.dtypes]
 KNOWN = {
     ("conv-4x4-large-channels-last", torch.float32): (
         "the in-factors' gradient is one GEMM over all 297 positions, which the BLAS sums in a "
-        "single chain; torch's convolution sums in blocks (beyond some thousand positions it is "
-        "the less exact of the two)"
+        "single chain; torch's convolution sums in blocks (in 2-D, beyond some thousand positions, "
+        "it is the less exact of the two)"
     ),
 }
 Results = dict[str, Tensor]

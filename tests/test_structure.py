@@ -146,9 +146,6 @@ def test_importing_is_light() -> None:
     assert in_a_fresh_process(f"import polyadic; {loaded(HEAVY)}") == alone
 
 
-@pytest.mark.xfail(
-    reason="assume_constant_result in the planner imports torch._dynamo", strict=True
-)
 def test_importing_leaves_the_compiler_alone() -> None:
     """torch loads its compiler at the first use, a second or more; importing us is no use of it."""
     assert in_a_fresh_process(f"import torch; {loaded(COMPILER)}") == []

@@ -209,11 +209,16 @@ def geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Ge
     def hashable(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
-    return _geometry(kernel_size, hashable(stride), hashable(padding), hashable(dilation))
+    given = (hashable(stride), hashable(padding), hashable(dilation))
+    # The memo takes (1.0, 1) for (1, 1), so that the types inside tuples have to be told apart.
+    kinds = tuple([tuple(map(type, v)) if isinstance(v, tuple) else type(v) for v in given])
+    return _geometry(kernel_size, *given, kinds)
 
 
 @memoized
-def _geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
+def _geometry(
+    kernel_size: Shape, stride: Any, padding: Any, dilation: Any, kinds: tuple[Any, ...]
+) -> Geometry:
     dims = len(kernel_size)
     strides = _per_dimension(stride, dims, "stride", 1)
     dilations = _per_dimension(dilation, dims, "dilation", 1)

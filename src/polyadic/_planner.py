@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from polyadic._cost import Machine, Step
 from polyadic._format import ConvFormat, LinearFormat, Shape
@@ -69,7 +68,10 @@ def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearP
 
 
 def _known(*sizes: int) -> bool:
-    """Whether torch.compile knows all sizes as constants."""
+    """Whether torch.compile, which is tracing, knows all sizes as constants."""
+    # Imported while tracing, as it takes half a second.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
     known = True
     for size in sizes:
         known = known and has_static_value(size)
@@ -94,7 +96,6 @@ def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory) -> LinearPlan:
     return plan
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_linear(
     in_shape: Shape,
     out_shape: Shape,
@@ -105,6 +106,10 @@ def _constant_linear(
     memory: Memory,
 ) -> LinearPlan:
     return choose_linear(LinearFormat(in_shape, out_shape, rank), rows, dtype, device_type, memory)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
+_constant_linear._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_linear(
@@ -200,7 +205,7 @@ def plan_conv(fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory) ->
         every = (*fmt.out_shape, *fmt.in_shape, *fmt.kernel_size, fmt.rank, *size)
         if not _known(*every):
             return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
-        batch = bucket(batch) if has_static_value(batch) else UNKNOWN_IMAGES
+        batch = bucket(batch) if _known(batch) else UNKNOWN_IMAGES
         plan: ConvPlan = _constant_conv(
             (fmt.out_shape, fmt.in_shape, fmt.kernel_size), fmt.rank,
             (geometry.stride, geometry.padding, geometry.dilation), batch, size,
@@ -215,7 +220,6 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_conv(
     shapes: tuple[Shape, Shape, Shape],
     rank: int,
@@ -228,6 +232,9 @@ def _constant_conv(
 ) -> ConvPlan:
     fmt, geometry = ConvFormat(*shapes, rank), Geometry(shapes[2], *where)
     return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory)
+
+
+_constant_conv._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_conv(
