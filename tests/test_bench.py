@@ -377,7 +377,9 @@ def test_the_criteria_count_what_is_met_and_name_what_is_missed() -> None:
     slower = Run(stored({**TIMES, "polyadic": 2.2e-3}))
     missed = criteria(slower)[0]
     assert (missed.met, missed.of, missed.verdict) == (0, 4, "missed")
-    assert str(missed.misses[0]) == "1024→1024 R=128 B=256, forward: 1.10× plan 3 → 3"
+    assert str(missed.misses[0]) == (
+        "1024→1024 R=128 B=256, forward: 1.10× plan 3 → 3 (1.10× by the least times)"
+    )
     assert criteria(Run(stored()[:2]))[0].verdict == "not measured"
 
 

@@ -177,8 +177,8 @@ class Patience:
         repeats: that each gets at least.
         block: seconds one repeat should last; shorter steps are called several times in it.
         limit: seconds after which three repeats are enough.
-        close: a contestant more than this many times slower than the best, which no decision
-            hangs on, gets half of these seconds.
+        close: contestants within this factor of the best go on until all of them have had
+            enough; the others, on whom no decision hangs, get half of these seconds.
         hopeless: a contestant this many times slower than the best is stopped once it has had a
             third of its seconds and three repeats, or all its seconds.
     """
@@ -250,9 +250,14 @@ def time_interleaved(
                 if timing.warm:
                     step()
                 timing.samples.append(_clock(step, timing.calls, synchronize))
-                best = min(statistics.median(t.samples) for t in timings.values() if t.samples)
-                if _enough(timing, best, patience):
-                    del waiting[name]
+            best = min(min(timing.samples) for timing in timings.values())
+            done = {name for name in waiting if _enough(timings[name], best, patience)}
+            close = {
+                name for name in waiting if min(timings[name].samples) <= best * patience.close
+            }
+            # Whoever is close to the best is measured through the same disturbances as the best.
+            for name in done if close <= done else done - close:
+                del waiting[name]
     finally:
         if collecting:
             gc.enable()
@@ -281,7 +286,7 @@ def _prepare(
 
 def _enough(timing: Timing, best: float, patience: Patience) -> bool:
     count = len(timing.samples)
-    slower = statistics.median(timing.samples) / best
+    slower = min(timing.samples) / best
     share = 1.0 if slower <= patience.close else 0.5
     patient = patience.seconds / 3 if count >= 3 else patience.seconds
     if slower > patience.hopeless and timing.elapsed >= patient:

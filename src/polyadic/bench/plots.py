@@ -38,7 +38,7 @@ def save_figures(run: Run, folder: Path, device: str) -> list[Path]:
                 continue
             path = folder / f"benchmark-{name}-{device}.png"
             # No software version or date inside: the same records give the same bytes.
-            figure.savefig(path, dpi=110, metadata={"Software": None})
+            figure.savefig(path, dpi=100, metadata={"Software": None})
             saved.append(path)
     return saved
 
@@ -83,6 +83,7 @@ def _ratios(run: Run, threads: int) -> Any:
         _plain_ratio_ticks(ax)
     axes[-1].set_xlabel("time over polyadic's, forward and backward (right of the line: slower)")
     handles, labels = axes[0].get_legend_handles_labels()
+    figure.get_layout_engine().set(w_pad=0.12)
     figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
@@ -152,6 +153,8 @@ def _scaling(run: Run, threads: int) -> Any:
         ax.set(xscale="log", yscale="log", xlabel=axis)
         ax.set_xticks([size for size, _ in points], [f"{size:g}" for size, _ in points])
         ax.minorticks_off()
+        ax.margins(x=0.09)
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(color="#e4e4e4", linewidth=0.6)
         ax.legend(frameon=False, fontsize=7.5, loc="upper left")
     low, high = axes[0].get_ylim()

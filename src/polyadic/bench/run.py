@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,9 +94,18 @@ def run_bench(
     path = out / f"{datetime.now(timezone.utc):%Y-%m-%d}-{options.device}{part}.jsonl"
     with path.open("w", encoding="utf-8") as file, _settings():
         for record in _records(cases, options, progress):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(_rounded(record), ensure_ascii=False) + "\n")
             file.flush()
     return path
+
+
+def _rounded(value: Any) -> Any:
+    """Keep five digits of every float: more are noise."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextmanager
@@ -220,7 +230,9 @@ def admit(
         text = " ".join(str(error).split())[:200]
         return None, {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
     worst = max(errors, key=errors.__getitem__)
-    found: Record = {"error": errors[worst], "error_of": worst}
+    # JSON has no infinity.
+    error = errors[worst] if math.isfinite(errors[worst]) else None
+    found: Record = {"error": error, "error_of": worst}
     if not errors[worst] <= TOLERANCE[dtype]:
         return None, {
             **found, "status": "refused",

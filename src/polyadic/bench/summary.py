@@ -111,8 +111,8 @@ class _Judge:
             if best is None or self._ours(key)["median"] <= 1.05 * best["median"]:
                 return None
             same = best["plan"] is not None and best["plan"] == self._ours(key)["plan"]
-            ratio = self._ours(key)["median"] / best["median"]
-            note = "the plan we chose" if same else ""
+            ratio, least = (self._ours(key)[of] / best[of] for of in ("median", "min"))
+            note = f"{'the plan we chose; ' if same else ''}{least:.2f}× by the least times"
             return Miss(self._where(key), f"{ratio:.2f}× {best['contestant']}", note)
 
         keys = [key for key in self._keys(*MODES) if not self._dense_needs_less(key)]
