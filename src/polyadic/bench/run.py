@@ -231,8 +231,8 @@ def admit(
         return None, {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
     worst = max(errors, key=errors.__getitem__)
     # JSON has no infinity.
-    error = errors[worst] if math.isfinite(errors[worst]) else None
-    found: Record = {"error": error, "error_of": worst}
+    largest = errors[worst] if math.isfinite(errors[worst]) else None
+    found: Record = {"error": largest, "error_of": worst}
     if not errors[worst] <= TOLERANCE[dtype]:
         return None, {
             **found, "status": "refused",
