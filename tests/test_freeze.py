@@ -45,6 +45,8 @@ def test_the_form_is_the_cheaper_one() -> None:
     assert isinstance(wide.frozen, FrozenPair)
     tiny = polyadic.freeze(CPConv2d(8, 8, 3, rank=60), size=8)
     assert isinstance(tiny.frozen, FrozenKernel)
+    huge = polyadic.freeze(CPLinear(4096, 4096, rank=256), batch=1)
+    assert huge.frozen is None
     low = polyadic.freeze(CPConv2d(256, 256, 3, padding=1, rank=16), batch=8, size=28)
     assert low.frozen is None
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from polyadic import _planner
-from polyadic._format import Shape, mode_sizes, positive_int
+from polyadic._format import LinearFormat, Shape, mode_sizes, positive_int
 from polyadic._machines import machine_for
-from polyadic._steps import gemm
+from polyadic._steps import forward_steps, gemm
 from polyadic._steps_conv import conv_forward_steps, dense_conv_steps
 from polyadic.kernels.modes import khatri_rao
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
@@ -23,11 +23,11 @@ _CONVOLUTIONS = (CPConv1d, CPConv2d, CPConv3d)
 def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) -> Model:
     """Contract the factors of every CPLinear and CPConvNd of a model for inference, in place.
 
-    A linear layer takes the cheaper of the Khatri-Rao pair (two GEMMs) and the dense weight (one).
-    A convolution takes the dense kernel where that is predicted to be cheaper than its plan, and
-    else stays as it is; so do embeddings and transposed convolutions. The layers' parameters no
-    longer require gradients until ``unfreeze``; gradients still pass through to the input. State
-    dicts are as before.
+    A linear layer takes the cheaper of the Khatri-Rao pair (two GEMMs) and the dense weight (one),
+    a convolution the dense kernel; where its plan is predicted to be cheaper still (a wide layer at
+    batch 1, a low rank) it stays as it is, and so do embeddings and transposed convolutions. The
+    parameters of frozen layers no longer require gradients until ``unfreeze``; gradients still pass
+    through to the input. State dicts are as before.
 
     A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
     (``parameter.data``) cannot be noticed.
@@ -89,24 +89,32 @@ def _module(model: object) -> None:
 def _install(layer: CPLinear | CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> None:
     parameters = list(layer.parameters())
     if isinstance(layer, CPLinear):
-        frozen = _frozen_linear(layer, batch, parameters)
+        frozen: Frozen | None = _frozen_linear(layer, batch, parameters)
     elif _kernel_is_cheaper(layer, batch, size):
         frozen = FrozenKernel([layer.weight.contiguous()], parameters)
     else:
+        frozen = None
+    if frozen is None:
         return
     for parameter in parameters:
         parameter.requires_grad_(False)
     layer.frozen = frozen
 
 
-def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -> Frozen:
-    """The Khatri-Rao pair or W, whichever is predicted to be faster for ``rows`` rows."""
+def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -> Frozen | None:
+    """The Khatri-Rao pair or W, or None where the plan is predicted to be faster than both."""
     m, n, r = layer.in_features, layer.out_features, layer.rank
-    item = parameters[0].element_size()
-    machine = machine_for(parameters[0].device.type, parameters[0].dtype)
-    pair = [gemm("X KA", rows, m, r, item), gemm("Z KC^T", rows, r, n, item)]
-    dense = [gemm("X W", rows, m, n, item, transposed=True)]
-    if machine.total(dense) <= machine.total(pair):
+    first = layer.cp.factors[0]
+    kind, dtype, item = first.device.type, first.dtype, first.element_size()
+    machine = machine_for(kind, dtype)
+    fmt = LinearFormat(layer.in_shape, layer.out_shape, r)
+    plan = _planner.choose_linear(fmt, _planner.bucket(rows), dtype, kind, "balanced")
+    pair = machine.total([gemm("X KA", rows, m, r, item), gemm("Z KC^T", rows, r, n, item)])
+    dense = machine.total([gemm("X W", rows, m, n, item, transposed=True)])
+    ours = machine.total(forward_steps(fmt, rows, plan.forward, item)) + machine.call
+    if ours < min(pair, dense) + machine.dense_call:
+        return None
+    if dense <= pair:
         return FrozenWeight([layer.weight.contiguous()], parameters)
     in_factors, out_factors = layer.cp.factor_groups()
     ka = khatri_rao(in_factors)
