@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 import polyadic
-from polyadic import _machines
+from polyadic import _machines, _planner
 from polyadic._cost import built_in
+
+calibration = sys.modules["polyadic.calibrate"]
 
 
 @pytest.fixture
@@ -41,6 +44,21 @@ def test_rates_are_measured_stored_and_found_again(cache: Path) -> None:
     assert _machines.machine_for("cpu", torch.float64).source == "built-in"
     found = polyadic.explain(polyadic.nn.CPLinear(8, 8, rank=2), batch=4)
     assert "calibrated machine numbers" in str(found)
+
+
+def test_plans_follow_a_new_calibration(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice made before is made anew by the numbers just measured."""
+    fmt = polyadic.LinearFormat((16, 16, 16), (16, 16, 16), 256)
+    place = (fmt, 1, torch.float32, "cpu", "balanced")
+    before = _planner.choose_linear(*place)
+    assert len(before.forward.in_groups) > 1
+    slow = {"launch": 1.0, "memory_bandwidth": 1e30, "cache_bandwidth": 1e30, "row": 1e-30}
+    monkeypatch.setattr(calibration._Rates, "stream", lambda self: slow)
+    polyadic.calibrate()
+    try:
+        assert _planner.choose_linear(*place) != before
+    finally:
+        _planner.forget()
 
 
 def _store(change) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from polyadic._cost import Machine, Step
+from polyadic._cost import Step
 from polyadic._format import ConvFormat, LinearFormat, Shape
-from polyadic._machines import machine_for
+from polyadic._machines import machine_for, threads_of
 from polyadic._plan import ConvPlan, ConvRoute, Groups, LinearPlan, LinearRoute, Memory
 from polyadic._steps import (
     backward_steps,
@@ -116,14 +116,26 @@ def choose_linear(
     fmt: LinearFormat, rows: int, dtype: torch.dtype, device_type: str, memory: Memory
 ) -> LinearPlan:
     """The cheapest plan for ``rows`` rows of ``dtype`` on this machine; cached."""
-    return _cheapest_linear(fmt, rows, dtype, machine_for(device_type, dtype), memory)
+    return _cheapest_linear(fmt, rows, dtype, device_type, threads_of(device_type), memory)
+
+
+def forget() -> None:
+    """Forget all choices, as a machine description has changed."""
+    _cheapest_linear.cache_clear()
+    _cheapest_conv.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest_linear(
-    fmt: LinearFormat, rows: int, dtype: torch.dtype, machine: Machine, memory: Memory
+    fmt: LinearFormat,
+    rows: int,
+    dtype: torch.dtype,
+    device_type: str,
+    threads: int,
+    memory: Memory,
 ) -> LinearPlan:
-    item = dtype.itemsize
+    # The key names the machine, for a description's own hash takes longer than the look-up.
+    machine, item = machine_for(device_type, dtype), dtype.itemsize
     keep = memory != "least"
     ins, outs = groupings(len(fmt.in_shape)), groupings(len(fmt.out_shape))
     m, n, r = fmt.in_shape, fmt.out_shape, fmt.rank
@@ -248,8 +260,10 @@ def choose_conv(
     memory: Memory,
 ) -> ConvPlan:
     """The cheapest plan for an input (batch, Cin, *size) on this machine; cached."""
-    machine = machine_for(device_type, dtype)
-    return _cheapest_conv(fmt, geometry, batch, size, channels_last, dtype, machine, memory)
+    return _cheapest_conv(
+        fmt, geometry, batch, size, channels_last, dtype, device_type, threads_of(device_type),
+        memory,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -260,9 +274,11 @@ def _cheapest_conv(
     size: Shape,
     channels_last: bool,
     dtype: torch.dtype,
-    machine: Machine,
+    device_type: str,
+    threads: int,
     memory: Memory,
 ) -> ConvPlan:
+    machine = machine_for(device_type, dtype)
     routes = [plan.forward for plan in conv_plans()]
     if dtype.itemsize == 2:
         # Separable stages round once more than torch's error, twice over, allows.

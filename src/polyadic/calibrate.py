@@ -54,6 +54,7 @@ def calibrate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machin
             )
         machine = dataclasses.replace(machine, **_calls(kind, dtype, machine))
     store(machine, kind, dtype, threads)
+    _planner.forget()
     return machine
 
 
