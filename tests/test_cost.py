@@ -22,7 +22,7 @@ from polyadic._planner import (
 )
 from polyadic._steps import plan_steps
 from polyadic._steps_conv import conv_plan_steps
-from polyadic.functional import cp_conv, cp_linear
+from polyadic.functional import cp_conv, cp_conv_forward, cp_linear, cp_linear_forward
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
@@ -155,3 +155,16 @@ def test_built_in_rates_scale_with_threads_and_dtype() -> None:
     assert four.gemm == 4 * one.gemm
     assert four.launch == one.launch
     assert built_in("cpu", torch.float64, 1).gemm == one.gemm / 2
+
+
+def test_the_explicit_pairs_never_rebuild_by_choice() -> None:
+    """Where rebuilding is cheapest the differentiable function may; the pair stays factorized."""
+    ins, outs = _factors((4, 4), (4, 4), rank=200)
+    x = torch.randn(64, 16)
+    fmt = LinearFormat((4, 4), (4, 4), 200)
+    assert choose_linear(fmt, 64, torch.float32, "cpu", "balanced").forward.kind == "dense"
+    plan = cp_linear_forward(x, ins, outs)[1].plan
+    assert plan.forward.kind == plan.backward.kind == "factorized"
+    outs, ins, kernels = _factors((4, 2), (4, 2), (3, 3), rank=300)
+    saved = cp_conv_forward(torch.randn(2, 8, 9, 9), outs, ins, kernels, padding="same")[1]
+    assert saved.plan.forward.kind == saved.plan.backward.kind == "factorized"

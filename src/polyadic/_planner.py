@@ -78,11 +78,14 @@ def _known(*sizes: int) -> bool:
     return known
 
 
-def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory) -> LinearPlan:
-    """The plan for x (..., M); one for all batch sizes where the batch is symbolic."""
+def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = True) -> LinearPlan:
+    """The plan for x (..., M); one for all batch sizes where the batch is symbolic.
+
+    With ``rebuild`` W may be built where that is cheapest.
+    """
     shape = tuple(x.shape[:-1])
     if not torch.compiler.is_compiling():
-        return choose_linear(fmt, bucket(math.prod(shape)), x.dtype, x.device.type, memory)
+        return choose_linear(fmt, bucket(math.prod(shape)), x.dtype, x.device.type, memory, rebuild)
     modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
     if not _known(*modes):
         route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
@@ -91,7 +94,7 @@ def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory) -> LinearPlan:
     if _known(*shape):
         rows = bucket(math.prod(shape))
     plan: LinearPlan = _constant_linear(
-        fmt.in_shape, fmt.out_shape, fmt.rank, rows, x.dtype, x.device.type, memory
+        fmt.in_shape, fmt.out_shape, fmt.rank, rows, x.dtype, x.device.type, memory, rebuild
     )
     return plan
 
@@ -104,8 +107,10 @@ def _constant_linear(
     dtype: torch.dtype,
     device_type: str,
     memory: Memory,
+    rebuild: bool,
 ) -> LinearPlan:
-    return choose_linear(LinearFormat(in_shape, out_shape, rank), rows, dtype, device_type, memory)
+    fmt = LinearFormat(in_shape, out_shape, rank)
+    return choose_linear(fmt, rows, dtype, device_type, memory, rebuild)
 
 
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
@@ -113,10 +118,16 @@ _constant_linear._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_linear(
-    fmt: LinearFormat, rows: int, dtype: torch.dtype, device_type: str, memory: Memory
+    fmt: LinearFormat,
+    rows: int,
+    dtype: torch.dtype,
+    device_type: str,
+    memory: Memory,
+    rebuild: bool = True,
 ) -> LinearPlan:
     """The cheapest plan for ``rows`` rows of ``dtype`` on this machine; cached."""
-    return _cheapest_linear(fmt, rows, dtype, device_type, threads_of(device_type), memory)
+    threads = threads_of(device_type)
+    return _cheapest_linear(fmt, rows, dtype, device_type, threads, memory, rebuild)
 
 
 def forget() -> None:
@@ -133,6 +144,7 @@ def _cheapest_linear(
     device_type: str,
     threads: int,
     memory: Memory,
+    rebuild: bool,
 ) -> LinearPlan:
     # The key names the machine, for a description's own hash takes longer than the look-up.
     machine, item = machine_for(device_type, dtype), dtype.itemsize
@@ -159,13 +171,13 @@ def _cheapest_linear(
             {g: partials_steps(rows, n, r, g, item, wrt_x=False, wrt_z=True) for g in outs},
         ),
     )
-    rebuild = LinearRoute((len(m),), (len(n),), "dense")
+    dense = [LinearRoute((len(m),), (len(n),), "dense")] if rebuild else []
     forward = min(
-        (forward, rebuild), key=lambda route: machine.total(forward_steps(fmt, rows, route, item))
+        (forward, *dense), key=lambda route: machine.total(forward_steps(fmt, rows, route, item))
     )
     kept = int(keep and forward.kind == "factorized")
     backward = min(
-        (backward, rebuild),
+        (backward, *dense),
         key=lambda route: machine.total(backward_steps(fmt, rows, route, item, kept=kept)),
     )
     if memory == "fast" and forward.is_khatri_rao and backward == forward:
@@ -208,8 +220,13 @@ def _conv_keep(memory: Memory) -> int:
     return {"fast": 2, "balanced": 1, "least": 0}[memory]
 
 
-def plan_conv(fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory) -> ConvPlan:
-    """The plan for x (B, Cin, *S) or (Cin, *S); one for all sizes where a size is symbolic."""
+def plan_conv(
+    fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory, rebuild: bool = True
+) -> ConvPlan:
+    """The plan for x (B, Cin, *S) or (Cin, *S); one for all sizes where a size is symbolic.
+
+    With ``rebuild`` the dense kernel may be built where that is cheapest.
+    """
     dims = len(fmt.kernel_size)
     size = tuple(x.shape[-dims:])
     batch = x.shape[0] if x.dim() == dims + 2 else 1
@@ -221,11 +238,13 @@ def plan_conv(fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory) ->
         plan: ConvPlan = _constant_conv(
             (fmt.out_shape, fmt.in_shape, fmt.kernel_size), fmt.rank,
             (geometry.stride, geometry.padding, geometry.dilation), batch, size,
-            x.dtype, x.device.type, memory,
+            x.dtype, x.device.type, memory, rebuild,
         )  # fmt: skip
         return plan
     last = x.dim() == dims + 2 and _is_channels_last(x)
-    return choose_conv(fmt, geometry, bucket(batch), size, last, x.dtype, x.device.type, memory)
+    return choose_conv(
+        fmt, geometry, bucket(batch), size, last, x.dtype, x.device.type, memory, rebuild
+    )
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -241,9 +260,10 @@ def _constant_conv(
     dtype: torch.dtype,
     device_type: str,
     memory: Memory,
+    rebuild: bool,
 ) -> ConvPlan:
     fmt, geometry = ConvFormat(*shapes, rank), Geometry(shapes[2], *where)
-    return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory)
+    return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory, rebuild)
 
 
 _constant_conv._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -258,11 +278,12 @@ def choose_conv(
     dtype: torch.dtype,
     device_type: str,
     memory: Memory,
+    rebuild: bool = True,
 ) -> ConvPlan:
     """The cheapest plan for an input (batch, Cin, *size) on this machine; cached."""
     return _cheapest_conv(
         fmt, geometry, batch, size, channels_last, dtype, device_type, threads_of(device_type),
-        memory,
+        memory, rebuild,
     )  # fmt: skip
 
 
@@ -277,9 +298,12 @@ def _cheapest_conv(
     device_type: str,
     threads: int,
     memory: Memory,
+    rebuild: bool,
 ) -> ConvPlan:
     machine = machine_for(device_type, dtype)
     routes = [plan.forward for plan in conv_plans()]
+    if not rebuild:
+        routes = [route for route in routes if route.kind == "factorized"]
     if dtype.itemsize == 2:
         # Separable stages round once more than torch's error, twice over, allows.
         routes = [route for route in routes if route.depthwise == "merged"]

@@ -63,6 +63,7 @@ def _conv(
     cast: bool,
     n_groups: int = 1,
     padding_mode: str = "zeros",
+    rebuild: bool = True,
 ) -> tuple[ConvFormat, ConvSaved]:
     """Validate the arguments of a convolution and settle its plan; nothing is kept yet.
 
@@ -87,7 +88,7 @@ def _conv(
     if plan is not None:
         plan = _check.conv_plan(plan)
     elif n_groups == 1:
-        plan = plan_conv(fmt, geometry, x, memory)
+        plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
         # One group is a convolution like any other, and there are n_groups per image.
         one = ConvFormat((fmt.out_channels // n_groups,), in_shape, kernel_size, rank)
@@ -209,7 +210,7 @@ def cp_conv_forward(
         stride: as in ``cp_conv``.
         padding: as in ``cp_conv``.
         dilation: as in ``cp_conv``.
-        plan: a ConvPlan to obey; None lets the planner choose.
+        plan: a ConvPlan to obey; None lets the planner choose one that does not build the kernel.
 
     Returns:
         y (B, Cout, *S') or (Cout, *S') and the saved structure.
@@ -220,7 +221,7 @@ def cp_conv_forward(
     """
     where = (stride, padding, dilation)
     groups = (out_factors, in_factors, kernel_factors)
-    fmt, saved = _conv(x, groups, weights, where, plan, "balanced", False)
+    fmt, saved = _conv(x, groups, weights, where, plan, "balanced", cast=False, rebuild=False)
     batched = x.dim() == len(fmt.kernel_size) + 2
     layer_map, factors = _conv_map(saved)
     y, kept = layer_map.forward(x if batched else x.unsqueeze(0), None, factors)

@@ -52,6 +52,7 @@ def _linear(
     plan: LinearPlan | None,
     memory: Memory,
     cast: bool,
+    rebuild: bool = True,
 ) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Validate the arguments of a linear map and settle its plan."""
     ins = _check.factor_group(in_factors, "in_factors")
@@ -62,7 +63,7 @@ def _linear(
     _check.last_dimension(x, fmt.in_features, "x")
     memory = _check.memory(memory)
     if plan is None:
-        plan = plan_linear(fmt, x, memory)
+        plan = plan_linear(fmt, x, memory, rebuild)
     else:
         plan = _check.linear_plan(plan, fmt)
     return fmt, plan, ins, outs
@@ -143,7 +144,7 @@ def cp_linear_forward(
         in_factors: D tensors (m_d, R).
         out_factors: E tensors (n_d, R).
         weights: λ (R,) or None.
-        plan: a LinearPlan to obey; None lets the planner choose.
+        plan: a LinearPlan to obey; None lets the planner choose one that does not build W.
 
     Returns:
         y (..., N) and the saved structure.
@@ -152,7 +153,9 @@ def cp_linear_forward(
         TypeError: see ``cp_linear``.
         ValueError: see ``cp_linear``.
     """
-    fmt, plan, ins, outs = _linear(x, in_factors, out_factors, weights, plan, "balanced", False)
+    fmt, plan, ins, outs = _linear(
+        x, in_factors, out_factors, weights, plan, "balanced", cast=False, rebuild=False
+    )
     layer_map, factors = _linear_map(plan, ins, outs, weights)
     y, kept = layer_map.forward(x.reshape(math.prod(x.shape[:-1]), fmt.in_features), None, factors)
     saved = LinearSaved(x, kept, ins, outs, weights, plan)
