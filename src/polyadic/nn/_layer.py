@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyadic._format import Shape
 from polyadic._plan import Memory
@@ -24,6 +24,7 @@ class CPLayer(nn.Module):
     bias: nn.Parameter | None
     memory: Memory
     frozen: Frozen | None
+    _in_group, _out_group = 0, 1
 
     def _own(
         self,
@@ -57,6 +58,16 @@ class CPLayer(nn.Module):
         self.cp.reset_parameters(torch_std(fan_in))
         if self.bias is not None:
             torch_bias_(self.bias, fan_in)
+
+    @property
+    def in_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (m_d, R) of the in modes."""
+        return self.cp.factor_groups()[self._in_group]
+
+    @property
+    def out_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (n_d, R) of the out modes."""
+        return self.cp.factor_groups()[self._out_group]
 
     @property
     def rank(self) -> int:

@@ -59,6 +59,8 @@ class CPConvBase(CPLayer):
 class _CPConv(CPConvBase):
     """Convolution with a kernel in CP format."""
 
+    _in_group, _out_group = 1, 0
+
     def __init__(
         self,
         in_channels: int,
@@ -102,16 +104,6 @@ class _CPConv(CPConvBase):
 
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
-
-    @property
-    def out_factors(self) -> tuple[Tensor, ...]:
-        """Tensors (n_d, R)."""
-        return self.cp.factor_groups()[0]
-
-    @property
-    def in_factors(self) -> tuple[Tensor, ...]:
-        """Tensors (m_d, R)."""
-        return self.cp.factor_groups()[1]
 
     @property
     def weight(self) -> Tensor:

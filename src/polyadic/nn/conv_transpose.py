@@ -75,16 +75,6 @@ class _CPConvTranspose(CPConvBase):
         return self.out_channels // self.groups * math.prod(self.kernel_size)
 
     @property
-    def in_factors(self) -> tuple[Tensor, ...]:
-        """Tensors (m_d, R)."""
-        return self.cp.factor_groups()[0]
-
-    @property
-    def out_factors(self) -> tuple[Tensor, ...]:
-        """Tensors (n_d, R)."""
-        return self.cp.factor_groups()[1]
-
-    @property
     def weight(self) -> Tensor:
         """The dense kernel (Cin, Cout/groups, *k), built anew at each access; read-only."""
         return self.cp.to_matrix().view(self.in_channels, -1, *self.kernel_size)

@@ -110,16 +110,6 @@ class CPEmbedding(CPLayer):
         self.cp.reset_parameters(1.0)
 
     @property
-    def in_factors(self) -> tuple[Tensor, ...]:
-        """D tensors (m_d, R)."""
-        return self.cp.factor_groups()[0]
-
-    @property
-    def out_factors(self) -> tuple[Tensor, ...]:
-        """Tensors (n_d, R)."""
-        return self.cp.factor_groups()[1]
-
-    @property
     def weight(self) -> Tensor:
         """The table (V, E) with the padding row zero, built anew at each access; read-only."""
         table = self.cp.to_matrix()[: self.num_embeddings]

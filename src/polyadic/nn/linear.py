@@ -77,16 +77,6 @@ class CPLinear(CPLayer):
         return self.in_features
 
     @property
-    def in_factors(self) -> tuple[Tensor, ...]:
-        """D tensors (m_d, R)."""
-        return self.cp.factor_groups()[0]
-
-    @property
-    def out_factors(self) -> tuple[Tensor, ...]:
-        """D tensors (n_d, R)."""
-        return self.cp.factor_groups()[1]
-
-    @property
     def weight(self) -> Tensor:
         """The dense weight (N, M) in torch's layout, built anew at each access; read-only."""
         return self.cp.to_matrix().t()
