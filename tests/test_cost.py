@@ -12,14 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic._check import geometry
 from polyadic._cost import Machine, built_in
-from polyadic._planner import (
-    bucket,
-    choose_linear,
-    compositions,
-    conv_plans,
-    linear_plans,
-    predict_linear,
-)
+from polyadic._planner import bucket, choose_linear, compositions, linear_plans, predict_linear
+from polyadic._planner_conv import conv_plans
 from polyadic._steps import plan_steps
 from polyadic._steps_conv import conv_plan_steps
 from polyadic.functional import cp_conv, cp_conv_forward, cp_linear, cp_linear_forward

@@ -1,4 +1,4 @@
-"""Choice of a plan for a layer, batch and machine: the cheapest by predicted time.
+"""Choice of a plan for a linear layer, batch and machine: the cheapest by predicted time.
 
 A linear layer's four pieces (each side, forward and backward) are independent of each other, so
 each takes its own cheapest grouping; rebuilding W competes with the factorized whole. Choices are
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from polyadic._cost import Step
-from polyadic._format import ConvFormat, LinearFormat, Shape
+from polyadic._format import LinearFormat, Shape
 from polyadic._machines import machine_for, threads_of
-from polyadic._plan import ConvPlan, ConvRoute, Groups, LinearPlan, LinearRoute, Memory
+from polyadic._plan import Groups, LinearPlan, LinearRoute, Memory
 from polyadic._steps import (
     backward_steps,
     contract_steps,
@@ -27,12 +27,9 @@ from polyadic._steps import (
     partials_steps,
     plan_steps,
 )
-from polyadic._steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
-from polyadic.kernels.stages import Geometry
 
 # A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
 UNKNOWN_BATCH = 256
-UNKNOWN_IMAGES = 8
 
 
 def bucket(rows: int) -> int:
@@ -67,7 +64,7 @@ def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearP
     return [LinearPlan(route, route, keep) for route in routes]
 
 
-def _known(*sizes: int) -> bool:
+def known(*sizes: int) -> bool:
     """Whether torch.compile, which is tracing, knows all sizes as constants."""
     # Imported while tracing, as it takes half a second.
     from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -87,11 +84,11 @@ def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = Tr
     if not torch.compiler.is_compiling():
         return choose_linear(fmt, bucket(math.prod(shape)), x.dtype, x.device.type, memory, rebuild)
     modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
-    if not _known(*modes):
+    if not known(*modes):
         route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
         return LinearPlan(route, route, int(memory != "least"))
     rows = UNKNOWN_BATCH
-    if _known(*shape):
+    if known(*shape):
         rows = bucket(math.prod(shape))
     plan: LinearPlan = _constant_linear(
         fmt.in_shape, fmt.out_shape, fmt.rank, rows, x.dtype, x.device.type, memory, rebuild
@@ -133,7 +130,6 @@ def choose_linear(
 def forget() -> None:
     """Forget all choices, as a machine description has changed."""
     _cheapest_linear.cache_clear()
-    _cheapest_conv.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -197,141 +193,5 @@ def predict_linear(
 ) -> float:
     """Predicted seconds of forward (and backward) by a plan, without per-call overhead."""
     forward, backward = plan_steps(fmt, rows, plan, dtype.itemsize, training=training)
-    machine = machine_for(device_type, dtype)
-    return machine.total(forward) + machine.total(backward)
-
-
-def conv_plans(memory: Memory = "balanced") -> list[ConvPlan]:
-    """Every plan with the same route forward and backward."""
-    keep = _conv_keep(memory)
-    routes = [
-        ConvRoute(layout, form)
-        for layout in ("channels_last", "channels_first")
-        for form in ("merged", "separable")
-    ]
-    routes += [
-        ConvRoute("channels_last", kind="dense"),
-        ConvRoute("channels_first", kind="dense"),
-    ]
-    return [ConvPlan(route, route, keep) for route in routes]
-
-
-def _conv_keep(memory: Memory) -> int:
-    return {"fast": 2, "balanced": 1, "least": 0}[memory]
-
-
-def plan_conv(
-    fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory, rebuild: bool = True
-) -> ConvPlan:
-    """The plan for x (B, Cin, *S) or (Cin, *S); one for all sizes where a size is symbolic.
-
-    With ``rebuild`` the dense kernel may be built where that is cheapest.
-    """
-    dims = len(fmt.kernel_size)
-    size = tuple(x.shape[-dims:])
-    batch = x.shape[0] if x.dim() == dims + 2 else 1
-    if torch.compiler.is_compiling():
-        every = (*fmt.out_shape, *fmt.in_shape, *fmt.kernel_size, fmt.rank, *size)
-        if not _known(*every):
-            return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
-        batch = bucket(batch) if _known(batch) else UNKNOWN_IMAGES
-        plan: ConvPlan = _constant_conv(
-            (fmt.out_shape, fmt.in_shape, fmt.kernel_size), fmt.rank,
-            (geometry.stride, geometry.padding, geometry.dilation), batch, size,
-            x.dtype, x.device.type, memory, rebuild,
-        )  # fmt: skip
-        return plan
-    last = x.dim() == dims + 2 and _is_channels_last(x)
-    return choose_conv(
-        fmt, geometry, bucket(batch), size, last, x.dtype, x.device.type, memory, rebuild
-    )
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _constant_conv(
-    shapes: tuple[Shape, Shape, Shape],
-    rank: int,
-    where: tuple[Shape, tuple[tuple[int, int], ...], Shape],
-    batch: int,
-    size: Shape,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool,
-) -> ConvPlan:
-    fmt, geometry = ConvFormat(*shapes, rank), Geometry(shapes[2], *where)
-    return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory, rebuild)
-
-
-_constant_conv._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def choose_conv(
-    fmt: ConvFormat,
-    geometry: Geometry,
-    batch: int,
-    size: Shape,
-    channels_last: bool,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool = True,
-) -> ConvPlan:
-    """The cheapest plan for an input (batch, Cin, *size) on this machine; cached."""
-    return _cheapest_conv(
-        fmt, geometry, batch, size, channels_last, dtype, device_type, threads_of(device_type),
-        memory, rebuild,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _cheapest_conv(
-    fmt: ConvFormat,
-    geometry: Geometry,
-    batch: int,
-    size: Shape,
-    channels_last: bool,
-    dtype: torch.dtype,
-    device_type: str,
-    threads: int,
-    memory: Memory,
-    rebuild: bool,
-) -> ConvPlan:
-    machine = machine_for(device_type, dtype)
-    routes = [plan.forward for plan in conv_plans()]
-    if not rebuild:
-        routes = [route for route in routes if route.kind == "factorized"]
-    if dtype.itemsize == 2:
-        # Separable stages round once more than torch's error, twice over, allows.
-        routes = [route for route in routes if route.depthwise == "merged"]
-    keep, item = _conv_keep(memory), dtype.itemsize
-    where = (fmt, geometry, batch, size, channels_last)
-    forward = min(routes, key=lambda r: machine.total(conv_forward_steps(*where, r, item)))
-    kept = keep if forward.kind == "factorized" else 0
-    backward = min(
-        routes, key=lambda r: machine.total(conv_backward_steps(*where, r, item, kept=kept))
-    )
-    return ConvPlan(forward, backward, kept if backward.kind == "factorized" else 0)
-
-
-def predict_conv(
-    plan: ConvPlan,
-    fmt: ConvFormat,
-    geometry: Geometry,
-    batch: int,
-    size: Shape,
-    dtype: torch.dtype = torch.float32,
-    device_type: str = "cpu",
-    *,
-    channels_last: bool = False,
-    training: bool = True,
-) -> float:
-    """Predicted seconds of forward (and backward) by a plan, without per-call overhead."""
-    forward, backward = conv_plan_steps(
-        fmt, geometry, batch, size, channels_last, plan, dtype.itemsize, training=training
-    )
     machine = machine_for(device_type, dtype)
     return machine.total(forward) + machine.total(backward)

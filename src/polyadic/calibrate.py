@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic import _planner
+from polyadic import _planner, _planner_conv
 from polyadic._cost import Machine, built_in
 from polyadic._format import LinearFormat
 from polyadic._machines import store, threads_of
@@ -55,6 +55,7 @@ def calibrate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machin
         machine = dataclasses.replace(machine, **_calls(kind, dtype, machine))
     store(machine, kind, dtype, threads)
     _planner.forget()
+    _planner_conv.forget()
     return machine
 
 

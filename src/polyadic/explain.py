@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from polyadic import _check, _planner
+from polyadic import _check, _planner, _planner_conv
 from polyadic._cost import Machine, Step
 from polyadic._format import ConvFormat, LinearFormat, Shape, mode_sizes, positive_int
 from polyadic._machines import machine_for
@@ -345,7 +345,7 @@ def _explain_conv(
         return _cost(p, steps, item * kept, machine)
 
     if plan is None:
-        plan = _planner.choose_conv(
+        plan = _planner_conv.choose_conv(
             fmt, geometry, _planner.bucket(batch), size, False, dtype, device, memory
         )
     chosen = cost(_check.conv_plan(plan))
@@ -359,5 +359,5 @@ def _explain_conv(
         f"{of_groups}, {dtype} on {device}, {'forward and backward' if training else 'forward'}, "
         f"memory={memory!r}"
     )
-    rejected = _rejected([cost(p) for p in _planner.conv_plans(memory)], chosen, machine)
+    rejected = _rejected([cost(p) for p in _planner_conv.conv_plans(memory)], chosen, machine)
     return Explanation(title, chosen, dense, rejected, fmt.break_even_rank, fmt.rank, machine)

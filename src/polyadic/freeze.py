@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from polyadic import _planner
+from polyadic import _planner, _planner_conv
 from polyadic._format import LinearFormat, Shape, mode_sizes, positive_int
 from polyadic._machines import machine_for
 from polyadic._steps import forward_steps, gemm
@@ -133,7 +133,7 @@ def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: 
     first = layer.cp.factors[0]
     kind, dtype = first.device.type, first.dtype
     machine = machine_for(kind, dtype)
-    plan = _planner.choose_conv(fmt, where, images, sizes, False, dtype, kind, "balanced")
+    plan = _planner_conv.choose_conv(fmt, where, images, sizes, False, dtype, kind, "balanced")
     steps = conv_forward_steps(fmt, where, images, sizes, False, plan.forward, dtype.itemsize)
     dense = dense_conv_steps(fmt, where, images, sizes, dtype.itemsize, training=False)
     ours = machine.total(steps) + machine.call

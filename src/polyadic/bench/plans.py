@@ -6,14 +6,8 @@ import torch
 
 from polyadic._machines import machine_for
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute, Memory
-from polyadic._planner import (
-    conv_plans,
-    linear_plans,
-    plan_conv,
-    plan_linear,
-    predict_conv,
-    predict_linear,
-)
+from polyadic._planner import linear_plans, plan_linear, predict_linear
+from polyadic._planner_conv import conv_plans, plan_conv, predict_conv
 from polyadic.bench.cases import Case, ConvCase, LinearCase, Mode
 from polyadic.kernels.stages import Geometry
 

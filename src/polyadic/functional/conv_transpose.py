@@ -10,7 +10,7 @@ from polyadic import _check
 from polyadic._autograd import run
 from polyadic._format import ConvFormat
 from polyadic._plan import ConvPlan, Memory
-from polyadic._planner import plan_conv
+from polyadic._planner_conv import plan_conv
 from polyadic.functional._boundary import autocast_dtype
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.stages import Geometry
