@@ -6,12 +6,13 @@ from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
-from polyadic.tensor import CPTensor
+from polyadic.tensor import CPSlice, CPTensor
 from polyadic.tltorch import accelerate_tltorch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPSlice",
     "CPTensor",
     "ConvFormat",
     "ConvPlan",

@@ -245,7 +245,35 @@ class ConvFormat:
         return max(1, self.dense_parameters // per_rank)
 
 
-def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat) -> int:
+@dataclass(frozen=True)
+class JointFormat:
+    """The CP format of layers that share a CP tensor with one more mode, for the layers.
+
+    Args:
+        one: the format of one of them.
+        layers: L.
+    """
+
+    one: LinearFormat | ConvFormat
+    layers: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of factor entries, those of the mode for the layers with them."""
+        return self.one.parameters + self.one.rank * self.layers
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of entries of all dense weights."""
+        return self.layers * self.one.dense_parameters
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank whose FLOPs do not exceed the dense layers': that of one layer."""
+        return self.one.break_even_rank
+
+
+def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | JointFormat) -> int:
     """Turn a rank as users write it into an integer.
 
     Args:

@@ -47,13 +47,15 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
     _module(model)
     positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
-    found = False
-    for layer in model.modules():
-        if isinstance(layer, (CPLinear, *_CONVOLUTIONS)):
-            found = True
-            if layer.frozen is None:
-                _install(layer, batch, sizes)
-    if not found:
+    layers = [layer for layer in model.modules() if isinstance(layer, (CPLinear, *_CONVOLUTIONS))]
+    formed = [(layer, _form(layer, batch, sizes)) for layer in layers if layer.frozen is None]
+    # Only now, since layers may share parameters, whose flags each of them remembers.
+    for layer, frozen in formed:
+        if frozen is not None:
+            for parameter in layer.parameters():
+                parameter.requires_grad_(False)
+            layer.frozen = frozen
+    if not layers:
         raise ValueError(f"{type(model).__name__} holds no CPLinear or CPConvNd to freeze")
     return model
 
@@ -86,19 +88,16 @@ def _module(model: object) -> None:
 
 
 @torch.no_grad()
-def _install(layer: CPLinear | CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> None:
+def _form(
+    layer: CPLinear | CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape
+) -> Frozen | None:
+    """The contracted form of a layer, or None where its plan is predicted to be faster."""
     parameters = list(layer.parameters())
     if isinstance(layer, CPLinear):
-        frozen: Frozen | None = _frozen_linear(layer, batch, parameters)
-    elif _kernel_is_cheaper(layer, batch, size):
-        frozen = FrozenKernel([layer.weight.contiguous()], parameters)
-    else:
-        frozen = None
-    if frozen is None:
-        return
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    layer.frozen = frozen
+        return _frozen_linear(layer, batch, parameters)
+    if _kernel_is_cheaper(layer, batch, size):
+        return FrozenKernel([layer.weight.contiguous()], parameters)
+    return None
 
 
 def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -> Frozen | None:

@@ -1,4 +1,4 @@
-"""CPTensor: a tensorized tensor in CP format that owns its factors."""
+"""CPTensor: a tensorized tensor in CP format that owns its factors; CPSlice: one layer of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polyadic import _check
 from polyadic._format import Shape, mode_sizes, positive_int
 from polyadic.init import cp_orthonormal_
-from polyadic.kernels.modes import khatri_rao
+from polyadic.kernels.modes import accumulate_dtype, khatri_rao
 
 
 class CPTensor(nn.Module):
@@ -24,8 +24,12 @@ class CPTensor(nn.Module):
     group is one dimension of the matrix. Factors are in the order of the flattened groups.
     Method and notation: Kolda & Bader, SIAM Review 2009, §3.
 
+    Several layers can share one such tensor. Their number is then a mode in front, written as an
+    int: (3, (4, 4, 16), (4, 4, 8)) holds three weights, and ``layer`` is the way to one of them.
+
     Args:
-        tensorized_shape: a group of mode sizes per dimension, such as ((4, 4, 16), (4, 4, 8)).
+        tensorized_shape: a group of mode sizes per dimension, such as ((4, 4, 16), (4, 4, 8)); ints
+            in front of the groups are modes that tell layers apart.
         rank: R, the number of rank-one components.
         weights: own a λ (R,), initialised to ones.
         device: of the factors.
@@ -34,19 +38,20 @@ class CPTensor(nn.Module):
     Attributes:
         factors: ``nn.ParameterList`` of (mode, R) tensors.
         weights: λ (R,) as a parameter, or None for ones.
-        tensorized_shape: the groups, as tuples of plain ints.
+        tensorized_shape: the groups, as tuples of plain ints; an int as a group of one mode.
+        layer_modes: how many groups in front tell layers apart; 0 for the weight of one layer.
         rank: R.
 
     Raises:
         TypeError: sizes or rank are not integers.
-        ValueError: sizes or rank are below 1, or there is no group.
+        ValueError: sizes or rank are below 1, there is no group, or an int stands behind a group.
     """
 
-    weights: nn.Parameter | None
+    weights: Tensor | None
 
     def __init__(
         self,
-        tensorized_shape: Sequence[Sequence[int]],
+        tensorized_shape: Sequence[int | Sequence[int]],
         rank: int,
         *,
         weights: bool = False,
@@ -54,7 +59,7 @@ class CPTensor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.tensorized_shape = _groups(tensorized_shape)
+        self.tensorized_shape, self.layer_modes = _groups(tensorized_shape)
         self.rank = positive_int(rank, "rank")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
@@ -74,7 +79,8 @@ class CPTensor(nn.Module):
         Args:
             std: of an entry of the tensor, 1/√(number of rows of the matrix) by default.
         """
-        cp_orthonormal_(list(self.factors), 1 / math.sqrt(self.shape[0]) if std is None else std)
+        rows = self.shape[self.layer_modes]
+        cp_orthonormal_(list(self.factors), 1 / math.sqrt(rows) if std is None else std)
         if self.weights is not None:
             nn.init.ones_(self.weights)
 
@@ -105,7 +111,10 @@ class CPTensor(nn.Module):
         return self.to_matrix().view(modes)
 
     def to_matrix(self) -> Tensor:
-        """Build the tensor with one dimension per group, such as (M, N) or (Cout, Cin, kh·kw)."""
+        """Build the tensor with one dimension per group, such as (M, N) or (Cout, Cin, kh·kw).
+
+        A layer mode is a dimension too.
+        """
         first, *rest = self.factor_groups()
         matrix = khatri_rao(first)
         if self.weights is not None:
@@ -115,17 +124,30 @@ class CPTensor(nn.Module):
         other = khatri_rao([factor for group in rest for factor in group])
         return (matrix @ other.t()).view(self.shape)
 
+    def layer(self, *index: int) -> CPSlice:
+        """Return the weight of one of the layers that share this tensor.
+
+        Args:
+            index: which layer, an int per layer mode; counted from the end where negative.
+
+        Raises:
+            TypeError: an index is not an int.
+            ValueError: there is another number of layer modes.
+            IndexError: there are fewer layers.
+        """
+        return CPSlice(self, index)
+
     @classmethod
     def from_factors(
         cls,
-        tensorized_shape: Sequence[Sequence[int]],
+        tensorized_shape: Sequence[int | Sequence[int]],
         factors: Sequence[Tensor],
         weights: Tensor | None = None,
     ) -> CPTensor:
         """Make a CPTensor with copies of the given factors as its parameters.
 
         Args:
-            tensorized_shape: groups of mode sizes.
+            tensorized_shape: groups of mode sizes, ints in front for layers.
             factors: one (mode, R) tensor per mode, in order.
             weights: λ (R,) or None.
 
@@ -133,7 +155,7 @@ class CPTensor(nn.Module):
             TypeError: factors are not floating tensors of one dtype.
             ValueError: number, shapes, ranks or devices do not fit.
         """
-        groups = _groups(tensorized_shape)
+        groups, _ = _groups(tensorized_shape)
         modes = tuple(mode for group in groups for mode in group)
         tensors = _check.factor_group(factors, "factors")
         sizes, (rank,) = _check.ranked(weights, factors=tensors)
@@ -142,7 +164,8 @@ class CPTensor(nn.Module):
                 f"factors must have the modes {modes} of the tensorized shape, got {sizes}"
             )
         first = tensors[0]
-        cp = cls(groups, rank, weights=weights is not None, device="meta", dtype=first.dtype)
+        own = weights is not None
+        cp = cls(tensorized_shape, rank, weights=own, device="meta", dtype=first.dtype)
         cp.factors = nn.ParameterList(_own(factor) for factor in tensors)
         if weights is not None:
             cp.weights = _own(weights)
@@ -177,43 +200,60 @@ class CPTensor(nn.Module):
         groups = tensorized_shape or [(factor.shape[0],) for factor in factors]
         return cls.from_factors(groups, factors, weights)
 
-    def to_tltorch(self) -> Any:
-        """Copy to a tltorch ``CPTensorized``; λ is ones where there is none."""
+    def to_tltorch(self, *, tensorized: bool = True) -> Any:
+        """Copy to tltorch; λ is ones where there is none.
+
+        Args:
+            tensorized: make a ``CPTensorized``, as tltorch's linear and embedding layers own it,
+                layer modes as ints; False makes a ``CPTensor``, as its convolutions own it.
+        """
         import tltorch
 
         first = self.factors[0]
         weights = first.new_ones(self.rank) if self.weights is None else self.weights
-        return tltorch.factorized_tensors.CPTensorized(
-            _own(weights), [_own(factor) for factor in self.factors], self.tensorized_shape,
-            rank=self.rank,
-        )  # fmt: skip
+        factors = [_own(factor) for factor in self.factors]
+        if not tensorized:
+            shape = tuple(mode for group in self.tensorized_shape for mode in group)
+            return tltorch.CPTensor(_own(weights), factors, shape, rank=self.rank)
+        joint, single = _split(self.tensorized_shape, self.layer_modes)
+        return tltorch.CPTensorized(_own(weights), factors, (*joint, *single), rank=self.rank)
 
     @classmethod
-    def from_tltorch(cls, tensor: Any) -> CPTensor:
-        """Make a CPTensor with copies of a tltorch ``CPTensorized``'s weights λ and factors.
+    def from_tltorch(
+        cls, tensor: Any, tensorized_shape: Sequence[int | Sequence[int]] | None = None
+    ) -> CPTensor:
+        """Make a CPTensor with copies of a tltorch CP tensor's weights λ and factors.
+
+        Args:
+            tensor: a ``CPTensorized`` (of a linear layer or an embedding), whose ints are modes of
+                layers that share it; or a ``CPTensor`` (of a convolution).
+            tensorized_shape: groups of the same modes; a ``CPTensorized``'s own by default. It has
+                to be given for a ``CPTensor``, such as (3, (6,), (4,), (3, 3)) for three layers.
 
         Raises:
-            TypeError: ``tensor`` is not a CP tensorized tensor.
-            ValueError: it has a mode that is in no group (a joint tensor of several layers).
+            TypeError: ``tensor`` is neither, or it has no groups and none are given.
+            ValueError: the groups do not have its modes.
         """
-        groups = getattr(tensor, "tensorized_shape", None)
-        if groups is None or not hasattr(tensor, "factors") or not hasattr(tensor, "weights"):
+        if not hasattr(tensor, "factors") or not hasattr(tensor, "weights"):
             raise TypeError(
-                f"expected a tltorch CPTensorized, got {type(tensor).__name__}; make one with "
+                f"expected a tltorch CP tensor, got {type(tensor).__name__}; make one with "
                 f"tltorch.TensorizedTensor.new(tensorized_shape, rank, factorization='CP')"
             )
-        if any(isinstance(group, int) for group in groups):
-            raise ValueError(
-                f"every entry of tensorized_shape must be a group of modes, got {groups}; joint "
-                f"tensors of several layers are not supported"
+        groups = tensorized_shape or getattr(tensor, "tensorized_shape", None)
+        if groups is None:
+            raise TypeError(
+                f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} does not say which of "
+                f"its modes belong together; give tensorized_shape, for a convolution "
+                f"((out,), (in,), kernel)"
             )
         return cls.from_factors(groups, list(tensor.factors), tensor.weights)
 
     def extra_repr(self) -> str:
         """Shapes, rank and parameter counts."""
         own, dense = sum(p.numel() for p in self.parameters()), math.prod(self.shape)
+        joint, single = _split(self.tensorized_shape, self.layer_modes)
         return (
-            f"shape={tuple(self.shape)}, tensorized_shape={self.tensorized_shape}, "
+            f"shape={tuple(self.shape)}, tensorized_shape={(*joint, *single)}, "
             f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
         )
 
@@ -221,18 +261,128 @@ class CPTensor(nn.Module):
         return f"CPTensor({self.extra_repr()})"
 
 
-def _groups(tensorized_shape: Any) -> tuple[Shape, ...]:
+class CPSlice(CPTensor):
+    """The weight of one of the layers that share a CPTensor; made by ``CPTensor.layer``.
+
+        T_l[i] = Σ_r (λ_r · Π_j L_j[l_j, r]) · Π_k A_k[i_k, r]
+
+    A CP tensor of the same rank whose factors A are those of the joint tensor; what is its own are
+    the rows of the layer factors L, which enter as λ. It holds no parameter but those of the joint
+    tensor, which every slice of it registers, as tied weights are.
+
+    Args:
+        joint: the tensor with layer modes.
+        index: which layer, an int per layer mode; counted from the end where negative.
+
+    Attributes:
+        joint: the ``CPTensor`` that owns the parameters.
+        index: which layer, counted from the front.
+        factors: the factors all layers share, (mode, R) each.
+        weights: λ (R,), computed at each access; differentiable in the joint tensor's parameters.
+
+    Raises:
+        TypeError: an index is not an int, or ``joint`` not a CPTensor.
+        ValueError: ``joint`` has another number of layer modes.
+        IndexError: there are fewer layers.
+    """
+
+    joint: CPTensor
+
+    def __init__(self, joint: CPTensor, index: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(joint, CPTensor):
+            raise TypeError(f"joint must be a CPTensor, got {type(joint).__name__}")
+        layers, single = _split(joint.tensorized_shape, joint.layer_modes)
+        if len(index) != len(layers):
+            raise ValueError(
+                f"a layer of a tensor with {len(layers)} layer modes is chosen by as many ints, "
+                f"got {tuple(index)}; layer modes are ints in front of tensorized_shape, as in "
+                f"(3, (4, 4), (2, 8))"
+            )
+        self.index = tuple(_row(i, size) for i, size in zip(index, layers, strict=True))
+        self.tensorized_shape, self.layer_modes = single, 0
+        self.rank = joint.rank
+        self.joint = joint
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The factors all layers share."""
+        return tuple(factor for group in self.factor_groups() for factor in group)
+
+    @property
+    def weights(self) -> Tensor:  # type: ignore[override]
+        """λ of this layer, formed in at least fp32 and rounded once."""
+        joint = self.joint
+        groups = joint.factor_groups()[: joint.layer_modes]
+        rows = [factor[i] for (factor,), i in zip(groups, self.index, strict=True)]
+        if joint.weights is not None:
+            rows.append(joint.weights)
+        first, *rest = rows
+        if not rest:
+            return first
+        wide = accumulate_dtype(first.dtype)
+        return math.prod([row.to(wide) for row in rest], start=first.to(wide)).to(first.dtype)
+
+    def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Return the shared factors, one tuple per group of ``tensorized_shape``."""
+        return self.joint.factor_groups()[self.joint.layer_modes :]
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw the joint tensor anew, for all its layers.
+
+        Args:
+            std: of an entry of each layer's tensor, 1/√(number of rows of its matrix) by default.
+        """
+        self.joint.reset_parameters(std)
+
+    def extra_repr(self) -> str:
+        """Which layer of what."""
+        index = self.index[0] if len(self.index) == 1 else self.index
+        return f"layer {index} of {self.joint}"
+
+    def __repr__(self) -> str:
+        return f"CPSlice({self.extra_repr()})"
+
+
+def _split(shape: tuple[Shape, ...], layer_modes: int) -> tuple[Shape, tuple[Shape, ...]]:
+    """The sizes of the layer modes, and the groups of one layer."""
+    return tuple(mode for (mode,) in shape[:layer_modes]), shape[layer_modes:]
+
+
+def _row(index: Any, size: int) -> int:
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise TypeError(f"the index of a layer must be an int, got {index!r}")
+    row = int(index.__index__())
+    if not -size <= row < size:
+        raise IndexError(f"there are {size} layers, so that the index must lie in "
+                         f"[{-size}, {size}), got {row}")  # fmt: skip
+    return row % size
+
+
+def _groups(tensorized_shape: Any) -> tuple[tuple[Shape, ...], int]:
+    """The groups of modes, and how many ints stood in front of them."""
     if isinstance(tensorized_shape, (str, bytes)) or not isinstance(tensorized_shape, Sequence):
         raise TypeError(
             f"tensorized_shape must be a sequence of groups of mode sizes such as "
             f"((4, 4, 16), (4, 4, 8)), got {tensorized_shape!r}"
         )
+    single = [hasattr(group, "__index__") for group in tensorized_shape]
+    layer_modes = sum(single)
+    if any(single[layer_modes:]):
+        raise ValueError(
+            f"ints in tensorized_shape are modes of layers and stand in front of the groups, got "
+            f"{tuple(tensorized_shape)}; write a group of one mode as (size,)"
+        )
     groups = tuple(
-        mode_sizes(group, f"tensorized_shape[{i}]") for i, group in enumerate(tensorized_shape)
+        mode_sizes((group,) if i < layer_modes else group, f"tensorized_shape[{i}]")
+        for i, group in enumerate(tensorized_shape)
     )
-    if not groups:
-        raise ValueError("tensorized_shape must have at least one group of modes, got none")
-    return groups
+    if len(groups) == layer_modes:
+        raise ValueError(
+            f"tensorized_shape must have at least one group of modes, got "
+            f"{tuple(tensorized_shape) or 'none'}"
+        )
+    return groups, layer_modes
 
 
 def _own(tensor: Tensor) -> nn.Parameter:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyadic._format import Shape
+from polyadic._format import (
+    ConvFormat,
+    JointFormat,
+    LinearFormat,
+    Shape,
+    positive_int,
+    resolve_rank,
+)
 from polyadic._plan import Memory
 from polyadic.init import torch_bias_, torch_std
 from polyadic.nn._frozen import Frozen
@@ -29,7 +37,7 @@ class CPLayer(nn.Module):
     def _own(
         self,
         tensorized_shape: Sequence[Shape],
-        rank: int,
+        rank: Rank,
         bias: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -37,14 +45,67 @@ class CPLayer(nn.Module):
         """Create the parameters and fill them; ``bias`` is its length, or None."""
         self.frozen = None
         # Made without values: reset_parameters draws them, once.
-        empty = CPTensor(tensorized_shape, rank, device="meta", dtype=dtype)
+        resolved = resolve_rank(rank, self._unit())
+        empty = CPTensor(tensorized_shape, resolved, device="meta", dtype=dtype)
         self.cp = empty.to_empty(device=device or torch.get_default_device())
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self.reset_parameters()
 
+    def _unit(self) -> LinearFormat | ConvFormat:
+        """The layer's format at rank 1."""
+        raise NotImplementedError
+
     def _fan_in(self) -> int:
         raise NotImplementedError
+
+    @classmethod
+    def joint(
+        cls, layers: int | Sequence[Mapping[str, Any]], *args: Any, **options: Any
+    ) -> nn.ModuleList:
+        """Make layers that share one CP tensor, with a mode in front that tells them apart.
+
+        W_l = Σ_r L[l, r] · ⊗_k A_k[:, r]: the factors A are shared, and row l of L scales the
+        components of layer l, so that each layer costs what it would alone. Each has a bias and
+        options of its own and may be put anywhere in a model; the parameters exist once, gradients
+        add up, and a state dict names them in each layer, as it does tied weights.
+
+        Args:
+            layers: how many; or for each of them a mapping of arguments that differ, such as
+                ``[{}, {"stride": 2}]``.
+            args: arguments of one layer, as the class takes them.
+            options: likewise. A rank given as a float is the fraction of the parameters of all
+                dense layers together.
+
+        Returns:
+            A list of layers; ``layer.cp.joint`` of each is the tensor they share.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ValueError: there are no layers, their shapes, dtypes or devices differ, or an argument
+                does not fit.
+        """
+        each = _differences(layers)
+        first = cls(*args, **{**options, **each[0], "device": "meta"})
+        rank = resolve_rank(options["rank"], JointFormat(first._unit(), len(each)))
+        made = [cls(*args, **{**options, **own, "rank": rank}) for own in each]
+        kinds = dict.fromkeys(layer._kind() for layer in made)
+        if len(kinds) > 1:
+            raise ValueError(
+                f"layers of a joint weight must have one tensorized shape, dtype and device, got "
+                f"{' and '.join(map(str, kinds))}"
+            )
+        ((shape, dtype, device),) = kinds
+        joint = CPTensor((len(made), *shape), rank, device="meta", dtype=dtype)
+        joint.to_empty(device=device)
+        for i, layer in enumerate(made):
+            layer.cp = joint.layer(i)
+        made[0].reset_parameters()
+        return nn.ModuleList(made)
+
+    def _kind(self) -> tuple[tuple[Shape, ...], torch.dtype, torch.device]:
+        factor = self.cp.factors[0]
+        return self.cp.tensorized_shape, factor.dtype, factor.device
 
     def reset_parameters(self) -> None:
         """Draw factors and bias anew with the output variance of the torch layer replaced.
@@ -81,3 +142,17 @@ class CPLayer(nn.Module):
     def _ratio(self) -> str:
         own, dense = sum(f.numel() for f in self.cp.factors), self._dense_parameters()
         return f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
+
+
+def _differences(layers: Any) -> list[Mapping[str, Any]]:
+    """For each of some layers the arguments in which it differs."""
+    if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
+        for i, own in enumerate(layers):
+            if not isinstance(own, Mapping):
+                raise TypeError(f"layers[{i}] must be a mapping of arguments, got {own!r}")
+            if "rank" in own:
+                raise ValueError(f"layers[{i}] must not have a rank of its own: all share one")
+        if not layers:
+            raise ValueError("layers must be at least one, got an empty sequence")
+        return list(layers)
+    return [{}] * positive_int(layers, "layers")

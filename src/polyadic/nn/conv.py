@@ -16,7 +16,6 @@ from polyadic._format import (
     factored_shape,
     mode_sizes,
     positive_int,
-    resolve_rank,
     tensorize,
 )
 from polyadic._plan import Memory
@@ -96,11 +95,13 @@ class _CPConv(CPConvBase):
             (self.out_channels, self.in_channels // self.groups), order, out_shape, in_shape
         )
         self.memory = _check.memory(memory)
-        unit = ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1, self.groups)
         self._own(
-            (self.out_shape, self.in_shape, self.kernel_size), resolve_rank(rank, unit),
+            (self.out_shape, self.in_shape, self.kernel_size), rank,
             self.out_channels if bias else None, device, dtype,
         )  # fmt: skip
+
+    def _unit(self) -> ConvFormat:
+        return ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1, self.groups)
 
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyadic import _check, functional
-from polyadic._format import ConvFormat, Shape, positive_int, resolve_rank
+from polyadic._format import ConvFormat, Shape, positive_int
 from polyadic._plan import Memory
 from polyadic.nn._layer import Rank
 from polyadic.nn.conv import CPConvBase
@@ -62,13 +62,15 @@ class _CPConvTranspose(CPConvBase):
             (self.out_channels // self.groups, self.in_channels), order, out_shape, in_shape
         )
         self.memory = _check.memory(memory)
-        unit = ConvFormat(
-            self.out_shape, self.in_shape, self.kernel_size, 1, self.groups, transposed=True
-        )
         self._own(
-            (self.in_shape, self.out_shape, self.kernel_size), resolve_rank(rank, unit),
+            (self.in_shape, self.out_shape, self.kernel_size), rank,
             self.out_channels if bias else None, device, dtype,
         )  # fmt: skip
+
+    def _unit(self) -> ConvFormat:
+        return ConvFormat(
+            self.out_shape, self.in_shape, self.kernel_size, 1, self.groups, transposed=True
+        )
 
     def _fan_in(self) -> int:
         # What torch takes for it: of a kernel (Cin, Cout/groups, *k) all but the first dimension.

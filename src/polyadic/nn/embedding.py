@@ -14,7 +14,6 @@ from polyadic._format import (
     mode_sizes,
     padded_shape,
     positive_int,
-    resolve_rank,
     tensorize,
 )
 from polyadic._plan import Memory
@@ -98,8 +97,10 @@ class CPEmbedding(CPLayer):
         default_out = tensorize(self.embedding_dim, self.embedding_dim, order)[0]
         self.out_shape = factored_shape(out_shape, self.embedding_dim, default_out, "out_shape")
         self.memory = _check.memory(memory)
-        unit = EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
-        self._own((self.in_shape, self.out_shape), resolve_rank(rank, unit), None, device, dtype)
+        self._own((self.in_shape, self.out_shape), rank, None, device, dtype)
+
+    def _unit(self) -> EmbeddingFormat:
+        return EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
 
     def reset_parameters(self) -> None:
         """Draw factors anew with mean 0 and variance 1 per entry of the table, as torch's N(0, 1).

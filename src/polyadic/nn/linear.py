@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polyadic import functional
 from polyadic._check import memory as check_memory
-from polyadic._format import LinearFormat, factored_shape, positive_int, resolve_rank, tensorize
+from polyadic._format import LinearFormat, factored_shape, positive_int, tensorize
 from polyadic._plan import Memory
 from polyadic.nn._layer import CPLayer, Rank
 
@@ -67,11 +67,16 @@ class CPLinear(CPLayer):
         self.in_shape = factored_shape(in_shape, self.in_features, default_in, "in_shape")
         self.out_shape = factored_shape(out_shape, self.out_features, default_out, "out_shape")
         self.memory = check_memory(memory)
-        resolved = resolve_rank(rank, LinearFormat(self.in_shape, self.out_shape, 1))
         self._own(
-            (self.in_shape, self.out_shape), resolved, self.out_features if bias else None,
-            device, dtype,
-        )  # fmt: skip
+            (self.in_shape, self.out_shape),
+            rank,
+            self.out_features if bias else None,
+            device,
+            dtype,
+        )
+
+    def _unit(self) -> LinearFormat:
+        return LinearFormat(self.in_shape, self.out_shape, 1)
 
     def _fan_in(self) -> int:
         return self.in_features
