@@ -1,0 +1,12 @@
+"""Recovery of a converted model: train its factors towards what the original model puts out.
+
+No labels are needed: the original answers for every batch. ``distill`` trains on the outputs of the
+whole model, ``match_layers`` on those of each converted layer.
+"""
+
+from polyadic.finetune._loop import Recovery
+from polyadic.finetune._settings import Progress
+from polyadic.finetune.distill import distill
+from polyadic.finetune.match import LayerMatch, match_layers
+
+__all__ = ["LayerMatch", "Progress", "Recovery", "distill", "match_layers"]

@@ -1,0 +1,179 @@
+"""What recovery asks of models: how to call them, what to train, what to leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polyadic.tensor import CPTensor
+
+Forward = Callable[[nn.Module, Any], Tensor]
+Trainable = Literal["cp", "cp+norms", "all"] | Callable[[str, nn.Parameter], bool]
+
+TRAINABLE = ("cp", "cp+norms", "all")
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
+
+
+def require_module(model: Any, name: str) -> None:
+    """Raise a TypeError where ``model`` is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def require_batches(batches: Any, name: str) -> None:
+    """Refuse what cannot be walked, or only once."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of batches such as a list or a DataLoader, got "
+            f"{type(batches).__name__}; for one batch give a list of one"
+        )
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"{name} must be an iterable that can be walked again, got the iterator "
+            f"{type(batches).__name__}; give a list, a DataLoader or an object with __iter__"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The same batch with its tensors on a device; lists, tuples and mappings are looked into."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model(batch)``, ``model(*batch)`` of a tuple or list, ``model(**batch)`` of a mapping."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def output_tensor(model: nn.Module, batch: Any) -> Tensor:
+    """Call a model and return its output, which has to be one floating tensor.
+
+    Raises:
+        ValueError: it is none, or several.
+    """
+    output = call(model, batch)
+    if isinstance(output, Tensor):
+        return output
+    parts: dict[Any, Any] = {}
+    if isinstance(output, Mapping):
+        parts = dict(output)
+    elif isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if len(tensors) == 1:
+        (single,) = tensors.values()
+        return single
+    found = ", ".join(map(str, tensors)) or "none"
+    raise ValueError(
+        f"the output of {type(model).__name__} is a {type(output).__name__} whose floating tensors "
+        f"are: {found}; give forward=lambda model, batch: ... that returns the one to match"
+    )
+
+
+def select(model: nn.Module, trainable: Any) -> dict[str, nn.Parameter]:
+    """Parameters to train, by name.
+
+    Raises:
+        TypeError: ``trainable`` is neither a known word nor callable.
+        ValueError: an unknown word, or nothing is selected.
+        RuntimeError: a layer is frozen for inference.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "frozen", None) is not None:
+            raise RuntimeError(
+                f"layer {name!r} is frozen for inference; call polyadic.unfreeze(model) first"
+            )
+    if callable(trainable):
+        chosen = {n: p for n, p in model.named_parameters() if trainable(n, p)}
+    elif not isinstance(trainable, str):
+        raise TypeError(
+            f"trainable must be one of {', '.join(map(repr, TRAINABLE))} or a function of a "
+            f"parameter's name and the parameter, got {type(trainable).__name__}"
+        )
+    elif trainable not in TRAINABLE:
+        raise ValueError(
+            f"trainable must be one of {', '.join(map(repr, TRAINABLE))} or a function of a "
+            f"parameter's name and the parameter, got {trainable!r}"
+        )
+    else:
+        wanted = _ids(model, trainable)
+        chosen = {n: p for n, p in model.named_parameters() if id(p) in wanted}
+    if not chosen:
+        raise ValueError(
+            f"trainable={trainable!r} selects no parameter of {type(model).__name__}; convert it "
+            f"first (it holds no CP layer), or give trainable='all'"
+        )
+    return chosen
+
+
+def _ids(model: nn.Module, trainable: str) -> set[int]:
+    if trainable == "all":
+        return {id(parameter) for parameter in model.parameters()}
+    found = set()
+    for module in model.modules():
+        if isinstance(module, CPTensor):
+            found |= {id(parameter) for parameter in module.parameters()}
+        elif is_cp_layer(module) or (trainable == "cp+norms" and _is_norm(module)):
+            found |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    return found
+
+
+def is_cp_layer(module: nn.Module) -> bool:
+    """Whether a module computes with a CP weight."""
+    return isinstance(module._modules.get("cp"), CPTensor)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return any(norm in type(module).__name__ for norm in _NORMS)
+
+
+def refuse_shared(trained: Mapping[str, nn.Parameter], teacher: nn.Module) -> None:
+    """Raise a ValueError where training would change the teacher."""
+    held = {p.untyped_storage().data_ptr(): name for name, p in teacher.named_parameters()}
+    held.pop(0, None)
+    for name, parameter in trained.items():
+        other = held.get(parameter.untyped_storage().data_ptr())
+        if other is not None:
+            raise ValueError(
+                f"the teacher shares the memory of its {other!r} with the student's {name!r}, "
+                f"which is to be trained; keep a copy.deepcopy of the original as the teacher"
+            )
+
+
+@contextmanager
+def prepared(
+    student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter], train_mode: bool
+) -> Iterator[None]:
+    """Only ``trained`` requires gradients, the teacher is in evaluation mode; restored after."""
+    modes = [(m, m.training) for model in (student, teacher) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in student.parameters()]
+    wanted = {id(parameter) for parameter in trained.values()}
+    try:
+        student.train(train_mode)
+        teacher.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None

@@ -1,0 +1,213 @@
+"""``distill``: train a converted model towards the outputs of the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyadic.finetune import _models
+from polyadic.finetune._loop import Loop, Recovery
+from polyadic.finetune._settings import (
+    MakeOptimizer,
+    Progress,
+    Schedule,
+    Settings,
+    as_path,
+    batch_count,
+    total_steps,
+)
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+Validation = Iterable[Any] | Callable[[nn.Module], float]
+
+
+def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student, teacher)
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    rows = student.flatten(0, -2), teacher.flatten(0, -2)
+    ours, theirs = (row.log_softmax(-1) for row in rows)
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": _cosine,
+    "kl": _kl,
+    "mse": _mse,
+}
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    loss: Loss = "mse",
+    forward: _models.Forward | None = None,
+    trainable: _models.Trainable = "cp",
+    lr: float = 1e-3,
+    optimizer: MakeOptimizer = torch.optim.Adam,
+    schedule: Schedule = "cosine",
+    warmup: int = 0,
+    clip: float | None = 1.0,
+    train_mode: bool = False,
+    validation: Validation | None = None,
+    validate_every: int = 100,
+    patience: int | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
+    callback: Callable[[Progress], object] | None = None,
+    seed: int = 0,
+) -> Recovery:
+    """Train a converted model towards the outputs of the original, on batches without labels.
+
+    Per batch the loss compares the student's output with the teacher's, which is computed without
+    gradients. Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, 2015;
+    for compressed layers Phan et al., ECCV 2020 (fine-tuning after CPD-EPC).
+
+    A training stopped between two steps and continued from its checkpoint is the same training, bit
+    by bit, on the same machine: parameters, optimizer, the place in the batches and torch's random
+    state are stored. Batches that draw from another source of randomness are not covered.
+
+    Args:
+        student: the converted model, trained in place.
+        teacher: the original; in evaluation mode while this runs, and not changed.
+        batches: an iterable that can be walked again, such as a list or a DataLoader. A tensor
+            is given to the models as ``model(batch)``, a tuple or list as ``model(*batch)``, a
+            mapping as ``model(**batch)``, on the device of the student's parameters.
+        steps: batches to train on; the iterable is walked as often as that needs.
+        epochs: instead of ``steps``: walks through ``batches``.
+        loss: ``"mse"``; ``"cosine"``, 1 less the mean cosine along the last dimension; ``"kl"``,
+            the divergence of softmax outputs along it; or a function (student's, teacher's output)
+            → scalar. Low precisions are compared in float32.
+        forward: function (model, batch) → tensor to compare; by default the model's output, which
+            must then be one tensor.
+        trainable: ``"cp"``, factors and biases of the CP layers; ``"cp+norms"``, the normalisation
+            layers too; ``"all"``; or a function (name, parameter) → bool.
+        lr: learning rate.
+        optimizer: class or function, called with a list of parameters and ``lr=``.
+        schedule: of the learning rate: ``"constant"``, ``"linear"`` or ``"cosine"`` (to zero), or a
+            function of the part done in [0, 1) → factor.
+        warmup: steps over which the learning rate rises linearly first.
+        clip: largest norm of the gradient over all trained parameters, None for no limit.
+        train_mode: whether the student is in training mode meanwhile (dropout, batch statistics).
+        validation: batches on which the loss is measured, or a function of the student whose
+            value is to become small. The best parameters found are kept, the initial ones included.
+        validate_every: steps between validations; there is one before the first and after the last.
+        patience: validations without improvement after which to stop; None for never.
+        checkpoint: a file to write after every ``checkpoint_every`` steps and after the last.
+        checkpoint_every: see there.
+        resume: continue from ``checkpoint`` where that file exists; else an existing one is an
+            error.
+        callback: called with a ``Progress`` after each step; what it raises ends the training.
+        seed: of torch's random state during the training; the caller's is left as it was.
+
+    Returns:
+        Losses, validations and where the best was. The student has the best parameters where there
+        is a validation, else the last.
+
+    Raises:
+        TypeError: an argument is of the wrong type; batches that can be walked only once.
+        ValueError: an argument does not fit, the teacher would be trained too, outputs differ in
+            shape, or the checkpoint is damaged or of another training.
+        RuntimeError: a layer of the student is frozen for inference.
+        FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
+            or without validation those before that step.
+    """
+    _models.require_module(student, "student")
+    _models.require_module(teacher, "teacher")
+    _models.require_batches(batches, "batches")
+    compare = _comparison(loss)
+    trained = _models.select(student, trainable)
+    _models.refuse_shared(trained, teacher)
+    run_model = forward or _models.output_tensor
+    device = _models.device_of(student)
+    settings = Settings(
+        total_steps(steps, epochs, batches), lr, schedule, warmup, optimizer, clip, validate_every,
+        patience, as_path(checkpoint), checkpoint_every, resume, callback, seed,
+    )  # fmt: skip
+
+    def batch_loss(batch: Any) -> Tensor:
+        batch = _models.moved(batch, device)
+        with torch.no_grad():
+            theirs = run_model(teacher, batch)
+        return _checked(compare, run_model(student, batch), theirs)
+
+    validate = _validator(validation, student, batch_loss)
+    record = {
+        "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", "function"),
+        "train_mode": train_mode,
+        "batches": batch_count(batches),
+    }
+    buffers = dict(student.named_buffers()) if train_mode else {}
+    with _models.prepared(student, teacher, trained, train_mode):
+        return Loop(trained, buffers, batches, batch_loss, settings, record, validate).run()
+
+
+def _comparison(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    if callable(loss):
+        return loss  # type: ignore[no-any-return]
+    if loss not in LOSSES:
+        known = ", ".join(map(repr, LOSSES))
+        raise ValueError(f"loss must be one of {known} or a function, got {loss!r}")
+    return LOSSES[loss]
+
+
+def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: Tensor) -> Tensor:
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"student and teacher must give outputs of one shape, got {tuple(ours.shape)} and "
+            f"{tuple(theirs.shape)}"
+        )
+    wide = torch.promote_types(ours.dtype, torch.float32)
+    value = compare(ours.to(wide), theirs.to(wide))
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss must return a tensor of no dimension, got {got}")
+    return value
+
+
+def _validator(
+    validation: Any, student: nn.Module, batch_loss: Callable[[Any], Tensor]
+) -> Callable[[], float] | None:
+    if validation is None:
+        return None
+    measure: Callable[[], float]
+    if callable(validation):
+
+        def measure() -> float:
+            return float(validation(student))
+    else:
+        _models.require_batches(validation, "validation")
+
+        def measure() -> float:
+            values = [batch_loss(batch).item() for batch in validation]
+            if not values:
+                raise ValueError("validation must hold at least one batch, got none")
+            return math.fsum(values) / len(values)
+
+    def evaluate() -> float:
+        """As in use: without dropout, and without a trace in batch statistics."""
+        modes = [(module, module.training) for module in student.modules()]
+        student.eval()
+        try:
+            return measure()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    return evaluate

@@ -1,0 +1,315 @@
+"""``match_layers``: train each converted layer towards the outputs of the one it stands for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polyadic.finetune import _models
+from polyadic.finetune._loop import Loop
+from polyadic.finetune._settings import (
+    MakeOptimizer,
+    Progress,
+    Schedule,
+    Settings,
+    total_steps,
+)
+
+
+@dataclass(frozen=True)
+class LayerMatch:
+    """How well a layer matches the one it stands for.
+
+    Attributes:
+        before: ‖Y − Ŷ‖ / ‖Y‖ over all batches before the training, Y being the teacher's outputs.
+        after: the same after it.
+        seconds: Time of the training; of a joint one, of all layers together.
+    """
+
+    before: float
+    after: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: its arguments, and what the teacher's layer put out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def match_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    names: Sequence[str] | None = None,
+    *,
+    mode: Literal["sequential", "joint"] = "sequential",
+    steps: int | None = None,
+    epochs: int | None = None,
+    lr: float = 1e-3,
+    optimizer: MakeOptimizer = torch.optim.Adam,
+    schedule: Schedule = "cosine",
+    warmup: int = 0,
+    clip: float | None = 1.0,
+    callback: Callable[[str, Progress], object] | None = None,
+    seed: int = 0,
+) -> dict[str, LayerMatch]:
+    """Train each converted layer to put out what the teacher's layer of that name puts out.
+
+    The loss is ‖Y − Ŷ‖² / ‖Y‖², so that layers of any scale weigh alike.
+
+    - ``"sequential"``: one layer after the other, in the order in which the teacher calls them. A
+      layer's inputs are those it gets *in the student*, whose earlier layers are matched by then,
+      its targets the teacher's outputs: what earlier layers lost is made up for (the asymmetric
+      reconstruction of Zhang, Zou, He & Sun, TPAMI 2016). Inputs and targets of the layer at work
+      are held in memory for all batches.
+    - ``"joint"``: all layers at once, each on the teacher's inputs; one forward of the teacher per
+      step, nothing is held.
+
+    A layer that the training would leave worse, over all batches, keeps its parameters.
+
+    Args:
+        student: the converted model, trained in place.
+        teacher: the original, not changed.
+        batches: as in ``distill``.
+        names: layers to train; by default every CP layer that the teacher has as another one.
+        mode: see above.
+        steps: batches to train on, for each layer (sequential) or for all (joint).
+        epochs: instead of ``steps``: walks through ``batches``.
+        lr: learning rate.
+        optimizer: as in ``distill``.
+        schedule: as in ``distill``.
+        warmup: as in ``distill``.
+        clip: as in ``distill``.
+        callback: called with the layer's name (joint: ``""``) and a ``Progress`` after each step.
+        seed: as in ``distill``.
+
+    Returns:
+        By layer, in the order in which the teacher calls them, the errors before and after.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument does not fit; a layer is missing, is not converted, is never called
+            or puts out another shape; training would change the teacher.
+        RuntimeError: a layer of the student is frozen for inference.
+        FloatingPointError: a loss is not finite.
+    """
+    _models.require_module(student, "student")
+    _models.require_module(teacher, "teacher")
+    _models.require_batches(batches, "batches")
+    if mode not in ("sequential", "joint"):
+        raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
+    layers = _layers(student, teacher, names)
+    trained = {
+        f"{name}.{own}": parameter
+        for name, layer in layers.items()
+        for own, parameter in _models.select(layer, "cp").items()
+    }
+    _models.refuse_shared(trained, teacher)
+    number = total_steps(steps, epochs, batches)
+    device = _models.device_of(student)
+
+    def settings(name: str) -> Settings:
+        tell = None if callback is None else (lambda progress: callback(name, progress))
+        return Settings(
+            number, lr, schedule, warmup, optimizer, clip, number, None, None, number, False,
+            tell, seed,
+        )  # fmt: skip
+
+    settings("")
+    with _models.prepared(student, teacher, trained, False):
+        called = _order(teacher, layers, batches, device)
+        if mode == "joint":
+            return _joint(teacher, layers, called, batches, settings(""), device)
+        found = {}
+        for name in called:
+            pairs = list(_sequential_calls(student, teacher, name, batches, device))
+            found[name] = _train(
+                {name: layers[name]}, pairs, lambda calls: calls, settings(name)
+            )[name]  # fmt: skip
+        return found
+
+
+def _layers(
+    student: nn.Module, teacher: nn.Module, names: Sequence[str] | None
+) -> dict[str, nn.Module]:
+    ours, theirs = dict(student.named_modules()), dict(teacher.named_modules())
+    converted = {
+        name: module
+        for name, module in ours.items()
+        if _models.is_cp_layer(module) and name in theirs and not _models.is_cp_layer(theirs[name])
+    }
+    if names is None:
+        if not converted:
+            raise ValueError(
+                "the student holds no CP layer that the teacher has as another layer; convert it "
+                "first, and keep a copy of the original as the teacher"
+            )
+        return converted
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of names, got the str {names!r}; give a list")
+    for name in names:
+        if name not in converted:
+            raise ValueError(
+                f"{name!r} is not a converted layer; those are: {', '.join(converted) or 'none'}"
+            )
+    if not names:
+        raise ValueError("names must hold at least one name, got none")
+    return {name: converted[name] for name in names}
+
+
+@contextmanager
+def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[_Call]]]:
+    """Collect the calls of layers; copies, since what follows may work in place."""
+    calls: dict[str, list[_Call]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            copied = tuple(_copied(value) for value in args)
+            named = {key: _copied(value) for key, value in kwargs.items()}
+            calls.setdefault(name, []).append(_Call(copied, named, _copied(output)))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _order(
+    teacher: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Any], device: torch.device
+) -> list[str]:
+    """The layers in the order of their first call on the first batch."""
+    for batch in batches:
+        with torch.no_grad(), _recorded(teacher, layers) as calls:
+            _models.call(teacher, _models.moved(batch, device))
+        idle = [name for name in layers if name not in calls]
+        if idle:
+            raise ValueError(
+                f"the teacher never calls {', '.join(idle)} as a module on the first batch; leave "
+                f"it out of names"
+            )
+        return list(calls)
+    raise ValueError("batches must hold at least one batch, got none")
+
+
+def _sequential_calls(
+    student: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    batches: Iterable[Any],
+    device: torch.device,
+) -> Iterator[dict[str, list[_Call]]]:
+    """The student's inputs of a layer with the teacher's outputs, batch by batch."""
+    for batch in batches:
+        batch = _models.moved(batch, device)
+        with torch.no_grad(), _recorded(teacher, [name]) as theirs:
+            _models.call(teacher, batch)
+        with torch.no_grad(), _recorded(student, [name]) as ours:
+            _models.call(student, batch)
+        pairs = zip(ours.get(name, []), theirs.get(name, []), strict=True)
+        yield {name: [_Call(own.args, own.kwargs, other.output) for own, other in pairs]}
+
+
+def _joint(
+    teacher: nn.Module,
+    layers: dict[str, nn.Module],
+    called: Sequence[str],
+    batches: Iterable[Any],
+    settings: Settings,
+    device: torch.device,
+) -> dict[str, LayerMatch]:
+    def capture(batch: Any) -> dict[str, list[_Call]]:
+        with torch.no_grad(), _recorded(teacher, layers) as calls:
+            _models.call(teacher, _models.moved(batch, device))
+        return calls
+
+    return _train({name: layers[name] for name in called}, batches, capture, settings)
+
+
+def _train(
+    layers: dict[str, nn.Module],
+    batches: Iterable[Any],
+    capture: Callable[[Any], dict[str, list[_Call]]],
+    settings: Settings,
+) -> dict[str, LayerMatch]:
+    """Train layers together on their own losses; each keeps the better of before and after."""
+    start = time.perf_counter()
+    trained: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        trained |= {f"{name}.{own}": p for own, p in _models.select(layer, "cp").items()}
+    initial = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def loss(batch: Any) -> Tensor:
+        calls = capture(batch)
+        terms = []
+        for name, layer in layers.items():
+            for call in calls.get(name, []):
+                missed, size = _squares(layer, call, name)
+                if call.output.numel():
+                    terms.append(missed / size.clamp_min(torch.finfo(size.dtype).tiny))
+        if not terms:
+            raise ValueError("a batch must reach one of the layers at least, this one does not")
+        return torch.stack(terms).sum()
+
+    before = _errors(layers, batches, capture)
+    Loop(trained, {}, batches, loss, settings, {}).run()
+    after = _errors(layers, batches, capture)
+    seconds = time.perf_counter() - start
+    for name in layers:
+        # Not "after > before": that would let NaN through.
+        if not after[name] <= before[name]:
+            after[name] = before[name]
+            for own, parameter in trained.items():
+                if own.startswith(f"{name}."):
+                    parameter.data.copy_(initial[own])
+    return {name: LayerMatch(before[name], after[name], seconds) for name in layers}
+
+
+def _errors(
+    layers: dict[str, nn.Module],
+    batches: Iterable[Any],
+    capture: Callable[[Any], dict[str, list[_Call]]],
+) -> dict[str, float]:
+    missed, size = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    with torch.no_grad():
+        for batch in batches:
+            calls = capture(batch)
+            for name, layer in layers.items():
+                for call in calls.get(name, []):
+                    own, whole = _squares(layer, call, name)
+                    missed[name] += own.item()
+                    size[name] += whole.item()
+    return {n: (missed[n] / size[n]) ** 0.5 if size[n] > 0 else missed[n] ** 0.5 for n in layers}
+
+
+def _squares(layer: nn.Module, call: _Call, name: str) -> tuple[Tensor, Tensor]:
+    """‖Y − Ŷ‖² and ‖Y‖² of one call."""
+    own = layer(*call.args, **call.kwargs)
+    if own.shape != call.output.shape:
+        raise ValueError(
+            f"layer {name!r} puts out {tuple(own.shape)} in the student and "
+            f"{tuple(call.output.shape)} in the teacher"
+        )
+    wide = torch.promote_types(own.dtype, torch.float32)
+    target = call.output.to(wide)
+    return (own.to(wide) - target).square().sum(), target.square().sum()
