@@ -111,7 +111,7 @@ def test_readme_has_no_typed_measurements() -> None:
 
 @pytest.mark.parametrize(
     "module", ["polyadic", "polyadic.nn", "polyadic.functional", "polyadic.reference",
-               "polyadic.init", "polyadic.verify"],
+               "polyadic.init", "polyadic.verify", "polyadic.finetune"],
 )  # fmt: skip
 def test_api_page_lists_the_public_names(module: str) -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

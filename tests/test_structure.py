@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import polyadic
-from polyadic import functional, init, nn, reference
+from polyadic import finetune, functional, init, nn, reference
 
 PACKAGE = Path(polyadic.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -191,7 +191,7 @@ def test_files_are_short(path: Path) -> None:
 
 PUBLIC = [
     pytest.param(module, name, id=f"{module.__name__}.{name}")
-    for module in (polyadic, functional, nn, init, reference)
+    for module in (polyadic, finetune, functional, nn, init, reference)
     for name in getattr(module, "__all__", [])
 ]
 
@@ -212,7 +212,7 @@ def test_public_names_are_documented(module: Any, name: str) -> None:
 
 
 def test_public_names_exist_once() -> None:
-    for module in (polyadic, functional, nn):
+    for module in (polyadic, finetune, functional, nn):
         names = module.__all__
         assert sorted(set(names)) == list(names), f"{module.__name__}.__all__ is not sorted"
         assert all(hasattr(module, name) for name in names)

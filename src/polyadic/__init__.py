@@ -1,6 +1,6 @@
 """CP-factorized layers for PyTorch whose forward and backward stay factorized."""
 
-from polyadic import functional, init, nn, reference
+from polyadic import finetune, functional, init, nn, reference
 from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
@@ -24,6 +24,7 @@ __all__ = [
     "accelerate_tltorch",
     "calibrate",
     "explain",
+    "finetune",
     "freeze",
     "functional",
     "init",
