@@ -6,6 +6,7 @@ from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
+from polyadic.pretrained import from_pretrained, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.tltorch import accelerate_tltorch
 
@@ -26,11 +27,13 @@ __all__ = [
     "explain",
     "finetune",
     "freeze",
+    "from_pretrained",
     "functional",
     "init",
     "nn",
     "padded_shape",
     "reference",
+    "save_pretrained",
     "tensorize",
     "unfreeze",
 ]
