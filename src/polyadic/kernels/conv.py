@@ -115,12 +115,16 @@ class ConvMap:
             if not plan.depthwise:
                 in_factors = [*kernel_factors, *in_factors]
             ka, kc = self._matrices(in_factors, out_factors, x.dtype)
-            maps = [project(_strided(x, plan.skip), ka, route.layout, self.groups)]
+            z = project(_strided(x, plan.skip), ka, route.layout, self.groups)
+            # A map that is not kept is dropped before the next but one is made.
+            maps = [z] if self.plan.keep else []
             for stage in plan.depthwise:
                 taps = _taps(stage, kernel_factors, x.dtype, self.groups)
-                maps = [maps[0], stage.forward(maps[-1], taps, None, taps.shape[0])]
-            y = project(maps[-1], kc.mT, route.layout, self.groups, bias)
-        return (y.squeeze(2) if self._lifted else y), tuple(maps[: self.plan.keep])
+                z = stage.forward(z, taps, None, taps.shape[0])
+            if self.plan.keep == 2 and plan.depthwise:
+                maps.append(z)
+            y = project(z, kc.mT, route.layout, self.groups, bias)
+        return (y.squeeze(2) if self._lifted else y), tuple(maps)
 
     def _dense(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Build the kernel in torch's layout: (n, c, *k), transposed (c, n, *k)."""
@@ -208,8 +212,11 @@ class ConvMap:
         maps = self._inputs_of_stages(taken, kept, ka, taps, plan, wrt_out, wrt_rest)
         d_out: list[Tensor] | None = None
         if wrt_out:
-            z2 = kept[1] if len(kept) == 2 else maps[-1]
-            d_out = khatri_rao_backward(self._outer(grad_y, z2, kc), out_factors)
+            z = kept[1] if len(kept) == 2 else maps[-1]
+            d_out = khatri_rao_backward(self._outer(grad_y, z, kc), out_factors)
+            del z
+        # A map is dropped where it has been used: the next one takes its memory.
+        del maps[len(taps) :]
         none_rest: list[Tensor | None] = [None] * (len(factors) - self.n_out)
         d_first: list[Tensor | None] = [*d_out] if d_out else [None] * self.n_out
         if not (wrt_x or wrt_rest):
@@ -217,12 +224,14 @@ class ConvMap:
 
         d_z = project(grad_y, kc, layout, self.groups)
         d_kernel: list[Tensor | None] = [None] * len(kernel_factors)
-        for stage, z, weight in reversed(
-            list(zip(plan.depthwise, maps[: len(taps)], taps, strict=True))
-        ):
-            d_map, d_taps = stage.backward(d_z, z, weight, weight.shape[0], (True, wrt_rest))
+        for stage in reversed(plan.depthwise):
+            weight = taps.pop()
+            d_map, d_taps = stage.backward(
+                d_z, maps.pop(), weight, weight.shape[0], (True, wrt_rest)
+            )
             assert d_map is not None
             d_z = d_map
+            del d_map
             if d_taps is not None:
                 held = [kernel_factors[i] for i in stage.held]
                 # Groups share the taps: their gradients add up.
