@@ -16,6 +16,7 @@ import polyadic
 from cases import CASES, Case, every_case
 from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic import functional as PF
+from polyadic.bench.measure import LiveBytes
 from polyadic.nn import CPLinear
 
 # 512 → 384 at rank 6 on 8 rows: W has 196,608 entries, the next largest tensors (M, R) and (B, M).
@@ -222,6 +223,35 @@ def test_allocations_can_fail() -> None:
     with Allocations() as allocations:
         LINEAR.expected(LINEAR.leaves(torch.float32))
     assert allocations.largest >= dense_size(LINEAR)
+
+
+MAPS = Case("maps", ((4, 4), (4, 4), (3, 3)), 16, (4,), (16, 16), options={"padding": 1})
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("route", CONV_ROUTES, ids=str)
+def test_most_maps_live_at_once_in_training(route: ConvRoute, keep: int) -> None:
+    """x, y, its gradient, Z1 and two more, dZ2 and dZ1 or dZ1 and dX; between stages one more."""
+    leaves, plan = (
+        MAPS.leaves(torch.float32).map(Tensor.requires_grad_),
+        ConvPlan(route, route, keep),
+    )
+    named, grad_y = list(leaves.named().values()), MAPS.grad_y(torch.float32)
+    with LiveBytes([grad_y, *named]) as live:
+        y = MAPS.cp(leaves, plan=plan)
+        torch.autograd.grad(y, named, grad_y)
+    most, one = 6 + (route.depthwise == "separable"), leaves.x.nbytes
+    assert most * one <= live.peak < (most + 0.5) * one
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
+def test_most_maps_live_at_once_in_inference(memory: str) -> None:
+    """Beside x two: the map that is read and the map that is written."""
+    leaves = MAPS.leaves(torch.float32)
+    with torch.no_grad(), LiveBytes(leaves.named().values()) as live:
+        y = MAPS.cp(leaves, memory=memory)
+    assert y.nbytes == leaves.x.nbytes
+    assert 3 * y.nbytes <= live.peak < 3.5 * y.nbytes
 
 
 def flops(case: Case, plan: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyadic import _check
+from polyadic._plan import Memory
 
 
 def nbytes(tensors: Sequence[Tensor | None]) -> int:
@@ -21,6 +22,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+
+
+def memory_now(memory: Any) -> Memory:
+    """Return the level asked for; ``"least"`` without gradients, for nothing is kept then."""
+    level = _check.memory(memory)
+    return level if torch.is_grad_enabled() else "least"
 
 
 def gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from polyadic._autograd import run
 from polyadic._format import ConvFormat
 from polyadic._plan import ConvPlan, Memory
 from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import autocast_dtype, gradient_like, nbytes
+from polyadic.functional._boundary import autocast_dtype, gradient_like, memory_now, nbytes
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.stages import Geometry
 
@@ -84,7 +84,6 @@ def _conv(
     _check.conv_input(x, fmt, geometry, n_groups)
     if _check.padding_mode(padding_mode) != "zeros":
         x, geometry = padded(x, geometry, padding_mode)
-    memory = _check.memory(memory)
     if plan is not None:
         plan = _check.conv_plan(plan)
     elif n_groups == 1:
@@ -174,7 +173,7 @@ def cp_conv(
     cast = autocast_dtype(x) if isinstance(x, Tensor) else None
     where = (stride, padding, dilation)
     fmt, saved = _conv(
-        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory,
+        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory_now(memory),
         cast is not None, groups, padding_mode,
     )  # fmt: skip
     x = saved.x

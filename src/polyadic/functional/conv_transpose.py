@@ -11,7 +11,7 @@ from polyadic._autograd import run
 from polyadic._format import ConvFormat
 from polyadic._plan import ConvPlan, Memory
 from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import autocast_dtype
+from polyadic.functional._boundary import autocast_dtype, memory_now
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.stages import Geometry
 
@@ -78,10 +78,8 @@ def cp_conv_transpose(
     where = _check.transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
     _check.conv_input(x, fmt, where, groups)
     _check.vector(bias, groups * fmt.out_channels, ins[0], cast=cast is not None)
-    if plan is not None:
-        plan = _check.conv_plan(plan)
-    else:
-        plan = _plan(fmt, where, x, groups, _check.memory(memory))
+    memory = memory_now(memory)
+    plan = _plan(fmt, where, x, groups, memory) if plan is None else _check.conv_plan(plan)
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
     scale = [] if weights is None else [weights.unsqueeze(0)]

@@ -18,6 +18,11 @@ from polyadic._cache import memoized
 
 Ints = tuple[int, ...]
 
+# Columns of the widest depthwise kernel whose weight gradient is fast on a CPU; its rows are free.
+WIDEST = 3
+# Entries of one image below which the slow way costs less than the calls of the fast one.
+LEAST_FOR_WIDE = 8192
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -119,15 +124,78 @@ class Stage:
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x and of weight, where ``wrt`` asks for them."""
-        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-            grad, self.padded(x), weight, None, *self._where(), groups, [*wrt, False]
-        )
+        x, size = self.padded(x), x.shape
+        d_weight = None
+        if wrt[1] and self._is_wide(x, groups):
+            d_weight, wrt = self._wide_weight_gradient(grad, x, weight), (wrt[0], False)
+        if any(wrt):
+            d_x, narrow, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, *self._where(), groups, [*wrt, False]
+            )
+            d_weight = narrow if wrt[1] else d_weight
         if not wrt[0]:
             return None, d_weight
         for dim, excess in enumerate(self.excess, start=2):
             if excess:
-                d_x = d_x.narrow(dim, 0, x.shape[dim])
-        return d_x, d_weight if wrt[1] else None
+                d_x = d_x.narrow(dim, 0, size[dim])
+        return d_x, d_weight
+
+    def _is_wide(self, x: Tensor, groups: int) -> bool:
+        """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
+        return (
+            groups == x.shape[1]
+            and len(self.kernel_size) == 2
+            and self.kernel_size[1] > WIDEST
+            and x.device.type == "cpu"
+            and x.shape[1] * x.shape[2] * x.shape[3] >= LEAST_FOR_WIDE
+        )
+
+    def _wide_weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Weight gradient (r, 1, h, w) of a depthwise stage in two dimensions with many columns.
+
+        By a few columns of taps at a time, each from x shifted to where they begin. Where there is
+        one row of taps, every row of x is an image of its own, and the columns become rows.
+        """
+        if self.transposed:
+            # Of the adjoint, which has input and output exchanged.
+            grad, x = x, grad
+        (height, width), (low, left) = self.kernel_size, self.padding
+        if height == self.stride[0] == 1 and not low and not any(self.output_padding):
+            where = (self.stride[::-1], self.padding[::-1], self.dilation[::-1])
+            pair = _rows_as_images(x), _rows_as_images(grad)
+            return _weight_gradient(*pair, weight.transpose(2, 3), *where).transpose(2, 3)
+        rows, columns = (
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip(
+                grad.shape[2:], self.stride, self.kernel_size, self.dilation, strict=True
+            )
+        )
+        below, right = max(0, rows - low - x.shape[2]), max(0, columns - left - x.shape[3])
+        x = F.pad(x, (left, right, low, below))[:, :, :rows]
+        pieces = []
+        for first in range(0, width, WIDEST):
+            taps = weight[..., first : first + WIDEST]
+            lacking = (width - first - taps.shape[3]) * self.dilation[1]
+            part = x[..., first * self.dilation[1] : columns - lacking]
+            pieces.append(_weight_gradient(part, grad, taps, self.stride, (0, 0), self.dilation))
+        return torch.cat(pieces, 3)
+
+
+def _rows_as_images(x: Tensor) -> Tensor:
+    """(b, c, h, w) → (b·h, c, w, 1), a view where the channels are innermost."""
+    b, c, h, w = x.shape
+    return x.movedim(2, 1).reshape(b * h, c, w, 1)
+
+
+def _weight_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    """Weight gradient alone of a depthwise convolution."""
+    where = (stride, padding, dilation, False, (0, 0), weight.shape[0])
+    d_weight: Tensor = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *where, [False, True, False]
+    )[1]
+    return d_weight
 
 
 @dataclass(frozen=True)
