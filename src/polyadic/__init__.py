@@ -4,6 +4,7 @@ from polyadic import finetune, functional, init, nn, reference
 from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
+from polyadic.decompose import DecomposeInterrupted, Decomposition, decompose
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
 from polyadic.pretrained import from_pretrained, save_pretrained
@@ -18,12 +19,15 @@ __all__ = [
     "ConvFormat",
     "ConvPlan",
     "ConvRoute",
+    "DecomposeInterrupted",
+    "Decomposition",
     "Explanation",
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
     "accelerate_tltorch",
     "calibrate",
+    "decompose",
     "explain",
     "finetune",
     "freeze",

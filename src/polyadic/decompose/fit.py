@@ -1,0 +1,239 @@
+"""``decompose``: check the arguments, race the starts, sweep until nothing is gained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from polyadic._format import Shape
+from polyadic.decompose import arguments
+from polyadic.decompose.arguments import Start
+from polyadic.decompose.problem import Problem, make_problem
+from polyadic.decompose.result import DecomposeInterrupted, Decomposition, fragility
+from polyadic.decompose.starts import low_rank, orthogonal_terms, random_factors
+from polyadic.decompose.sweep import Sweeper
+from polyadic.kernels.modes import khatri_rao
+from polyadic.tensor import CPTensor
+
+RACE_SWEEPS = 5
+WINDOW = 5
+# Roundings of the norm up to which an expansion counts as exact.
+EXACT = 100
+
+Callback = Callable[[int, float], object]
+
+
+@torch.no_grad()
+def decompose(
+    weight: Tensor,
+    tensorized_shape: Sequence[Sequence[int]],
+    rank: int,
+    *,
+    metric: Tensor | None = None,
+    metric_groups: Sequence[int] = (0,),
+    damping: float = 1e-4,
+    start: Start | Sequence[Start] = "auto",
+    iterations: int = 200,
+    tolerance: float = 1e-4,
+    regularization: float = 1e-6,
+    max_growth: float | None = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> Decomposition:
+    """Fit a CP tensor to a weight by alternating least squares.
+
+    Minimises ‖Σ^½(W − Ŵ)‖² + τ Σ_r ‖w_r‖² over Ŵ = Σ_r w_r of rank one each. Where two modes are
+    left after those of size 1 (plain low rank), the result is the optimum, by an SVD of Σ^½W.
+    Where the rank suffices for an exact expansion of W (always at Π n / max n), that is returned.
+
+    Args:
+        weight: W, whose dimensions are the modes of the tensorized shape in order, or products
+            of adjacent ones: (M, N) for a linear layer, which is ``linear.weight.t()``; (Cout,
+            Cin, *kernel) for a convolution. Computed in float32, or float64 if it is.
+        tensorized_shape: groups of mode sizes, as ``CPTensor`` takes them.
+        rank: R.
+        metric: second moment Σ of the layer's input over the input side, (P, P), or its diagonal
+            (P,) such as token frequencies; None for the Frobenius norm. Only its shape matters,
+            not its scale. ``polyadic.second_moments`` gathers it.
+        metric_groups: the groups of ``tensorized_shape`` that make up the input side, in the
+            order of the metric: (0,) for a linear layer or an embedding, (1, 2) for a convolution.
+        damping: added to the diagonal of Σ, relative to its mean; makes it definite.
+        start: ``"orthogonal"`` (largest terms of an orthogonal rank-one expansion), ``"random"``,
+            a ``CPTensor`` or ``Decomposition`` to go on from, or a sequence of these, which are
+            raced; ``"auto"`` races one of each name. One of another rank is cut to its largest
+            components, or filled up with the largest terms of an expansion of its residual.
+        iterations: most sweeps over all factors.
+        tolerance: stop when the error falls by less than this fraction in five sweeps.
+        regularization: τ.
+        max_growth: bound on the growth of the result (see ``Decomposition``), at least 1; τ is
+            raised until it holds. None for no bound beyond what τ sets.
+        seed: of all that is drawn; the same seed gives the same result on one machine.
+        callback: called as ``callback(iteration, error)`` after each sweep; returning True ends
+            the fit with what was reached.
+
+    Returns:
+        A ``Decomposition`` with the CP tensor, its errors and its fragility.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, shape or value does not fit; the weight is not finite; the metric is
+            not symmetric positive semidefinite.
+        DecomposeInterrupted: on Ctrl-C; a KeyboardInterrupt with the result so far.
+    """
+    began = time.perf_counter()
+    groups = arguments.groups(tensorized_shape)
+    arguments.weight(weight, groups)
+    rank = arguments.rank(rank)
+    inside = arguments.metric(metric, metric_groups, groups)
+    arguments.options(damping, iterations, tolerance, regularization, max_growth, seed, callback)
+    starts = arguments.starts(start, groups)
+    problem = make_problem(weight, groups, metric, inside, damping)
+    fit = _Fit(problem, groups, rank, weight, regularization, max_growth, began)
+    generator = torch.Generator().manual_seed(seed)
+    known = fit.closed_form(generator)
+    if known is not None:
+        return known
+    begun = [(name(s), fit.begin(s, generator)) for s in starts]
+    fit.race(begun)
+    try:
+        converged, reason = fit.run(iterations, tolerance, callback)
+    except KeyboardInterrupt:
+        raise DecomposeInterrupted(fit.result(False, "interrupted")) from None
+    return fit.result(converged, reason)
+
+
+def name(start: Start) -> str:
+    """A start as it is reported."""
+    return start if isinstance(start, str) else "the given factors"
+
+
+class _Fit:
+    """The state of one fit."""
+
+    def __init__(
+        self, problem: Problem, groups: tuple[Shape, ...], rank: int, weight: Tensor, tau: float,
+        max_growth: float | None, began: float,
+    ) -> None:  # fmt: skip
+        self.problem, self.groups, self.rank, self.weight = problem, groups, rank, weight
+        self.tau, self.max_growth, self.began = tau, max_growth, began
+        self.norm = math.sqrt(problem.frobenius_power())
+        self.history: list[float] = []
+        self.raced: tuple[tuple[str, float], ...] = ()
+        self.start = ""
+        self.sweeper: Sweeper
+
+    def closed_form(self, generator: torch.Generator) -> Decomposition | None:
+        """The optimum where it is known: two modes, an exact expansion, a weight of zeros."""
+        problem, rank = self.problem, self.rank
+        if self.norm == 0:
+            factors = random_factors(problem, rank, generator)
+            return self._finished([*factors[:-1], factors[-1] * 0], "zeros", "the weight is zero")
+        if len(problem.sizes) == 2:
+            reason = "the optimum in closed form"
+            return self._finished(low_rank(problem, rank), "the SVD", reason)
+        terms = orthogonal_terms(problem, rank, generator)
+        left_out = problem.residual(terms)[1]
+        if left_out <= (self.norm * EXACT * torch.finfo(problem.matrix.dtype).eps) ** 2:
+            reason = "an exact expansion at this rank"
+            return self._finished(terms, "an orthogonal expansion", reason)
+        return None
+
+    def _finished(self, factors: list[Tensor], start: str, reason: str) -> Decomposition:
+        self.start, self.sweeper = start, Sweeper(self.problem, factors)
+        return self.result(True, reason)
+
+    def begin(self, start: Start, generator: torch.Generator) -> list[Tensor]:
+        """Factors of the fitted modes."""
+        if start == "orthogonal":
+            return orthogonal_terms(self.problem, self.rank, generator)
+        if start == "random":
+            return random_factors(self.problem, self.rank, generator)
+        cp = start.cp if isinstance(start, Decomposition) else start
+        assert isinstance(cp, CPTensor)
+        every = list(cp.factors)
+        if cp.weights is not None:
+            every[0] = every[0] * cp.weights
+        return self._of_rank(self.problem.taken(every), generator)
+
+    def _of_rank(self, factors: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """Cut to the largest components, or filled up from the residual."""
+        present = factors[0].shape[1]
+        if present > self.rank:
+            norms = torch.stack([factor.double().norm(dim=0) for factor in factors]).prod(0)
+            keep = norms.argsort(descending=True, stable=True)[: self.rank].sort()[0]
+            return [factor[:, keep] for factor in factors]
+        if present < self.rank:
+            left, right = self.problem.split(factors)
+            rest = self.problem.matrix - khatri_rao(left) @ khatri_rao(right).t()
+            more = orthogonal_terms(
+                replace(self.problem, matrix=rest), self.rank - present, generator
+            )
+            return [torch.cat(pair, 1) for pair in zip(factors, more, strict=True)]
+        return factors
+
+    def race(self, starts: Sequence[tuple[str, list[Tensor]]]) -> None:
+        """A few sweeps from every start; the fit goes on from the best."""
+        runs: list[tuple[str, Sweeper, list[float]]] = [
+            (label, Sweeper(self.problem, factors), []) for label, factors in starts
+        ]
+        best: tuple[str, Sweeper, list[float]] | None = None
+        for label, sweeper, history in runs:
+            for _ in range(RACE_SWEEPS if len(runs) > 1 else 0):
+                sweeper.sweep(self.tau)
+                history.append(math.sqrt(sweeper.squared_error()))
+            if best is None or history[-1] < best[2][-1]:
+                best = (label, sweeper, history)
+        assert best is not None
+        self.start, self.sweeper, self.history = best
+        self.raced = tuple((label, history[-1]) for label, _, history in runs if history)
+
+    def run(self, iterations: int, tolerance: float, callback: Callback | None) -> tuple[bool, str]:
+        """Sweep on; whether it converged, and why it ended."""
+        while len(self.history) < iterations:
+            self.sweeper.sweep(self.tau)
+            error = math.sqrt(self.sweeper.squared_error())
+            self.history.append(error)
+            if callback is not None and callback(len(self.history), error) is True:
+                return False, "stopped by the callback"
+            if len(self.history) > WINDOW:
+                before = self.history[-1 - WINDOW]
+                if before - error <= tolerance * before:
+                    return True, f"the error fell by less than {tolerance:g} in {WINDOW} sweeps"
+        return False, f"reached the limit of {iterations} sweeps"
+
+    def result(self, converged: bool, reason: str) -> Decomposition:
+        """Measure the present factors and wrap them up."""
+        problem, factors = self.problem, self.sweeper.factors
+        in_metric, frobenius = problem.residual(factors)
+        full = problem.restored(factors)
+        found = fragility(full, self.norm)
+        cp = CPTensor.from_factors(self.groups, [f.to(self.weight.dtype) for f in full])
+        return Decomposition(
+            cp=cp,
+            error=_relative(in_metric, problem.power()),
+            frobenius_error=_relative(frobenius, self.norm**2),
+            growth=found.growth,
+            sensitivity=found.sensitivity,
+            congruence=found.congruence,
+            mean_congruence=found.mean_congruence,
+            start=self.start,
+            raced=self.raced,
+            regularization=self.tau,
+            iterations=len(self.history),
+            history=tuple(self.history),
+            seconds=time.perf_counter() - self.began,
+            converged=converged,
+            reason=reason,
+        )
+
+
+def _relative(squared: float, power: float) -> float:
+    """√(squared / power); the error of a zero weight is 0 where it is met."""
+    if power == 0:
+        return 0.0 if squared == 0 else math.inf
+    return math.sqrt(max(squared, 0.0) / power)
