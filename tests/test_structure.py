@@ -21,7 +21,8 @@ PACKAGE = Path(polyadic.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 420
 # What only some users have, or takes long to import.
-HEAVY = ["tltorch", "tensorly", "matplotlib", "sklearn", "typer", "rich", "triton", "pandas"]
+HEAVY = ["tltorch", "tensorly", "matplotlib", "sklearn", "typer", "rich", "triton", "pandas",
+         "transformers"]  # fmt: skip
 COMPILER = ["torch._dynamo", "torch._inductor"]
 
 

@@ -7,7 +7,7 @@ from polyadic.calibrate import calibrate
 from polyadic.decompose import DecomposeInterrupted, Decomposition, decompose
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
-from polyadic.pretrained import from_pretrained, save_pretrained
+from polyadic.pretrained import from_pretrained, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.tltorch import accelerate_tltorch
 
@@ -37,6 +37,7 @@ __all__ = [
     "nn",
     "padded_shape",
     "reference",
+    "register_transformers",
     "save_pretrained",
     "tensorize",
     "unfreeze",

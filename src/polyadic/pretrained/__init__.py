@@ -1,5 +1,10 @@
-"""Models with CP layers on disk: saved, loaded, and turned back into dense ones."""
+"""Models with CP layers on disk: saved and loaded, by polyadic and by transformers."""
 
-from polyadic.pretrained._store import from_pretrained, save_pretrained
+from polyadic.pretrained._store import (
+    attach,
+    from_pretrained,
+    register_transformers,
+    save_pretrained,
+)
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["attach", "from_pretrained", "register_transformers", "save_pretrained"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ def write(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
                 os.fsync(opened.fileno())
         os.replace(weights, directory / WEIGHTS)
         os.replace(text, directory / CONFIG)
+
+
+def write_by(directory: Path, save: Callable[[Path], None]) -> None:
+    """Let a function write into a folder of its own, and put its files in their place."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        save(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, directory / file.name)
+    # It would be read in their place.
+    (directory / CONFIG).unlink(missing_ok=True)
 
 
 @contextmanager

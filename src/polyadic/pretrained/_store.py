@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
     saved as it was before ``polyadic.freeze``. Code is not saved: to load the model again, its
     architecture is needed as a skeleton.
 
+    A model of transformers is saved in its own format, the CP layers in ``config.json``: it can be
+    loaded by transformers after ``polyadic.register_transformers``, or here.
+
     Args:
         model: a module that holds CP layers, or is one.
         directory: made if it is not there.
@@ -41,6 +45,10 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
     layers = describe(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
+    if _is_transformers(model):
+        _bridge().attach(model)
+        _files.write_by(Path(directory), cast(Any, model).save_pretrained)
+        return
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
@@ -101,6 +109,7 @@ def from_pretrained(
     filled = fill(exchange, tensors, sources, device)
     exchange.apply()
     model.load_state_dict(filled, strict=True, assign=True)
+    attach(model)
     return model
 
 
@@ -162,3 +171,44 @@ def _sources(
     wrong += [f"{name} is unexpected" for name in sorted(set(shapes) - set(state))]
     refuse(f"tensors in {folder} do not fit the model", wrong)
     return sources
+
+
+def register_transformers() -> None:
+    """Teach transformers to load models with CP layers by its own ``from_pretrained``.
+
+    It registers a quantizer under the name ``"polyadic"``, which ``config.json`` of a saved model
+    asks for. To be called once in a process, before the first such model is loaded; a second call
+    does nothing. Without it transformers warns of an unknown quantization type, and builds a dense
+    model with random weights in the place of the CP layers.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    _bridge().register()
+
+
+def _bridge() -> ModuleType:
+    try:
+        from polyadic.pretrained import _transformers
+    except ImportError as error:
+        raise ImportError(
+            f'models of transformers need it: pip install "polyadic[transformers]" ({error})'
+        ) from error
+    return _transformers
+
+
+def attach(model: nn.Module) -> None:
+    """Make transformers' own ``save_pretrained`` save the CP layers of a model, or of its parts.
+
+    Does nothing for other models. Whoever puts CP layers into a model calls it.
+    """
+    if any(map(_is_transformers, model.modules())):
+        _bridge().attach(model)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers; asked without importing it."""
+    return any(
+        base.__name__ == "PreTrainedModel" and base.__module__.partition(".")[0] == "transformers"
+        for base in type(model).__mro__
+    )

@@ -1,0 +1,281 @@
+"""Models of transformers with CP layers: saved and loaded by transformers, and by polyadic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import polyadic
+from polyadic import _surgery
+from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
+from polyadic.pretrained import attach, from_pretrained, save_pretrained
+from pretrained_cases import same
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.tensor([[1, 5, 9, 2], [3, 4, 59, 7]])
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    polyadic.register_transformers()
+
+
+def bert_config(**options: Any) -> Any:
+    return transformers.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=8, **options,
+    )  # fmt: skip
+
+
+def gpt2_config() -> Any:
+    return transformers.GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+
+
+def exchange(model: nn.Module, embedding: str | None = None, head: str | None = None) -> Any:
+    """CP layers for the queries and the first layers of the MLPs, and for a tied embedding."""
+    targets = r".*(query|intermediate\.dense)"
+    if any(name.endswith("query") for name, _ in model.named_modules()):
+        for name, layer in _surgery.find(model, target_modules=targets).layers.items():
+            sizes = layer.in_features, layer.out_features
+            _surgery.replace(model, name, CPLinear(*sizes, rank=3, order=2))
+    if embedding is not None:
+        table = model.get_submodule(embedding)
+        padding = table.padding_idx
+        new = CPEmbedding(60, 16, padding_idx=padding, rank=5)
+        _surgery.replace(model, embedding, new)
+    if head is not None:
+        bias = model.get_submodule(head).bias is not None
+        _surgery.replace(model, head, new.as_linear(bias))
+    nn.init.normal_(next(model.parameters()))
+    return model.eval()
+
+
+MODELS: list[Any] = [
+    ("bert", lambda: transformers.BertModel(bert_config()), ()),
+    (
+        "bert-embedding",
+        lambda: transformers.BertModel(bert_config()),
+        ("embeddings.word_embeddings",),
+    ),
+    ("masked-lm", lambda: transformers.BertForMaskedLM(bert_config()), ()),
+    (
+        "masked-lm-tied",
+        lambda: transformers.BertForMaskedLM(bert_config()),
+        ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+    ),
+    (
+        "masked-lm-untied",
+        lambda: transformers.BertForMaskedLM(bert_config(tie_word_embeddings=False)),
+        ("bert.embeddings.word_embeddings",),
+    ),
+    (
+        "gpt2-tied",
+        lambda: transformers.GPT2LMHeadModel(gpt2_config()),
+        ("transformer.wte", "lm_head"),
+    ),
+]
+models = pytest.mark.parametrize(
+    ("make", "names"), [p[1:] for p in MODELS], ids=[p[0] for p in MODELS]
+)
+
+
+def loaded(model: Any, folder: Path, **options: Any) -> Any:
+    """The model by transformers' own from_pretrained, with nothing missing and nothing over."""
+    new, report = type(model).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return new
+
+
+@models
+def test_transformers_saves_and_loads(
+    make: Callable[[], Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = exchange(make(), *names)
+    attach(model)
+    model.save_pretrained(tmp_path)
+    new = loaded(model, tmp_path)
+    same(model, new)
+    assert not new.training
+    assert torch.equal(model(IDS)[0], new(IDS)[0])
+    # And once more, after a step of training, from what was loaded.
+    new.train()
+    new(IDS)[0].square().mean().backward()
+    torch.optim.SGD(new.parameters(), lr=0.1).step()
+    new.save_pretrained(tmp_path / "again", max_shard_size="4KB")
+    assert (tmp_path / "again" / "model.safetensors.index.json").exists()
+    same(new, loaded(new, tmp_path / "again"))
+
+
+@models
+def test_polyadic_saves_what_both_load(
+    make: Callable[[], Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = exchange(make(), *names)
+    save_pretrained(model, tmp_path)
+    assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    same(model, loaded(model, tmp_path))
+    ours = from_pretrained(tmp_path, make())
+    same(model, ours)
+    # What we have loaded, transformers can save.
+    ours.save_pretrained(tmp_path / "again")
+    same(model, loaded(model, tmp_path / "again"))
+    same(model, from_pretrained(tmp_path / "again", make()))
+
+
+def test_automodel_restores(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    save_pretrained(model, tmp_path)
+    same(model, transformers.AutoModel.from_pretrained(tmp_path))
+
+
+def test_the_base_model_of_a_model_with_a_head(tmp_path: Path) -> None:
+    model = exchange(transformers.BertForMaskedLM(bert_config()), *MODELS[3][2])
+    save_pretrained(model, tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(model.bert(IDS)[0], base(IDS)[0])
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(model.bert(IDS)[0], other.bert(IDS)[0])
+
+
+def test_a_new_head_is_tied_to_the_table_in_cp_format(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()), "embeddings.word_embeddings")
+    save_pretrained(model, tmp_path)
+    new = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(model(IDS)[0], new.bert(IDS)[0])
+    head = new.cls.predictions.decoder
+    assert isinstance(head, CPTiedLinear)
+    assert head.cp is new.bert.embeddings.word_embeddings.cp
+    assert head.bias is new.cls.predictions.bias
+    assert torch.equal(head.bias, torch.zeros(60))
+
+
+def test_ties_survive_tie_weights(tmp_path: Path) -> None:
+    model = exchange(transformers.BertForMaskedLM(bert_config()), *MODELS[3][2])
+    save_pretrained(model, tmp_path)
+    new = loaded(model, tmp_path)
+    new.tie_weights()
+    same(model, new)
+
+
+def test_conv1d_of_gpt2_is_left_alone() -> None:
+    model = transformers.GPT2LMHeadModel(gpt2_config())
+    found = _surgery.find(model)
+    assert found.ties == (("transformer.wte", "lm_head"),)
+    assert set(found.layers) == {"transformer.wte", "transformer.wpe", "lm_head"}
+    assert all("Conv1D" in reason for reason in found.skipped.values())
+    assert len(found.skipped) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config())).to(dtype)
+    save_pretrained(model, tmp_path)
+    same(model, loaded(model, tmp_path))
+    asked = loaded(model, tmp_path, dtype=torch.float32)
+    same(model.to(torch.float32), asked)
+    assert {p.dtype for p in asked.half().parameters()} == {torch.float16}
+
+
+def test_a_layer_of_another_dtype_keeps_it(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    model.encoder.layer[0].attention.self.query.double()
+    save_pretrained(model, tmp_path)
+    same(model, loaded(model, tmp_path))
+    asked = loaded(model, tmp_path, dtype=torch.bfloat16)
+    assert asked.encoder.layer[0].attention.self.query.cp.factors[0].dtype == torch.float64
+    assert asked.encoder.layer[1].attention.self.query.cp.factors[0].dtype == torch.bfloat16
+
+
+def test_a_model_inside_another_module(tmp_path: Path) -> None:
+    """As sentence encoders hold theirs: polyadic's own format outside, transformers' inside."""
+
+    def make() -> nn.ModuleDict:
+        return nn.ModuleDict({"bert": transformers.BertModel(bert_config())})
+
+    model = make()
+    exchange(model["bert"])
+    save_pretrained(model, tmp_path)
+    new = from_pretrained(tmp_path, make())
+    same(model, new)
+    new["bert"].save_pretrained(tmp_path / "inner")
+    same(model["bert"], loaded(model["bert"], tmp_path / "inner"))
+
+
+def test_training_is_not_refused(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    save_pretrained(model, tmp_path)
+    check = pytest.importorskip("transformers.trainer_utils").validate_quantization_for_training
+    check(loaded(model, tmp_path))
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    edit(content["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(format_version=2), "install a newer one"),
+        (lambda c: c.pop("layers"), "describes no CP layers"),
+        (lambda c: c["layers"][QUERY].update({"class": "os.system"}), "class must be one of"),
+        (lambda c: c["layers"][QUERY]["arguments"].update(in_features=17), "in_features is 16"),
+        (lambda c: c["layers"].update({"nowhere": c["layers"][QUERY]}), "has no layer 'nowhere'"),
+        (lambda c: c.update(dtype="int8"), "dtype must be one of"),
+    ],
+)
+def test_a_configuration_that_is_not_one(edit: Any, message: str, tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    save_pretrained(model, tmp_path)
+    edited(tmp_path, edit)
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nowhere" if "nowhere" in message else message):
+        from_pretrained(tmp_path, transformers.BertModel(bert_config()))
+
+
+def test_missing_factors_are_an_error(tmp_path: Path) -> None:
+    """For other parameters transformers only warns, and draws them anew."""
+    model = exchange(transformers.BertModel(bert_config()))
+    save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = f"{QUERY}.cp.factors.1"
+    del tensors[gone]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensors of CP layers are missing.*{gone}"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{gone} is missing"):
+        from_pretrained(tmp_path, transformers.BertModel(bert_config()))
+
+
+def test_a_dense_checkpoint_is_not_converted_by_it(tmp_path: Path) -> None:
+    transformers.BertModel(bert_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="describes no CP layers of polyadic"):
+        from_pretrained(tmp_path, transformers.BertModel(bert_config()))
+
+
+def test_saving_over_polyadics_own_format(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    save_pretrained(nn.ModuleDict({"x": model}), tmp_path)
+    save_pretrained(model, tmp_path)
+    same(model, from_pretrained(tmp_path, transformers.BertModel(bert_config())))
+
+
+def test_registering_twice_does_nothing() -> None:
+    polyadic.register_transformers()
+    polyadic.register_transformers()
