@@ -19,7 +19,9 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 import polyadic
 from polyadic import CPTensor
 from polyadic import functional as PF
+from polyadic._plan import LinearPlan, LinearRoute
 from polyadic.functional import embedding as embedding_module
+from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.nn import CPEmbedding, CPTiedLinear
 from test_values import assert_close
 
@@ -193,6 +195,53 @@ class TestUnique:
         with Sizes():
             layer(indices).square().sum().backward()
         assert max(sizes) == 32 * 768 * 4
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("groups", [(3,), (1, 2), (2, 1), (1, 1, 1)])
+def test_any_in_factors_may_be_joined(groups: tuple[int, ...], weights: bool) -> None:
+    """A law of plans: each computes the same rows and gradients."""
+    layer = make(23, (2, 3, 4), (3, 2), 5, weights=weights, padding_idx=3)
+    factors = [f.detach() for f in layer.cp.factors]
+    if weights:
+        factors.insert(0, layer.cp.weights.detach().unsqueeze(0))
+        groups = (groups[0] + 1, *groups[1:])
+    route = LinearRoute(groups, (1, 1))
+    indices, grad_y = torch.randint(23, (40,)), torch.randn(40, 6, dtype=torch.float64)
+    leaves = [f.clone().requires_grad_() for f in factors]
+    count = len(factors) - 2
+    letters = "abcdef"[: len(leaves)]
+    dense = torch.einsum(f"{','.join(c + 'r' for c in letters)}->{letters}", *leaves)
+    rows = dense.reshape(24, 6)[indices].masked_fill((indices == 3).unsqueeze(1), 0)
+    want = torch.autograd.grad(rows, leaves, grad_y)
+    for keep in (True, False):
+        embedding = EmbeddingMap(LinearPlan(route, route, keep), count, padding_idx=3)
+        y, kept = embedding.forward(indices, None, factors)
+        assert len(kept) == keep
+        assert_close(y, rows, "y")
+        needs = (False, *(True,) * len(factors))
+        _, grads = embedding.backward(grad_y, indices, kept, factors, needs)
+        for got, expected in zip(grads, want, strict=True):
+            assert_close(got, expected, "gradient")
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups"),
+    [(0, (1, 1, 1)), (11, (1, 1, 1)), (12, (2, 1)), (24, (1, 2)), (47, (1, 2)), (48, (3,))],
+)
+def test_factors_are_joined_where_indices_are_many(
+    rows: int, groups: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From twice as many indices on as the Khatri-Rao product has rows, the last modes first."""
+    seen: list[Any] = []
+    run = embedding_module.run
+    monkeypatch.setattr(
+        embedding_module, "run", lambda m, x, b, f: seen.append(m.plan) or run(m, x, b, f)
+    )
+    layer = make(24, (2, 3, 4), (3, 2), 5)
+    layer(torch.randint(24, (rows,)))
+    assert [plan.forward.in_groups for plan in seen] == [groups]
+    assert [plan.backward.in_groups for plan in seen] == [groups]
 
 
 def test_saves_indices_alone() -> None:

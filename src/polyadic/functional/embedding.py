@@ -13,7 +13,7 @@ from polyadic import _check
 from polyadic._autograd import run
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, LinearRoute, Memory
-from polyadic._planner import plan_linear
+from polyadic._planner import known, plan_linear
 from polyadic.kernels.embedding import EmbeddingMap
 
 # Below this many indices a lookup costs no more than finding the distinct ones.
@@ -29,6 +29,35 @@ def _may_count(flat: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and len(flat) >= FEWEST_TO_COUNT
     )
+
+
+def _distinct(flat: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+    """Distinct indices and where each index stands among them, if they are at most half as many."""
+    if size <= 64 * len(flat):
+        # Marks in the table are cheaper to count than indices to sort.
+        marks = torch.zeros(size, dtype=torch.bool).index_fill_(0, flat.long(), True)
+        if 2 * int(marks.sum()) > len(flat):
+            return None
+    distinct, places = torch.unique(flat, return_inverse=True)
+    return (distinct, places) if 2 * len(distinct) <= len(flat) else None
+
+
+def _joined(modes: Sequence[int], rows: int, device: str) -> tuple[int, ...]:
+    """Lengths of groups of adjacent in modes whose Khatri-Rao product is worth forming.
+
+    That is where it has at most half as many rows as there are indices to look up. Elsewhere than
+    on a CPU rows are summed by a matrix product, for which the modes had better stay small.
+    """
+    if device != "cpu" or (torch.compiler.is_compiling() and not known(rows, *modes)):
+        return (1,) * len(modes)
+    groups, sizes = [1], [modes[-1]]
+    for mode in reversed(modes[:-1]):
+        if 2 * mode * sizes[0] <= rows:
+            groups[0], sizes[0] = groups[0] + 1, mode * sizes[0]
+        else:
+            groups.insert(0, 1)
+            sizes.insert(0, mode)
+    return tuple(groups)
 
 
 def cp_embedding(
@@ -87,18 +116,22 @@ def cp_embedding(
     if not torch.compiler.is_compiling():
         _check.within(flat, size)
     inverse = None
-    if _may_count(flat) if unique is None else unique:
-        distinct, places = torch.unique(flat, return_inverse=True)
-        if unique or 2 * len(distinct) <= len(flat):
-            flat, inverse = distinct, places
+    if unique:
+        flat, inverse = torch.unique(flat, return_inverse=True)
+    elif unique is None and _may_count(flat):
+        flat, inverse = _distinct(flat, size) or (flat, None)
     # The planner reads leading shape, dtype and device of a linear map's input: one row per index.
     like = ins[0].detach().new_empty(()).expand(flat.shape[0], fmt.in_features)
     plan = plan_linear(fmt, like, memory)
-    forward, backward = plan.forward, plan.backward
+    forward, backward = plan.forward.out_groups, plan.backward.out_groups
     if like.dtype.itemsize == 2:
         # A lookup rounds less than a GEMM: splitting would round once more than torch, twice over.
-        forward = backward = LinearRoute((len(ins),), (len(outs),))
-    plan = LinearPlan(forward, backward, keep=memory == "fast")
+        forward = backward = (len(outs),)
+    first, *rest = _joined(in_shape, flat.shape[0], like.device.type)
+    joined = (first + (weights is not None), *rest)
+    plan = LinearPlan(
+        LinearRoute(joined, forward), LinearRoute(joined, backward), keep=memory == "fast"
+    )
     if weights is not None:
         ins = (weights.unsqueeze(0), *ins)
     y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])

@@ -4,8 +4,10 @@ Row i of the table KA KCᵀ, where i has the mixed-radix digits (i_1, …, i_D) 
 
     z = A_1[i_1] ∘ … ∘ A_D[i_D] (R)        y = z KCᵀ (E)
 
-so a lookup gathers D small rows per index, multiplies them and is one GEMM with KC; of KA no more
-is formed. A weight vector λ (R,) enters as one more in factor with a mode of size 1, in front.
+so a lookup gathers D small rows per index, multiplies them and is one GEMM with KC. Where there
+are more indices than rows in the Khatri-Rao product of adjacent factors, that product is formed and
+gathered from in their place; the in groups of the plan say which are joined. A weight vector λ (R,)
+enters as one more in factor with a mode of size 1, in front.
 
 Axes: b indices, m rows of one in factor, r rank, e embedding dimension.
 """
@@ -21,7 +23,14 @@ import torch
 from torch import Tensor
 
 from polyadic._plan import LinearPlan
-from polyadic.kernels.modes import accumulate_dtype, expand, partials
+from polyadic.kernels.modes import (
+    Groups,
+    accumulate_dtype,
+    expand,
+    khatri_rao,
+    khatri_rao_backward,
+    partials,
+)
 
 
 def _digits(indices: Tensor, modes: Sequence[int]) -> list[Tensor]:
@@ -36,11 +45,21 @@ def _digits(indices: Tensor, modes: Sequence[int]) -> list[Tensor]:
     return [indices, *digits]
 
 
-def _pick(indices: Tensor, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Digits of the indices and the rows (b, r) of the factors they point at, in at least fp32."""
-    digits = _digits(indices, [factor.shape[0] for factor in factors])
+def _pick(
+    indices: Tensor, factors: Sequence[Tensor], groups: Groups
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Digits of the indices over the joined modes, and the rows (b, r) they point at.
+
+    Rows of a Khatri-Rao product are formed in at least fp32, and all are returned so.
+    """
     wide = accumulate_dtype(factors[0].dtype)
-    rows = [f.index_select(0, digit) for f, digit in zip(factors, digits, strict=True)]
+    joined, start = [], 0
+    for length in groups:
+        part = factors[start : start + length]
+        joined.append(part[0] if length == 1 else khatri_rao(part, wide))
+        start += length
+    digits = _digits(indices, [matrix.shape[0] for matrix in joined])
+    rows = [m.index_select(0, digit) for m, digit in zip(joined, digits, strict=True)]
     return digits, rows if factors[0].dtype == wide else [row.to(wide) for row in rows]
 
 
@@ -66,7 +85,8 @@ class EmbeddingMap:
     """The map (indices, None, *factors) → y with factors = (λ if any, *in, *out).
 
     Args:
-        plan: its out groups say how the out factors are applied, ``keep`` whether Z is kept.
+        plan: its in groups say which in factors are joined before the lookup, its out groups how
+            the out factors are applied, ``keep`` whether Z is kept.
         n_in: number of in factors, λ counted.
         padding_idx: the index whose row is zero and sends no gradient, or None.
     """
@@ -88,8 +108,11 @@ class EmbeddingMap:
 
     def _gather(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """Z (b, r): the product of the rows, rounded once; zero at the padding index."""
-        _, rows = _pick(x, factors[: self.n_in])
-        return self._silent(math.prod(rows[1:], start=rows[0]), x).to(factors[0].dtype)
+        _, rows = _pick(x, factors[: self.n_in], self.plan.forward.in_groups)
+        return self._product(rows, x, factors[0].dtype)
+
+    def _product(self, rows: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._silent(math.prod(rows[1:], start=rows[0]), x).to(dtype)
 
     def _silent(self, rows: Tensor, x: Tensor) -> Tensor:
         """Zero the rows (b, r) of the padding index."""
@@ -129,30 +152,46 @@ class EmbeddingMap:
     ) -> list[Tensor | None]:
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         wrt_in, wrt_out = any(needs[: self.n_in]), any(needs[self.n_in :])
+        route = self.plan.backward
+        digits: list[Tensor] = []
+        rows: list[Tensor] = []
+        if wrt_in or not kept:
+            digits, rows = _pick(x, in_factors, route.in_groups)
         if kept:
             z = kept[0]
         elif wrt_out:
-            z = self._gather(x, factors)
+            z = self._product(rows, x, in_factors[0].dtype)
         else:
             z = grad_y.new_empty(grad_y.shape[0], in_factors[0].shape[1])
-        groups = self.plan.backward.out_groups
-        _, g, d_out = partials(grad_y, z, out_factors, groups, wrt_z=wrt_in, wrt_factors=wrt_out)
+        _, g, d_out = partials(
+            grad_y, z, out_factors, route.out_groups, wrt_z=wrt_in, wrt_factors=wrt_out
+        )
         d_in: list[Tensor | None] = [None] * self.n_in
         if g is not None:
-            digits, rows = _pick(x, in_factors)
-            # From the left G ∘ A_1[i_1] ∘ …, from the right … ∘ A_D[i_D]: no product formed twice.
-            before = [self._silent(g.to(rows[0].dtype), x)]
-            for row in rows[:-1]:
-                before.append(before[-1] * row)
-            after: Tensor | None = None
-            for d in reversed(range(self.n_in)):
-                if needs[d]:
-                    piece = before[d] if after is None else before[d] * after
-                    total = _sum_into(piece, digits[d], in_factors[d].shape[0])
-                    d_in[d] = total.to(in_factors[d].dtype)
-                after = rows[d] if after is None else rows[d] * after
+            d_in = self._scatter(self._silent(g.to(rows[0].dtype), x), digits, rows, in_factors)
         none_out = [None] * len(out_factors)
         return [*d_in, *(d_out or none_out)]
+
+    def _scatter(
+        self, g: Tensor, digits: list[Tensor], rows: list[Tensor], in_factors: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the in factors from G (b, r), all of them: they share their products."""
+        # From the left G ∘ A_1[i_1] ∘ …, from the right … ∘ A_D[i_D]: no product formed twice.
+        before = [g]
+        for row in rows[:-1]:
+            before.append(before[-1] * row)
+        after: Tensor | None = None
+        grads: list[Tensor | None] = []
+        stop = self.n_in
+        groups = self.plan.backward.in_groups
+        for d in reversed(range(len(rows))):
+            piece = before[d] if after is None else before[d] * after
+            own = in_factors[stop - groups[d] : stop]
+            total = _sum_into(piece, digits[d], math.prod([factor.shape[0] for factor in own]))
+            grads[:0] = khatri_rao_backward(total, own)
+            after = rows[d] if after is None else rows[d] * after
+            stop -= groups[d]
+        return grads
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:
