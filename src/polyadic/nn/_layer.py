@@ -33,6 +33,11 @@ class CPLayer(nn.Module):
     memory: Memory
     frozen: Frozen | None
     _in_group, _out_group = 0, 1
+    # Groups of the tensorized shape over which the input of the layer has its second moment.
+    _metric_groups: tuple[int, ...] = (0,)
+    _stands_for: type[nn.Module]
+    # Arguments of the constructor that are attributes, here and in torch's layer.
+    _kept: tuple[str, ...]
 
     def _own(
         self,
@@ -58,6 +63,19 @@ class CPLayer(nn.Module):
 
     def _fan_in(self) -> int:
         raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in torch's layout, built anew at each access; read-only."""
+        raise NotImplementedError
+
+    def _target(self, weight: Tensor) -> Tensor:
+        """What the CP tensor is fitted to, for the weight of the torch layer."""
+        return weight
+
+    def _metric(self, metric: Tensor) -> Tensor:
+        """The metric of the fit, for one of the torch layer's input."""
+        return metric
 
     @classmethod
     def joint(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyadic import _check, functional
 from polyadic._format import (
@@ -21,10 +21,11 @@ from polyadic._format import (
 from polyadic._plan import Memory
 from polyadic.functional.conv import padded
 from polyadic.kernels.stages import Geometry
-from polyadic.nn._layer import CPLayer, Rank
+from polyadic.nn._conversion import Exchangeable, Fitted, convert, revert
+from polyadic.nn._layer import Rank
 
 
-class CPConvBase(CPLayer):
+class CPConvBase(Exchangeable):
     """What convolutions share; subclasses fix the number of spatial dimensions."""
 
     _dims: int
@@ -55,10 +56,18 @@ class CPConvBase(CPLayer):
         return self.cp.factor_groups()[2]
 
 
+Conv = TypeVar("Conv", bound="_CPConv")
+
+
 class _CPConv(CPConvBase):
     """Convolution with a kernel in CP format."""
 
     _in_group, _out_group = 1, 0
+    _metric_groups = (1, 2)
+    _kept = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+        "bias", "padding_mode",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -105,6 +114,54 @@ class _CPConv(CPConvBase):
 
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    @classmethod
+    def from_conv(
+        cls: type[Conv],
+        conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        *,
+        rank: Rank | None = None,
+        order: int = 2,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        memory: Memory = "balanced",
+        cp: Fitted | None = None,
+        **fit: Any,
+    ) -> Conv:
+        """Make the CP layer whose kernel is fitted to that of torch's convolution.
+
+        Channels, geometry, groups, bias, dtype, device, ``training`` and ``requires_grad`` (the
+        kernel's for every factor) are kept; no storage is shared. The fit is
+        ``polyadic.decompose``'s, exact where the rank suffices.
+
+        Args:
+            conv: the trained layer, of as many dimensions.
+            rank: as in the constructor; None where ``cp`` is given.
+            order: D, modes per channel side, where ``in_shape`` or ``out_shape`` are not given.
+            in_shape: in modes.
+            out_shape: out modes.
+            memory: what may be kept for the backward.
+            cp: a fitted weight, a ``CPTensor`` or a ``Decomposition`` of this layer's tensorized
+                shape, which is copied; nothing is fitted then.
+            fit: options of ``polyadic.decompose``; ``metric`` is that of input patches
+                (Cin / groups · Πk, Cin / groups · Πk).
+
+        Raises:
+            TypeError: ``conv`` is not torch's own layer, or its kernel is not plain.
+            ValueError: its kernel is computed or has no values, something attached to it would be
+                lost, or an argument does not fit.
+        """
+        return convert(
+            cls, conv, "from_conv", rank, cp, order=order, in_shape=in_shape,
+            out_shape=out_shape, memory=memory, **fit,
+        )  # fmt: skip
+
+    def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        """Make torch's layer with this layer's dense kernel; flags are kept.
+
+        Its kernel requires a gradient if a factor does.
+        """
+        return cast("nn.Conv1d | nn.Conv2d | nn.Conv3d", revert(self))
 
     @property
     def weight(self) -> Tensor:
@@ -191,13 +248,16 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built
 class CPConv1d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=1)
     _dims = 1
+    _stands_for = nn.Conv1d
 
 
 class CPConv2d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=2)
     _dims = 2
+    _stands_for = nn.Conv2d
 
 
 class CPConv3d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=3)
     _dims = 3
+    _stands_for = nn.Conv3d

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyadic import _check, functional
 from polyadic._format import ConvFormat, Shape, positive_int
 from polyadic._plan import Memory
+from polyadic.nn._conversion import Fitted, convert, revert
 from polyadic.nn._layer import Rank
 from polyadic.nn.conv import CPConvBase
+
+Transposed = TypeVar("Transposed", bound="_CPConvTranspose")
 
 
 class _CPConvTranspose(CPConvBase):
     """Transposed convolution with a kernel in CP format."""
+
+    _kept = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding",
+        "groups", "bias", "dilation", "padding_mode",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -75,6 +84,53 @@ class _CPConvTranspose(CPConvBase):
     def _fan_in(self) -> int:
         # What torch takes for it: of a kernel (Cin, Cout/groups, *k) all but the first dimension.
         return self.out_channels // self.groups * math.prod(self.kernel_size)
+
+    @classmethod
+    def from_conv_transpose(
+        cls: type[Transposed],
+        conv_transpose: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+        *,
+        rank: Rank | None = None,
+        order: int = 2,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        memory: Memory = "balanced",
+        cp: Fitted | None = None,
+        **fit: Any,
+    ) -> Transposed:
+        """Make the CP layer whose kernel is fitted to that of torch's transposed convolution.
+
+        Channels, geometry, groups, bias, dtype, device, ``training`` and ``requires_grad`` (the
+        kernel's for every factor) are kept; no storage is shared. The fit is
+        ``polyadic.decompose``'s, exact where the rank suffices.
+
+        Args:
+            conv_transpose: the trained layer, of as many dimensions.
+            rank: as in the constructor; None where ``cp`` is given.
+            order: D, modes per channel side, where ``in_shape`` or ``out_shape`` are not given.
+            in_shape: in modes.
+            out_shape: out modes.
+            memory: what may be kept for the backward.
+            cp: a fitted weight, a ``CPTensor`` or a ``Decomposition`` of this layer's tensorized
+                shape, which is copied; nothing is fitted then.
+            fit: options of ``polyadic.decompose``; ``metric`` is that of the input (Cin, Cin).
+
+        Raises:
+            TypeError: ``conv_transpose`` is not torch's own layer, or its kernel is not plain.
+            ValueError: its kernel is computed or has no values, something attached to it would be
+                lost, or an argument does not fit.
+        """
+        return convert(
+            cls, conv_transpose, "from_conv_transpose", rank, cp, order=order, in_shape=in_shape,
+            out_shape=out_shape, memory=memory, **fit,
+        )  # fmt: skip
+
+    def to_conv_transpose(self) -> nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d:
+        """Make torch's layer with this layer's dense kernel; flags are kept.
+
+        Its kernel requires a gradient if a factor does.
+        """
+        return cast("nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d", revert(self))
 
     @property
     def weight(self) -> Tensor:
@@ -167,13 +223,16 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format and never
 class CPConvTranspose1d(_CPConvTranspose):  # noqa: D101
     __doc__ = _DOC.format(dims=1)
     _dims = 1
+    _stands_for = nn.ConvTranspose1d
 
 
 class CPConvTranspose2d(_CPConvTranspose):  # noqa: D101
     __doc__ = _DOC.format(dims=2)
     _dims = 2
+    _stands_for = nn.ConvTranspose2d
 
 
 class CPConvTranspose3d(_CPConvTranspose):  # noqa: D101
     __doc__ = _DOC.format(dims=3)
     _dims = 3
+    _stands_for = nn.ConvTranspose3d

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic import _check, functional
@@ -17,11 +20,12 @@ from polyadic._format import (
     tensorize,
 )
 from polyadic._plan import Memory
-from polyadic.nn._layer import CPLayer, Rank
+from polyadic.nn._conversion import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn._layer import Rank
 from polyadic.tensor import CPTensor
 
 
-class CPEmbedding(CPLayer):
+class CPEmbedding(Exchangeable):
     """Lookup of rows of a table (V, E) that is in CP format and never built.
 
     Stands in for ``torch.nn.Embedding``. The vocabulary is padded up to a product of modes of
@@ -57,6 +61,12 @@ class CPEmbedding(CPLayer):
         TypeError: an argument is of the wrong type.
         ValueError: a size, the rank or an option does not fit or is not supported.
     """
+
+    _stands_for = nn.Embedding
+    _kept = (
+        "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type",
+        "scale_grad_by_freq", "sparse",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -127,13 +137,75 @@ class CPEmbedding(CPLayer):
             padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
         )  # fmt: skip
 
-    def as_linear(self, bias: bool = False) -> CPTiedLinear:
+    def as_linear(self, bias: bool | Tensor = False) -> CPTiedLinear:
         """Return an output head (..., E) → (..., V) that shares this layer's factors.
 
         Args:
-            bias: own a bias (V,), initialised to zeros.
+            bias: own a bias (V,), initialised to zeros; or a tensor, such as the bias of the head
+                replaced, of which it is a copy.
         """
         return CPTiedLinear(self, bias)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        rank: Rank | None = None,
+        order: int = 3,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        memory: Memory = "balanced",
+        cp: Fitted | None = None,
+        **fit: Any,
+    ) -> CPEmbedding:
+        """Make a CPEmbedding whose table is fitted to that of a ``torch.nn.Embedding``.
+
+        Sizes, ``padding_idx``, dtype, device, ``training`` and ``requires_grad`` (the table's for
+        every factor) are kept; no storage is shared. The fit is ``polyadic.decompose``'s, exact
+        where the rank suffices. Rows that pad the vocabulary up to Π in_shape are fitted to zeros.
+        The row of ``padding_idx`` is fitted as it is, for a tied head (``as_linear``); the lookup
+        gives zeros there, and warns here if torch's does not.
+
+        Args:
+            embedding: the trained layer.
+            rank: as in the constructor; None where ``cp`` is given.
+            order: D, modes per side, where ``in_shape`` or ``out_shape`` are not given.
+            in_shape: in modes with a product of at least V.
+            out_shape: out modes.
+            memory: what may be kept for the backward.
+            cp: a fitted table, a ``CPTensor`` or a ``Decomposition`` of this layer's tensorized
+                shape, which is copied; nothing is fitted then.
+            fit: options of ``polyadic.decompose``; a ``metric`` may be token frequencies (V,).
+
+        Raises:
+            TypeError: ``embedding`` is not a ``torch.nn.Embedding`` itself, or its table is not
+                plain.
+            ValueError: its table is computed or has no values, something attached to it would be
+                lost, or an argument or an option (``max_norm``, ``sparse``) does not fit.
+        """
+        layer = convert(
+            cls, embedding, "from_embedding", rank, cp, order=order, in_shape=in_shape,
+            out_shape=out_shape, memory=memory, **fit,
+        )  # fmt: skip
+        _warn_of_padding(embedding)
+        return layer
+
+    def to_embedding(self) -> nn.Embedding:
+        """Make the ``torch.nn.Embedding`` with this layer's table (V, E); flags are kept.
+
+        Its table requires a gradient if a factor does.
+        """
+        return cast(nn.Embedding, revert(self))
+
+    def _target(self, weight: Tensor) -> Tensor:
+        return F.pad(weight, (0, 0, 0, self.cp.shape[0] - self.num_embeddings))
+
+    def _metric(self, metric: Tensor) -> Tensor:
+        rows = self.cp.shape[0]
+        if isinstance(metric, Tensor) and metric.shape == (self.num_embeddings,):
+            return F.pad(metric, (0, rows - self.num_embeddings))
+        return metric
 
     def extra_repr(self) -> str:
         """Shapes, rank and parameter ratio."""
@@ -147,6 +219,17 @@ class CPEmbedding(CPLayer):
         return self.num_embeddings * self.embedding_dim
 
 
+def _warn_of_padding(embedding: nn.Embedding) -> None:
+    index = embedding.padding_idx
+    if index is not None and embedding.weight.detach()[index].any():
+        warnings.warn(
+            f"row {index} of the embedding, its padding_idx, is not zero; a CPEmbedding gives "
+            f"zeros there. To keep the row, set padding_idx of the embedding to None before",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 class CPTiedLinear(nn.Module):
     """Output head y = x Wᵀ + b whose weight is the table of a ``CPEmbedding``; made by as_linear.
 
@@ -156,7 +239,7 @@ class CPTiedLinear(nn.Module):
 
     Args:
         embedding: whose factors are shared; parameters exist once, and gradients add up.
-        bias: own a bias (V,), initialised to zeros.
+        bias: own a bias (V,), initialised to zeros; or a tensor, of which it is a copy.
 
     Attributes:
         cp: the embedding's own ``CPTensor``.
@@ -169,17 +252,21 @@ class CPTiedLinear(nn.Module):
     cp: CPTensor
     bias: nn.Parameter | None
 
-    def __init__(self, embedding: CPEmbedding, bias: bool = False) -> None:
+    def __init__(self, embedding: CPEmbedding, bias: bool | Tensor = False) -> None:
         super().__init__()
         if not isinstance(embedding, CPEmbedding):
             raise TypeError(f"embedding must be a CPEmbedding, got {type(embedding).__name__}")
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.memory = embedding.memory
         self.cp = embedding.cp
-        like = self.cp.factors[0]
-        self.register_parameter(
-            "bias", nn.Parameter(like.detach().new_zeros(self.out_features)) if bias else None
-        )
+        own: nn.Parameter | None = None
+        if isinstance(bias, Tensor):
+            _check.vector(bias, self.out_features, self.cp.factors[0], cast=False)
+            trained = bias.requires_grad if isinstance(bias, nn.Parameter) else True
+            own = nn.Parameter(bias.detach().clone(), requires_grad=trained)
+        elif bias:
+            own = nn.Parameter(self.cp.factors[0].detach().new_zeros(self.out_features))
+        self.register_parameter("bias", own)
 
     @property
     def rank(self) -> int:
@@ -208,6 +295,18 @@ class CPTiedLinear(nn.Module):
         if logits.shape[-1] != self.out_features:
             logits = logits[..., : self.out_features]
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """Make a ``torch.nn.Linear`` with the dense weight (V, E), no longer tied; flags are kept.
+
+        Its weight requires a gradient if a factor does.
+        """
+        trained = any(parameter.requires_grad for parameter in self.cp.parameters())
+        arguments = {
+            "in_features": self.in_features, "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }  # fmt: skip
+        return cast(nn.Linear, dense(nn.Linear, arguments, self, trained, self.bias))
 
     def extra_repr(self) -> str:
         """Shapes and rank; the parameters are the embedding's."""

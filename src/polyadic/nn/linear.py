@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyadic import functional
 from polyadic._check import memory as check_memory
 from polyadic._format import LinearFormat, factored_shape, positive_int, tensorize
 from polyadic._plan import Memory
-from polyadic.nn._layer import CPLayer, Rank
+from polyadic.nn._conversion import Exchangeable, Fitted, convert, revert
+from polyadic.nn._layer import Rank
 
 
-class CPLinear(CPLayer):
+class CPLinear(Exchangeable):
     """Linear layer y = x Wᵀ + b whose weight is in CP format and never built.
 
     Stands in for ``torch.nn.Linear``. Forward and backward are products with the Khatri-Rao
@@ -45,6 +47,9 @@ class CPLinear(CPLayer):
         TypeError: an argument is of the wrong type.
         ValueError: a size, the rank or a shape does not fit.
     """
+
+    _stands_for = nn.Linear
+    _kept = ("in_features", "out_features", "bias")
 
     def __init__(
         self,
@@ -80,6 +85,57 @@ class CPLinear(CPLayer):
 
     def _fan_in(self) -> int:
         return self.in_features
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: Rank | None = None,
+        order: int = 3,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        memory: Memory = "balanced",
+        cp: Fitted | None = None,
+        **fit: Any,
+    ) -> CPLinear:
+        """Make a CPLinear whose weight is fitted to that of a ``torch.nn.Linear``.
+
+        Features, bias, dtype, device, ``training`` and ``requires_grad`` (the weight's for every
+        factor) are kept; no storage is shared. The fit is ``polyadic.decompose``'s, exact where
+        the rank suffices.
+
+        Args:
+            linear: the trained layer.
+            rank: as in the constructor; None where ``cp`` is given.
+            order: D, modes per side, where ``in_shape`` or ``out_shape`` are not given.
+            in_shape: in modes.
+            out_shape: out modes.
+            memory: what may be kept for the backward.
+            cp: a fitted weight, a ``CPTensor`` or a ``Decomposition`` of this layer's tensorized
+                shape, which is copied; nothing is fitted then.
+            fit: options of ``polyadic.decompose``; ``metric`` is the second moment (M, M) of the
+                input.
+
+        Raises:
+            TypeError: ``linear`` is not a ``torch.nn.Linear`` itself, or its weight is not plain.
+            ValueError: its weight is computed or has no values, something attached to it would be
+                lost, or an argument does not fit.
+        """
+        return convert(
+            cls, linear, "from_linear", rank, cp, order=order, in_shape=in_shape,
+            out_shape=out_shape, memory=memory, **fit,
+        )  # fmt: skip
+
+    def to_linear(self) -> nn.Linear:
+        """Make the ``torch.nn.Linear`` with this layer's dense weight; flags are kept.
+
+        Its weight requires a gradient if a factor does.
+        """
+        return cast(nn.Linear, revert(self))
+
+    def _target(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
     @property
     def weight(self) -> Tensor:
