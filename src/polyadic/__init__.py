@@ -4,7 +4,12 @@ from polyadic import finetune, functional, init, nn, reference
 from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
-from polyadic.decompose import DecomposeInterrupted, Decomposition, decompose
+from polyadic.decompose import (
+    DecomposeInterrupted,
+    Decomposition,
+    decompose,
+    second_moments,
+)
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
 from polyadic.pretrained import from_pretrained, register_transformers, save_pretrained
@@ -39,6 +44,7 @@ __all__ = [
     "reference",
     "register_transformers",
     "save_pretrained",
+    "second_moments",
     "tensorize",
     "unfreeze",
 ]

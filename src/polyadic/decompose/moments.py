@@ -1,0 +1,226 @@
+"""Second moments of layers' inputs, gathered from calibration batches by hooks.
+
+For a linear layer the mean squared error of the output is ‖Σ^½ (W − Ŵ)‖² with Σ = E[x xᵀ], (M, M).
+A convolution is a linear layer on patches: Σ is (Cin·k, Cin·k) in the order of its weight's
+``flatten(1)``. An embedding's input is one-hot: Σ is diagonal, the frequencies of the indices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Entries of patches that are unfolded at once.
+UNFOLDED = 2**22
+
+
+@torch.no_grad()
+def second_moments(
+    model: nn.Module,
+    batches: Iterable[Any],
+    names: Iterable[str],
+    *,
+    weights: Callable[[Any], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Run batches through a model and gather E[x xᵀ] of the inputs of some of its layers.
+
+    The model is in evaluation mode meanwhile, and as before afterwards. Moments are added up in
+    float32 on the layer's device, one batch after the other, and nothing of a batch is kept.
+
+    Args:
+        model: holds the layers.
+        batches: a tensor or another object is passed as ``model(batch)``, a tuple or list as
+            ``model(*batch)``, a mapping as ``model(**batch)``. Read once.
+        names: of ``nn.Linear``, ``nn.Conv1d`` to ``3d``, ``nn.ConvTranspose1d`` to ``3d`` and
+            ``nn.Embedding`` modules, as in ``model.named_modules()``.
+        weights: gets a batch and returns how much each position counts, such as an attention mask
+            (B, T): the leading dimensions of the inputs of the linear layers and embeddings, the
+            batch of convolutions. Positions of weight 0 are left out, whatever stands there.
+
+    Returns:
+        By name (M, M) for a linear layer; (Cin·k, Cin·k) for a convolution, the mean over its
+        groups where there are several; (Cin, Cin) for a transposed convolution, a block for each
+        group, which leaves out that its outputs overlap; (V,) for an embedding. These are the
+        ``metric`` of ``polyadic.decompose``.
+
+    Raises:
+        TypeError: a name belongs to a module of another type.
+        ValueError: a name is not in the model, a layer was never called or saw no position, or
+            the weights do not fit a layer's input.
+    """
+    wanted = _named(model, names)
+    gathered: dict[nn.Module, _Moment] = {
+        module: _Moment(name, module) for name, module in wanted.items()
+    }
+    training = {module: module.training for module in model.modules()}
+    hooks = [
+        module.register_forward_pre_hook(moment.hook, with_kwargs=True)
+        for module, moment in gathered.items()
+    ]
+    model.eval()
+    try:
+        for batch in batches:
+            counts = None if weights is None else weights(batch)
+            for moment in gathered.values():
+                moment.weights = counts
+            _call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return {name: gathered[module].mean() for name, module in wanted.items()}
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, nn.Module] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in modules:
+            raise ValueError(f"the model has no module named {name!r}")
+        kinds = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED)
+        if not isinstance(modules[name], kinds):
+            raise TypeError(
+                f"{name} must be a Linear, Conv, ConvTranspose or Embedding of torch, got "
+                f"{type(modules[name]).__name__}"
+            )
+        found[name] = modules[name]
+    return found
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+class _Moment:
+    """Σ of one layer while it is gathered."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.blocks = int(module.groups) if isinstance(module, TRANSPOSED) else 1
+        self.weights: Tensor | None = None
+        self.total: Tensor | None = None
+        self.count = 0.0
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add what a call of the layer is given."""
+        x = args[0] if args else kwargs["input"]
+        if isinstance(module, nn.Embedding):
+            self._add_indices(module, x)
+        else:
+            dims = len(getattr(module, "kernel_size", ()))
+            if dims and x.dim() == dims + 1:
+                x = x.unsqueeze(0)
+            leading = x.shape[: 1 if dims else -1]
+            counts = self._counts(leading, x)
+            for rows, each in _rows(module, x, counts):
+                self._add(rows, each)
+
+    def _counts(self, leading: Sequence[int], x: Tensor) -> Tensor | None:
+        if self.weights is None:
+            return None
+        if tuple(self.weights.shape) != tuple(leading):
+            raise ValueError(
+                f"weights must have the leading dimensions {tuple(leading)} of the input of "
+                f"{self.name}, got {tuple(self.weights.shape)}; gather that layer by another call"
+            )
+        return self.weights.to(x.device, torch.float32).reshape(-1)
+
+    def _add(self, rows: Tensor, counts: Tensor | None) -> None:
+        rows = rows.float()
+        if counts is None:
+            product, count = rows.t() @ rows, float(len(rows))
+        else:
+            seen = counts != 0
+            rows, counts = rows[seen], counts[seen]
+            product, count = (rows * counts.unsqueeze(1)).t() @ rows, float(counts.sum())
+        self.total = product if self.total is None else self.total.add_(product)
+        self.count += count
+
+    def _add_indices(self, module: nn.Embedding, indices: Tensor) -> None:
+        counts = self._counts(indices.shape, indices)
+        found = torch.bincount(indices.reshape(-1), counts, minlength=module.num_embeddings)
+        found = found.float()
+        self.total = found if self.total is None else self.total.add_(found)
+        self.count += float(indices.numel() if counts is None else counts.sum())
+
+    def mean(self) -> Tensor:
+        """Σ, if anything was seen."""
+        if self.total is None:
+            raise ValueError(
+                f"{self.name} was never called by the model: there were no batches, or its forward "
+                f"is bypassed, as a fast path of torch's transformer layers does"
+            )
+        if self.count <= 0:
+            raise ValueError(f"{self.name} saw no position of positive weight")
+        mean = self.total / self.count
+        if self.blocks > 1:
+            block = torch.arange(len(mean), device=mean.device) // (len(mean) // self.blocks)
+            mean = mean * (block.unsqueeze(0) == block.unsqueeze(1))
+        return mean
+
+
+def _rows(
+    module: nn.Module, x: Tensor, counts: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What the layer multiplies with its weight, as rows, and how much each counts."""
+    if isinstance(module, CONVOLUTIONS):
+        yield from _patches(module, x, counts)
+        return
+    if isinstance(module, TRANSPOSED):
+        x = x.movedim(1, -1)
+        if counts is not None:
+            counts = counts.repeat_interleave(math.prod(x.shape[1:-1]))
+    yield x.reshape(-1, x.shape[-1]), counts
+
+
+def _patches(
+    module: Any, x: Tensor, counts: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Patches of a convolution, each group a row, some images at a time."""
+    kernel, dilation = module.kernel_size, module.dilation
+    x = _padded(module, x)
+    for dim, (size, step, spread) in enumerate(
+        zip(kernel, module.stride, dilation, strict=True), start=2
+    ):
+        x = x.unfold(dim, spread * (size - 1) + 1, step)[..., ::spread]
+    dims = len(kernel)
+    x = x.reshape(len(x), module.groups, -1, *x.shape[2:]).movedim(2, 2 + dims)
+    per_image = math.prod(x.shape[1:])
+    images = max(1, UNFOLDED // per_image)
+    for start in range(0, len(x), images):
+        part = x[start : start + images]
+        lines = max(1, math.ceil(part.shape[2] * UNFOLDED / max(UNFOLDED, per_image)))
+        for first in range(0, part.shape[2], lines):
+            piece = part[:, :, first : first + lines]
+            rows = piece.reshape(-1, math.prod(piece.shape[2 + dims :]))
+            each = None
+            if counts is not None:
+                each = counts[start : start + images].repeat_interleave(len(rows) // len(piece))
+            yield rows, each
+
+
+def _padded(module: Any, x: Tensor) -> Tensor:
+    """The input as the convolution sees it."""
+    amounts: list[int] = []
+    for dim, (size, spread) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
+        if module.padding == "same":
+            total = spread * (size - 1)
+            pair = [total // 2, total - total // 2]
+        else:
+            pair = [0, 0] if module.padding == "valid" else [module.padding[dim]] * 2
+        amounts = pair + amounts
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, amounts, mode=mode) if any(amounts) else x
