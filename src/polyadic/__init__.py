@@ -12,7 +12,7 @@ from polyadic.decompose import (
 )
 from polyadic.explain import Explanation, explain
 from polyadic.freeze import freeze, unfreeze
-from polyadic.pretrained import from_pretrained, register_transformers, save_pretrained
+from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.tltorch import accelerate_tltorch
 
@@ -39,6 +39,7 @@ __all__ = [
     "from_pretrained",
     "functional",
     "init",
+    "merge",
     "nn",
     "padded_shape",
     "reference",

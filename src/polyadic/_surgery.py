@@ -244,6 +244,11 @@ def _unfit(name: str, layer: nn.Module) -> str | None:
         return "is the model itself, not a part of it"
     if layer._parameters.get("weight") is None:
         return "has no weight of its own: it is computed (weight norm, pruning)"
+    return losses(layer)
+
+
+def losses(layer: nn.Module) -> str | None:
+    """What is attached to a layer and would be lost with it, or None."""
     if any(getattr(layer, hooks, None) for hooks in _HOOKS):
         return "has hooks, which would be lost"
     if "forward" in vars(layer):

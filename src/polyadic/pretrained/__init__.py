@@ -1,10 +1,11 @@
-"""Models with CP layers on disk: saved and loaded, by polyadic and by transformers."""
+"""Models with CP layers on disk: saved, loaded, merged into dense ones."""
 
 from polyadic.pretrained._store import (
     attach,
     from_pretrained,
+    merge,
     register_transformers,
     save_pretrained,
 )
 
-__all__ = ["attach", "from_pretrained", "register_transformers", "save_pretrained"]
+__all__ = ["attach", "from_pretrained", "merge", "register_transformers", "save_pretrained"]

@@ -58,6 +58,8 @@ def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
         found = differences(config, places[name], kept)
         if name == "" and kept is None:
             found = [f"it is itself what would be replaced; give a {config.kind}"]
+        if kept is None and (why := _surgery.losses(places[name])):
+            found.append(f"it {why}")
         wrong += [f"of {name!r:.80} {text}" for text in found]
     refuse(f"{type(model).__name__} is not what was saved", wrong)
     layers = build(configs, {name: places[name] for name in configs if name in own})

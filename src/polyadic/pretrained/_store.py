@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polyadic.pretrained import _files
 from polyadic.pretrained._config import ModelConfig, dumps
+from polyadic.pretrained._dense import merge_layers
 from polyadic.pretrained._exchange import Exchange, fill, prepare, refuse
 from polyadic.pretrained._layers import describe
 
@@ -171,6 +172,34 @@ def _sources(
     wrong += [f"{name} is unexpected" for name in sorted(set(shapes) - set(state))]
     refuse(f"tensors in {folder} do not fit the model", wrong)
     return sources
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every CP layer of a model back into the torch layer it stands for, in place.
+
+    The dense weights are the products of the factors, so that the model computes the same to
+    rounding; names in the state dict are those of the dense model again. Biases, dtypes, the
+    training flag and ``requires_grad`` are kept; layers that share a CP tensor share the weight
+    too, as a tied embedding and head do, except where an embedding has a zero row for padding
+    and the head does not. A model of transformers is an ordinary one afterwards.
+
+    Args:
+        model: a module that holds CP layers.
+
+    Returns:
+        The same model; where it is a CP layer itself, the torch layer.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: it holds no CP layer, one is of a class of its own, or has hooks that would be
+            lost.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    merged = merge_layers(model)
+    if any(map(_is_transformers, model.modules())):
+        _bridge().detach(model)
+    return merged
 
 
 def register_transformers() -> None:

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from polyadic.pretrained._config import ModelConfig
+from polyadic.pretrained._dense import merge_layers
 from polyadic.pretrained._exchange import prepare, refuse
 from polyadic.pretrained._files import METHOD
 from polyadic.pretrained._layers import DTYPES, LayerConfig, describe
@@ -100,6 +101,11 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
         """CP layers compile."""
         return True
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        merge_layers(model)
+        _restore_ties(model)
+        return model.to(dtype)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called first when a model is saved: write down the layers as they are now."""
         _attach(model)
@@ -123,18 +129,12 @@ def attach(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo ``attach`` where no CP layer is left."""
+    """Undo ``attach`` in models where no CP layer is left."""
     for part in _outermost(model):
-        if isinstance(getattr(part, "hf_quantizer", None), PolyadicQuantizer) and not describe(
-            part
-        ):
+        ours = isinstance(getattr(part, "hf_quantizer", None), PolyadicQuantizer)
+        if ours and not describe(part):
             part.hf_quantizer.remove_quantization_config(part)
-            for inner in part.modules():
-                if isinstance(inner, PreTrainedModel):
-                    vars(inner).pop("_tied_weights_keys", None)
-                    inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(
-                        all_submodels=True
-                    )
+            _restore_ties(part)
 
 
 def _attach(model: PreTrainedModel) -> None:
@@ -151,6 +151,15 @@ def _outermost(model: nn.Module) -> list[PreTrainedModel]:
     if isinstance(model, PreTrainedModel):
         return [model]
     return [part for child in model.children() for part in _outermost(child)]
+
+
+def _restore_ties(model: PreTrainedModel) -> None:
+    """Tell transformers of a dense model's ties again, as its class has them."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in parts:
+        vars(part).pop("_tied_weights_keys", None)
+    for part in parts:
+        part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _came_from_file(parameter: torch.Tensor) -> bool:
