@@ -343,6 +343,7 @@ def test_slices_are_cp_tensors() -> None:
     assert_close(part.to_matrix(), joint.to_matrix()[1, 2], "matrix")
     own = CPTensor.from_factors(part.tensorized_shape, part.factors, part.weights)
     assert_close(own.to_tensor(), part.to_tensor(), "tensor")
+    assert list(part.state_dict()) == [f"joint.{name}" for name in joint.state_dict()]
     part.reset_parameters()
     assert not torch.equal(own.to_tensor(), part.to_tensor())
 
@@ -378,6 +379,13 @@ class TestTltorch:
         for a, b in zip(cp.parameters(), back.parameters(), strict=True):
             assert torch.equal(a, b)
             assert a.data_ptr() != b.data_ptr()
+
+    def test_a_slice(self) -> None:
+        pytest.importorskip("tltorch")
+        part = CPTensor((2, (4,), (2, 3)), 4, weights=True, dtype=torch.float64).layer(1)
+        theirs = part.to_tltorch()
+        assert theirs.tensorized_shape == ((4,), (2, 3))
+        assert_close(theirs.to_matrix().detach(), part.to_matrix().detach(), "matrix")
 
     def test_a_linear_layer_of_theirs(self) -> None:
         """Their layer l is our slice l, and takes the tensor back."""

@@ -65,8 +65,10 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
         raise ValueError(
             f"{expected} with values, but its weight is on the meta device; load it first"
         )
-    if not weight.is_floating_point():
-        raise TypeError(f"{expected} of a floating-point dtype, got {weight.dtype}")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TypeError(
+            f"{expected} in a floating-point dtype of 16 bits or more, got {weight.dtype}"
+        )
     if weight.numel() == 0:
         raise ValueError(f"{expected} with a weight, but its shape is {tuple(weight.shape)}")
     return weight.detach()
