@@ -336,6 +336,12 @@ def sized(**sizes: Any) -> Callable[[], Net]:
     return make
 
 
+def hooked() -> Net:
+    net = Net()
+    net.conv.register_forward_hook(lambda *_: None)
+    return net
+
+
 @pytest.mark.parametrize(
     ("skeleton", "message"),
     [
@@ -356,6 +362,7 @@ def sized(**sizes: Any) -> Callable[[], Net]:
         (sized(more=nn.Linear(2, 2)), "more.weight is missing"),
         (sized(norm=nn.Identity()), "norm.running_mean is unexpected"),
         (lambda: on_meta(Net), "scale is on the meta device"),
+        (hooked, "'conv' it has hooks, which would be lost"),
         (lambda: {}, "must be a torch.nn.Module, got dict"),
     ],
 )

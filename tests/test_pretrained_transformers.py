@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +276,25 @@ def test_saving_over_polyadics_own_format(tmp_path: Path) -> None:
     save_pretrained(nn.ModuleDict({"x": model}), tmp_path)
     save_pretrained(model, tmp_path)
     same(model, from_pretrained(tmp_path, transformers.BertModel(bert_config())))
+
+
+@pytest.mark.slow
+def test_without_registering_transformers_warns(tmp_path: Path) -> None:
+    """As the documentation says; in a process where nothing has registered."""
+    save_pretrained(exchange(transformers.BertModel(bert_config())), tmp_path)
+    code = f"""
+import polyadic, transformers
+model = transformers.AutoModel.from_pretrained({str(tmp_path)!r})
+print(type(model.encoder.layer[0].attention.self.query).__name__)
+polyadic.register_transformers()
+model = transformers.AutoModel.from_pretrained({str(tmp_path)!r})
+print(type(model.encoder.layer[0].attention.self.query).__name__)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.stdout.split() == ["Linear", "CPLinear"], run.stderr
+    assert "Unknown quantization type, got polyadic" in run.stderr
 
 
 def test_registering_twice_does_nothing() -> None:
