@@ -236,6 +236,37 @@ def test_one_gradient_at_a_time(case: Case) -> None:
             assert_close(torch.autograd.grad(y, [leaf], grad_y)[0], want_grads[i], f"leaf {i}")
 
 
+PAIR = {
+    name: case
+    for name, case in CASES.items()
+    if not case.transposed and case.options.get("padding_mode", "zeros") == "zeros"
+}
+
+
+@pytest.mark.parametrize("case", PAIR.values(), ids=PAIR)
+@pytest.mark.parametrize("route", [None, *ROUTES], ids=str)
+def test_the_explicit_pair(case: Case, route: ConvRoute | None) -> None:
+    """The plain functions take groups too."""
+    layer, x = case.make(), case.input()
+    want = expected(case, layer, x)
+    grad_y = torch.randn_like(want)
+    weights = [] if layer.cp.weights is None else [layer.cp.weights]
+    right = torch.autograd.grad(want, [x, *layer.cp.factors, *weights], grad_y)
+    with torch.no_grad():
+        outs, ins, kernels = layer.cp.factor_groups()
+        y, saved = PF.cp_conv_forward(
+            x, outs, ins, kernels, weights=layer.cp.weights,
+            plan=None if route is None else ConvPlan(route, route), **case.options,
+        )  # fmt: skip
+        d_x, d_outs, d_ins, d_kernels, *d_weights = PF.cp_conv_backward(grad_y, saved)
+    if case.bias:
+        want = want - layer.bias.view(-1, *[1] * len(case.kernel))
+    assert_close(y, want, "y")
+    got = [d_x, *d_outs, *d_ins, *d_kernels, *d_weights]
+    for i, (g, w) in enumerate(zip(got, right, strict=True)):
+        assert_close(g, w, f"gradient {i}")
+
+
 def per_dimension(low: int, high: int, dims: int) -> Any:
     each = st.integers(low, high)
     return each | st.tuples(*[each] * dims)

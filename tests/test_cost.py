@@ -10,13 +10,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
-from polyadic._check import geometry
+from polyadic._check import geometry, transposed_geometry
 from polyadic._cost import Machine, built_in
 from polyadic._planner import bucket, choose_linear, compositions, linear_plans, predict_linear
 from polyadic._planner_conv import conv_plans
 from polyadic._steps import plan_steps
 from polyadic._steps_conv import conv_plan_steps
-from polyadic.functional import cp_conv, cp_conv_forward, cp_linear, cp_linear_forward
+from polyadic.functional import (
+    cp_conv,
+    cp_conv_forward,
+    cp_conv_transpose,
+    cp_linear,
+    cp_linear_forward,
+)
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
@@ -28,6 +34,12 @@ CONV = [
     (ConvFormat((4, 2), (2, 3), (1, 1), 5), (2, 0, 1), 2, (6, 7)),
     (ConvFormat((8,), (6,), (5, 3), 4), (2, "valid", 1), 1, (11, 9)),
     (ConvFormat((4, 2), (2, 3), (4,), 5), (1, "same", 2), 3, (13,)),
+    (ConvFormat((4, 3), (2, 3), (3, 3), 5, groups=3), (2, 1, 1), 2, (6, 7)),
+    # So large that the weight gradients of its wide taps are computed in parts.
+    (ConvFormat((4, 2), (2, 3), (5, 5), 32), (1, 2, 1), 1, (16, 16)),
+    (ConvFormat((4, 2), (2, 3), (3, 3), 5, transposed=True), (2, 1, 1, 1), 2, (6, 7)),
+    (ConvFormat((4, 2), (2, 3), (4, 2), 3, 2, transposed=True), (1, 0, 1, 0), 2, (4, 5)),
+    (ConvFormat((4,), (6,), (4,), 3, transposed=True), (2, 1, 2, 1), 2, (9,)),
 ]
 
 
@@ -36,11 +48,14 @@ def _convolution_backward(
 ) -> int:
     """Two FLOPs per output position, output channel and tap, for each gradient asked for.
 
+    Of a transposed convolution they are those of its input.
+
     torch's own formula leaves groups out of account and counts a depthwise weight gradient
     R times over.
     """
-    output_mask = args[7]
-    return 2 * math.prod(grad_shape) * math.prod(w_shape[1:]) * sum(output_mask[:2])
+    transposed, output_mask = args[4], args[7]
+    at = x_shape if transposed else grad_shape
+    return 2 * math.prod(at) * math.prod(w_shape[1:]) * sum(output_mask[:2])
 
 
 def _counter() -> FlopCounterMode:
@@ -88,14 +103,21 @@ def test_conv_flops_are_what_torch_counts(
     fmt: ConvFormat, where: tuple, batch: int, size: tuple[int, ...], memory: str
 ) -> None:
     outs, ins, kernels = _factors(fmt.out_shape, fmt.in_shape, fmt.kernel_size, rank=fmt.rank)
-    stride, padding, dilation = where
-    x = torch.randn(batch, fmt.in_channels, *size, requires_grad=True)
-    place = geometry(fmt.kernel_size, *where)
+    options = dict(zip(("stride", "padding", "dilation"), where[:3], strict=True))
+    x = torch.randn(batch, fmt.channels[0], *size, requires_grad=True)
+    if fmt.transposed:
+        options["output_padding"] = where[3]
+        place = transposed_geometry(fmt.kernel_size, *where[:2], where[3], where[2])
+    else:
+        place = geometry(fmt.kernel_size, *where)
     for plan in conv_plans(memory):
         forward, backward = conv_plan_steps(fmt, place, batch, size, False, plan, 4, training=True)
-        options = {"stride": stride, "padding": padding, "dilation": dilation}
         with _counter() as counter:
-            y = cp_conv(x, outs, ins, kernels, plan=plan, **options)
+            if fmt.transposed:
+                call = {"groups": fmt.groups, "plan": plan, **options}
+                y = cp_conv_transpose(x, ins, outs, kernels, **call)
+            else:
+                y = cp_conv(x, outs, ins, kernels, groups=fmt.groups, plan=plan, **options)
         assert counter.get_total_flops() == sum(step.flops for step in forward), plan
         with _counter() as counter:
             y.sum().backward()

@@ -124,10 +124,14 @@ def test_errors(call, error, message) -> None:
     assert message in str(caught.value)
 
 
-def test_a_grouped_convolution_is_explained_and_frozen_as_one_group() -> None:
+def test_a_grouped_convolution_costs_what_its_groups_cost() -> None:
     grouped = CPConv2d(32, 32, 3, padding=1, groups=4, rank=4)
     alone = CPConv2d(8, 8, 3, padding=1, rank=4)
-    ours, one = (polyadic.explain(c, batch=b, size=16) for c, b in ((grouped, 2), (alone, 8)))
+    plan = ConvPlan(ConvRoute(), ConvRoute())
+    ours, one = (
+        polyadic.explain(layer, batch=b, size=16, plan=plan)
+        for layer, b in ((grouped, 2), (alone, 8))
+    )
     assert ours.chosen.flops == one.chosen.flops
     assert ours.dense.flops == one.dense.flops == 3 * 2 * 2 * 256 * 32 * 8 * 9
     x = torch.randn(2, 32, 16, 16)

@@ -289,10 +289,9 @@ def padding_fits(x: Tensor, where: Geometry, mode: str) -> None:
             )
 
 
-def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry, groups: int = 1) -> None:
+def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
     """Check that x is (B, Cin, *S) or (Cin, *S) and that the kernel fits into it."""
-    dims, channels = len(fmt.kernel_size), fmt.in_channels
-    channels = channels if where.transposed else groups * channels
+    dims, channels = len(fmt.kernel_size), fmt.channels[0]
     spatial = ", ".join(f"S{i + 1}" for i in range(dims))
     if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != channels:
         raise ValueError(

@@ -21,10 +21,12 @@ class Step:
         kind: which rate of the machine it runs at.
         flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them.
         nbytes: least bytes read and written.
-        launches: torch operations dispatched that touch memory or make a view.
+        launches: torch operations dispatched that touch memory or make a view; of a convolution,
+            calls of torch's.
         rows: outer iterations of an elementwise step whose inner loop is short.
         elements: elements of the largest tensor written.
-        padded_flops: FLOPs at the width the vector units work in; ``flops`` by default.
+        padded_flops: FLOPs at the width the vector units work in, or of a convolution those that
+            take as long at the forward's rate; ``flops`` by default.
         channels_last: of a convolution, the layout.
         transposed: of a GEMM, whether its right operand is transposed in memory.
     """
@@ -55,10 +57,12 @@ class Machine:
         cache: bytes of the cache meant.
         launch: seconds per operation.
         row: seconds per outer iteration of an elementwise step.
-        depthwise: FLOP/s of a depthwise convolution in channels_last.
+        depthwise: FLOP/s of a depthwise convolution in channels_last, beside the time to read and
+            write its maps.
         depthwise_first: the same in channels_first.
         conv: FLOP/s of a dense convolution in channels_last.
         conv_first: the same in channels_first.
+        conv_call: seconds a convolution takes beside its work.
         call: seconds a CP layer's call costs beside its operations, per pass.
         dense_call: the same of a torch layer.
         source: ``"built-in"`` or ``"calibrated"``.
@@ -73,29 +77,33 @@ class Machine:
     cache: float = 1.5e6
     launch: float = 1.5e-6
     row: float = 25e-9
-    depthwise: float = 40e9
-    depthwise_first: float = 8e9
+    depthwise: float = 120e9
+    depthwise_first: float = 120e9
     conv: float = 150e9
-    conv_first: float = 140e9
+    conv_first: float = 150e9
+    conv_call: float = 30e-6
     call: float = 80e-6
     dense_call: float = 20e-6
     source: str = "built-in"
 
     def seconds(self, step: Step) -> float:
         """Predicted time of one step."""
+        flops, streamed = step.padded_flops or step.flops, self.streamed(step.nbytes)
+        if step.kind == "depthwise":
+            rate = self.depthwise if step.channels_last else self.depthwise_first
+            return step.launches * self.conv_call + flops / rate + streamed
+        if step.kind == "conv":
+            rate = self.conv if step.channels_last else self.conv_first
+            return step.launches * self.conv_call + max(flops / rate, streamed)
         time = step.launches * self.launch + step.rows * self.row
         if step.kind == "gemm":
             thin = self.gemm_bandwidth_transposed if step.transposed else self.gemm_bandwidth
-            return time + max((step.padded_flops or step.flops) / self.gemm, step.nbytes / thin)
-        fits = step.nbytes <= self.cache
-        streamed = step.nbytes / (self.cache_bandwidth if fits else self.memory_bandwidth)
-        if step.kind == "depthwise":
-            rate = self.depthwise if step.channels_last else self.depthwise_first
-            return time + max(step.flops / rate, streamed)
-        if step.kind == "conv":
-            rate = self.conv if step.channels_last else self.conv_first
-            return time + max(step.flops / rate, streamed)
+            return time + max(flops / self.gemm, step.nbytes / thin)
         return time + streamed
+
+    def streamed(self, nbytes: float) -> float:
+        """Seconds to read and write so many bytes in passing."""
+        return nbytes / (self.cache_bandwidth if nbytes <= self.cache else self.memory_bandwidth)
 
     def total(self, steps: Iterable[Step]) -> float:
         """Predicted time of steps one after the other."""
@@ -118,6 +126,7 @@ ACCELERATOR = Machine(
     depthwise_first=2e12,
     conv=30e12,
     conv_first=30e12,
+    conv_call=12e-6,
 )
 _RATES = (
     "gemm", "gemm_bandwidth", "gemm_bandwidth_transposed", "memory_bandwidth", "cache_bandwidth",
@@ -137,5 +146,18 @@ def built_in(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
             scaled[name] *= threads if name in _COMPUTE else min(threads, 4)
     for name in _COMPUTE:
         scaled[name] *= {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1)
+    if device_type == "cpu" and not _in_onednn(dtype):
+        scaled["depthwise"], scaled["depthwise_first"] = 0.4e9 * threads, 2e9 * threads
     fields = {**base.__dict__, **scaled}
     return Machine(**fields)
+
+
+def _in_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch hands convolutions on a CPU to oneDNN; its own depthwise ones are slow."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32

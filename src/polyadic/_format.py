@@ -217,6 +217,12 @@ class ConvFormat:
         return math.prod(self.out_shape)
 
     @property
+    def channels(self) -> tuple[int, int]:
+        """(Cin, Cout) of all groups, as the input and the output have them."""
+        shared_in, shared_out = (1, self.groups) if self.transposed else (self.groups, 1)
+        return shared_in * self.in_channels, shared_out * self.out_channels
+
+    @property
     def parameters(self) -> int:
         """Number of factor entries; weights λ and bias not counted."""
         return self.rank * (sum(self.out_shape) + sum(self.in_shape) + sum(self.kernel_size))

@@ -56,9 +56,9 @@ def plan_conv(
             return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
         batch = bucket(batch) if known(batch) else UNKNOWN_IMAGES
         plan: ConvPlan = _constant_conv(
-            (fmt.out_shape, fmt.in_shape, fmt.kernel_size), fmt.rank,
-            (geometry.stride, geometry.padding, geometry.dilation), batch, size,
-            x.dtype, x.device.type, memory, rebuild,
+            (fmt.out_shape, fmt.in_shape, fmt.kernel_size, fmt.rank, fmt.groups, fmt.transposed),
+            (geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding),
+            batch, size, x.dtype, x.device.type, memory, rebuild,
         )  # fmt: skip
         return plan
     last = x.dim() == dims + 2 and _is_channels_last(x)
@@ -72,9 +72,8 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _constant_conv(
-    shapes: tuple[Shape, Shape, Shape],
-    rank: int,
-    where: tuple[Shape, tuple[tuple[int, int], ...], Shape],
+    numbers: tuple[Shape, Shape, Shape, int, int, bool],
+    where: tuple[Shape, tuple[tuple[int, int], ...], Shape, Shape],
     batch: int,
     size: Shape,
     dtype: torch.dtype,
@@ -82,7 +81,9 @@ def _constant_conv(
     memory: Memory,
     rebuild: bool,
 ) -> ConvPlan:
-    fmt, geometry = ConvFormat(*shapes, rank), Geometry(shapes[2], *where)
+    fmt = ConvFormat(*numbers)
+    stride, padding, dilation, extra = where
+    geometry = Geometry(fmt.kernel_size, stride, padding, dilation, fmt.transposed, extra)
     return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory, rebuild)
 
 

@@ -46,12 +46,9 @@ def calibrate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machin
         with torch.no_grad():
             rates = _Rates(kind, dtype)
             machine = dataclasses.replace(
-                base,
-                **rates.gemm(),
-                **rates.stream(),
-                **rates.convolutions(),
-                source="calibrated",
+                base, **rates.gemm(), **rates.stream(), source="calibrated"
             )
+            machine = dataclasses.replace(machine, **rates.convolutions(machine))
         machine = dataclasses.replace(machine, **_calls(kind, dtype, machine))
     store(machine, kind, dtype, threads)
     _planner.forget()
@@ -124,23 +121,31 @@ class _Rates:
             "row": max(rows - 4 * item * short.numel() / cache_bandwidth, 0.1e-9) / 2048,
         }
 
-    def convolutions(self) -> dict[str, Any]:
-        """Depthwise and dense 3×3 convolutions in both layouts."""
+    def convolutions(self, machine: Machine) -> dict[str, Any]:
+        """Depthwise 5×5 and dense 3×3 convolutions in both layouts, and one of next to no work."""
         channels, batch, side = 64, 4, 28
         first = self._random(batch, channels, side, side)
         last = first.contiguous(memory_format=torch.channels_last)
-        taps, kernel = self._random(channels, 1, 3, 3), self._random(channels, channels, 3, 3)
-        depthwise = 2 * 9 * first.numel()
+        taps, kernel = self._random(channels, 1, 5, 5), self._random(channels, channels, 3, 3)
+        depthwise, dense = 2 * 25 * first.numel(), 2 * 9 * channels * first.numel()
 
-        def rate(x: Tensor, weight: Tensor, groups: int, flops: int) -> float:
-            run = lambda: torch.conv2d(x, weight, None, 1, 1, 1, groups)  # noqa: E731
-            return flops / self._net(run, 2)
+        def seconds(x: Tensor, weight: Tensor, groups: int) -> float:
+            pad = weight.shape[2] // 2
+            return _seconds(lambda: torch.conv2d(x, weight, None, 1, pad, 1, groups), self.kind)
+
+        call = seconds(first[:1, :, :1, :1].contiguous(), taps, channels)
+
+        def rate(x: Tensor, weight: Tensor, flops: int, passes: int) -> float:
+            whole = seconds(x, weight, channels // weight.shape[1])
+            beside = call + machine.streamed(passes * 2 * x.nbytes)
+            return flops / max(whole - beside, whole / 10)
 
         return {
-            "depthwise": rate(last, taps, channels, depthwise),
-            "depthwise_first": rate(first, taps, channels, depthwise),
-            "conv": rate(last, kernel, 1, depthwise * channels),
-            "conv_first": rate(first, kernel, 1, depthwise * channels),
+            "conv_call": call,
+            "depthwise": rate(last, taps, depthwise, 1),
+            "depthwise_first": rate(first, taps, depthwise, 3),
+            "conv": rate(last, kernel, dense, 0),
+            "conv_first": rate(first, kernel, dense, 0),
         }
 
 

@@ -17,9 +17,10 @@ from polyadic._format import ConvFormat, LinearFormat, Shape, mode_sizes, positi
 from polyadic._machines import machine_for
 from polyadic._plan import ConvPlan, LinearPlan, Memory
 from polyadic._steps import dense_steps, plan_steps
-from polyadic._steps_conv import conv_plan_steps, dense_conv_steps
+from polyadic._steps_conv import conv_plan_steps, dense_conv_steps, kept_elements
 from polyadic.kernels.stages import Geometry
-from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
+from polyadic.nn import CPLinear
+from polyadic.nn.conv import CPConvBase
 
 Plan = LinearPlan | ConvPlan
 
@@ -171,13 +172,14 @@ def _seconds(value: float) -> str:
 
 
 def explain(
-    layer: CPLinear | CPConv1d | CPConv2d | CPConv3d | LinearFormat | ConvFormat,
+    layer: CPLinear | CPConvBase | LinearFormat | ConvFormat,
     *,
     batch: int,
     size: int | Sequence[int] | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
+    output_padding: int | Sequence[int] = 0,
     plan: Plan | None = None,
     memory: Memory | None = None,
     training: bool = True,
@@ -186,7 +188,6 @@ def explain(
 ) -> Explanation:
     """Explain how a layer will be computed, what that costs, and what was weighed against it.
 
-    A grouped convolution is explained as the convolution of one group, of as many more images.
     Times are predictions of a cost model (FLOPs, bytes and launches over the machine's rates);
     ``polyadic.calibrate()`` measures the rates of the machine at hand.
 
@@ -197,6 +198,7 @@ def explain(
         stride: of a ``ConvFormat``; a layer has its own.
         padding: of a ``ConvFormat``; a layer has its own.
         dilation: of a ``ConvFormat``; a layer has its own.
+        output_padding: of a transposed ``ConvFormat``; a layer has its own.
         plan: a plan to explain in place of the planner's choice.
         memory: ``"fast"``, ``"balanced"`` or ``"least"``; the layer's own by default.
         training: forward and backward, or forward alone.
@@ -208,20 +210,16 @@ def explain(
         ValueError: a size is missing or does not fit.
     """
     batch = positive_int(batch, "batch")
-    groups = 1
+    where = None
     if isinstance(layer, (LinearFormat, ConvFormat)):
         fmt: LinearFormat | ConvFormat = layer
-        where = (stride, padding, dilation)
-    elif isinstance(layer, CPLinear):
-        fmt, where = LinearFormat(layer.in_shape, layer.out_shape, layer.rank), (1, 0, 1)
-    elif isinstance(layer, (CPConv1d, CPConv2d, CPConv3d)):
-        # Groups are planned as so many more images of a convolution of one group.
-        fmt, groups = layer.one_group()[0], layer.groups
-        where = (layer.stride, layer.padding, layer.dilation)
+    elif isinstance(layer, (CPLinear, CPConvBase)):
+        fmt = layer.format
+        where = layer.geometry if isinstance(layer, CPConvBase) else None
     else:
         raise TypeError(
-            f"explain expects a CPLinear, CPConvNd, LinearFormat or ConvFormat, "
-            f"got {type(layer).__name__}"
+            f"explain expects a CPLinear, CPConvNd, CPConvTransposeNd, LinearFormat or "
+            f"ConvFormat, got {type(layer).__name__}"
         )
     if isinstance(layer, torch.nn.Module):
         first = layer.cp.factors[0]
@@ -236,7 +234,12 @@ def explain(
                 f"size is of a convolution's input; a linear layer has none, got {size!r}"
             )
         return _explain_linear(fmt, batch, plan, memory, training, dtype, device, machine)
-    geometry = _check.geometry(fmt.kernel_size, *where)
+    if where is None and fmt.transposed:
+        where = _check.transposed_geometry(
+            fmt.kernel_size, stride, padding, output_padding, dilation
+        )
+    elif where is None:
+        where = _check.geometry(fmt.kernel_size, stride, padding, dilation)
     if size is None:
         raise ValueError("give the spatial size of the convolution's input, such as size=(32, 32)")
     sizes = mode_sizes(
@@ -244,9 +247,7 @@ def explain(
     )
     if len(sizes) != len(fmt.kernel_size):
         raise ValueError(f"size must have {len(fmt.kernel_size)} entries, got {sizes}")
-    return _explain_conv(
-        fmt, geometry, (batch, groups), sizes, plan, memory, training, dtype, device, machine
-    )
+    return _explain_conv(fmt, where, batch, sizes, plan, memory, training, dtype, device, machine)
 
 
 def _cost(
@@ -322,7 +323,7 @@ def _products(modes: Shape) -> int:
 def _explain_conv(
     fmt: ConvFormat,
     geometry: Geometry,
-    images: tuple[int, int],
+    batch: int,
     size: Shape,
     plan: Any,
     memory: Memory,
@@ -331,17 +332,14 @@ def _explain_conv(
     device: str,
     machine: Machine,
 ) -> Explanation:
-    item, batch = dtype.itemsize, math.prod(images)
+    item, (c, n) = dtype.itemsize, fmt.channels
     inputs = batch * math.prod(size)
-    outputs = batch * math.prod(geometry.output_size(size))
     if inputs and min(geometry.output_size(size)) < 1:
         raise ValueError(f"the kernel {fmt.kernel_size} does not fit into an input of size {size}")
 
     def cost(p: ConvPlan) -> Costed:
-        maps = p.keep if p.forward.kind == "factorized" else 0
-        kept = inputs * (fmt.in_channels + (fmt.rank if maps else 0))
-        kept += outputs * fmt.rank if maps == 2 else 0
         steps = conv_plan_steps(fmt, geometry, batch, size, False, p, item, training=training)
+        kept = kept_elements(fmt, geometry, batch, size, p)
         return _cost(p, steps, item * kept, machine)
 
     if plan is None:
@@ -350,13 +348,13 @@ def _explain_conv(
         )
     chosen = cost(_check.conv_plan(plan))
     every = dense_conv_steps(fmt, geometry, batch, size, item, training=training)
-    dense = _cost(None, (every[:1], every[1:]), item * inputs * fmt.in_channels, machine)
+    dense = _cost(None, (every[:1], every[1:]), item * inputs * c, machine)
     spatial, kernel = "x".join(map(str, size)), "x".join(map(str, fmt.kernel_size))
-    of_groups = f" in {images[1]} groups of channels" if images[1] > 1 else ""
+    of_groups = f" in {fmt.groups} groups of channels" if fmt.groups > 1 else ""
     title = (
-        f"convolution {fmt.in_channels} -> {fmt.out_channels}, kernel {kernel}, modes out "
-        f"{fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {images[0]} images of {spatial}"
-        f"{of_groups}, {dtype} on {device}, {'forward and backward' if training else 'forward'}, "
+        f"{'transposed ' if fmt.transposed else ''}convolution {c} -> {n}{of_groups}, kernel "
+        f"{kernel}, modes out {fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {batch} images "
+        f"of {spatial}, {dtype} on {device}, {'forward and backward' if training else 'forward'}, "
         f"memory={memory!r}"
     )
     rejected = _rejected([cost(p) for p in _planner_conv.conv_plans(memory)], chosen, machine)

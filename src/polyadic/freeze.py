@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from polyadic import _planner, _planner_conv
-from polyadic._format import LinearFormat, Shape, mode_sizes, positive_int
+from polyadic._format import ConvFormat, LinearFormat, Shape, mode_sizes, positive_int
 from polyadic._machines import machine_for
 from polyadic._steps import forward_steps, gemm
 from polyadic._steps_conv import conv_forward_steps, dense_conv_steps
@@ -123,8 +123,8 @@ def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -
 
 
 def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:
-    fmt, where = layer.one_group()
-    images = batch * layer.groups
+    fmt, where = layer.format, layer.geometry
+    assert isinstance(fmt, ConvFormat)
     dims = len(layer.kernel_size)
     sizes = size * dims if len(size) == 1 else size
     if len(sizes) != dims:
@@ -132,8 +132,8 @@ def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: 
     first = layer.cp.factors[0]
     kind, dtype = first.device.type, first.dtype
     machine = machine_for(kind, dtype)
-    plan = _planner_conv.choose_conv(fmt, where, images, sizes, False, dtype, kind, "balanced")
-    steps = conv_forward_steps(fmt, where, images, sizes, False, plan.forward, dtype.itemsize)
-    dense = dense_conv_steps(fmt, where, images, sizes, dtype.itemsize, training=False)
+    plan = _planner_conv.choose_conv(fmt, where, batch, sizes, False, dtype, kind, "balanced")
+    steps = conv_forward_steps(fmt, where, batch, sizes, False, plan.forward, dtype.itemsize)
+    dense = dense_conv_steps(fmt, where, batch, sizes, dtype.itemsize, training=False)
     ours = machine.total(steps) + machine.call
     return machine.total(dense) + machine.dense_call <= ours

@@ -35,6 +35,7 @@ class ConvSaved:
         weights: λ (R,) or None.
         geometry: kernel size, stride, padding and dilation.
         plan: the plan the forward followed and the backward will.
+        groups: groups of channels.
     """
 
     x: Tensor
@@ -45,6 +46,7 @@ class ConvSaved:
     weights: Tensor | None
     geometry: Geometry
     plan: ConvPlan
+    groups: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -77,29 +79,18 @@ def _conv(
     out_shape, in_shape, kernel_size, (rank,) = _check.ranked(
         weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
-    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank)
-    n_groups = _check.channel_groups(n_groups, out_channels=fmt.out_channels)
+    n_groups = _check.channel_groups(n_groups, out_channels=math.prod(out_shape))
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups)
     _check.same_place(x, ins[0], "x", cast=cast)
     geometry = _check.geometry(kernel_size, *where)
-    _check.conv_input(x, fmt, geometry, n_groups)
+    _check.conv_input(x, fmt, geometry)
     if _check.padding_mode(padding_mode) != "zeros":
         x, geometry = padded(x, geometry, padding_mode)
-    if plan is not None:
-        plan = _check.conv_plan(plan)
-    elif n_groups == 1:
+    if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
-        # One group is a convolution like any other, and there are n_groups per image.
-        one = ConvFormat((fmt.out_channels // n_groups,), in_shape, kernel_size, rank)
-        plan = plan_conv(one, geometry, _images(x, n_groups, fmt.in_channels, geometry), memory)
-    return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan)
-
-
-def _images(x: Tensor, per_image: int, channels: int, geometry: Geometry) -> Tensor:
-    """A stand-in of x's dtype and device for the planner, ``per_image`` images for each of x."""
-    dims = len(geometry.kernel_size)
-    batch = x.shape[0] if x.dim() == dims + 2 else 1
-    return x.detach().new_empty(()).expand(per_image * batch, channels, *x.shape[-dims:])
+        plan = _check.conv_plan(plan)
+    return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
 
 
 def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
@@ -115,12 +106,12 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
 
 
-def _conv_map(saved: ConvSaved, n_groups: int = 1) -> tuple[ConvMap, list[Tensor]]:
+def _conv_map(saved: ConvSaved) -> tuple[ConvMap, list[Tensor]]:
     """The map a plan stands for and its factors, λ as one more kernel factor."""
     scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
     factors = [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
     n_out, n_in = len(saved.out_factors), len(saved.in_factors)
-    return ConvMap(saved.plan, saved.geometry, n_out, n_in, n_groups), factors
+    return ConvMap(saved.plan, saved.geometry, n_out, n_in, saved.groups), factors
 
 
 def cp_conv(
@@ -180,7 +171,7 @@ def cp_conv(
     _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
-    layer_map, factors = _conv_map(saved, groups)
+    layer_map, factors = _conv_map(saved)
     if x.dim() == len(fmt.kernel_size) + 2:
         return run(layer_map, x, bias, factors)
     return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)
@@ -196,6 +187,7 @@ def cp_conv_forward(
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
+    groups: int = 1,
     plan: ConvPlan | None = None,
 ) -> tuple[Tensor, ConvSaved]:
     """Forward of ``cp_conv`` and what its backward needs, without autograd.
@@ -209,6 +201,7 @@ def cp_conv_forward(
         stride: as in ``cp_conv``.
         padding: as in ``cp_conv``.
         dilation: as in ``cp_conv``.
+        groups: as in ``cp_conv``.
         plan: a ConvPlan to obey; None lets the planner choose one that does not build the kernel.
 
     Returns:
@@ -219,8 +212,10 @@ def cp_conv_forward(
         ValueError: see ``cp_conv``.
     """
     where = (stride, padding, dilation)
-    groups = (out_factors, in_factors, kernel_factors)
-    fmt, saved = _conv(x, groups, weights, where, plan, "balanced", cast=False, rebuild=False)
+    fmt, saved = _conv(
+        x, (out_factors, in_factors, kernel_factors), weights, where, plan, "balanced",
+        cast=False, n_groups=groups, rebuild=False,
+    )  # fmt: skip
     batched = x.dim() == len(fmt.kernel_size) + 2
     layer_map, factors = _conv_map(saved)
     y, kept = layer_map.forward(x if batched else x.unsqueeze(0), None, factors)

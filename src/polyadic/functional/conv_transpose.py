@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from polyadic._plan import ConvPlan, Memory
 from polyadic._planner_conv import plan_conv
 from polyadic.functional._boundary import autocast_dtype, memory_now
 from polyadic.kernels.conv import ConvMap
-from polyadic.kernels.stages import Geometry
 
 
 def cp_conv_transpose(
@@ -72,14 +72,14 @@ def cp_conv_transpose(
     in_shape, out_shape, kernel_size, (rank,) = _check.ranked(
         weights, in_factors=ins, out_factors=outs, kernel_factors=kernels
     )
-    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, transposed=True)
-    groups = _check.channel_groups(groups, in_channels=fmt.in_channels)
+    groups = _check.channel_groups(groups, in_channels=math.prod(in_shape))
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, groups, transposed=True)
     _check.same_place(x, ins[0], "x", cast=cast is not None)
     where = _check.transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
-    _check.conv_input(x, fmt, where, groups)
-    _check.vector(bias, groups * fmt.out_channels, ins[0], cast=cast is not None)
+    _check.conv_input(x, fmt, where)
+    _check.vector(bias, fmt.channels[1], ins[0], cast=cast is not None)
     memory = memory_now(memory)
-    plan = _plan(fmt, where, x, groups, memory) if plan is None else _check.conv_plan(plan)
+    plan = plan_conv(fmt, where, x, memory) if plan is None else _check.conv_plan(plan)
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
     scale = [] if weights is None else [weights.unsqueeze(0)]
@@ -88,17 +88,3 @@ def cp_conv_transpose(
     if x.dim() == len(kernel_size) + 2:
         return run(layer_map, x, bias, factors)
     return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)
-
-
-def _plan(fmt: ConvFormat, where: Geometry, x: Tensor, groups: int, memory: Memory) -> ConvPlan:
-    """The plan of the adjoint, of one group: its three steps are the same size."""
-    dims = len(fmt.kernel_size)
-    adjoint = Geometry(fmt.kernel_size, where.stride, where.padding, where.dilation)
-    one = ConvFormat((fmt.in_channels // groups,), fmt.out_shape, fmt.kernel_size, fmt.rank)
-    batch = x.shape[0] if x.dim() == dims + 2 else 1
-    like = (
-        x.detach()
-        .new_empty(())
-        .expand(groups * batch, fmt.out_channels, *where.output_size(x.shape[-dims:]))
-    )
-    return plan_conv(one, adjoint, like, memory)

@@ -81,14 +81,30 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
     A sum over the batch taken here is of half-precision terms already rounded; it stays in fp32.
     With groups it is that of the shared matrix (c/g, r), or of ``each`` group's: (g, c/g, r).
     """
+    last = layout == "channels_last"
+    if last and not _is_rows(x) and better_as_rows(z.shape[1], groups * math.prod(x.shape[2:])):
+        x = in_layout(x, layout)
+    if last and _is_rows(x):
+        if groups == 1:
+            return _rows(x).t() @ _rows(z)
+        rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
+        if each:
+            return rows.permute(1, 2, 0) @ maps.transpose(0, 1)
+        return rows.flatten(0, 1).t() @ maps.flatten(0, 1)
+    wide = accumulate_dtype(x.dtype)
     if groups > 1:
         products = _by_group(x, groups) @ _by_group(z, groups).mT
-        return products.sum(0 if each else (0, 1), dtype=accumulate_dtype(x.dtype))
-    if layout == "channels_last" and _is_rows(x):
-        return _rows(x).t() @ _rows(z)
-    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(
-        0, dtype=accumulate_dtype(x.dtype)
-    )
+        return products.sum(0 if each else (0, 1), dtype=wide)
+    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(0, dtype=wide)
+
+
+def better_as_rows(maps: int, positions: int) -> bool:
+    """Whether ``outer`` had better convert an input of so many positions an image to rows first.
+
+    Otherwise it makes a product (c, r) for each group and image, ``maps`` = g·r columns in all:
+    more to write, where there are few positions, than there was to read.
+    """
+    return maps > positions
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:

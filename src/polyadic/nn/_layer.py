@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,6 +77,11 @@ class CPLayer(nn.Module):
     def _metric(self, metric: Tensor) -> Tensor:
         """The metric of the fit, for one of the torch layer's input."""
         return metric
+
+    @property
+    def format(self) -> LinearFormat | ConvFormat:
+        """Modes and rank of the layer."""
+        return dataclasses.replace(self._unit(), rank=self.rank)
 
     @classmethod
     def joint(

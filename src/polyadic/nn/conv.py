@@ -51,6 +51,11 @@ class CPConvBase(Exchangeable):
         self.in_shape = factored_shape(in_shape, shared[1], default_in, "in_shape")
 
     @property
+    def geometry(self) -> Geometry:
+        """Where the kernel goes."""
+        raise NotImplementedError
+
+    @property
     def kernel_factors(self) -> tuple[Tensor, ...]:
         """One tensor (k_i, R) per spatial dimension."""
         return self.cp.factor_groups()[2]
@@ -111,6 +116,11 @@ class _CPConv(CPConvBase):
 
     def _unit(self) -> ConvFormat:
         return ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1, self.groups)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Kernel size, stride, padding and dilation."""
+        return _check.geometry(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
@@ -179,23 +189,11 @@ class _CPConv(CPConvBase):
             padding_mode=self.padding_mode, memory=self.memory,
         )  # fmt: skip
 
-    def one_group(self) -> tuple[ConvFormat, Geometry]:
-        """Return what is planned: the format of one group, and where its kernel goes.
-
-        Each image holds ``groups`` of them.
-        """
-        out_shape = self.out_shape
-        if self.groups > 1:
-            out_shape = (self.out_channels // self.groups,)
-        where = _check.geometry(self.kernel_size, self.stride, self.padding, self.dilation)
-        return ConvFormat(out_shape, self.in_shape, self.kernel_size, self.rank), where
-
     def _forward_frozen(self, x: Tensor) -> Tensor:
         assert self.frozen is not None
         padding = self.padding
         if self.padding_mode != "zeros":
-            where = _check.geometry(self.kernel_size, self.stride, padding, self.dilation)
-            x, padding = padded(x, where, self.padding_mode)[0], (0,) * self._dims
+            x, padding = padded(x, self.geometry, self.padding_mode)[0], (0,) * self._dims
         y: Tensor = self.frozen(x, self.bias, self.stride, padding, self.dilation)
         return y
 

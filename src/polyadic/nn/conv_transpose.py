@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from polyadic import _check, functional
 from polyadic._format import ConvFormat, Shape, positive_int
 from polyadic._plan import Memory
+from polyadic.kernels.stages import Geometry
 from polyadic.nn._conversion import Fitted, convert, revert
 from polyadic.nn._layer import Rank
 from polyadic.nn.conv import CPConvBase
@@ -79,6 +80,13 @@ class _CPConvTranspose(CPConvBase):
     def _unit(self) -> ConvFormat:
         return ConvFormat(
             self.out_shape, self.in_shape, self.kernel_size, 1, self.groups, transposed=True
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Kernel size, stride, padding, output padding and dilation."""
+        return _check.transposed_geometry(
+            self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation
         )
 
     def _fan_in(self) -> int:
