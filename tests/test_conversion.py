@@ -324,6 +324,14 @@ class TestMetric:
         plain, weighted = self.errors(layer, tokens, frequencies)
         assert weighted < 0.8 * plain
 
+    @pytest.mark.parametrize("name", [name for name in CASES if name != "linear to one"])
+    def test_gathered_moments_fit(self, name: str) -> None:
+        """What ``polyadic.second_moments`` returns for a layer is the metric of its conversion."""
+        layer, x = make(name)
+        moment = polyadic.second_moments(nn.Sequential(layer), [x], ["0"])["0"]
+        ours = convert(layer, rank=full_rank(layer), metric=moment)
+        assert_close(ours(x), layer(x), "y")
+
     def test_joint(self) -> None:
         """Of two layers with one input."""
         torch.manual_seed(0)

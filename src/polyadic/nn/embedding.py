@@ -163,7 +163,8 @@ class CPEmbedding(Exchangeable):
 
         Sizes, ``padding_idx``, dtype, device, ``training`` and ``requires_grad`` (the table's for
         every factor) are kept; no storage is shared. The fit is ``polyadic.decompose``'s, exact
-        where the rank suffices. Rows that pad the vocabulary up to Π in_shape are fitted to zeros.
+        where the rank suffices. Rows that pad the vocabulary up to Π in_shape are fitted to zeros,
+        or with a ``metric`` (V,) to nothing.
         The row of ``padding_idx`` is fitted as it is, for a tied head (``as_linear``); the lookup
         gives zeros there, and warns here if torch's does not.
 
