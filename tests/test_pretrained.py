@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from polyadic.nn import (
     CPLinear,
 )
 from polyadic.pretrained import from_pretrained, save_pretrained
+from polyadic.pretrained._layers import KINDS, kinds_of
 from pretrained_cases import Net, compressed, on_meta, refused, same
 
 
@@ -175,6 +177,17 @@ LAYERS: list[Any] = [
     ),
     ("embedding", lambda **o: CPEmbedding(29, 8, rank=3, **o), lambda: nn.Embedding(29, 8)),
 ]
+
+
+# Where a tensor is, how modes are chosen by default, and what a CP embedding refuses.
+NOT_SAVED = {"device", "dtype", "order", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"}
+
+
+@pytest.mark.parametrize("name", [n for n in polyadic.nn.__all__ if n != "CPTiedLinear"])
+def test_every_argument_of_every_layer_is_saved(name: str) -> None:
+    arguments = set(inspect.signature(getattr(polyadic.nn, name)).parameters)
+    assert set(kinds_of(name)) == arguments - NOT_SAVED
+    assert set(KINDS) == set(polyadic.nn.__all__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -133,7 +133,20 @@ def test_missing_files(saved: tuple[Net, Path], tmp_path: Path) -> None:
     refused(folder, Net(), "pytorch_model.bin may hold code and is not read")
     (folder / "polyadic_config.json").unlink()
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    refused(folder, Net(), "describes no CP layers of polyadic")
+    refused(folder, Net(), "that describes CP layers of polyadic")
+
+
+def test_two_descriptions_must_agree(saved: tuple[Net, Path]) -> None:
+    _, folder = saved
+    own = json.loads((folder / "polyadic_config.json").read_text())
+    theirs = {"quantization_config": {**own, "quant_method": "polyadic"}}
+    (folder / "config.json").write_text(json.dumps(theirs))
+    same(saved[0], from_pretrained(folder, Net()))
+    own["layers"]["mlp.2"]["arguments"]["memory"] = "least"
+    (folder / "polyadic_config.json").write_text(json.dumps(own))
+    refused(folder, Net(), "describe different layers")
+    (folder / "config.json").write_text("{")
+    refused(folder, Net(), "config.json cannot be read")
 
 
 def test_a_pickle_is_not_opened(saved: tuple[Net, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -133,6 +134,31 @@ def test_polyadic_saves_what_both_load(
     ours.save_pretrained(tmp_path / "again")
     same(model, loaded(model, tmp_path / "again"))
     same(model, from_pretrained(tmp_path / "again", make()))
+
+
+def test_layers_that_share_a_tensor(tmp_path: Path) -> None:
+    """A model that ties nothing, in which polyadic does."""
+    model = transformers.BertModel(bert_config(tie_word_embeddings=False)).eval()
+    first, second = CPLinear.joint(2, 16, 24, rank=4)
+    model.encoder.layer[0].intermediate.dense = first
+    model.encoder.layer[1].intermediate.dense = second
+    save_pretrained(model, tmp_path)
+    for new in (loaded(model, tmp_path), from_pretrained(tmp_path, type(model)(model.config))):
+        same(model, new)
+        layers = [block.intermediate.dense for block in new.encoder.layer]
+        assert layers[0].cp.joint is layers[1].cp.joint
+
+
+def test_a_copy_of_a_model_is_saved_too(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    attach(model)
+    twin = copy.deepcopy(model)
+    twin.encoder.layer[0].attention.self.query = CPLinear(16, 16, rank=2, order=1)
+    assert "CPLinear" in repr(twin.config)
+    twin.save_pretrained(tmp_path / "twin")
+    model.save_pretrained(tmp_path / "model")
+    same(twin, loaded(twin, tmp_path / "twin"))
+    same(model, loaded(model, tmp_path / "model"))
 
 
 def test_automodel_restores(tmp_path: Path) -> None:
@@ -267,7 +293,7 @@ def test_missing_factors_are_an_error(tmp_path: Path) -> None:
 
 def test_a_dense_checkpoint_is_not_converted_by_it(tmp_path: Path) -> None:
     transformers.BertModel(bert_config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="describes no CP layers of polyadic"):
+    with pytest.raises(ValueError, match="that describes CP layers of polyadic"):
         from_pretrained(tmp_path, transformers.BertModel(bert_config()))
 
 

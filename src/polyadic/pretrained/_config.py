@@ -121,13 +121,16 @@ def _no_constant(name: str) -> None:
 def _layer_to_dict(layer: LayerConfig) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "class": layer.kind,
-        "arguments": layer.arguments,
+        "arguments": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in layer.arguments.items()
+        },
         "dtype": str(layer.dtype).split(".")[1],
     }
     if layer.weights:
         entry["weights"] = True
     if layer.joint is not None:
-        entry["joint"] = {"layers": layer.joint[0], "index": layer.joint[1]}
+        entry["joint"] = {"layers": list(layer.joint[0]), "index": list(layer.joint[1])}
     if layer.tied_to is not None:
         entry["tied_to"] = layer.tied_to
     return entry

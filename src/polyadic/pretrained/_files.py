@@ -66,19 +66,32 @@ def read_config(directory: Path) -> ModelConfig:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}")
-    own, theirs = directory / CONFIG, directory / TRANSFORMERS_CONFIG
-    file = own if own.exists() else theirs
-    if not file.exists():
+    own, theirs = _described(directory / CONFIG), _described(directory / TRANSFORMERS_CONFIG)
+    if own is None and theirs is None:
         raise ValueError(
-            f"{directory} holds no {CONFIG} and no {TRANSFORMERS_CONFIG}: it was not written by "
-            f"polyadic.save_pretrained"
+            f"{directory} holds no {CONFIG}, and no {TRANSFORMERS_CONFIG} that describes CP layers "
+            f"of polyadic: it was not written by polyadic.save_pretrained"
         )
+    if own is not None and theirs is not None and own.layers != theirs.layers:
+        raise ValueError(
+            f"{CONFIG} and {TRANSFORMERS_CONFIG} in {directory} describe different layers; remove "
+            f"the one that {WEIGHTS} was not saved with"
+        )
+    config = own or theirs
+    assert config is not None
+    return config
+
+
+def _described(file: Path) -> ModelConfig | None:
+    """What a file says of CP layers; None where there is none, or it is another model's."""
+    if not file.exists():
+        return None
     try:
         content = _json(file)
-        if file == theirs:
+        if file.name == TRANSFORMERS_CONFIG:
             content = content.get("quantization_config") if isinstance(content, dict) else None
             if not isinstance(content, dict) or content.get("quant_method") != METHOD:
-                raise ValueError("it describes no CP layers of polyadic")
+                return None
         return ModelConfig.from_dict(content)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
