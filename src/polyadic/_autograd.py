@@ -6,7 +6,8 @@ all that forward mode needs; or x are indices, which have neither gradient nor t
 
 - no gradient asked for, exporting, or a plan that says so: the map's own aten operations;
 - compiling: the Function without ``jvp``, which Dynamo can trace;
-- eager: the Function with ``jvp``.
+- eager, in a transform of torch.func or in forward mode: the Function with ``jvp``;
+- eager: a Function of the same backward that knows neither, as a call of it costs a fifth.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import Function, forward_ad
 
 
 class MultilinearMap(Protocol):
@@ -53,9 +53,20 @@ def run(
     """Apply a map, differentiably."""
     if layer_map.left_to_autograd or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return layer_map.forward(x, bias, factors)[0]
-    boundary = _Boundary if torch.compiler.is_compiling() else _BoundaryWithJvp
-    y: Tensor = boundary.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = _Boundary.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    elif _transforming():
+        y = _BoundaryWithJvp.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    else:
+        y = _Plain.apply(layer_map, x, bias, *factors)  # type: ignore[no-untyped-call]
     return y
+
+
+def _transforming() -> bool:
+    """Whether eager code runs in a transform of torch.func or a level of forward mode."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
 
 
 class _Boundary(Function):
@@ -99,13 +110,32 @@ class _Boundary(Function):
 
 def _differentiated(inputs: Sequence[Tensor]) -> bool:
     """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return any(unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
 
 
 # Function.apply binds its arguments to forward's signature at each call; found once, it costs half.
 _Boundary.forward.__signature__ = inspect.signature(_Boundary.forward)  # type: ignore[attr-defined]
+
+
+class _Plain(Function):
+    """The same for eager code outside transforms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        y, kept = layer_map.forward(x, bias, factors)
+        ctx.layer_map = layer_map
+        ctx.n_factors = len(factors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *kept)
+        return y
+
+    backward = _Boundary.backward
 
 
 class _BoundaryWithJvp(_Boundary):

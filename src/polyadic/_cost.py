@@ -29,6 +29,7 @@ class Step:
             take as long at the forward's rate; ``flops`` by default.
         channels_last: of a convolution, the layout.
         transposed: of a GEMM, whether its right operand is transposed in memory.
+        pieces: in how many pieces it is done, one after the other.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Step:
     padded_flops: int = 0
     channels_last: bool = True
     transposed: bool = False
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Machine:
 
     def seconds(self, step: Step) -> float:
         """Predicted time of one step."""
-        flops, streamed = step.padded_flops or step.flops, self.streamed(step.nbytes)
+        flops = step.padded_flops or step.flops
+        streamed = step.pieces * self.streamed(step.nbytes / step.pieces)
         if step.kind == "depthwise":
             rate = self.depthwise if step.channels_last else self.depthwise_first
             return step.launches * self.conv_call + flops / rate + streamed

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from polyadic._cache import Memo
 from polyadic._cost import Step
 from polyadic._format import LinearFormat, Shape
 from polyadic._machines import machine_for, threads_of
@@ -28,6 +29,8 @@ from polyadic._steps import (
     plan_steps,
 )
 
+# Calls a function has checked and found a plan for; the function says by what key.
+settled = Memo()
 # A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
 UNKNOWN_BATCH = 256
 
@@ -130,6 +133,7 @@ def choose_linear(
 def forget() -> None:
     """Forget all choices, as a machine description has changed."""
     _cheapest_linear.cache_clear()
+    settled.clear()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from polyadic._cost import Step
 from polyadic._format import LinearFormat, Shape
 from polyadic._plan import Groups, LinearPlan, LinearRoute
-from polyadic.kernels.modes import best_cut
+from polyadic.kernels.modes import PIECE, WHOLE
 
 
 def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
@@ -62,22 +62,19 @@ def _short(rows: int, inner: int) -> int:
 
 
 def khatri_rao_backward_steps(name: str, sizes: Sequence[int], rank: int, item: int) -> list[Step]:
-    """The dimension tree of MTTKRPs."""
-    if len(sizes) == 1:
-        return []
-    cut = best_cut(sizes)
-    left, right = math.prod(sizes[:cut]), math.prod(sizes[cut:])
-    elements = left * right * rank
-    steps = [
-        *khatri_rao_steps(name, sizes[:cut], rank, item),
-        *khatri_rao_steps(name, sizes[cut:], rank, item),
-        Step(
-            f"{name} left half", "stream", 0, 4 * item * elements, 3, rows=left, elements=elements
-        ),
-        Step(f"{name} right half", "stream", 0, 4 * item * elements, 3, elements=elements),
-    ]
-    for half in (sizes[:cut], sizes[cut:]):
-        steps += khatri_rao_backward_steps(name, half, rank, item)
+    """MTTKRPs, mode by mode from the right; a large dK in pieces."""
+    steps: list[Step] = []
+    for mode in range(len(sizes) - 1, 0, -1):
+        left = math.prod(sizes[:mode])
+        elements = left * sizes[mode] * rank
+        pieces = -(-elements // PIECE) if elements > WHOLE else 1
+        steps += [
+            Step(
+                f"{name} mode {mode + 1}, {half}", "stream", 0, 4 * item * elements, 2 * pieces,
+                rows=left, elements=elements // pieces, pieces=pieces,
+            )
+            for half in ("factor", "rest")
+        ]  # fmt: skip
     return steps
 
 

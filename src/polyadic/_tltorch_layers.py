@@ -19,8 +19,8 @@ from polyadic._plan import Memory
 from polyadic.functional import cp_conv, cp_embedding, cp_linear
 from polyadic.functional._boundary import autocast_dtype
 
-# Even at this level less is kept for the backward than by tltorch; where that keeps little beside
-# x (a checkpointed linear layer, a rebuilt convolution kernel) "least" is asked for.
+# Of convolutions and embeddings less is kept even at this level than by tltorch; where that keeps
+# little beside x (a checkpointed linear layer, a rebuilt convolution kernel) "least" is asked for.
 MEMORY: Memory = "fast"
 
 
@@ -134,7 +134,7 @@ class Linears(Taker):
         outs, ins = factors[:n_out], factors[n_out:]
         if x.dim() == 0 or x.shape[-1] != math.prod([f.shape[0] for f in ins]):
             return f"the input has shape {tuple(x.shape)}"
-        memory: Memory = "least" if layer.checkpointing else MEMORY
+        memory: Memory = "least" if layer.checkpointing else "balanced"
         # tltorch adds this bias outside of autocast: the sum is of the bias's dtype.
         apart = layer.implementation == "factorized" and autocast_dtype(x) is not None
         within = None if apart else bias

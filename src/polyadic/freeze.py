@@ -119,7 +119,7 @@ def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -
     ka = khatri_rao(in_factors)
     if layer.cp.weights is not None:
         ka = ka * layer.cp.weights
-    return FrozenPair([ka.contiguous(), khatri_rao(out_factors).t().contiguous()], parameters)
+    return FrozenPair([ka.contiguous(), khatri_rao(out_factors)], parameters)
 
 
 def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:

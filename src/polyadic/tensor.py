@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,8 @@ class CPTensor(nn.Module):
     ) -> None:
         super().__init__()
         self.tensorized_shape, self.layer_modes = _groups(tensorized_shape)
+        ends = [0, *itertools.accumulate(map(len, self.tensorized_shape))]
+        self._pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
         self.rank = positive_int(rank, "rank")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
@@ -96,14 +99,12 @@ class CPTensor(nn.Module):
 
     def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
         """Return the factors, one tuple per group of ``tensorized_shape``."""
-        stored = self.factors._parameters
-        # The dict skips a getattr per factor; parametrized factors are not in it.
-        every = tuple(stored.values()) if len(stored) == self.order else tuple(self.factors)
-        groups, start = [], 0
-        for group in self.tensorized_shape:
-            groups.append(every[start : start + len(group)])
-            start += len(group)
-        return tuple(groups)  # type: ignore[arg-type]
+        # The dicts skip a slow getattr each; parametrized factors are not in them.
+        factors = self._modules["factors"]
+        stored = factors._parameters  # type: ignore[union-attr]
+        complete = len(stored) == self._pieces[-1].stop
+        every = tuple(stored.values()) if complete else tuple(self.factors)
+        return tuple([every[piece] for piece in self._pieces])
 
     def to_tensor(self) -> Tensor:
         """Build the full tensor, one dimension per mode; differentiable."""

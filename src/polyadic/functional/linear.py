@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from polyadic import _check
 from polyadic._autograd import run
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, Memory
-from polyadic._planner import plan_linear
+from polyadic._planner import plan_linear, settled
 from polyadic.functional._boundary import autocast_dtype, gradient_like, nbytes
 from polyadic.kernels.linear import LinearMap
 
@@ -115,6 +118,54 @@ def cp_linear(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the plan is for other modes.
     """
+    key = found = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = _key(x, in_factors, out_factors, bias, weights, plan, memory)
+            found = settled.get(key)
+        except (AttributeError, TypeError):
+            # Not tensors, or of symbolic sizes, which have no hash.
+            key = None
+    if found is None:
+        return _cp_linear(x, in_factors, out_factors, bias, weights, plan, memory, key)
+    layer_map, rows, shape = found
+    scale = () if weights is None else (weights.unsqueeze(0),)
+    factors = (*scale, *in_factors, *out_factors)
+    if rows is None:
+        return run(layer_map, x, bias, factors)
+    return run(layer_map, x.reshape(rows), bias, factors).view(shape)
+
+
+_signature = attrgetter("shape", "dtype", "device")
+_SEQUENCES = tuple(itertools.product((tuple, list), repeat=2))
+
+
+def _key(x: Any, ins: Any, outs: Any, bias: Any, weights: Any, *options: Any) -> Any:
+    """All that validation and choice of a plan look at, so that both are done once; or None."""
+    kinds = type(ins), type(outs)
+    if kinds not in _SEQUENCES or torch._C._is_any_autocast_enabled():
+        return None
+    return (
+        len(ins),
+        tuple(map(_signature, (x, *ins, *outs))),
+        None if bias is None else _signature(bias),
+        None if weights is None else _signature(weights),
+        torch.get_num_threads(),
+        options,
+    )
+
+
+def _cp_linear(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    bias: Tensor | None,
+    weights: Tensor | None,
+    plan: LinearPlan | None,
+    memory: Memory,
+    key: Any,
+) -> Tensor:
+    """``cp_linear`` of arguments not seen before: check, settle, remember and run."""
     cast = autocast_dtype(x) if isinstance(x, Tensor) else None
     fmt, plan, ins, outs = _linear(
         x, in_factors, out_factors, weights, plan, memory, cast is not None
@@ -123,10 +174,13 @@ def cp_linear(
     if cast is not None:
         x, bias = x.to(cast), None if bias is None else bias.to(cast)
     layer_map, factors = _linear_map(plan, ins, outs, weights)
-    if x.dim() == 2:
+    rows = None if x.dim() == 2 else (math.prod(x.shape[:-1]), fmt.in_features)
+    shape = (*x.shape[:-1], fmt.out_features)
+    if key is not None:
+        settled[key] = layer_map, rows, shape
+    if rows is None:
         return run(layer_map, x, bias, factors)
-    rows = x.reshape(math.prod(x.shape[:-1]), fmt.in_features)
-    return run(layer_map, rows, bias, factors).view(*x.shape[:-1], fmt.out_features)
+    return run(layer_map, x.reshape(rows), bias, factors).view(shape)
 
 
 def cp_linear_forward(

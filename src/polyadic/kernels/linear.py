@@ -17,9 +17,9 @@ from polyadic.kernels.modes import (
     contract,
     expand,
     khatri_rao,
-    khatri_rao_backward,
+    linear,
     partials,
-    plus_bias,
+    product_gradients,
 )
 
 
@@ -48,7 +48,7 @@ class LinearMap:
         route = self.plan.forward
         if route.kind == "dense":
             weight = khatri_rao(in_factors, x.dtype) @ khatri_rao(out_factors, x.dtype).t()
-            return plus_bias(x @ weight, bias), ()
+            return linear(x, weight.t(), bias), ()
         z = contract(x, in_factors, route.in_groups)
         y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
@@ -73,8 +73,10 @@ class LinearMap:
             needs: whether x and each factor needs its gradient.
         """
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
-        wrt_x, wrt_in = needs[0], any(needs[1 : 1 + self.n_in])
-        wrt_out = any(needs[1 + self.n_in :])
+        wrt_x = wrt_in = wrt_out = True
+        if not all(needs):
+            wrt_x, wrt_in = needs[0], any(needs[1 : 1 + self.n_in])
+            wrt_out = any(needs[1 + self.n_in :])
         route = self.plan.backward
         d_x, d_in, d_out = None, None, None
         if route.kind == "dense":
@@ -82,9 +84,9 @@ class LinearMap:
             if wrt_x:
                 d_x = grad_y @ (kc @ ka.t())
             if wrt_in or wrt_out:
-                d_weight = x.t() @ grad_y
-                d_in = khatri_rao_backward(d_weight @ kc, in_factors)
-                d_out = khatri_rao_backward(d_weight.t() @ ka, out_factors)
+                d_weight = grad_y.t() @ x
+                d_in = product_gradients(d_weight, kc, in_factors)
+                d_out = product_gradients(d_weight.t(), ka, out_factors)
         else:
             if kept:
                 z = kept[0]

@@ -25,9 +25,18 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Groups = tuple[int, ...]
+
+# Elements of a dK (M, R) above which it is made and used in pieces, and those of one piece. The
+# memory of a large tensor goes back to the system as it is freed, and comes anew page by page.
+WHOLE, PIECE = 2**18, 2**17
+# Elements of an output up to which a pass over it costs less than calling an operation.
+SMALL = 2**14
+# The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
+_LEADING = tuple(tuple(range(d)) for d in range(64))
 
 
 def best_cut(sizes: Sequence[int]) -> int:
@@ -50,12 +59,17 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
         dtype: dtype of the result, the factors' own by default.
     """
     own = factors[0].dtype
-    product, *rest = _at_least_fp32(factors)
-    for factor in rest:
-        product = product.unsqueeze(-2) * factor
-    if rest:
-        product = product.flatten(0, -2)
-    return _rounded(product, dtype or own)
+    matrix = _grown(_at_least_fp32(factors))[1]
+    return matrix if own == matrix.dtype and dtype is None else _rounded(matrix, dtype or own)
+
+
+def _grown(factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """K (Π m_d, R) behind what it grew from: products of the first factors (m_1, …, m_d, 1, R)."""
+    prefixes, product = [], factors[0]
+    for factor in factors[1:]:
+        prefixes.append(product.unsqueeze(-2))
+        product = prefixes[-1] * factor
+    return prefixes, product.flatten(0, -2) if prefixes else product
 
 
 def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -64,26 +78,32 @@ def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors if tensors[0].dtype == wide else [tensor.to(wide) for tensor in tensors]
 
 
-def _grouped(factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> list[Tensor]:
-    """One Khatri-Rao matrix (g, R) per group, left to right.
+def _grouped(
+    factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Sequence[Tensor]], list[list[Tensor]]]:
+    """One Khatri-Rao matrix (g, R) per group, left to right; its factors and their prefixes.
 
     The last one enters a GEMM in ``dtype``. The others enter products that are rounded once, in
     the end, so that more groups do not mean more roundings: they stay in fp32 at least.
     """
-    matrices, start, wide = [], 0, accumulate_dtype(dtype)
+    matrices, pieces, grown, start = [], [], [], 0
+    every, wide = _at_least_fp32(factors), accumulate_dtype(dtype)
     for length in groups:
         stop = start + length
-        inner = stop < len(factors)
-        matrices.append(khatri_rao(factors[start:stop], wide if inner else dtype))
+        piece = every[start:stop]
+        prefixes, matrix = _grown(piece)
+        matrices.append(_rounded(matrix, wide if stop < len(factors) else dtype))
+        pieces.append(piece)
+        grown.append(prefixes)
         start = stop
-    return matrices
+    return matrices, pieces, grown
 
 
 def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
     """Z = X K: (B, M) → (B, R), the rightmost group by a GEMM, the others by weighted sums."""
     if len(groups) == 1:
         return x @ khatri_rao(factors, x.dtype)
-    *left, last = _grouped(factors, groups, x.dtype)
+    *left, last = _grouped(factors, groups, x.dtype)[0]
     return _sum_left(_contract_last(x, last), left)[0]
 
 
@@ -151,14 +171,20 @@ def plus_bias(y: Tensor, bias: Tensor | None) -> Tensor:
         return y + bias
 
 
+def linear(z: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Z Kᵀ + bias; where the output is small the bias takes no operation of its own."""
+    if bias is None or torch.compiler.is_compiling() or z.shape[0] * matrix.shape[0] <= SMALL:
+        return F.linear(z, matrix, bias)
+    return plus_bias(F.linear(z, matrix), bias)
+
+
 def expand(
     z: Tensor, factors: Sequence[Tensor], groups: Groups, bias: Tensor | None = None
 ) -> Tensor:
     """X = Z Kᵀ (+ bias): (B, R) → (B, M), all groups but the last multiplied in before the GEMM."""
     if len(groups) == 1:
-        matrix = khatri_rao(factors, z.dtype).t()
-        return plus_bias(z @ matrix, bias)
-    *left, last = _grouped(factors, groups, z.dtype)
+        return linear(z, khatri_rao(factors, z.dtype), bias)
+    *left, last = _grouped(factors, groups, z.dtype)[0]
     x = _expand_last(_spread(z, left)[-1], last)
     return plus_bias(x, bias)
 
@@ -166,7 +192,7 @@ def expand(
 def _expand_last(spread: Tensor, last: Tensor) -> Tensor:
     """X[b, l, g] = Σ_r Q[b, l, r] K[g, r]: (B, L, R) → (B, M)."""
     rows, outer, rank = spread.shape
-    return (spread.reshape(rows * outer, rank) @ last.t()).view(rows, outer * last.shape[0])
+    return F.linear(spread.reshape(rows * outer, rank), last).view(rows, outer * last.shape[0])
 
 
 def partials(
@@ -195,14 +221,17 @@ def partials(
         wrt_z: compute ∂T/∂Z (B, R).
         wrt_factors: compute every ∂T/∂A_d (m_d, R), in the factors' dtype.
     """
+    own = factors[0].dtype
     if len(groups) == 1:
-        matrix = khatri_rao(factors, x.dtype) if wrt_x or wrt_z else None
+        wide = _at_least_fp32(factors)
+        prefixes, matrix = _grown(wide)
+        matrix = _rounded(matrix, x.dtype)
         return (
-            z @ matrix.t() if wrt_x and matrix is not None else None,
-            x @ matrix if wrt_z and matrix is not None else None,
-            khatri_rao_backward(x.t() @ z, factors) if wrt_factors else None,
+            F.linear(z, matrix) if wrt_x else None,
+            x @ matrix if wrt_z else None,
+            _factor_gradients(x, z, wide, prefixes, own) if wrt_factors else None,
         )
-    *left, last = _grouped(factors, groups, x.dtype)
+    (*left, last), pieces, grown = _grouped(factors, groups, x.dtype)
     rows, rank = z.shape
     spread = _spread(z, left)
     d_x = _expand_last(spread[-1], last) if wrt_x else None
@@ -210,26 +239,63 @@ def partials(
     d_z = summed[0] if wrt_z else None
     if not wrt_factors:
         return d_x, d_z, None
-    grads, start = [], 0
-    for j, length in enumerate(groups):
+    grads = []
+    for j, (piece, prefixes) in enumerate(zip(pieces, grown, strict=True)):
         if j == len(left):
             width = last.shape[0]
             tall = x.reshape(rows * (x.shape[1] // width), width)
-            d_matrix = tall.t() @ spread[j].reshape(-1, rank)
+            grads += _factor_gradients(tall, spread[j].reshape(-1, rank), piece, prefixes, own)
         else:
             outer, group = spread[j].shape[1], left[j].shape[0]
             p = summed[j + 1].view(rows, outer, group, rank)
             d_matrix = _weighted(p, spread[j].unsqueeze(2)).sum((0, 1))
-        grads += khatri_rao_backward(d_matrix, factors[start : start + length])
-        start += length
+            grads += _mttkrp(d_matrix, piece, prefixes, own)
     return d_x, d_z, grads
+
+
+def product_gradients(x: Tensor, z: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the factors of K from dK = Xᵀ Z, x (B, M), z (B, R), in the factors' dtype."""
+    wide = _at_least_fp32(factors)
+    return _factor_gradients(x, z, wide, _prefixes(wide), factors[0].dtype)
+
+
+def _prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
+    """What K would grow from, without K itself."""
+    prefixes = [factor.unsqueeze(-2) for factor in factors[: min(1, len(factors) - 1)]]
+    for factor in factors[1:-1]:
+        prefixes.append((prefixes[-1] * factor).unsqueeze(-2))
+    return prefixes
+
+
+def _factor_gradients(
+    x: Tensor,
+    z: Tensor,
+    factors: Sequence[Tensor],
+    prefixes: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The same from factors in fp32 at least and their prefixes, in ``dtype``.
+
+    A large dK never exists: rows that share the last mode's factor are made, used and dropped.
+    """
+    rank = z.shape[1]
+    if not prefixes or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE:
+        return _mttkrp(x.t() @ z, factors, prefixes, dtype)
+    last, left = factors[-1], prefixes[-1].reshape(-1, 1, rank)
+    size, step = last.shape[0], max(1, PIECE // (last.shape[0] * rank))
+    tops, sums = [], []
+    for start in range(0, left.shape[0], step):
+        rows = slice(start, start + step)
+        d_rows = x[:, start * size : (start + step) * size].t() @ z
+        cube = _rounded(d_rows, last.dtype).view(-1, size, rank)
+        tops.append((cube * last).sum(1))
+        sums.append((cube * left[rows]).sum(0))
+    top, d_last = torch.cat(tops), torch.stack(sums).sum(0)
+    return [*_mttkrp(top, factors[:-1], prefixes[:-1], dtype), _rounded(d_last, dtype)]
 
 
 def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the factors of K from that of K (MTTKRP of ``d_matrix`` with all others).
-
-    A dimension tree: two passes over (Πm, R) give the gradients of the Khatri-Rao products of the
-    left and of the right half of the modes, which are treated likewise.
 
     Args:
         d_matrix: (Π m_d, R).
@@ -238,20 +304,25 @@ def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Ten
     Returns:
         D tensors (m_d, R), in the factors' dtype.
     """
-    own = factors[0].dtype
-    wide = accumulate_dtype(own)
-    if d_matrix.dtype != wide:
-        d_matrix = d_matrix.to(wide)
-    grads = _factor_gradients(d_matrix, _at_least_fp32(factors))
-    return grads if own == wide else [grad.to(own) for grad in grads]
+    wide = _at_least_fp32(factors)
+    return _mttkrp(d_matrix, wide, _prefixes(wide), factors[0].dtype)
 
 
-def _factor_gradients(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The dimension tree itself, in one dtype."""
-    if len(factors) == 1:
-        return [d_matrix]
-    cut = best_cut([factor.shape[0] for factor in factors])
-    left, right = khatri_rao(factors[:cut]), khatri_rao(factors[cut:])
-    cube = d_matrix.view(left.shape[0], right.shape[0], left.shape[1])
-    d_left, d_right = (cube * right).sum(1), (cube * left.unsqueeze(1)).sum(0)
-    return _factor_gradients(d_left, factors[:cut]) + _factor_gradients(d_right, factors[cut:])
+def _mttkrp(
+    d_matrix: Tensor, factors: Sequence[Tensor], prefixes: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Gradients of the factors, the last mode first, with the prefixes that K was built from.
+
+    dA_d = Σ_{i<d} D_d ∘ (A_1 ⊙ … ⊙ A_{d-1}),    D_{d-1} = Σ_{i_d} D_d ∘ A_d,    D_D = dK
+    """
+    d = d_matrix if d_matrix.dtype == factors[0].dtype else d_matrix.to(factors[0].dtype)
+    mode, grads = len(prefixes), []
+    if mode:
+        d = d.view(*prefixes[-1].shape[:-2], -1, d.shape[1])
+    while mode:
+        grads.append((d * prefixes[mode - 1]).sum(_LEADING[mode]))
+        d = (d * factors[mode]).sum(-2)
+        mode -= 1
+    grads.append(d)
+    grads.reverse()
+    return grads if dtype == d.dtype else [grad.to(dtype) for grad in grads]

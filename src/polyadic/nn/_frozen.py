@@ -26,7 +26,8 @@ class Frozen(nn.Module):
         for i, matrix in enumerate(matrices):
             self.register_buffer(f"matrix{i}", matrix, persistent=False)
         self.trainable = [parameter.requires_grad for parameter in parameters]
-        self._watched = [(parameter, parameter._version) for parameter in parameters]
+        self._watched = list(parameters)
+        self._versions = [parameter._version for parameter in parameters]
 
     def __getstate__(self) -> dict[str, Any]:
         self.check()
@@ -35,22 +36,21 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the copied parameters from the versions they start with."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._watched = [(parameter, parameter._version) for parameter, _ in self._watched]
+        self._versions = [parameter._version for parameter in self._watched]
 
     def check(self) -> None:
         """Raise a RuntimeError if a parameter was changed after freezing."""
         if torch.compiler.is_compiling():
             return
-        for parameter, version in self._watched:
-            if parameter._version != version:
-                raise RuntimeError(
-                    "the factors of a frozen layer were changed (an optimizer step, or "
-                    "load_state_dict); call polyadic.unfreeze(model), then freeze it again"
-                )
+        if [parameter._version for parameter in self._watched] != self._versions:
+            raise RuntimeError(
+                "the factors of a frozen layer were changed (an optimizer step, or "
+                "load_state_dict); call polyadic.unfreeze(model), then freeze it again"
+            )
 
 
 class FrozenPair(Frozen):
-    """y = (x KA) KCᵀ + b with the Khatri-Rao pair: matrix0 KA (M, R), matrix1 KCᵀ (R, N)."""
+    """y = (x KA) KCᵀ + b with the Khatri-Rao pair: matrix0 KA (M, R), matrix1 KC (N, R)."""
 
     matrix0: Tensor
     matrix1: Tensor
@@ -58,7 +58,8 @@ class FrozenPair(Frozen):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
-        return F.linear(x @ self.matrix0, self.matrix1.t(), bias)
+        own = self._buffers
+        return F.linear(x @ own["matrix0"], own["matrix1"], bias)  # type: ignore[operator,arg-type]
 
 
 class FrozenWeight(Frozen):
@@ -69,7 +70,7 @@ class FrozenWeight(Frozen):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
-        return F.linear(x, self.matrix0, bias)
+        return F.linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
 
 
 class FrozenKernel(Frozen):

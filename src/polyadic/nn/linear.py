@@ -13,7 +13,7 @@ from polyadic._check import memory as check_memory
 from polyadic._format import LinearFormat, factored_shape, positive_int, tensorize
 from polyadic._plan import Memory
 from polyadic.nn._conversion import Exchangeable, Fitted, convert, revert
-from polyadic.nn._layer import Rank
+from polyadic.nn._layer import Rank, parameter
 
 
 class CPLinear(Exchangeable):
@@ -144,12 +144,14 @@ class CPLinear(Exchangeable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., M) → (..., N)."""
-        if self.frozen is not None:
-            y: Tensor = self.frozen(x, self.bias)
+        frozen, bias = self._modules.get("frozen"), parameter(self, "bias")
+        if frozen is not None:
+            y: Tensor = frozen.forward(x, bias)
             return y
-        in_factors, out_factors = self.cp.factor_groups()
+        cp = self.cp
+        in_factors, out_factors = cp.factor_groups()
         return functional.cp_linear(
-            x, in_factors, out_factors, self.bias, weights=self.cp.weights, memory=self.memory
+            x, in_factors, out_factors, bias, weights=parameter(cp, "weights"), memory=self.memory
         )
 
     def extra_repr(self) -> str:
