@@ -167,6 +167,31 @@ def test_exact_where_the_rank_suffices(name: str) -> None:
     assert_close(ours(x), layer(x), "y")
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed 2d", "embedding"])
+def test_a_layer_of_zeros_is_one_and_trains(name: str) -> None:
+    """As a layer that training starts from zero: its output is zero, its gradient is not."""
+    layer, x = make(name)
+    nn.init.zeros_(layer.weight)
+    ours = convert(layer, rank=3)
+    assert torch.equal(ours(x), layer(x))
+    y = ours(x)
+    y.backward(torch.randn_like(y))
+    assert any(p.grad.any() for p in ours.cp.parameters())
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d groups"])
+def test_a_weight_in_any_layout(name: str) -> None:
+    layer, x = make(name)
+    before = layer(x).detach()
+    weight = layer.weight.detach()
+    strided = torch.empty(weight.shape[::-1], **F64).permute(*reversed(range(weight.dim())))
+    layer.weight = nn.Parameter(strided.copy_(weight))
+    assert not layer.weight.is_contiguous()
+    ours = convert(layer, rank=full_rank(layer))
+    assert_close(ours(x), before, "y")
+    assert all(p.is_contiguous() for p in ours.parameters())
+
+
 @every
 def test_there_and_back(name: str) -> None:
     """Every option of the torch layer, parameter and flag comes back."""

@@ -175,5 +175,6 @@ def random_factors(problem: Problem, rank: int, generator: torch.Generator) -> l
     for size in problem.sizes:
         draw = torch.randn(size, rank, generator=generator, dtype=torch.float64)
         factors.append((draw / draw.norm(dim=0)).to(matrix.device, matrix.dtype))
-    level = (float(matrix.norm()) / math.sqrt(rank)) ** (1 / len(factors))
+    # For a weight of zeros of norm one: a layer whose factors are all zero would never train.
+    level = (float(matrix.norm()) / math.sqrt(rank) or 1.0) ** (1 / len(factors))
     return [factor * level for factor in factors]

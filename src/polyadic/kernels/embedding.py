@@ -189,7 +189,8 @@ class EmbeddingMap:
             own = in_factors[stop - groups[d] : stop]
             total = _sum_into(piece, digits[d], math.prod([factor.shape[0] for factor in own]))
             grads[:0] = khatri_rao_backward(total, own)
-            after = rows[d] if after is None else rows[d] * after
+            if d > 0:
+                after = rows[d] if after is None else rows[d] * after
             stop -= groups[d]
         return grads
 
