@@ -132,17 +132,18 @@ def test_what_cannot_be_merged(make: Any, error: type[Exception], message: str) 
     assert before is None or before == list(model.modules())
 
 
+@pytest.mark.parametrize("padding", [None, 0])
 @pytest.mark.parametrize("by_transformers", [False, True])
 def test_a_model_of_transformers_is_an_ordinary_one_again(
-    by_transformers: bool, tmp_path: Path
+    by_transformers: bool, padding: int | None, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=8, pad_token_id=None,
+        intermediate_size=24, max_position_embeddings=8, pad_token_id=padding,
     )  # fmt: skip
     model = transformers.BertForMaskedLM(config).eval()
-    model.bert.embeddings.word_embeddings = CPEmbedding(60, 16, rank=5)
+    model.bert.embeddings.word_embeddings = CPEmbedding(60, 16, padding, rank=5)
     model.cls.predictions.decoder = model.bert.embeddings.word_embeddings.as_linear()
     model.cls.predictions.decoder.bias = model.cls.predictions.bias
     attach(model)
@@ -151,7 +152,8 @@ def test_a_model_of_transformers_is_an_ordinary_one_again(
     # Either of the two ways.
     assert (model.dequantize() if by_transformers else polyadic.merge(model)) is model
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
-    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    table, head = model.bert.embeddings.word_embeddings, model.cls.predictions.decoder
+    assert (table.weight is head.weight) == (padding is None)
     model.save_pretrained(tmp_path)
     new, report = transformers.BertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())

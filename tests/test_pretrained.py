@@ -254,6 +254,35 @@ def test_a_head_before_its_embedding(tmp_path: Path) -> None:
     same(net, from_pretrained(tmp_path, dense()))
 
 
+def test_heads_of_embeddings_that_share_a_tensor(tmp_path: Path) -> None:
+    def dense() -> nn.ModuleDict:
+        parts = {"a": nn.Embedding(11, 6), "b": nn.Embedding(11, 6), "c": nn.Linear(6, 11)}
+        return nn.ModuleDict(parts)
+
+    net = dense()
+    net["a"], net["b"] = CPEmbedding.joint(2, 11, 6, rank=3)
+    net["c"] = net["b"].as_linear(bias=True)
+    save_pretrained(net, tmp_path)
+    other = from_pretrained(tmp_path, dense())
+    assert other["a"].cp.joint is other["b"].cp.joint is other["c"].cp.joint
+    ids, x = torch.arange(11), torch.randn(2, 6)
+    assert not torch.equal(net["a"](ids), net["b"](ids))
+    for name, argument in (("a", ids), ("b", ids), ("c", x)):
+        assert torch.equal(net[name](argument), other[name](argument))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_go_where_the_skeleton_is(saved: tuple[Net, Path]) -> None:
+    net, folder = saved
+    other = from_pretrained(folder, Net().cuda())
+    assert {value.device.type for value in other.state_dict().values()} == {"cuda"}
+    same(net, other.cpu())
+    bare = nn.Sequential(CPLinear(6, 4, rank=2)).cuda()
+    save_pretrained(bare, folder)
+    meta = on_meta(lambda: nn.Sequential(nn.Linear(6, 4)))
+    same(bare, from_pretrained(folder, meta, device="cuda"))
+
+
 def test_a_frozen_model_is_saved_as_it_was(tmp_path: Path) -> None:
     net = nn.Sequential(CPLinear(64, 48, rank=40), nn.ReLU(), CPLinear(48, 6, rank=2))
     plain = copy.deepcopy(net)
@@ -311,6 +340,13 @@ def lone_head() -> nn.Module:
     return nn.Sequential(CPEmbedding(11, 4, rank=2).as_linear())
 
 
+def head_of_another() -> nn.Module:
+    """Of an embedding that is not in the model, though its tensor is."""
+    first, second = CPEmbedding.joint([{"num_embeddings": 11}, {"num_embeddings": 12}],
+                                      embedding_dim=4, rank=2)  # fmt: skip
+    return nn.Sequential(first, second.as_linear())
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -329,6 +365,7 @@ def lone_head() -> nn.Module:
         ),
         (sparse, ValueError, "mask is sparse or quantized"),
         (lone_head, ValueError, "shares the factors of a CPEmbedding that is not in the model"),
+        (head_of_another, ValueError, "1 shares the factors of a CPEmbedding that is not in"),
     ],
 )
 def test_what_cannot_be_saved(

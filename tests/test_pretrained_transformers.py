@@ -149,6 +149,35 @@ def test_layers_that_share_a_tensor(tmp_path: Path) -> None:
         assert layers[0].cp.joint is layers[1].cp.joint
 
 
+def t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def test_more_than_two_ties(tmp_path: Path) -> None:
+    model = t5()
+    ((table, *others, head),) = _surgery.find(
+        model, target_modules=r".*(shared|embed_.*|lm_head)"
+    ).ties
+    assert len(others) == 2
+    new = CPEmbedding(60, 16, rank=5)
+    _surgery.replace(model, table, new)
+    for name in others:
+        again = CPEmbedding(60, 16, rank=5)
+        again.cp = new.cp
+        _surgery.replace(model, name, again)
+    _surgery.replace(model, head, new.as_linear())
+    save_pretrained(model, tmp_path)
+    restored = loaded(model, tmp_path)
+    same(model, restored)
+    outputs = [m(IDS, decoder_input_ids=IDS).logits for m in (model, restored)]
+    assert torch.equal(*outputs)
+    same(model, from_pretrained(tmp_path, t5()))
+
+
 def test_a_copy_of_a_model_is_saved_too(tmp_path: Path) -> None:
     model = exchange(transformers.BertModel(bert_config()))
     attach(model)

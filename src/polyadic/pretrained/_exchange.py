@@ -22,11 +22,13 @@ class Exchange:
         layers: new layers by name, on the meta device.
         state: what the state dict of the model will be; of new layers on the meta device, and one
             tensor under each of its names where parameters are tied.
+        devices: by name, the device of that which a tensor replaces.
     """
 
     model: nn.Module
     layers: dict[str, nn.Module]
     state: dict[str, Tensor]
+    devices: dict[str, torch.device]
 
     def apply(self) -> None:
         """Put the layers in their places."""
@@ -65,7 +67,13 @@ def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
     layers = build(configs, {name: places[name] for name in configs if name in own})
     for name, layer in layers.items():
         layer.requires_grad_(any(p.requires_grad for p in places[name].parameters()))
-    return Exchange(model, layers, _state(model, places, layers))
+    state = _state(model, places, layers)
+    devices = {key: value.device for key, value in state.items()}
+    for name, layer in layers.items():
+        device = next(places[name].parameters()).device
+        for alias in (alias for alias, module in places.items() if module is places[name]):
+            devices.update(dict.fromkeys(layer.state_dict(prefix=f"{alias}."), device))
+    return Exchange(model, layers, state, devices)
 
 
 def _state(
@@ -115,7 +123,8 @@ def fill(
         trained = isinstance(like, nn.Parameter)
         key = sources[name], trained
         if key not in made:
-            value = tensors[key[0]].to((device or "cpu") if like.is_meta else like.device)
+            place = exchange.devices[name]
+            value = tensors[key[0]].to((device or "cpu") if place.type == "meta" else place)
             made[key] = nn.Parameter(value, requires_grad=like.requires_grad) if trained else value
         filled[name] = made[key]
     return filled

@@ -104,7 +104,11 @@ def describe(model: nn.Module) -> dict[str, LayerConfig]:
                 f"that can be saved are polyadic's {', '.join(KINDS)}"
             )
     owners = _owners(layers)
-    return {name: _describe(name, layer, owners) for name, layer in layers.items()}
+    configs = {name: _describe(name, layer, owners) for name, layer in layers.items()}
+    for name, config in configs.items():
+        if config.kind == "CPTiedLinear":
+            _check_head(name, config, configs)
+    return configs
 
 
 def _tensor(layer: Any) -> CPTensor:
@@ -136,11 +140,6 @@ def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
             f"the factors of {name or 'the model'} must have one dtype of {', '.join(DTYPES)}, got "
             f"{', '.join(sorted(map(str, dtypes)))}"
         )
-    if kind == "CPTiedLinear" and owner is None:
-        raise ValueError(
-            f"{name or 'the model'} shares the factors of a CPEmbedding that is not in the model; "
-            f"save a model that holds both"
-        )
     joint = None
     if isinstance(layer.cp, CPSlice):
         modes = tensor.tensorized_shape[: tensor.layer_modes]
@@ -148,6 +147,34 @@ def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
     return LayerConfig(
         kind, arguments, dtypes.pop(), tensor.weights is not None, joint,
         None if owner == name else owner,
+    )  # fmt: skip
+
+
+def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]) -> None:
+    """Heads are made from an embedding of their size that shares their tensor."""
+    owner = None if head.tied_to is None else configs[head.tied_to]
+    if (
+        owner is None
+        or owner.kind != "CPEmbedding"
+        or _head_sizes(owner) != {key: head.arguments[key] for key in _head_sizes(owner)}
+    ):
+        raise ValueError(
+            f"{name or 'the model'} shares the factors of a CPEmbedding that is not in the model; "
+            f"save a model that holds both"
+        )
+
+
+def _head_sizes(embedding: LayerConfig) -> dict[str, int]:
+    """Sizes of the output head of an embedding."""
+    of = embedding.arguments
+    return {"in_features": of["embedding_dim"], "out_features": of["num_embeddings"]}
+
+
+def head_of(embedding: LayerConfig, name: str, bias: bool) -> LayerConfig:
+    """The output head tied to an embedding of that name."""
+    return LayerConfig(
+        "CPTiedLinear", {**_head_sizes(embedding), "bias": bias}, embedding.dtype,
+        embedding.weights, embedding.joint, embedding.tied_to or name,
     )  # fmt: skip
 
 
@@ -191,6 +218,8 @@ def _build(config: LayerConfig, owner: Any) -> nn.Module:
         sizes = {key: getattr(head, key) for key in ("in_features", "out_features")}
         if any(config.arguments[key] != size for key, size in sizes.items()):
             raise ValueError(f"the embedding it is tied to makes it a layer of {sizes}")
+        if config.joint is not None:
+            head.cp = _tensor(owner).layer(*config.joint[1])
         return head
     layer: CPLayer = cls(**config.arguments, device="meta", dtype=config.dtype)
     modes = () if config.joint is None else config.joint[0]

@@ -26,7 +26,7 @@ from polyadic.pretrained._config import ModelConfig
 from polyadic.pretrained._dense import merge_layers
 from polyadic.pretrained._exchange import prepare, refuse
 from polyadic.pretrained._files import METHOD
-from polyadic.pretrained._layers import DTYPES, LayerConfig, describe
+from polyadic.pretrained._layers import DTYPES, LayerConfig, describe, head_of
 
 
 class PolyadicConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -64,7 +64,7 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
             name: _cast(layer, content.dtype, wanted)
             for name, layer in _in_names_of(model, content.layers).items()
         }
-        prepare(model, layers | _tied_heads(model, layers)).apply()
+        prepare(model, layers | _tied_to_tables(model, layers)).apply()
         _declare_ties(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -108,6 +108,7 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called first when a model is saved: write down the layers as they are now."""
+        _declare_ties(model)
         _attach(model)
         return None, {}
 
@@ -171,11 +172,10 @@ def _name(dtype: torch.dtype) -> str | None:
     return next((name for name, one in DTYPES.items() if one == dtype), None)
 
 
-def _cast(layer: LayerConfig, saved: str | None, wanted: torch.dtype | None) -> LayerConfig:
+def _cast(layer: LayerConfig, saved: str | None, wanted: Any) -> LayerConfig:
     """A layer of the model's dtype takes the one asked for, another keeps its own."""
-    if saved is None or wanted is None or layer.dtype != DTYPES[saved]:
-        return layer
-    return dataclasses.replace(layer, dtype=wanted)
+    follows = saved is not None and layer.dtype == DTYPES[saved] and wanted in DTYPES.values()
+    return dataclasses.replace(layer, dtype=wanted) if follows else layer
 
 
 def _in_names_of(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict[str, LayerConfig]:
@@ -206,29 +206,29 @@ def _in_names_of(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict
     return renamed
 
 
-def _tied_heads(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict[str, LayerConfig]:
-    """Output heads of this class whose weight is a table that is in CP format.
+def _tied_to_tables(
+    model: PreTrainedModel, layers: dict[str, LayerConfig]
+) -> dict[str, LayerConfig]:
+    """Layers of this class whose weight is tied to a table that is in CP format.
 
-    Where the head was saved it is among the layers; where it was not, as it is where the base model
-    was saved alone, it is tied to the table as the dense one would be.
+    What was saved of them is among the layers. What was not, such as the head where the base model
+    was saved alone, is tied to the table as the dense one would be.
     """
-    heads = {}
+    added: dict[str, LayerConfig] = {}
     for pair in model.all_tied_weights_keys.items():
-        for name, other in (pair, pair[::-1]):
-            table, head = (one.removesuffix(".weight") for one in (name, other))
-            if table in layers and layers[table].kind == "CPEmbedding" and head not in layers:
-                layer = model.get_submodule(head)
-                arguments = {
-                    "in_features": layers[table].arguments["embedding_dim"],
-                    "out_features": layers[table].arguments["num_embeddings"],
-                    "bias": getattr(layer, "bias", None) is not None,
-                }
-                owner = layers[table].tied_to or table
-                heads[head] = LayerConfig(
-                    "CPTiedLinear", arguments, layers[table].dtype, layers[table].weights,
-                    layers[table].joint, owner,
-                )  # fmt: skip
-    return heads
+        for source, target in (pair, pair[::-1]):
+            table, name = (one.removesuffix(".weight") for one in (source, target))
+            if table not in layers or layers[table].kind != "CPEmbedding" or name in layers:
+                continue
+            layer, config = model.get_submodule(name), layers[table]
+            if isinstance(layer, nn.Linear):
+                added[name] = head_of(config, table, layer.bias is not None)
+            elif isinstance(layer, nn.Embedding):
+                arguments = {**config.arguments, "padding_idx": layer.padding_idx}
+                added[name] = dataclasses.replace(
+                    config, arguments=arguments, tied_to=config.tied_to or table
+                )
+    return added
 
 
 def _declare_ties(model: PreTrainedModel) -> None:
