@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -23,7 +21,6 @@ from polyadic import nn as pnn
 from test_values import assert_close
 
 Shape = tuple[int, ...]
-MODES = ("zeros", "reflect", "replicate", "circular")
 ROUTES = [
     *(ConvRoute(layout, form) for layout, form in itertools.product(
         ("channels_last", "channels_first"), ("merged", "separable"))),
@@ -265,84 +262,6 @@ def test_the_explicit_pair(case: Case, route: ConvRoute | None) -> None:
     got = [d_x, *d_outs, *d_ins, *d_kernels, *d_weights]
     for i, (g, w) in enumerate(zip(got, right, strict=True)):
         assert_close(g, w, f"gradient {i}")
-
-
-def per_dimension(low: int, high: int, dims: int) -> Any:
-    each = st.integers(low, high)
-    return each | st.tuples(*[each] * dims)
-
-
-@st.composite
-def _convs(draw: Any, transposed: bool) -> tuple[Case, ConvPlan | None]:
-    dims = draw(st.integers(1, 3))
-    modes = st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)
-    own = draw(modes)
-    groups = draw(st.sampled_from([g for g in (1, 2, 3, 4, 6) if math.prod(own) % g == 0]))
-    other = draw(modes)
-    largest = 9 if dims < 3 else 4
-
-    def spread(value: int | Shape) -> Shape:
-        return value if isinstance(value, tuple) else (value,) * dims
-
-    options: dict[str, Any] = {
-        "groups": groups,
-        "stride": draw(per_dimension(1, 3, dims)),
-        "padding": draw(per_dimension(0, 3, dims)),
-        "dilation": draw(per_dimension(1, 3, dims)),
-    }
-    case = Case(
-        other if transposed else own,
-        own if transposed else other,
-        draw(st.tuples(*[st.integers(1, 4)] * dims)),
-        draw(st.tuples(*[st.integers(1, largest)] * dims)),
-        draw(st.sampled_from([(), (1,), (2,), (3,), (0,)])),
-        draw(st.integers(1, 6)),
-        transposed,
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        options,
-    )
-    if transposed:
-        extra = options["output_padding"] = draw(per_dimension(0, 2, dims))
-        for e, s, d in zip(
-            *map(spread, (extra, options["stride"], options["dilation"])), strict=True
-        ):
-            assume(e < max(s, d))
-    else:
-        options["padding_mode"] = draw(st.sampled_from(MODES))
-        named = draw(st.sampled_from([None, None, "same", "valid"]))
-        if named is not None:
-            options["padding"] = named
-        if named == "same":
-            options["stride"] = 1
-    try:
-        with torch.no_grad():
-            empty = 0 in case.dense()(case.input()).shape[-dims:]
-    except RuntimeError:
-        assume(False)
-    assume(not empty)
-    # torch's reflect and circular padding of no image raises.
-    assume(case.lead != (0,) or options.get("padding_mode", "zeros") in ("zeros", "replicate"))
-    route, other_route = (draw(st.sampled_from(ROUTES)) for _ in range(2))
-    plan = ConvPlan(route, other_route, draw(st.integers(0, 2))) if draw(st.booleans()) else None
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    return case, plan
-
-
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=150)
-
-
-@EXAMPLES
-@given(_convs(transposed=False))
-def test_generated(drawn: tuple[Case, ConvPlan | None]) -> None:
-    assert_agrees(*drawn)
-
-
-@EXAMPLES
-@given(_convs(transposed=True))
-def test_generated_transposed(drawn: tuple[Case, ConvPlan | None]) -> None:
-    assert_agrees(*drawn)
 
 
 SMALL = [

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
@@ -115,37 +113,6 @@ def test_table(
         indices.view(-1)[0] = layer.padding_idx
     assert_agrees(layer, indices, **kwargs)
     assert_close(layer.weight, table(layer), "weight")
-
-
-@st.composite
-def _layers(draw: Any) -> tuple[CPEmbedding, Tensor, dict[str, Any]]:
-    modes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
-    in_shape, out_shape = draw(modes), draw(modes)
-    rows = math.prod(in_shape)
-    size = draw(st.integers(max(1, rows // 2), rows))
-    padding_idx = draw(st.none() | st.integers(-size, size - 1))
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    layer = make(
-        size, in_shape, out_shape, draw(st.integers(1, 7)), weights=draw(st.booleans()),
-        padding_idx=padding_idx,
-    )  # fmt: skip
-    lead = draw(st.lists(st.integers(0, 4), max_size=3))
-    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
-    indices = torch.randint(size, lead, dtype=dtype)
-    if draw(st.booleans()) and indices.dim() > 1:
-        indices = indices.transpose(0, 1)
-    kwargs = {
-        "unique": draw(st.sampled_from([None, True, False])),
-        "memory": draw(st.sampled_from(["fast", "balanced", "least"])),
-    }
-    return layer, indices, kwargs
-
-
-@settings(derandomize=True, deadline=None, max_examples=150)
-@given(_layers())
-def test_generated(drawn: tuple[CPEmbedding, Tensor, dict[str, Any]]) -> None:
-    layer, indices, kwargs = drawn
-    assert_agrees(layer, indices, **kwargs)
 
 
 class TestPadding:
