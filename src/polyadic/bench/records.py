@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,3 +146,12 @@ def fastest(records: Sequence[Record]) -> Record | None:
 def geometric_mean(values: Sequence[float]) -> float:
     """Exponential of the mean logarithm, NaN of nothing."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def rounded(value: Any) -> Any:
+    """The same plain data with five digits of every float: more are noise."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -28,6 +28,7 @@ from polyadic.bench.measure import (
 )
 from polyadic.bench.plans import predicted, rates_source
 from polyadic.bench.problem import Built, Contestant, NotApplicableError, Problem, plan_record
+from polyadic.bench.records import rounded
 
 Record = dict[str, Any]
 QUICK = Patience(seconds=0.06, repeats=5, limit=0.5)
@@ -94,18 +95,9 @@ def run_bench(
     path = out / f"{datetime.now(timezone.utc):%Y-%m-%d}-{options.device}{part}.jsonl"
     with path.open("w", encoding="utf-8") as file, _settings():
         for record in _records(cases, options, progress):
-            file.write(json.dumps(_rounded(record), ensure_ascii=False) + "\n")
+            file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
             file.flush()
     return path
-
-
-def _rounded(value: Any) -> Any:
-    """Keep five digits of every float: more are noise."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextmanager

@@ -120,6 +120,7 @@ def train(
     settings: Settings,
     seed: int,
     on_epoch: Callable[[], None] = lambda: None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
 ) -> tuple[nn.Module, Curve]:
     """Train one contestant; everything follows from the seed.
 
@@ -130,6 +131,7 @@ def train(
         seed: Seeds torch's global generator, and the order of the batches, which is therefore
             the same for every contestant.
         on_epoch: Called after each epoch.
+        penalty: Of the model, added to the loss of every step; the curve is without it.
 
     Returns:
         The trained model and its curve.
@@ -151,7 +153,8 @@ def train(
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - done)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(data.train_x[rows]), data.train_y[rows])
-            loss.backward()  # type: ignore[no-untyped-call]
+            whole = loss if penalty is None else loss + penalty(model)
+            whole.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach()
         losses.append(total.item() / steps)

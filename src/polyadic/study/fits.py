@@ -1,0 +1,181 @@
+"""Ways to put a trained linear layer into factors, all with the same number of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyadic import tensorize
+from polyadic.nn import CPConv2d, CPLinear
+
+ORDER = 2
+
+Layer = nn.Linear | nn.Conv2d
+Fit = Callable[[Any, float, Tensor, int], nn.Module]
+Layers = Mapping[str, Any]
+Moments = Mapping[str, Tensor]
+Convert = Callable[[nn.Module, Layers, float, Moments, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to convert a model.
+
+    Attributes:
+        key: Name in records.
+        label: Name in tables.
+        convert: From a model of the caller's own, its layers by name, the ratio of parameters, the
+            second moments (M, M) of their inputs and the number of sweeps (of iterative fits) to
+            the layers in factors by name. Weights of the layers over stored numbers is the ratio,
+            or a little more. M counts the features of a linear layer, the entries of a patch
+            Cin·kh·kw of a convolution.
+    """
+
+    key: str
+    label: str
+    convert: Convert
+
+
+def layerwise(fit: Fit) -> Convert:
+    """Convert every layer by itself at the same ratio."""
+
+    def convert(
+        model: nn.Module, layers: Layers, ratio: float, moments: Moments, sweeps: int
+    ) -> dict[str, Any]:
+        return {n: fit(layer, ratio, moments[n], sweeps) for n, layer in layers.items()}
+
+    return convert
+
+
+def rank_for(ratio: float, modes: Sequence[int], entries: int) -> int:
+    """The largest rank with ``ratio`` times fewer numbers than ``entries``; 1 at least."""
+    return max(1, int(entries / ratio) // sum(modes))
+
+
+def cp_layer(
+    layer: Layer, outs: Sequence[Tensor], ins: Sequence[Tensor], kernel: Sequence[Tensor] = ()
+) -> CPLinear | CPConv2d:
+    """The CP layer of factors (n_d, R), (m_d, R) and (k_i, R), with the bias of ``layer``."""
+    shared: dict[str, Any] = {
+        "rank": ins[0].shape[1], "in_shape": [len(f) for f in ins],
+        "out_shape": [len(f) for f in outs], "dtype": layer.weight.dtype,
+    }  # fmt: skip
+    made: CPLinear | CPConv2d
+    if isinstance(layer, nn.Linear):
+        made = CPLinear(layer.in_features, layer.out_features, layer.bias is not None, **shared)
+        given = [*ins, *outs]
+    else:
+        made = CPConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, bias=layer.bias is not None, **shared,
+        )  # fmt: skip
+        given = [*outs, *ins, *kernel]
+    with torch.no_grad():
+        for own, factor in zip(made.cp.factors, given, strict=True):
+            own.copy_(factor)
+        if made.bias is not None and layer.bias is not None:
+            made.bias.copy_(layer.bias)
+    return made
+
+
+def svd(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
+    """Truncated SVD: the best matrix of its rank in the Frobenius norm (Eckart & Young, 1936)."""
+    return _low_rank(layer, ratio, None)
+
+
+def weighted_svd(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
+    """The best matrix of its rank for the outputs: least E‖(W − Ŵ) x‖², as in DRONE (2021).
+
+    With Σ = E[x xᵀ] = L Lᵀ, E‖Δ x‖² = ‖Δ L‖²_F, so the best Ŵ is the truncated SVD of W L, times
+    L⁻¹. What was never seen in Σ gets 10⁻⁶ of the mean variance, so that L⁻¹ exists.
+    """
+    return _low_rank(layer, ratio, moment)
+
+
+def _low_rank(layer: Layer, ratio: float, moment: Tensor | None) -> nn.Module:
+    weight = layer.weight.detach().double().flatten(1)
+    rank = rank_for(ratio, weight.shape, weight.numel())
+    root = None
+    if moment is not None:
+        ridge = 1e-6 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        root = torch.linalg.cholesky(moment + ridge)
+        weight = weight @ root
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    scale = s[:rank].sqrt()
+    outs, ins = u[:, :rank] * scale, vt[:rank] * scale.unsqueeze(1)
+    if root is not None:
+        ins = torch.linalg.solve_triangular(root, ins, upper=False, left=False)
+    if isinstance(layer, nn.Linear):
+        return cp_layer(layer, [outs], [ins.t()])
+    pair = low_rank_conv(layer, rank)
+    state = {"0.weight": ins, "1.weight": outs, "1.bias": layer.bias}
+    given = pair.state_dict()
+    pair.load_state_dict({name: state[name].view_as(own) for name, own in given.items()})
+    return pair
+
+
+def low_rank_conv(layer: nn.Conv2d, rank: int) -> nn.Sequential:
+    """A convolution to ``rank`` channels and a 1×1 one: a (Cout, Cin·kh·kw) matrix of that rank."""
+    return nn.Sequential(
+        nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,  # type: ignore[arg-type]
+                  layer.padding, layer.dilation, bias=False),  # type: ignore[arg-type]
+        nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None),
+    )  # fmt: skip
+
+
+def tltorch_cp(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
+    """What tltorch's ``from_linear`` and ``from_conv`` make: tensorly's ``parafac`` of the weight.
+
+    Its start is random: the SVD start that is tensorly's default is filled up with random columns
+    as well where the rank exceeds a mode, which it does here.
+    """
+    import tensorly
+    from tltorch import FactorizedConv, FactorizedLinear
+
+    how = {"n_iter_max": sweeps, "init": "random", "random_state": 0}
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        if isinstance(layer, nn.Linear):
+            ins, outs = tensorize(layer.in_features, layer.out_features, ORDER)
+            made = FactorizedLinear.from_linear(
+                layer, rank_for(ratio, (*ins, *outs), layer.weight.numel()), auto_tensorize=False,
+                in_tensorized_features=ins, out_tensorized_features=outs,
+                bias=layer.bias is not None, decomposition_kwargs=how,
+            )  # fmt: skip
+        else:
+            ins, outs = (layer.in_channels,), (layer.out_channels,)
+            rank = rank_for(ratio, layer.weight.shape, layer.weight.numel())
+            made = FactorizedConv.from_conv(
+                layer, rank, factorization="CP", decomposition_kwargs=how
+            )
+    factors = [factor.detach() for factor in made.weight.factors]
+    factors[0] = factors[0] * made.weight.weights.detach()
+    first, second = len(outs), len(outs) + len(ins)
+    return cp_layer(layer, factors[:first], factors[first:second], factors[second:])
+
+
+@torch.no_grad()
+def weight_error(layer: Any, linear: nn.Linear) -> float:
+    """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm."""
+    weight = linear.weight.double()
+    return float((layer.weight.double() - weight).norm() / weight.norm())
+
+
+@torch.no_grad()
+def output_error(layer: Any, linear: nn.Linear, moment: Tensor) -> float:
+    """√(E‖(W − Ŵ) x‖² / E‖W x‖²) for inputs of the second moment (M, M)."""
+    weight = linear.weight.double()
+    missed = layer.weight.double() - weight
+    lost, size = (float((m @ moment * m).sum()) for m in (missed, weight))
+    return math.sqrt(max(lost, 0.0) / size)
+
+
+METHODS = (
+    Method("svd", "low rank, SVD", layerwise(svd)),
+    Method("svd-data", "low rank, data-aware SVD", layerwise(weighted_svd)),
+    Method("tltorch", "CP, tltorch from_linear", layerwise(tltorch_cp)),
+)
