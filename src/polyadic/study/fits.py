@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import tensorize
+from polyadic.decompose import decompose
 from polyadic.nn import CPConv2d, CPLinear
 
 ORDER = 2
@@ -158,6 +159,32 @@ def tltorch_cp(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Mo
     return cp_layer(layer, factors[:first], factors[first:second], factors[second:])
 
 
+def own_cp(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
+    """``polyadic.decompose`` in the Frobenius norm."""
+    return _decomposed(layer, ratio, None, sweeps)
+
+
+def own_cp_in_metric(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
+    """``polyadic.decompose`` in the metric of the layer's inputs."""
+    return _decomposed(layer, ratio, moment, sweeps)
+
+
+def _decomposed(layer: Layer, ratio: float, moment: Tensor | None, sweeps: int) -> nn.Module:
+    weight = layer.weight.detach()
+    how: dict[str, Any] = {"metric": moment, "iterations": sweeps, "start": "orthogonal"}
+    if isinstance(layer, nn.Linear):
+        ins, outs = tensorize(layer.in_features, layer.out_features, ORDER)
+        rank = rank_for(ratio, (*ins, *outs), weight.numel())
+        first, second = decompose(weight.t(), (ins, outs), rank, **how).cp.factor_groups()
+        return cp_layer(layer, second, first)
+    ins, outs = tensorize(layer.in_channels, layer.out_channels, ORDER)
+    shape = (outs, ins, layer.kernel_size)
+    rank = rank_for(ratio, (*outs, *ins, *layer.kernel_size), weight.numel())
+    return cp_layer(
+        layer, *decompose(weight, shape, rank, metric_groups=(1, 2), **how).cp.factor_groups()
+    )
+
+
 @torch.no_grad()
 def weight_error(layer: Any, linear: nn.Linear) -> float:
     """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm."""
@@ -177,5 +204,7 @@ def output_error(layer: Any, linear: nn.Linear, moment: Tensor) -> float:
 METHODS = (
     Method("svd", "low rank, SVD", layerwise(svd)),
     Method("svd-data", "low rank, data-aware SVD", layerwise(weighted_svd)),
-    Method("tltorch", "CP, tltorch from_linear", layerwise(tltorch_cp)),
+    Method("tltorch", "CP, tltorch", layerwise(tltorch_cp)),
+    Method("cp", "CP, polyadic", layerwise(own_cp)),
+    Method("cp-data", "CP, polyadic, data-aware", layerwise(own_cp_in_metric)),
 )

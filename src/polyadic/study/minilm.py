@@ -40,12 +40,12 @@ class Options:
     """
 
     ratios: tuple[float, ...] = (10.0, 4.0, 2.0)
-    train: int = 3000
-    validation: int = 120
-    held_out: int = 500
+    train: int = 2100
+    validation: int = 100
+    held_out: int = 400
     batch: int = 16
-    sweeps: int = 15
-    steps: int = 300
+    sweeps: int = 10
+    steps: int = 120
     lr: float = 1e-3
     seed: int = 0
 
@@ -195,5 +195,5 @@ def _recover(bench: Bench, student: nn.Module, tell: Tell) -> Recovery:
     return distill(
         student, bench.model, shuffled, steps=options.steps, loss="cosine", forward=forward,
         lr=options.lr, warmup=min(20, options.steps // 5), validation=bench.validation,
-        validate_every=max(1, options.steps // 4), callback=report, seed=options.seed,
+        validate_every=max(1, options.steps // 3), callback=report, seed=options.seed,
     )  # fmt: skip

@@ -31,6 +31,8 @@ class Store:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path = path
+        own = machine.environment(torch.device("cpu"), torch.float32)
+        self._commit = own["commit"]
         self.records: list[Record] = []
         if path.exists():
             environment, self.records = read(path)
@@ -41,8 +43,7 @@ class Store:
                 )
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        environment = machine.environment(torch.device("cpu"), torch.float32)
-        self._write({**environment, "threads": torch.get_num_threads(), "settings": settings})
+        self._write({**own, "threads": torch.get_num_threads(), "settings": settings})
 
     def has(self, **fields: Any) -> bool:
         """Whether a record with these fields is there."""
@@ -52,7 +53,8 @@ class Store:
         )
 
     def add(self, record: Record) -> None:
-        """Append a record; it is on the disk when this returns."""
+        """Append a record, with the commit it was made by; it is on the disk when this returns."""
+        record = {**record, "commit": self._commit}
         self.records.append(rounded(record))
         self._write(record)
 
