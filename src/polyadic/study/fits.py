@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic import tensorize
+from polyadic._format import tensorize
 from polyadic.decompose import decompose
 from polyadic.nn import CPConv2d, CPLinear
 

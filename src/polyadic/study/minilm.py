@@ -46,7 +46,7 @@ class Options:
     batch: int = 16
     sweeps: int = 10
     steps: int = 120
-    lr: float = 1e-3
+    lr: float = 3e-4
     seed: int = 0
 
     @classmethod

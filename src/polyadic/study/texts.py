@@ -12,6 +12,7 @@ import sysconfig
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _HELD_OUT_SHARE = 0.15
@@ -43,7 +44,7 @@ def load(train: int, held_out: int) -> Texts:
     Raises:
         ValueError: there are not as many.
     """
-    parts = split(sentence for text in _documents() for sentence in sentences(text))
+    parts = _all()
     for name, wanted, there in (
         ("train", train, len(parts.train)),
         ("held_out", held_out, len(parts.held_out)),
@@ -51,6 +52,11 @@ def load(train: int, held_out: int) -> Texts:
         if there < wanted:
             raise ValueError(f"{name} must be at most {there} sentences, got {wanted}")
     return Texts(parts.train[:train], parts.held_out[:held_out])
+
+
+@cache
+def _all() -> Texts:
+    return split(sentence for text in _documents() for sentence in sentences(text))
 
 
 def split(found: Iterable[str]) -> Texts:
