@@ -375,6 +375,26 @@ class TestMetric:
             CPLinear.from_linear(nn.Linear(12, 10), rank=2, metric=torch.eye(10))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_that_pad_a_vocabulary_are_free(count: int) -> None:
+    """A table cut off a CP tensor is met where zeros in the rest are not, alone and jointly."""
+    torch.manual_seed(0)
+    full = CPTensor((count, (8, 8), (4, 5)), 5, dtype=torch.float64)
+    layers = [nn.Embedding(57, 20, **F64) for _ in range(count)]
+    with torch.no_grad():
+        tables = torch.stack([full.layer(i).to_matrix() for i in range(count)])
+        for layer, rows in zip(layers, tables, strict=True):
+            layer.weight.copy_(rows[:57])
+        tables[:, 57:] = 0
+    fit = {"rank": 8, "iterations": 400, "tolerance": 1e-9}
+    made = joined(*layers, order=2, **fit) if count > 1 else [convert(layers[0], order=2, **fit)]
+    zeros = polyadic.decompose(tables, ((count,), (8, 8), (4, 5)), **fit).cp.to_matrix()
+    for own, layer, other in zip(made, layers, zeros, strict=True):
+        error, norm = (own.weight - layer.weight).norm(), layer.weight.norm()
+        assert error < 1e-3 * norm
+        assert (other[:57] - layer.weight).norm() > 0.01 * norm
+
+
 def joined(*layers: nn.Module, **options: Any) -> nn.ModuleList:
     return KINDS[type(layers[0])][0].joint_from(layers, **options)
 

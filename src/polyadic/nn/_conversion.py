@@ -114,11 +114,12 @@ def convert(
 def _fit(
     layer: CPLayer, target: Tensor, groups: Sequence[Shape], fit: Mapping[str, Any]
 ) -> CPTensor:
-    """Fit a CP tensor, in the metric of the layer's input where one is given."""
-    if fit.get("metric") is not None:
+    """Fit a CP tensor, in the metric of the layer's input where there is one."""
+    metric = layer._metric(fit.get("metric"))
+    if metric is not None:
         shift = len(groups) - len(layer.cp.tensorized_shape)
         inside = tuple([group + shift for group in layer._metric_groups])
-        fit = {"metric_groups": inside, **fit, "metric": layer._metric(fit["metric"])}
+        fit = {"metric_groups": inside, **fit, "metric": metric}
     return decompose(target, groups, layer.rank, **fit).cp
 
 

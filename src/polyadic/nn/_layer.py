@@ -80,8 +80,8 @@ class CPLayer(nn.Module):
         """What the CP tensor is fitted to, for the weight of the torch layer."""
         return weight
 
-    def _metric(self, metric: Tensor) -> Tensor:
-        """The metric of the fit, for one of the torch layer's input."""
+    def _metric(self, metric: Tensor | None) -> Tensor | None:
+        """The metric of the fit, for that of the torch layer's input or none."""
         return metric
 
     @property

@@ -163,10 +163,10 @@ class CPEmbedding(Exchangeable):
 
         Sizes, ``padding_idx``, dtype, device, ``training`` and ``requires_grad`` (the table's for
         every factor) are kept; no storage is shared. The fit is ``polyadic.decompose``'s, exact
-        where the rank suffices. Rows that pad the vocabulary up to Π in_shape are fitted to zeros,
-        or with a ``metric`` (V,) to nothing.
-        The row of ``padding_idx`` is fitted as it is, for a tied head (``as_linear``); the lookup
-        gives zeros there, and warns here if torch's does not.
+        where the rank suffices. Rows that pad the vocabulary up to Π in_shape are fitted to
+        nothing, which leaves the others more freedom. The row of ``padding_idx`` is fitted as it
+        is, for a tied head (``as_linear``); the lookup gives zeros there, and there is a warning
+        here if torch's does not.
 
         Args:
             embedding: the trained layer.
@@ -202,10 +202,13 @@ class CPEmbedding(Exchangeable):
     def _target(self, weight: Tensor) -> Tensor:
         return F.pad(weight, (0, 0, 0, self.cp.shape[0] - self.num_embeddings))
 
-    def _metric(self, metric: Tensor) -> Tensor:
-        rows = self.cp.shape[0]
+    def _metric(self, metric: Tensor | None) -> Tensor | None:
+        # Rows that pad the vocabulary weigh nothing: they may be whatever suits the others.
+        more = self.cp.shape[0] - self.num_embeddings
+        if metric is None:
+            return F.pad(torch.ones(self.num_embeddings), (0, more)) if more else None
         if isinstance(metric, Tensor) and metric.shape == (self.num_embeddings,):
-            return F.pad(metric, (0, rows - self.num_embeddings))
+            return F.pad(metric, (0, more))
         return metric
 
     def extra_repr(self) -> str:
