@@ -12,6 +12,12 @@ import torch
 StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout"]
 
 
+# How many times faster a thin product reads operands that are in the cache.
+IN_CACHE = 2
+# Bytes from which glibc's allocator never keeps memory that was freed (DEFAULT_MMAP_THRESHOLD_MAX).
+MAPPED = 2**25
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation (or a few that belong together) of a plan.
@@ -30,6 +36,7 @@ class Step:
         channels_last: of a convolution, the layout.
         transposed: of a GEMM, whether its right operand is transposed in memory.
         pieces: in how many pieces it is done, one after the other.
+        new: bytes of the largest tensor it makes, of all pieces.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Step:
     channels_last: bool = True
     transposed: bool = False
     pieces: int = 1
+    new: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,14 @@ class Machine:
 
     Args:
         gemm: FLOP/s of a large matrix product.
-        gemm_bandwidth: bytes/s at which a thin product reads its operands.
+        gemm_bandwidth: bytes/s at which a thin product reads operands larger than the cache.
         gemm_bandwidth_transposed: the same with a transposed right operand.
         vector: columns a product is padded to (the SIMD width).
         memory_bandwidth: bytes/s of elementwise steps on tensors larger than the cache.
         cache_bandwidth: the same where they fit.
         cache: bytes of the cache meant.
+        new_bandwidth: bytes/s at which a tensor larger than ``MAPPED`` gets its memory, which the
+            system hands out anew each time, page by page.
         launch: seconds per operation.
         row: seconds per outer iteration of an elementwise step.
         depthwise: FLOP/s of a depthwise convolution in channels_last, beside the time to read and
@@ -77,6 +87,7 @@ class Machine:
     memory_bandwidth: float = 30e9
     cache_bandwidth: float = 70e9
     cache: float = 1.5e6
+    new_bandwidth: float = 2.5e9
     launch: float = 1.5e-6
     row: float = 25e-9
     depthwise: float = 120e9
@@ -84,8 +95,8 @@ class Machine:
     conv: float = 150e9
     conv_first: float = 150e9
     conv_call: float = 30e-6
-    call: float = 80e-6
-    dense_call: float = 20e-6
+    call: float = 40e-6
+    dense_call: float = 15e-6
     source: str = "built-in"
 
     def seconds(self, step: Step) -> float:
@@ -99,8 +110,12 @@ class Machine:
             rate = self.conv if step.channels_last else self.conv_first
             return step.launches * self.conv_call + max(flops / rate, streamed)
         time = step.launches * self.launch + step.rows * self.row
+        if step.new >= MAPPED * step.pieces:
+            time += step.new / self.new_bandwidth
         if step.kind == "gemm":
             thin = self.gemm_bandwidth_transposed if step.transposed else self.gemm_bandwidth
+            if step.nbytes <= self.cache:
+                thin *= IN_CACHE
             return time + max(flops / self.gemm, step.nbytes / thin)
         return time + streamed
 
@@ -117,6 +132,7 @@ CPU_THREAD = Machine()
 # An accelerator's rates are orders of magnitude, enough to weigh launches against work; measured
 # ones come from ``polyadic.calibrate(device="cuda")``.
 ACCELERATOR = Machine(
+    new_bandwidth=1e15,
     gemm=40e12,
     gemm_bandwidth=1.5e12,
     gemm_bandwidth_transposed=1.5e12,

@@ -14,6 +14,9 @@ from polyadic._format import LinearFormat, Shape
 from polyadic._plan import Groups, LinearPlan, LinearRoute
 from polyadic.kernels.modes import PIECE, WHOLE
 
+# A product and its sum; a sum takes as long to call as two other operations.
+SUMMED = 3
+
 
 def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
     """The mode sizes of each group."""
@@ -25,33 +28,36 @@ def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
 
 
 def gemm(
-    name: str, m: int, k: int, n: int, item: int, *, vector: int = 16, transposed: bool = False
+    name: str,
+    m: int,
+    k: int,
+    n: int,
+    item: int,
+    *,
+    vector: int = 16,
+    transposed: bool = False,
+    launches: int = 1,
 ) -> Step:
-    """(m, k) @ (k, n)."""
+    """(m, k) @ (k, n), ``launches`` with the views before and after it."""
     padded = -(-n // vector) * vector
     return Step(
-        name, "gemm", 2 * m * k * n, item * (m * k + k * n + m * n), 1,
-        elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed,
+        name, "gemm", 2 * m * k * n, item * (m * k + k * n + m * n), launches,
+        elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed, new=item * m * n,
     )  # fmt: skip
 
 
 def khatri_rao_steps(name: str, sizes: Sequence[int], rank: int, item: int) -> list[Step]:
     """The products that build (Π sizes, R); none for one factor."""
     steps, rows = [], sizes[0]
-    for size in sizes[1:]:
+    for mode, size in enumerate(sizes[1:], 2):
         elements = rows * size * rank
         # The product is written once; its two small operands come from the cache.
         steps.append(
             Step(
-                name,
-                "stream",
-                0,
-                item * elements,
-                2,
-                rows=_short(rows, size * rank),
-                elements=elements,
+                name, "stream", 0, item * elements, 2 + (mode == len(sizes)),
+                rows=_short(rows, size * rank), elements=elements, new=item * elements,
             )
-        )
+        )  # fmt: skip
         rows *= size
     return steps
 
@@ -70,8 +76,9 @@ def khatri_rao_backward_steps(name: str, sizes: Sequence[int], rank: int, item: 
         pieces = -(-elements // PIECE) if elements > WHOLE else 1
         steps += [
             Step(
-                f"{name} mode {mode + 1}, {half}", "stream", 0, 4 * item * elements, 2 * pieces,
-                rows=left, elements=elements // pieces, pieces=pieces,
+                f"{name} mode {mode + 1}, {half}", "stream", 0, 4 * item * elements,
+                SUMMED * pieces, rows=left, elements=elements // pieces, pieces=pieces,
+                new=item * elements,
             )
             for half in ("factor", "rest")
         ]  # fmt: skip
@@ -96,14 +103,15 @@ def contract_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int
 
 def _sum_right(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
-    steps = [gemm("contract the last group", rows * outer, last, rank, item)]
+    views = 0 if len(pieces) == 1 else 3
+    steps = [gemm("contract the last group", rows * outer, last, rank, item, launches=1 + views)]
     for piece in reversed(pieces[:-1]):
         group = math.prod(piece)
         elements = rows * outer * rank
         outer //= group
         steps.append(
-            Step("weighted sum over a group", "stream", 0, 4 * item * elements, 3,
-                 rows=rows * outer, elements=elements)
+            Step("weighted sum over a group", "stream", 0, 4 * item * elements, 1 + SUMMED,
+                 rows=rows * outer, elements=elements, new=item * elements)
         )  # fmt: skip
     return steps
 
@@ -115,8 +123,8 @@ def spread_steps(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> li
         before, outer = outer, outer * math.prod(piece)
         elements = rows * outer * rank
         steps.append(
-            Step("spread over a group", "stream", 0, 2 * item * elements, 3,
-                 rows=rows * before, elements=elements)
+            Step("spread over a group", "stream", 0, 2 * item * elements, 3 + (before == 1),
+                 rows=rows * before, elements=elements, new=item * elements)
         )  # fmt: skip
     return steps
 
@@ -127,7 +135,15 @@ def expand_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) 
     steps = _group_matrices(pieces, rank, item)
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     steps += spread_steps(rows, pieces, rank, item)
-    return [*steps, gemm("expand the last group", rows * outer, rank, last, item, transposed=True)]
+    return [*steps, _expand_last(rows, outer, last, rank, item)]
+
+
+def _expand_last(rows: int, outer: int, last: int, rank: int, item: int) -> Step:
+    views = 1 if outer == 1 else 3
+    return gemm(
+        "expand the last group", rows * outer, rank, last, item, transposed=True,
+        launches=1 + views,
+    )  # fmt: skip
 
 
 def partials_steps(
@@ -147,26 +163,23 @@ def partials_steps(
     steps = [] if matrices_kept else _group_matrices(pieces, rank, item)
     steps += spread_steps(rows, pieces, rank, item)
     if wrt_x:
-        steps.append(gemm("expand the last group", rows * outer, rank, last, item, transposed=True))
+        steps.append(_expand_last(rows, outer, last, rank, item))
     if wrt_z or len(groups) > 1:
         steps += _sum_right(rows, pieces, rank, item)
     before = 1
     for piece in pieces[:-1]:
         elements = rows * before * math.prod(piece) * rank
         steps.append(
-            Step(
-                "dK of a group",
-                "stream",
-                0,
-                4 * item * elements,
-                3,
-                rows=rows * before,
-                elements=elements,
-            )
-        )
+            Step("dK of a group", "stream", 0, 4 * item * elements, 2 + SUMMED,
+                 rows=rows * before, elements=elements, new=item * elements)
+        )  # fmt: skip
         steps += khatri_rao_backward_steps("MTTKRP", piece, rank, item)
         before *= math.prod(piece)
-    steps.append(gemm("dK of the last group", last, rows * outer, rank, item))
+    views = 1 if outer == 1 else 3
+    # A large dK is made in pieces.
+    whole = last * rank <= WHOLE
+    dk = gemm("dK of the last group", last, rows * outer, rank, item, launches=1 + views)
+    steps.append(dk if whole else dataclasses.replace(dk, new=item * PIECE))
     return steps + khatri_rao_backward_steps("MTTKRP", pieces[-1], rank, item)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import _planner, _planner_conv
-from polyadic._cost import Machine, built_in
+from polyadic._cost import MAPPED, Machine, built_in
 from polyadic._format import LinearFormat
 from polyadic._machines import store, threads_of
-from polyadic._steps import plan_steps
+from polyadic._steps import SUMMED, plan_steps
 from polyadic.nn import CPLinear
 
 
@@ -103,20 +103,28 @@ class _Rates:
         }
 
     def stream(self) -> dict[str, Any]:
-        """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows."""
+        """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows.
+
+        Also a product of a tensor that gets new memory each time, and into memory that is there.
+        """
         large, small = self._random(1024, 16, 256), self._random(64, 16, 64)
         short = self._random(2048, 4, 16)
         weights, narrow, thin = (self._random(16, n) for n in (256, 64, 16))
         item = self.dtype.itemsize
-        in_cache = self._net(lambda: (small * narrow).sum(1), 2)
+        huge = self._random(MAPPED // item)
+        out = torch.empty_like(huge)
+        renewed = self._net(lambda: huge * huge, 1)
+        renewed -= self._net(lambda: torch.mul(huge, huge, out=out), 1)
+        in_cache = self._net(lambda: (small * narrow).sum(1), SUMMED)
         cache_bandwidth = 4 * item * small.numel() / in_cache
-        rows = self._net(lambda: (short * thin[:4]).sum(1), 2)
+        rows = self._net(lambda: (short * thin[:4]).sum(1), SUMMED)
         return {
             "launch": self.launch,
             "memory_bandwidth": 4
             * item
             * large.numel()
-            / self._net(lambda: (large * weights).sum(1), 2),
+            / self._net(lambda: (large * weights).sum(1), SUMMED),
+            "new_bandwidth": MAPPED / max(renewed, 1e-6),
             "cache_bandwidth": cache_bandwidth,
             "row": max(rows - 4 * item * short.numel() / cache_bandwidth, 0.1e-9) / 2048,
         }
