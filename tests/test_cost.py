@@ -12,14 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic._check import geometry, transposed_geometry
 from polyadic._cost import Machine, built_in
+from polyadic._format import EmbeddingFormat
 from polyadic._planner import bucket, choose_linear, compositions, linear_plans, predict_linear
 from polyadic._planner_conv import conv_plans
+from polyadic._planner_embedding import plan_embedding
 from polyadic._steps import plan_steps
 from polyadic._steps_conv import conv_plan_steps
+from polyadic._steps_embedding import embedding_backward_steps, embedding_forward_steps
 from polyadic.functional import (
     cp_conv,
     cp_conv_forward,
     cp_conv_transpose,
+    cp_embedding,
     cp_linear,
     cp_linear_forward,
 )
@@ -122,6 +126,26 @@ def test_conv_flops_are_what_torch_counts(
         with _counter() as counter:
             y.sum().backward()
         assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced"])
+@pytest.mark.parametrize(("in_shape", "rows"), [((5, 7), 3), ((3, 4, 2), 40), ((9,), 4)])
+def test_embedding_flops_are_what_torch_counts(
+    in_shape: tuple[int, ...], rows: int, memory: str
+) -> None:
+    fmt = EmbeddingFormat(in_shape, (4, 3), 6, num_embeddings=math.prod(in_shape) - 1)
+    ins, outs = _factors(in_shape, fmt.out_shape, rank=fmt.rank)
+    plan = plan_embedding(fmt, rows, torch.float32, "cpu", memory)
+    with _counter() as counter:
+        y = cp_embedding(torch.arange(rows) % 7, ins, outs, unique=False, memory=memory)
+    assert counter.get_total_flops() == sum(
+        step.flops for step in embedding_forward_steps(fmt, rows, plan, 4)
+    )
+    with _counter() as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == sum(
+        step.flops for step in embedding_backward_steps(fmt, rows, plan, 4)
+    )
 
 
 def test_compositions_are_all_ways_to_cut() -> None:

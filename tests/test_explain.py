@@ -9,8 +9,9 @@ import torch
 
 import polyadic
 from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute
+from polyadic._format import EmbeddingFormat
 from polyadic._machines import machine_for
-from polyadic.nn import CPConv2d, CPLinear
+from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
 from polyadic.reference import dense
 
 
@@ -116,6 +117,13 @@ def test_to_dict_is_plain_data() -> None:
             TypeError,
             "LinearPlan",
         ),
+        (
+            lambda: polyadic.explain(
+                CPEmbedding(9, 4, rank=1), batch=1, plan=ConvPlan(ConvRoute(), ConvRoute())
+            ),
+            ValueError,
+            "an embedding takes no plan",
+        ),
     ],
 )
 def test_errors(call, error, message) -> None:
@@ -137,3 +145,60 @@ def test_a_grouped_convolution_costs_what_its_groups_cost() -> None:
     x = torch.randn(2, 32, 16, 16)
     before = grouped(x)
     torch.testing.assert_close(polyadic.freeze(grouped, batch=2, size=16)(x), before)
+
+
+def kept_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes autograd keeps beside the parameters; an index counts 8."""
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
+def test_what_explain_says_is_kept_is_kept(memory: str) -> None:
+    transposed = CPConvTranspose2d(6, 8, 3, stride=2, groups=2, rank=4, memory=memory)
+    strided = CPConv2d(8, 6, 1, stride=2, rank=3, memory=memory)
+    embedding = CPEmbedding(50, 12, rank=4, memory=memory)
+    for layer, x, size in (
+        (transposed, torch.randn(2, 6, 5, 7, requires_grad=True), (5, 7)),
+        (strided, torch.randn(2, 8, 5, 7, requires_grad=True), (5, 7)),
+        (embedding, torch.arange(9), None),
+    ):
+        found = polyadic.explain(layer, batch=len(x), size=size)
+        assert kept_bytes(layer, x) == found.chosen.kept_bytes, found.title
+
+
+def test_an_embedding_says_what_a_lookup_costs() -> None:
+    found = polyadic.explain(CPEmbedding(30522, 384, rank=64), batch=2048)
+    # One product with KC forward, and the gradients of both its sides backward.
+    assert found.chosen.flops == 3 * 2 * 2048 * 64 * 384
+    assert found.dense.flops == 0
+    assert found.dense.largest == 30522 * 384
+    assert "as an output head: a lookup has none" in str(found)
+    fmt = EmbeddingFormat((28, 32, 35), (6, 8, 8), 64, 30522)
+    assert polyadic.explain(fmt, batch=2048).chosen.flops == found.chosen.flops
+
+
+def test_a_transposed_convolution_is_planned_as_itself() -> None:
+    layer = CPConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1, rank=4)
+    found = polyadic.explain(layer, batch=2, size=(5, 4), plan=ConvPlan(ConvRoute(), ConvRoute()))
+    assert "transposed convolution 8 -> 6" in found.title
+    taken, made = 2 * 20, 2 * 80
+    products = 2 * 4 * (8 * taken + 6 * made)
+    depthwise = 2 * 4 * 9 * taken
+    assert found.chosen.flops == 3 * (products + depthwise) + depthwise
+    assert found.dense.flops == 3 * 2 * taken * 8 * 6 * 9
+    fmt = layer.format
+    options = {"stride": 2, "padding": 1, "output_padding": 1}
+    same = polyadic.explain(fmt, batch=2, size=(5, 4), plan=found.chosen.plan, **options)
+    assert str(same) == str(found)

@@ -1,6 +1,7 @@
 """CP-factorized layers for PyTorch whose forward and backward stay factorized."""
 
 from polyadic import finetune, functional, init, nn, reference
+from polyadic._explanation import Explanation
 from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
@@ -10,7 +11,7 @@ from polyadic.decompose import (
     decompose,
     second_moments,
 )
-from polyadic.explain import Explanation, explain
+from polyadic.explain import explain
 from polyadic.freeze import freeze, unfreeze
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor

@@ -79,13 +79,24 @@ def known(*sizes: int) -> bool:
 
 
 def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = True) -> LinearPlan:
-    """The plan for x (..., M); one for all batch sizes where the batch is symbolic.
+    """The plan for x (..., M)."""
+    return plan_rows(fmt, tuple(x.shape[:-1]), x.dtype, x.device.type, memory, rebuild)
+
+
+def plan_rows(
+    fmt: LinearFormat,
+    shape: Shape,
+    dtype: torch.dtype,
+    device_type: str,
+    memory: Memory,
+    rebuild: bool = True,
+) -> LinearPlan:
+    """The plan for rows of a leading ``shape``; one for all where it is symbolic.
 
     With ``rebuild`` W may be built where that is cheapest.
     """
-    shape = tuple(x.shape[:-1])
     if not torch.compiler.is_compiling():
-        return choose_linear(fmt, bucket(math.prod(shape)), x.dtype, x.device.type, memory, rebuild)
+        return choose_linear(fmt, bucket(math.prod(shape)), dtype, device_type, memory, rebuild)
     modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
     if not known(*modes):
         route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
@@ -94,7 +105,7 @@ def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = Tr
     if known(*shape):
         rows = bucket(math.prod(shape))
     plan: LinearPlan = _constant_linear(
-        fmt.in_shape, fmt.out_shape, fmt.rank, rows, x.dtype, x.device.type, memory, rebuild
+        fmt.in_shape, fmt.out_shape, fmt.rank, rows, dtype, device_type, memory, rebuild
     )
     return plan
 

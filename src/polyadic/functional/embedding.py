@@ -12,8 +12,8 @@ from torch import Tensor
 from polyadic import _check
 from polyadic._autograd import run
 from polyadic._format import LinearFormat
-from polyadic._plan import LinearPlan, LinearRoute, Memory
-from polyadic._planner import known, plan_linear
+from polyadic._plan import Memory
+from polyadic._planner_embedding import plan_embedding
 from polyadic.kernels.embedding import EmbeddingMap
 
 # Below this many indices a lookup costs no more than finding the distinct ones.
@@ -40,24 +40,6 @@ def _distinct(flat: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
             return None
     distinct, places = torch.unique(flat, return_inverse=True)
     return (distinct, places) if 2 * len(distinct) <= len(flat) else None
-
-
-def _joined(modes: Sequence[int], rows: int, device: str) -> tuple[int, ...]:
-    """Lengths of groups of adjacent in modes whose Khatri-Rao product is worth forming.
-
-    That is where it has at most half as many rows as there are indices to look up. Elsewhere than
-    on a CPU rows are summed by a matrix product, for which the modes had better stay small.
-    """
-    if device != "cpu" or (torch.compiler.is_compiling() and not known(rows, *modes)):
-        return (1,) * len(modes)
-    groups, sizes = [1], [modes[-1]]
-    for mode in reversed(modes[:-1]):
-        if 2 * mode * sizes[0] <= rows:
-            groups[0], sizes[0] = groups[0] + 1, mode * sizes[0]
-        else:
-            groups.insert(0, 1)
-            sizes.insert(0, mode)
-    return tuple(groups)
 
 
 def cp_embedding(
@@ -120,20 +102,9 @@ def cp_embedding(
         flat, inverse = torch.unique(flat, return_inverse=True)
     elif unique is None and _may_count(flat):
         flat, inverse = _distinct(flat, size) or (flat, None)
-    # The planner reads leading shape, dtype and device of a linear map's input: one row per index.
-    like = ins[0].detach().new_empty(()).expand(flat.shape[0], fmt.in_features)
-    plan = plan_linear(fmt, like, memory)
-    forward, backward = plan.forward.out_groups, plan.backward.out_groups
-    if like.dtype.itemsize == 2:
-        # A lookup rounds less than a GEMM: splitting would round once more than torch, twice over.
-        forward = backward = (len(outs),)
-    first, *rest = _joined(in_shape, flat.shape[0], like.device.type)
-    joined = (first + (weights is not None), *rest)
-    plan = LinearPlan(
-        LinearRoute(joined, forward), LinearRoute(joined, backward), keep=memory == "fast"
-    )
+    plan = plan_embedding(fmt, flat.shape[0], ins[0].dtype, ins[0].device.type, memory)
     if weights is not None:
-        ins = (weights.unsqueeze(0), *ins)
+        ins, plan = (weights.unsqueeze(0), *ins), _check.with_scale(plan)
     y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])
     if inverse is not None:
         y = F.embedding(inverse, y)
