@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replace_fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +35,6 @@ class Options:
         seeds: Trainings of each kind; number i has seed i.
         ratio: Weights of the converted layers over numbers stored instead, for each layer.
         sweeps: Of alternating least squares, at most.
-        epochs: Of the longer finetuning; the short one has one.
-        finetune_lr: Adam's learning rate in finetuning, falling linearly to zero.
         penalty: Factor of the penalty Σ_r λ_r² where there is one.
         quick: Few epochs of the trainings.
     """
@@ -43,25 +42,21 @@ class Options:
     seeds: int = 5
     ratio: float = 10.0
     sweeps: int = 50
-    epochs: int = 10
-    finetune_lr: float = 1e-3
-    penalty: float = 1e-3
+    penalty: float = 1e-4
     quick: bool = False
 
     @classmethod
     def short(cls) -> Options:
         """Shorten everything to seconds; the numbers then mean little."""
-        return cls(seeds=1, sweeps=2, epochs=2, quick=True)
+        return cls(seeds=1, sweeps=2, quick=True)
 
     def schedule(self, seed: int) -> training.Settings:
         """Of a training from the start: the demo's."""
         return training.Settings.quick(seed) if self.quick else training.Settings(seed)
 
-    def finetuning(self, seed: int, epochs: int) -> training.Settings:
-        """Of a finetuning."""
-        return training.Settings(
-            seed, mlp_epochs=epochs, cnn_epochs=epochs, learning_rate=self.finetune_lr
-        )
+    def one_epoch(self, seed: int) -> training.Settings:
+        """Of the short finetuning; the long one takes the settings of a training."""
+        return replace_fields(self.schedule(seed), mlp_epochs=1, cnn_epochs=1)
 
 
 @dataclass(frozen=True)
@@ -204,13 +199,16 @@ class _Work:
         for name, layer in made.items():
             replace(student, name, layer)
         growth = largest_growth(student)
-        found = {
+        found: dict[str, Any] = {
             "label": method.label,
             "fit_seconds": seconds,
             "accuracy_converted": self._accuracy(student),
         }
-        for key, epochs in (("accuracy_one_epoch", 1), ("accuracy", self._options.epochs)):
-            settings = self._options.finetuning(self._seed, epochs)
+        finetunings = {
+            "accuracy_one_epoch": self._options.one_epoch(self._seed),
+            "accuracy": self._options.schedule(self._seed),
+        }
+        for key, settings in finetunings.items():
             tuned, curve = training.train(
                 self._family.contestant(partial(copy.deepcopy, student)), self._digits, settings,
                 self._seed,
@@ -250,14 +248,16 @@ def fresh(layer: Any, ratio: float, variant: Variant) -> nn.Module:
         return fits.low_rank_conv(layer, rank)
     made: CPLinear | CPConv2d
     if linear:
-        made = CPLinear(layer.in_features, layer.out_features, rank=1, order=fits.ORDER)
+        order = fits.LINEAR_ORDER
+        made = CPLinear(layer.in_features, layer.out_features, rank=1, order=order)
         rank = fits.rank_for(ratio, [len(f) for f in made.cp.factors], entries)
-        made = CPLinear(layer.in_features, layer.out_features, rank=rank, order=fits.ORDER)
+        made = CPLinear(layer.in_features, layer.out_features, rank=rank, order=order)
     else:
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        made = CPConv2d(*shape, rank=1, order=fits.ORDER)
+        order = fits.CONV_ORDER
+        made = CPConv2d(*shape, rank=1, order=order)
         rank = fits.rank_for(ratio, [len(f) for f in made.cp.factors], entries)
-        made = CPConv2d(*shape, padding=layer.padding, rank=rank, order=fits.ORDER)
+        made = CPConv2d(*shape, padding=layer.padding, rank=rank, order=order)
     fan_out, fan_in = layer.weight.flatten(1).shape
     variant.draw(list(made.cp.factors), variant.std(fan_in, fan_out))
     return made

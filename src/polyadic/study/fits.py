@@ -14,7 +14,8 @@ from polyadic._format import tensorize
 from polyadic.decompose import decompose
 from polyadic.nn import CPConv2d, CPLinear
 
-ORDER = 2
+# Modes per side: a linear layer's features are split in two, a kernel keeps its own modes.
+LINEAR_ORDER, CONV_ORDER = 2, 1
 
 Layer = nn.Linear | nn.Conv2d
 Fit = Callable[[Any, float, Tensor, int], nn.Module]
@@ -141,7 +142,7 @@ def tltorch_cp(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Mo
     how = {"n_iter_max": sweeps, "init": "random", "random_state": 0}
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         if isinstance(layer, nn.Linear):
-            ins, outs = tensorize(layer.in_features, layer.out_features, ORDER)
+            ins, outs = tensorize(layer.in_features, layer.out_features, LINEAR_ORDER)
             made = FactorizedLinear.from_linear(
                 layer, rank_for(ratio, (*ins, *outs), layer.weight.numel()), auto_tensorize=False,
                 in_tensorized_features=ins, out_tensorized_features=outs,
@@ -173,11 +174,11 @@ def _decomposed(layer: Layer, ratio: float, moment: Tensor | None, sweeps: int) 
     weight = layer.weight.detach()
     how: dict[str, Any] = {"metric": moment, "iterations": sweeps, "start": "orthogonal"}
     if isinstance(layer, nn.Linear):
-        ins, outs = tensorize(layer.in_features, layer.out_features, ORDER)
+        ins, outs = tensorize(layer.in_features, layer.out_features, LINEAR_ORDER)
         rank = rank_for(ratio, (*ins, *outs), weight.numel())
         first, second = decompose(weight.t(), (ins, outs), rank, **how).cp.factor_groups()
         return cp_layer(layer, second, first)
-    ins, outs = tensorize(layer.in_channels, layer.out_channels, ORDER)
+    ins, outs = tensorize(layer.in_channels, layer.out_channels, CONV_ORDER)
     shape = (outs, ins, layer.kernel_size)
     rank = rank_for(ratio, (*outs, *ins, *layer.kernel_size), weight.numel())
     return cp_layer(
