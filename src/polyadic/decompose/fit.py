@@ -13,10 +13,10 @@ from torch import Tensor
 from polyadic._format import Shape
 from polyadic.decompose import arguments
 from polyadic.decompose.arguments import Start
+from polyadic.decompose.descent import Descent
 from polyadic.decompose.problem import Problem, make_problem
 from polyadic.decompose.result import DecomposeInterrupted, Decomposition, fragility
 from polyadic.decompose.starts import low_rank, orthogonal_terms, random_factors
-from polyadic.decompose.sweep import Sweeper
 from polyadic.kernels.modes import khatri_rao
 from polyadic.tensor import CPTensor
 
@@ -40,16 +40,19 @@ def decompose(
     start: Start | Sequence[Start] = "auto",
     iterations: int = 200,
     tolerance: float = 1e-4,
-    regularization: float = 1e-6,
+    regularization: float = 1e-2,
     max_growth: float | None = None,
     seed: int = 0,
     callback: Callback | None = None,
 ) -> Decomposition:
     """Fit a CP tensor to a weight by alternating least squares.
 
-    Minimises ‖Σ^½(W − Ŵ)‖² + τ Σ_r ‖w_r‖² over Ŵ = Σ_r w_r of rank one each. Where two modes are
-    left after those of size 1 (plain low rank), the result is the optimum, by an SVD of Σ^½W.
-    Where the rank suffices for an exact expansion of W (always at Π n / max n), that is returned.
+    Minimises ‖Σ^½(W − Ŵ)‖² + τ Σ_r ‖w_r‖² over Ŵ = Σ_r w_r of rank one each, by accelerated
+    sweeps that never raise it. The second term keeps components from growing against each other:
+    of all fits with no larger error, a minimiser has the smallest components, which is what the
+    error-preserving correction of Phan et al. (ECCV 2020) asks for. Where two modes are left after
+    those of size 1 (plain low rank), the result is the optimum, by an SVD of Σ^½W. Where the rank
+    suffices for an exact expansion of W (always at Π n / max n), that is returned.
 
     Args:
         weight: W, whose dimensions are the modes of the tensorized shape in order, or products
@@ -68,10 +71,12 @@ def decompose(
             raced; ``"auto"`` races one of each name. One of another rank is cut to its largest
             components, or filled up with the largest terms of an expansion of its residual.
         iterations: most sweeps over all factors.
-        tolerance: stop when the error falls by less than this fraction in five sweeps.
-        regularization: τ.
-        max_growth: bound on the growth of the result (see ``Decomposition``), at least 1; τ is
-            raised until it holds. None for no bound beyond what τ sets.
+        tolerance: stop when the error falls by less than this fraction in five sweeps; with 0,
+            only ``iterations`` and the callback end the fit.
+        regularization: τ relative to the squared error, which it follows: a larger one gives
+            smaller components, less fragile under training and rounding.
+        max_growth: bound on the growth of the result (see ``Decomposition``), at least 1; the
+            regularization is raised until it holds. None for no bound beyond what it sets.
         seed: of all that is drawn; the same seed gives the same result on one machine.
         callback: called as ``callback(iteration, error)`` after each sweep; returning True ends
             the fit with what was reached.
@@ -122,10 +127,9 @@ class _Fit:
         self.problem, self.groups, self.rank, self.weight = problem, groups, rank, weight
         self.tau, self.max_growth, self.began = tau, max_growth, began
         self.norm = math.sqrt(problem.frobenius_power())
-        self.history: list[float] = []
         self.raced: tuple[tuple[str, float], ...] = ()
         self.start = ""
-        self.sweeper: Sweeper
+        self.descent: Descent
 
     def closed_form(self, generator: torch.Generator) -> Decomposition | None:
         """The optimum where it is known: two modes, an exact expansion, a weight of zeros."""
@@ -144,7 +148,7 @@ class _Fit:
         return None
 
     def _finished(self, factors: list[Tensor], start: str, reason: str) -> Decomposition:
-        self.start, self.sweeper = start, Sweeper(self.problem, factors)
+        self.start, self.descent = start, self._descent(factors)
         return self.result(True, reason)
 
     def begin(self, start: Start, generator: torch.Generator) -> list[Tensor]:
@@ -178,37 +182,42 @@ class _Fit:
 
     def race(self, starts: Sequence[tuple[str, list[Tensor]]]) -> None:
         """A few sweeps from every start; the fit goes on from the best."""
-        runs: list[tuple[str, Sweeper, list[float]]] = [
-            (label, Sweeper(self.problem, factors), []) for label, factors in starts
-        ]
-        best: tuple[str, Sweeper, list[float]] | None = None
-        for label, sweeper, history in runs:
-            for _ in range(RACE_SWEEPS if len(runs) > 1 else 0):
-                sweeper.sweep(self.tau)
-                history.append(math.sqrt(sweeper.squared_error()))
-            if best is None or history[-1] < best[2][-1]:
-                best = (label, sweeper, history)
-        assert best is not None
-        self.start, self.sweeper, self.history = best
-        self.raced = tuple((label, history[-1]) for label, _, history in runs if history)
+        runs = [(label, self._descent(factors)) for label, factors in starts]
+        if len(runs) > 1:
+            for _, descent in runs:
+                for _ in range(RACE_SWEEPS):
+                    descent.step()
+            self.raced = tuple((label, descent.errors[-1]) for label, descent in runs)
+            runs.sort(key=lambda run: run[1].errors[-1])
+        self.start, self.descent = runs[0]
+
+    def _descent(self, factors: list[Tensor]) -> Descent:
+        return Descent(self.problem, factors, self.tau, self.max_growth)
 
     def run(self, iterations: int, tolerance: float, callback: Callback | None) -> tuple[bool, str]:
         """Sweep on; whether it converged, and why it ended."""
-        while len(self.history) < iterations:
-            self.sweeper.sweep(self.tau)
-            error = math.sqrt(self.sweeper.squared_error())
-            self.history.append(error)
-            if callback is not None and callback(len(self.history), error) is True:
+        ended = self._sweep(iterations, tolerance, callback)
+        while self.descent.too_large():
+            self.descent.step()
+        return ended
+
+    def _sweep(
+        self, iterations: int, tolerance: float, callback: Callback | None
+    ) -> tuple[bool, str]:
+        errors = self.descent.errors
+        while len(errors) < iterations:
+            error = self.descent.step()
+            if callback is not None and callback(len(errors), error) is True:
                 return False, "stopped by the callback"
-            if len(self.history) > WINDOW:
-                before = self.history[-1 - WINDOW]
+            if tolerance > 0 and self.descent.steady > WINDOW:
+                before = errors[-1 - WINDOW]
                 if before - error <= tolerance * before:
                     return True, f"the error fell by less than {tolerance:g} in {WINDOW} sweeps"
         return False, f"reached the limit of {iterations} sweeps"
 
     def result(self, converged: bool, reason: str) -> Decomposition:
         """Measure the present factors and wrap them up."""
-        problem, factors = self.problem, self.sweeper.factors
+        problem, factors = self.problem, self.descent.factors
         in_metric, frobenius = problem.residual(factors)
         full = problem.restored(factors)
         found = fragility(full, self.norm)
@@ -223,9 +232,9 @@ class _Fit:
             mean_congruence=found.mean_congruence,
             start=self.start,
             raced=self.raced,
-            regularization=self.tau,
-            iterations=len(self.history),
-            history=tuple(self.history),
+            regularization=self.descent.tau,
+            iterations=len(self.descent.errors),
+            history=tuple(self.descent.errors),
             seconds=time.perf_counter() - self.began,
             converged=converged,
             reason=reason,

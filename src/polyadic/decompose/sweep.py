@@ -52,7 +52,7 @@ class Sweeper:
         self.problem = problem
         self.power = problem.power()
         self.factors = balanced(factors)
-        self._estimate = math.nan
+        self._estimate, self._measured = math.nan, False
 
     def sweep(self, tau: float) -> float:
         """Update every factor once.
@@ -76,9 +76,10 @@ class Sweeper:
     def squared_error(self) -> float:
         """Relative squared error after the last sweep; from the residual where it is small."""
         wide = self.problem.matrix.dtype == torch.float64
-        if self._estimate > (1e-6 if wide else 1e-3):
-            return self._estimate
-        return self.problem.residual(self.factors)[0] / self.power
+        if not self._measured and self._estimate <= (1e-6 if wide else 1e-3):
+            self._estimate = self.problem.residual(self.factors)[0] / self.power
+            self._measured = True
+        return self._estimate
 
     def component_power(self) -> float:
         """Σ_r ‖w_r‖²."""
@@ -118,7 +119,8 @@ class Sweeper:
             for e in own:
                 full = full * grams[e]
             cross = inner(self.factors[own[-1]], rhs)
-            self._estimate = max(self.power - 2 * cross + float(full.sum()), 0.0) / self.power
+            squared = self.power - 2 * cross + float(full.sum())
+            self._estimate, self._measured = max(squared, 0.0) / self.power, False
 
     def _outer_gram(self, others: Sequence[Tensor], side: int) -> tuple[Tensor, Tensor]:
         """KᵀΣK of the other side (R, R) and its components' plain squared norms (R,), float64."""
