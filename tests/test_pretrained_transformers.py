@@ -217,6 +217,38 @@ def test_a_new_head_is_tied_to_the_table_in_cp_format(tmp_path: Path) -> None:
     assert torch.equal(head.bias, torch.zeros(60))
 
 
+@pytest.mark.usefixtures("poison")
+def test_the_bias_of_a_new_head_is_zero(tmp_path: Path) -> None:
+    """Where the class has it in the layer, as a parameter of no one else."""
+
+    class Base(transformers.PreTrainedModel):
+        config_class = transformers.BertConfig
+        base_model_prefix = "model"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.embed = nn.Embedding(60, 16)
+            self.post_init()
+
+    class WithHead(transformers.PreTrainedModel):
+        config_class = transformers.BertConfig
+        base_model_prefix = "model"
+        _tied_weights_keys = {"head.weight": "model.embed.weight"}  # noqa: RUF012
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = Base(config)
+            self.head = nn.Linear(16, 60)
+            self.post_init()
+
+    base = Base(bert_config())
+    base.embed = CPEmbedding(60, 16, rank=5)
+    save_pretrained(base, tmp_path)
+    model = WithHead.from_pretrained(tmp_path)
+    assert model.head.cp is model.model.embed.cp
+    assert torch.equal(model.head.bias, torch.zeros(60))
+
+
 def test_ties_survive_tie_weights(tmp_path: Path) -> None:
     model = exchange(transformers.BertForMaskedLM(bert_config()), *MODELS[3][2])
     save_pretrained(model, tmp_path)
