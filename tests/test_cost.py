@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
@@ -146,6 +147,36 @@ def test_embedding_flops_are_what_torch_counts(
     assert counter.get_total_flops() == sum(
         step.flops for step in embedding_backward_steps(fmt, rows, plan, 4)
     )
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what reaches the dispatcher, a sum twice, as long as calling one takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 2 if "sum" in str(func) else 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", ["balanced", "least"])
+@pytest.mark.parametrize(("fmt", "rows"), LINEAR)
+def test_linear_launches_are_what_torch_dispatches(
+    fmt: LinearFormat, rows: int, memory: str
+) -> None:
+    ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
+    x = torch.randn(rows, fmt.in_features, requires_grad=True)
+    grad_y = torch.randn(rows, fmt.out_features)
+    for plan in linear_plans(fmt, memory):
+        forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
+        with Dispatched() as there:
+            y = cp_linear(x, ins, outs, plan=plan)
+        assert there.count == sum(step.launches for step in forward), plan
+        with Dispatched() as back:
+            torch.autograd.grad(y, [x, *ins, *outs], grad_y)
+        assert back.count == sum(step.launches for step in backward), plan
 
 
 def test_compositions_are_all_ways_to_cut() -> None:

@@ -74,11 +74,12 @@ def khatri_rao_backward_steps(name: str, sizes: Sequence[int], rank: int, item: 
         left = math.prod(sizes[:mode])
         elements = left * sizes[mode] * rank
         pieces = -(-elements // PIECE) if elements > WHOLE else 1
+        view = mode == len(sizes) - 1
         steps += [
             Step(
                 f"{name} mode {mode + 1}, {half}", "stream", 0, 4 * item * elements,
-                SUMMED * pieces, rows=left, elements=elements // pieces, pieces=pieces,
-                new=item * elements,
+                SUMMED * pieces + (view and half == "factor"), rows=left,
+                elements=elements // pieces, pieces=pieces, new=item * elements,
             )
             for half in ("factor", "rest")
         ]  # fmt: skip
@@ -118,12 +119,13 @@ def _sum_right(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list
 
 def spread_steps(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
     """Q: Z multiplied by all groups but the last."""
-    steps, outer = [], 1
+    steps: list[Step] = []
+    outer = 1
     for piece in pieces[:-1]:
         before, outer = outer, outer * math.prod(piece)
         elements = rows * outer * rank
         steps.append(
-            Step("spread over a group", "stream", 0, 2 * item * elements, 3 + (before == 1),
+            Step("spread over a group", "stream", 0, 2 * item * elements, 3 + (not steps),
                  rows=rows * before, elements=elements, new=item * elements)
         )  # fmt: skip
     return steps
@@ -133,13 +135,13 @@ def expand_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int) 
     """X = Z Kᵀ."""
     pieces = grouped(sizes, groups)
     steps = _group_matrices(pieces, rank, item)
-    outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     steps += spread_steps(rows, pieces, rank, item)
-    return [*steps, _expand_last(rows, outer, last, rank, item)]
+    return [*steps, _expand_last(rows, pieces, rank, item)]
 
 
-def _expand_last(rows: int, outer: int, last: int, rank: int, item: int) -> Step:
-    views = 1 if outer == 1 else 3
+def _expand_last(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> Step:
+    outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
+    views = 1 if len(pieces) == 1 else 3
     return gemm(
         "expand the last group", rows * outer, rank, last, item, transposed=True,
         launches=1 + views,
@@ -163,7 +165,7 @@ def partials_steps(
     steps = [] if matrices_kept else _group_matrices(pieces, rank, item)
     steps += spread_steps(rows, pieces, rank, item)
     if wrt_x:
-        steps.append(_expand_last(rows, outer, last, rank, item))
+        steps.append(_expand_last(rows, pieces, rank, item))
     if wrt_z or len(groups) > 1:
         steps += _sum_right(rows, pieces, rank, item)
     before = 1
@@ -175,7 +177,7 @@ def partials_steps(
         )  # fmt: skip
         steps += khatri_rao_backward_steps("MTTKRP", piece, rank, item)
         before *= math.prod(piece)
-    views = 1 if outer == 1 else 3
+    views = 1 if len(groups) == 1 else 3
     # A large dK is made in pieces.
     whole = last * rank <= WHOLE
     dk = gemm("dK of the last group", last, rows * outer, rank, item, launches=1 + views)
@@ -188,8 +190,16 @@ def forward_steps(fmt: LinearFormat, rows: int, route: LinearRoute, item: int) -
     if route.kind == "dense":
         return [
             *_both_khatri_rao(fmt, item),
-            gemm("W = KA KC^T", fmt.in_features, fmt.rank, fmt.out_features, item, transposed=True),
-            gemm("Y = X W", rows, fmt.in_features, fmt.out_features, item),
+            gemm(
+                "W = KA KC^T",
+                fmt.in_features,
+                fmt.rank,
+                fmt.out_features,
+                item,
+                transposed=True,
+                launches=2,
+            ),
+            gemm("Y = X W", rows, fmt.in_features, fmt.out_features, item, launches=3),
         ]
     return [
         *_side("in", contract_steps(rows, fmt.in_shape, fmt.rank, route.in_groups, item)),
@@ -210,11 +220,11 @@ def backward_steps(
     if route.kind == "dense":
         return [
             *_both_khatri_rao(fmt, item),
-            gemm("W^T = KC KA^T", n, r, m, item, transposed=True),
+            gemm("W^T = KC KA^T", n, r, m, item, transposed=True, launches=2),
             gemm("dX = dY W^T", rows, n, m, item),
-            gemm("dW = X^T dY", m, rows, n, item),
-            gemm("dKA = dW KC", m, n, r, item),
-            gemm("dKC = dW^T KA", n, m, r, item),
+            gemm("dW^T = dY^T X", n, rows, m, item, launches=2),
+            gemm("dKA = dW KC", m, n, r, item, launches=2 + _prefixes(fmt.in_shape)),
+            gemm("dKC = dW^T KA", n, m, r, item, launches=3 + _prefixes(fmt.out_shape)),
             *khatri_rao_backward_steps("MTTKRP in", fmt.in_shape, r, item),
             *khatri_rao_backward_steps("MTTKRP out", fmt.out_shape, r, item),
         ]
@@ -228,6 +238,11 @@ def backward_steps(
         wrt_x=True, wrt_z=False, matrices_kept=kept == 2,
     )  # fmt: skip
     return [*_side("again in", again), *_side("out", outs), *_side("in", ins)]
+
+
+def _prefixes(sizes: Shape) -> int:
+    """Operations for the products of the first factors, without the last."""
+    return 2 * len(sizes) - 3 if len(sizes) > 1 else 0
 
 
 def _both_khatri_rao(fmt: LinearFormat, item: int) -> Iterable[Step]:
