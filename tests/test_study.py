@@ -115,7 +115,8 @@ def test_every_method_costs_what_it_says(kind: str, method: fits.Method, ratio: 
     if method.key == "tltorch":
         pytest.importorskip("tltorch")
     layer, size = LAYERS[kind]
-    made = method.convert(nn.Sequential(layer), {"0": layer}, ratio, {"0": correlated(size)}, 3)
+    task = fits.Task({"0": layer}, ratio, {"0": correlated(size)}, 3)
+    made = method.convert(nn.Sequential(layer), task)
     own, entries = digits.weights(made["0"]), layer.weight.numel()
     one_more = own + own // rank_of(made["0"])
     assert own <= entries / ratio < one_more
@@ -203,18 +204,6 @@ def test_records_are_added_and_found_again(tmp_path: Path) -> None:
     path.write_text(json.dumps({"kind": "x"}) + "\n")
     with pytest.raises(ValueError, match="does not begin with an environment"):
         read(path)
-
-
-def test_moments_of_a_convolution_give_the_size_of_its_outputs() -> None:
-    conv, linear = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Linear(4 * 36, 5, bias=False)
-    model, x = nn.Sequential(conv, nn.Flatten(), linear), torch.randn(7, 3, 6, 6)
-    found = digits.second_moments(model, {"0": conv, "2": linear}, x)
-    with torch.no_grad():
-        for name, layer, y in (("0", conv, conv(x).transpose(0, 1)), ("2", linear, model(x).t())):
-            weight = layer.weight.flatten(1).double()
-            expected = y.flatten(1).double().square().sum(0).mean()
-            got = (weight @ found[name] * weight).sum()
-            assert got.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_penalty_is_the_sum_of_squared_component_norms() -> None:

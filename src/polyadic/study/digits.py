@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyadic import init
 from polyadic._surgery import replace
+from polyadic.decompose import second_moments
 from polyadic.demo import data, models, training
 from polyadic.nn import CPConv2d, CPLinear
 from polyadic.study import fits
@@ -191,10 +192,12 @@ class _Work:
     def convert(self, method: fits.Method) -> dict[str, Any]:
         model, _ = self.original()
         layers = {name: model.get_submodule(name) for name in self._family.dense.converted}
-        moments = second_moments(model, layers, self._digits.train_x)
+        found_moments = second_moments(model, [self._digits.train_x], layers)
+        moments = {name: moment.double() for name, moment in found_moments.items()}
+        task = fits.Task(layers, self._options.ratio, moments, self._options.sweeps)
         student = copy.deepcopy(model)
         start = time.perf_counter()
-        made = method.convert(student, layers, self._options.ratio, moments, self._options.sweeps)
+        made = method.convert(student, task)
         seconds = time.perf_counter() - start
         for name, layer in made.items():
             replace(student, name, layer)
@@ -293,32 +296,3 @@ def largest_growth(model: nn.Module) -> float | None:
         for layer in _cp_layers(model)
     ]
     return max(found, default=None)
-
-
-@torch.no_grad()
-def second_moments(
-    model: nn.Module, layers: dict[str, nn.Module], images: Tensor
-) -> dict[str, Tensor]:
-    """Second moments (M, M) of the layers' inputs; of a convolution, of its patches."""
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-            (x,) = args
-            if isinstance(module, nn.Conv2d):
-                patches = nn.functional.unfold(
-                    x, module.kernel_size, padding=cast(tuple[int, int], module.padding)
-                )
-                x = patches.transpose(1, 2).flatten(0, 1)
-            rows = x.double()
-            found[name] = rows.t() @ rows / len(rows)
-
-        return keep
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from polyadic.decompose import second_moments as input_moments
 
 Batch = dict[str, Tensor]
 
@@ -92,31 +94,10 @@ def embed(model: nn.Module, parts: Sequence[Batch]) -> Tensor:
     return rows[torch.cat([batch["index"] for batch in parts]).argsort()]
 
 
-@torch.no_grad()
 def second_moments(model: nn.Module, parts: Sequence[Batch]) -> dict[str, Tensor]:
-    """Second moment of every linear layer's input over the tokens that are not padding.
-
-    Returns:
-        By name Σ = mean of x xᵀ, (M, M) float64.
-    """
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0][mask]
-            product = (rows.t() @ rows).double()
-            sums[name] = sums[name] + product if name in sums else product
-
-        return add
-
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linear_layers(model).items()]
-    try:
-        for batch in parts:
-            mask = batch["attention_mask"].bool()
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            tokens += int(mask.sum())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / tokens for name, total in sums.items()}
+    """Second moment (M, M) of every linear layer's input, by name; padding does not count."""
+    given = [{name: part[name] for name in ("input_ids", "attention_mask")} for part in parts]
+    found = input_moments(
+        model, given, linear_layers(model), weights=lambda batch: batch["attention_mask"]
+    )
+    return {name: moment.double() for name, moment in found.items()}

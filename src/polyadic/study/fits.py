@@ -11,17 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from polyadic._format import tensorize
-from polyadic.decompose import decompose
 from polyadic.nn import CPConv2d, CPLinear
+from polyadic.tensor import CPTensor
 
 # Modes per side: a linear layer's features are split in two, a kernel keeps its own modes.
 LINEAR_ORDER, CONV_ORDER = 2, 1
 
 Layer = nn.Linear | nn.Conv2d
 Fit = Callable[[Any, float, Tensor, int], nn.Module]
-Layers = Mapping[str, Any]
-Moments = Mapping[str, Tensor]
-Convert = Callable[[nn.Module, Layers, float, Moments, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be converted, and what is known of it; the same for all methods.
+
+    Attributes:
+        layers: Linear layers and convolutions by name.
+        ratio: Their weights over numbers stored instead.
+        moments: Second moment (M, M) of every layer's input, float64. M counts the features of a
+            linear layer, the entries Cin·kh·kw of a patch of a convolution.
+        sweeps: Of iterative fits, at most.
+    """
+
+    layers: Mapping[str, Any]
+    ratio: float
+    moments: Mapping[str, Tensor]
+    sweeps: int
+
+
+Convert = Callable[[nn.Module, Task], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,11 +49,8 @@ class Method:
     Attributes:
         key: Name in records.
         label: Name in tables.
-        convert: From a model of the caller's own, its layers by name, the ratio of parameters, the
-            second moments (M, M) of their inputs and the number of sweeps (of iterative fits) to
-            the layers in factors by name. Weights of the layers over stored numbers is the ratio,
-            or a little more. M counts the features of a linear layer, the entries of a patch
-            Cin·kh·kw of a convolution.
+        convert: From a model and the task to the layers in factors by name. Weights of the layers
+            over stored numbers is the task's ratio, or a little more.
     """
 
     key: str
@@ -46,10 +61,11 @@ class Method:
 def layerwise(fit: Fit) -> Convert:
     """Convert every layer by itself at the same ratio."""
 
-    def convert(
-        model: nn.Module, layers: Layers, ratio: float, moments: Moments, sweeps: int
-    ) -> dict[str, Any]:
-        return {n: fit(layer, ratio, moments[n], sweeps) for n, layer in layers.items()}
+    def convert(model: nn.Module, task: Task) -> dict[str, Any]:
+        return {
+            name: fit(layer, task.ratio, task.moments[name], task.sweeps)
+            for name, layer in task.layers.items()
+        }
 
     return convert
 
@@ -63,26 +79,15 @@ def cp_layer(
     layer: Layer, outs: Sequence[Tensor], ins: Sequence[Tensor], kernel: Sequence[Tensor] = ()
 ) -> CPLinear | CPConv2d:
     """The CP layer of factors (n_d, R), (m_d, R) and (k_i, R), with the bias of ``layer``."""
-    shared: dict[str, Any] = {
-        "rank": ins[0].shape[1], "in_shape": [len(f) for f in ins],
-        "out_shape": [len(f) for f in outs], "dtype": layer.weight.dtype,
-    }  # fmt: skip
-    made: CPLinear | CPConv2d
+    in_shape, out_shape = [len(f) for f in ins], [len(f) for f in outs]
+    dtype = layer.weight.dtype
     if isinstance(layer, nn.Linear):
-        made = CPLinear(layer.in_features, layer.out_features, layer.bias is not None, **shared)
-        given = [*ins, *outs]
-    else:
-        made = CPConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, bias=layer.bias is not None, **shared,
-        )  # fmt: skip
-        given = [*outs, *ins, *kernel]
-    with torch.no_grad():
-        for own, factor in zip(made.cp.factors, given, strict=True):
-            own.copy_(factor)
-        if made.bias is not None and layer.bias is not None:
-            made.bias.copy_(layer.bias)
-    return made
+        factors = [factor.to(dtype) for factor in (*ins, *outs)]
+        cp = CPTensor.from_factors((in_shape, out_shape), factors)
+        return CPLinear.from_linear(layer, in_shape=in_shape, out_shape=out_shape, cp=cp)
+    factors = [factor.to(dtype) for factor in (*outs, *ins, *kernel)]
+    cp = CPTensor.from_factors((out_shape, in_shape, layer.kernel_size), factors)
+    return CPConv2d.from_conv(layer, in_shape=in_shape, out_shape=out_shape, cp=cp)
 
 
 def svd(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
@@ -171,19 +176,15 @@ def own_cp_in_metric(layer: Layer, ratio: float, moment: Tensor, sweeps: int) ->
 
 
 def _decomposed(layer: Layer, ratio: float, moment: Tensor | None, sweeps: int) -> nn.Module:
-    weight = layer.weight.detach()
+    entries = layer.weight.numel()
     how: dict[str, Any] = {"metric": moment, "iterations": sweeps, "start": "orthogonal"}
     if isinstance(layer, nn.Linear):
         ins, outs = tensorize(layer.in_features, layer.out_features, LINEAR_ORDER)
-        rank = rank_for(ratio, (*ins, *outs), weight.numel())
-        first, second = decompose(weight.t(), (ins, outs), rank, **how).cp.factor_groups()
-        return cp_layer(layer, second, first)
-    ins, outs = tensorize(layer.in_channels, layer.out_channels, CONV_ORDER)
-    shape = (outs, ins, layer.kernel_size)
-    rank = rank_for(ratio, (*outs, *ins, *layer.kernel_size), weight.numel())
-    return cp_layer(
-        layer, *decompose(weight, shape, rank, metric_groups=(1, 2), **how).cp.factor_groups()
-    )
+        rank = rank_for(ratio, (*ins, *outs), entries)
+        return CPLinear.from_linear(layer, rank=rank, order=LINEAR_ORDER, **how)
+    outs, ins = tensorize(layer.out_channels, layer.in_channels, CONV_ORDER)
+    rank = rank_for(ratio, (*outs, *ins, *layer.kernel_size), entries)
+    return CPConv2d.from_conv(layer, rank=rank, order=CONV_ORDER, **how)
 
 
 @torch.no_grad()

@@ -131,9 +131,9 @@ def run(options: Options, out: Path, only: Sequence[str] | None = None, tell: Te
 def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> dict[str, Any]:
     """The record of a method at a ratio."""
     student = copy.deepcopy(bench.model)
-    moments = bench.moments
+    task = fits.Task(bench.layers, ratio, bench.moments, bench.options.sweeps)
     start = time.perf_counter()
-    converted = method.convert(student, bench.layers, ratio, moments, bench.options.sweeps)
+    converted = method.convert(student, task)
     seconds = time.perf_counter() - start
     for name, layer in converted.items():
         replace(student, name, layer)
