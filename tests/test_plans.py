@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from cases import BY_ID, Case, Leaves, gradients, params, truth
 from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.nn import CPConv2d, CPConvTranspose2d, CPLinear
 from test_derivatives import as_function, assert_trees_close, second_derivatives
 from test_values import assert_all_close, assert_close
 
@@ -338,3 +340,33 @@ def test_plans_are_frozen_hashable_and_say_what_they_do() -> None:
     assert "rebuild" in str(plan)
     for conv_plan in CONV_PLANS:
         assert conv_plan.forward.layout in str(conv_plan)
+
+
+@pytest.mark.parametrize(
+    ("module", "planner", "layer", "x"),
+    [
+        ("linear", "plan_linear", CPLinear(12, 10, rank=3), torch.randn(5, 12)),
+        ("conv", "plan_conv", CPConv2d(4, 6, 3, rank=3), torch.randn(2, 4, 8, 8)),
+        (
+            "conv_transpose",
+            "plan_conv",
+            CPConvTranspose2d(4, 6, 3, rank=3),
+            torch.randn(2, 4, 5, 5),
+        ),
+    ],
+)
+def test_autocast_plans_for_the_dtype_computed_in(
+    module: str, planner: str, layer: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    functions = importlib.import_module(f"polyadic.functional.{module}")
+    plan = getattr(functions, planner)
+
+    def recorded(*args: Any) -> Any:
+        asked.extend(arg.dtype for arg in args if isinstance(arg, Tensor))
+        return plan(*args)
+
+    monkeypatch.setattr(functions, planner, recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert asked == [torch.bfloat16]

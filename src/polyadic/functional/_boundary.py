@@ -24,6 +24,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
+def autocast(x: Any) -> tuple[Any, torch.dtype | None]:
+    """Cast x as autocast asks, and return to which dtype; what is no floating tensor stays.
+
+    A plan is chosen for the dtype computed in, so this comes first.
+    """
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        return x, None
+    dtype = autocast_dtype(x)
+    return (x if dtype is None else x.to(dtype)), dtype
+
+
 def memory_now(memory: Any) -> Memory:
     """Return the level asked for; ``"least"`` without gradients, for nothing is kept then."""
     level = _check.memory(memory)

@@ -16,7 +16,7 @@ from polyadic._autograd import run
 from polyadic._format import ConvFormat
 from polyadic._plan import ConvPlan, Memory
 from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import autocast_dtype, gradient_like, memory_now, nbytes
+from polyadic.functional._boundary import autocast, gradient_like, memory_now, nbytes
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.stages import Geometry
 
@@ -161,7 +161,7 @@ def cp_conv(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
     """
-    cast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    x, cast = autocast(x)
     where = (stride, padding, dilation)
     fmt, saved = _conv(
         x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory_now(memory),
@@ -169,8 +169,8 @@ def cp_conv(
     )  # fmt: skip
     x = saved.x
     _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
-    if cast is not None:
-        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    if cast is not None and bias is not None:
+        bias = bias.to(cast)
     layer_map, factors = _conv_map(saved)
     if x.dim() == len(fmt.kernel_size) + 2:
         return run(layer_map, x, bias, factors)

@@ -12,7 +12,7 @@ from polyadic._autograd import run
 from polyadic._format import ConvFormat
 from polyadic._plan import ConvPlan, Memory
 from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import autocast_dtype, memory_now
+from polyadic.functional._boundary import autocast, memory_now
 from polyadic.kernels.conv import ConvMap
 
 
@@ -63,7 +63,7 @@ def cp_conv_transpose(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
     """
-    cast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    x, cast = autocast(x)
     ins = _check.factor_group(in_factors, "in_factors")
     outs = _check.factor_group(out_factors, "out_factors")
     kernels = _check.factor_group(kernel_factors, "kernel_factors")
@@ -80,8 +80,8 @@ def cp_conv_transpose(
     _check.vector(bias, fmt.channels[1], ins[0], cast=cast is not None)
     memory = memory_now(memory)
     plan = plan_conv(fmt, where, x, memory) if plan is None else _check.conv_plan(plan)
-    if cast is not None:
-        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    if cast is not None and bias is not None:
+        bias = bias.to(cast)
     scale = [] if weights is None else [weights.unsqueeze(0)]
     layer_map = ConvMap(plan, where, len(outs), len(ins), groups)
     factors = [*outs, *ins, *scale, *kernels]

@@ -17,7 +17,7 @@ from polyadic._autograd import run
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, Memory
 from polyadic._planner import plan_linear, settled
-from polyadic.functional._boundary import autocast_dtype, gradient_like, nbytes
+from polyadic.functional._boundary import autocast, gradient_like, nbytes
 from polyadic.kernels.linear import LinearMap
 
 
@@ -166,13 +166,13 @@ def _cp_linear(
     key: Any,
 ) -> Tensor:
     """``cp_linear`` of arguments not seen before: check, settle, remember and run."""
-    cast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    x, cast = autocast(x)
     fmt, plan, ins, outs = _linear(
         x, in_factors, out_factors, weights, plan, memory, cast is not None
     )
     _check.vector(bias, fmt.out_features, ins[0], cast=cast is not None)
-    if cast is not None:
-        x, bias = x.to(cast), None if bias is None else bias.to(cast)
+    if cast is not None and bias is not None:
+        bias = bias.to(cast)
     layer_map, factors = _linear_map(plan, ins, outs, weights)
     rows = None if x.dim() == 2 else (math.prod(x.shape[:-1]), fmt.in_features)
     shape = (*x.shape[:-1], fmt.out_features)
