@@ -524,3 +524,34 @@ ERRORS: list[tuple[str, Any, type[Exception], str]] = [
 def test_errors(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [("stride", 1.0), ("stride", True), ("stride", (1, 1.0)), ("padding", 0.0), ("groups", 1.0),
+     ("dilation", (True, 1))],
+)  # fmt: skip
+def test_what_equals_a_call_seen_before_is_checked_all_the_same(option: str, wrong: Any) -> None:
+    x, outs, ins, kernels = (torch.randn(1, 4, 5, 5), [torch.randn(4, 2)], [torch.randn(4, 2)],
+                             [torch.randn(3, 2), torch.randn(3, 2)])  # fmt: skip
+    right: Any = 0 if option == "padding" else 1
+    right = (right, right) if isinstance(wrong, tuple) else right
+    assert right == wrong
+    for _ in range(2):
+        PF.cp_conv(x, outs, ins, kernels, **{option: right})
+    with pytest.raises(TypeError, match=option):
+        PF.cp_conv(x, outs, ins, kernels, **{option: wrong})
+
+
+def test_a_call_seen_before_sees_new_values_layouts_and_gradients() -> None:
+    case = CASES["groups2"]
+    layer, x = case.make(), case.input()
+    for _ in range(2):
+        y = layer(x)
+        with torch.no_grad():
+            assert_close(layer(x), y, "y without gradients")
+            assert_close(layer(x.contiguous(memory_format=torch.channels_last)), y, "y of rows")
+            assert_close(y, expected(case, layer, x), "y")
+            for parameter in layer.parameters():
+                parameter.mul_(1.5)
+        assert y.requires_grad

@@ -13,7 +13,7 @@ from torch import Tensor
 from polyadic._format import ConvFormat, Shape
 from polyadic._machines import machine_for, threads_of
 from polyadic._plan import ConvPlan, ConvRoute, Memory
-from polyadic._planner import bucket, known
+from polyadic._planner import bucket, known, settled
 from polyadic._steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
 from polyadic.kernels.stages import Geometry
 
@@ -141,6 +141,7 @@ def _cheapest_conv(
 def forget() -> None:
     """Forget all choices, as a machine description has changed."""
     _cheapest_conv.cache_clear()
+    settled.clear()
 
 
 def predict_conv(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,6 +12,39 @@ from torch import Tensor
 
 from polyadic import _check
 from polyadic._plan import Memory
+
+_signature = attrgetter("shape", "dtype", "device")
+
+
+def call_key(
+    x: Any, groups: tuple[Any, ...], bias: Any, weights: Any, *options: Any
+) -> tuple[Any, ...] | None:
+    """All that validation and choice of a plan look at, so that both are done once; or None.
+
+    Args:
+        x: the input.
+        groups: sequences of factors; None is returned where one is no tuple or list.
+        bias: the bias or None.
+        weights: λ or None.
+        options: whatever else decides, told apart by hash and equality.
+
+    Raises:
+        AttributeError: one of the tensors is none.
+        TypeError: a group has no elements to go through, or an option no hash.
+    """
+    if torch._C._is_any_autocast_enabled():
+        return None
+    for group in groups:
+        if type(group) is not tuple and type(group) is not list:
+            return None
+    return (
+        tuple(map(len, groups)),
+        tuple(map(_signature, itertools.chain((x,), *groups))),
+        None if bias is None else _signature(bias),
+        None if weights is None else _signature(weights),
+        torch.get_num_threads(),
+        options,
+    )
 
 
 def nbytes(tensors: Sequence[Tensor | None]) -> int:

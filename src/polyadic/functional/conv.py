@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,8 +16,15 @@ from polyadic import _check
 from polyadic._autograd import run
 from polyadic._format import ConvFormat
 from polyadic._plan import ConvPlan, Memory
+from polyadic._planner import settled
 from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import autocast, gradient_like, memory_now, nbytes
+from polyadic.functional._boundary import (
+    autocast,
+    call_key,
+    gradient_like,
+    memory_now,
+    nbytes,
+)
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.stages import Geometry
 
@@ -106,12 +114,16 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
 
 
-def _conv_map(saved: ConvSaved) -> tuple[ConvMap, list[Tensor]]:
-    """The map a plan stands for and its factors, λ as one more kernel factor."""
-    scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
-    factors = [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
+def _conv_map(saved: ConvSaved) -> ConvMap:
+    """The map a plan stands for."""
     n_out, n_in = len(saved.out_factors), len(saved.in_factors)
-    return ConvMap(saved.plan, saved.geometry, n_out, n_in, saved.groups), factors
+    return ConvMap(saved.plan, saved.geometry, n_out, n_in, saved.groups)
+
+
+def _factors(saved: ConvSaved) -> list[Tensor]:
+    """What the map takes, λ as one more kernel factor."""
+    scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
+    return [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
 
 
 def cp_conv(
@@ -161,20 +173,35 @@ def cp_conv(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
     """
-    x, cast = autocast(x)
-    where = (stride, padding, dilation)
-    fmt, saved = _conv(
-        x, (out_factors, in_factors, kernel_factors), weights, where, plan, memory_now(memory),
-        cast is not None, groups, padding_mode,
-    )  # fmt: skip
-    x = saved.x
-    _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
-    if cast is not None and bias is not None:
-        bias = bias.to(cast)
-    layer_map, factors = _conv_map(saved)
-    if x.dim() == len(fmt.kernel_size) + 2:
-        return run(layer_map, x, bias, factors)
-    return run(layer_map, x.unsqueeze(0), bias, factors).squeeze(0)
+    where, factor_groups = (stride, padding, dilation), (out_factors, in_factors, kernel_factors)
+    key = found = None
+    if padding_mode == "zeros" and not torch.compiler.is_compiling():
+        try:
+            # Told apart by what is printed, as 1.0 and True are equal to 1.
+            options = repr((where, groups)), memory, torch.is_grad_enabled(), plan, x.stride()
+            key = call_key(x, factor_groups, bias, weights, *options)
+            found = settled.get(key)
+        except (AttributeError, TypeError):
+            # Not tensors, or of symbolic sizes, which have no hash.
+            key = None
+    if found is None:
+        x, cast = autocast(x)
+        fmt, saved = _conv(
+            x, factor_groups, weights, where, plan, memory_now(memory), cast is not None, groups,
+            padding_mode,
+        )  # fmt: skip
+        x = saved.x
+        _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
+        if cast is not None and bias is not None:
+            bias = bias.to(cast)
+        found = _conv_map(saved)
+        if key is not None:
+            settled[key] = found
+    scale = () if weights is None else (weights.unsqueeze(0),)
+    factors = (*out_factors, *in_factors, *scale, *kernel_factors)
+    if x.dim() == len(kernel_factors) + 2:
+        return run(found, x, bias, factors)
+    return run(found, x.unsqueeze(0), bias, factors).squeeze(0)
 
 
 def cp_conv_forward(
@@ -217,7 +244,7 @@ def cp_conv_forward(
         cast=False, n_groups=groups, rebuild=False,
     )  # fmt: skip
     batched = x.dim() == len(fmt.kernel_size) + 2
-    layer_map, factors = _conv_map(saved)
+    layer_map, factors = _conv_map(saved), _factors(saved)
     y, kept = layer_map.forward(x if batched else x.unsqueeze(0), None, factors)
     return y if batched else y.squeeze(0), dataclasses.replace(saved, kept=kept)
 
@@ -249,7 +276,7 @@ def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
     batched = bool(lead)
     x = saved.x if batched else saved.x.unsqueeze(0)
     grad = grad_y if batched else grad_y.unsqueeze(0)
-    layer_map, factors = _conv_map(saved)
+    layer_map, factors = _conv_map(saved), _factors(saved)
     needs = (True,) * (1 + len(factors))
     grad_x, grads = layer_map.backward(grad, x, saved.kept, factors, needs)
     assert grad_x is not None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from polyadic._autograd import run
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, Memory
 from polyadic._planner import plan_linear, settled
-from polyadic.functional._boundary import autocast, gradient_like, nbytes
+from polyadic.functional._boundary import autocast, call_key, gradient_like, nbytes
 from polyadic.kernels.linear import LinearMap
 
 
@@ -121,7 +119,7 @@ def cp_linear(
     key = found = None
     if not torch.compiler.is_compiling():
         try:
-            key = _key(x, in_factors, out_factors, bias, weights, plan, memory)
+            key = call_key(x, (in_factors, out_factors), bias, weights, plan, memory)
             found = settled.get(key)
         except (AttributeError, TypeError):
             # Not tensors, or of symbolic sizes, which have no hash.
@@ -134,25 +132,6 @@ def cp_linear(
     if rows is None:
         return run(layer_map, x, bias, factors)
     return run(layer_map, x.reshape(rows), bias, factors).view(shape)
-
-
-_signature = attrgetter("shape", "dtype", "device")
-_SEQUENCES = tuple(itertools.product((tuple, list), repeat=2))
-
-
-def _key(x: Any, ins: Any, outs: Any, bias: Any, weights: Any, *options: Any) -> Any:
-    """All that validation and choice of a plan look at, so that both are done once; or None."""
-    kinds = type(ins), type(outs)
-    if kinds not in _SEQUENCES or torch._C._is_any_autocast_enabled():
-        return None
-    return (
-        len(ins),
-        tuple(map(_signature, (x, *ins, *outs))),
-        None if bias is None else _signature(bias),
-        None if weights is None else _signature(weights),
-        torch.get_num_threads(),
-        options,
-    )
 
 
 def _cp_linear(

@@ -63,11 +63,14 @@ def _project_groups(
 ) -> Tensor:
     """``project`` with groups: (b, g·c, *s) → (b, g·r, *s)."""
     if layout == "channels_last":
-        rows = _rows(x)
-        rows = rows.view(rows.shape[0], groups, x.shape[1] // groups)
-        own = matrix.dim() == 3
-        y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
-        y = y.reshape(y.shape[0], groups * matrix.shape[-1])
+        if _is_rows(x):
+            rows = _rows(x).view(-1, groups, x.shape[1] // groups)
+            own = matrix.dim() == 3
+            y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
+        else:
+            # Read transposed, as without groups; what is copied is the result.
+            y = (_by_group(x, groups).mT @ matrix).transpose(1, 2)
+        y = y.reshape(x.shape[0] * math.prod(x.shape[2:]), groups * matrix.shape[-1])
         return _volume(plus_bias(y, bias), x)
     y = (matrix.mT @ _by_group(x, groups)).reshape(
         x.shape[0], groups * matrix.shape[-1], *x.shape[2:]
