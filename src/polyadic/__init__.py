@@ -5,6 +5,7 @@ from polyadic._explanation import Explanation
 from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.calibrate import calibrate
+from polyadic.compress import Report, compress
 from polyadic.decompose import (
     DecomposeInterrupted,
     Decomposition,
@@ -31,8 +32,10 @@ __all__ = [
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
+    "Report",
     "accelerate_tltorch",
     "calibrate",
+    "compress",
     "decompose",
     "explain",
     "finetune",

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from polyadic._page import new_figure, png, style
 from polyadic.demo.findings import families
 from polyadic.demo.training import ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK = "#1f2430"
-GRID = "#d9dde3"
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#6b7280",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "mathtext.fontset": "dejavusans",
-}
 # Okabe and Ito's colours, told apart by readers with colour-blindness too; one per rank.
 _LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": "#000000", "marker": "s", "ls": "-"},
@@ -54,33 +23,6 @@ _CP_LOOKS: dict[int | None, dict[str, Any]] = {
     16: {"color": "#0072b2", "marker": "^", "ls": "-"},
     64: {"color": "#009e73", "marker": "D", "ls": "-"},
 }
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Use the demo's look inside the block, and the user's own after it."""
-    from matplotlib import rc_context
-
-    with rc_context(rc=_STYLE):
-        yield
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Make a figure of ``width`` by ``height`` inches with its own Agg canvas."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.09)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure: Figure) -> bytes:
-    """Render a figure as the bytes of a PNG file."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    return buffer.getvalue()
 
 
 def _look(result: ModelResult) -> dict[str, Any]:

@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from polyadic._page import document, figure
 from polyadic.demo.findings import families, findings
 from polyadic.demo.training import ModelResult, Settings
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_CSS = """
-:root { color-scheme: light; }
-body { margin: 0; background: #f3f4f6; color: #1f2430;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 2.5rem 4rem; background: #fff; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem;
-  border-bottom: 1px solid #d9dde3; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; }
-p, ul { margin: .6rem 0; max-width: 50rem; }
-li { margin: .35rem 0; }
-.lead { color: #4b5563; }
-code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; background: #f3f4f6;
-  padding: .1em .3em; border-radius: 3px; }
-.formula { margin: .9rem 0 .9rem 1.5rem; font-family: "DejaVu Serif", Georgia, serif; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-thead tr:last-child th { border-bottom: 2px solid #1f2430; }
-thead .group { text-align: center; border-bottom: 1px solid #9ca3af; }
-tbody td { border-bottom: 1px solid #e5e7eb; }
-tbody .family td { font-weight: 600; background: #f3f4f6; }
-sub, sup { font-size: .68em; line-height: 0; }
-td small { color: #6b7280; font-size: .86em; margin-left: .35em; }
-table.plain td { text-align: left; white-space: normal; }
-table.plain td:first-child { color: #4b5563; }
-figure { margin: 1.2rem 0 1.6rem; }
-figure img { width: 100%; height: auto; display: block; }
-figcaption { color: #4b5563; font-size: .92rem; max-width: 50rem; margin-top: .5rem; }
-@media (max-width: 40rem) { main { padding: 1.2rem; } }
-@media print { body, main { background: #fff; } main { max-width: none; padding: 0; } }
-"""
 
 _HEADINGS = """
 <thead>
@@ -152,7 +117,7 @@ def html(
         if quick
         else ""
     )
-    figures = {name: _figure(name, png, captions[name]) for name, png in plots.items()}
+    figures = {name: figure(_ALT[name], png, captions[name]) for name, png in plots.items()}
     found = "".join(
         f"<h3>{escape(family)}</h3><ul>{_items(sentences)}</ul>"
         for family, sentences in findings(results, images[1]).items()
@@ -161,17 +126,7 @@ def html(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
         for name, value in environment.items()
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>polyadic demo: CP and dense layers on digits</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<main>
-<h1>CP and dense layers on handwritten digits</h1>
+    body = f"""<h1>CP and dense layers on handwritten digits</h1>
 <p class="lead">A small MLP and a small CNN, trained dense and with CP-factorized layers on
 scikit-learn's digits: {images[0]:,} training and {images[1]:,} test images of 8 × 8 pixels,
 one fixed stratified split; {trainings}.</p>
@@ -200,11 +155,8 @@ factorization saves. For times at other sizes, run <code>polyadic bench</code>.<
 <h2>How it was measured</h2>
 {_method(settings)}
 <h3>Environment</h3>
-<table class="plain"><tbody>{where}</tbody></table>
-</main>
-</body>
-</html>
-"""
+<table class="plain"><tbody>{where}</tbody></table>"""
+    return document("polyadic demo: CP and dense layers on digits", body)
 
 
 def _items(sentences: Mapping[str, str]) -> str:
@@ -257,14 +209,6 @@ def _accuracy_cell(result: ModelResult) -> str:
     low, high = 100 * min(result.accuracies), 100 * max(result.accuracies)
     spread = f"<small>{low:.1f}–{high:.1f}</small>" if len(result.accuracies) > 1 else ""
     return f"{100 * result.accuracy:.1f}{spread}"
-
-
-def _figure(name: str, png: bytes, caption: str) -> str:
-    source = b64encode(png).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(_ALT[name])}" src="data:image/png;base64,{source}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
 
 
 def table(results: Sequence[ModelResult]) -> Table:

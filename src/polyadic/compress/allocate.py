@@ -1,0 +1,169 @@
+"""Allocation: one option for every layer, so that a budget is met and what is lost is least.
+
+Each layer has options of a *cost*, which the budget bounds, and a *loss*, which is summed up. This
+is the multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger, Knapsack Problems, 2004,
+chapter 11). Its linear relaxation is solved exactly by the lower convex hulls of the layers'
+options, whose segments are taken in the order of loss saved per cost (the Lagrange multiplier
+falls from one to the next); that solution has at most one layer between two options. It is rounded
+down, and then improved by exchanges that are exact for every pair of layers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Option = tuple[float, float]
+# Rounds of exchanges over all pairs; each improves, and few are ever needed.
+ROUNDS = 50
+
+
+class UnreachableError(ValueError):
+    """No choice costs so little; ``least`` is the smallest cost there is."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__(f"the least that can be reached is {least}")
+        self.least = least
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A choice of one option per layer.
+
+    Attributes:
+        chosen: its index among each layer's options.
+        cost: sum of the costs.
+        loss: sum of the losses.
+        bound: no choice within the budget loses less than this, by the linear relaxation.
+    """
+
+    chosen: tuple[int, ...]
+    cost: float
+    loss: float
+    bound: float
+
+
+def allocate(options: Sequence[Sequence[Option]], budget: float) -> Allocation:
+    """Choose an option (cost, loss) for every layer.
+
+    Args:
+        options: at least one for each layer; costs and losses are not negative.
+        budget: bound on the sum of the costs.
+
+    Returns:
+        A choice within the budget that no exchange of two layers' options improves; it is optimal
+        for one and two layers, and ``bound`` says how far from it it can be for more.
+
+    Raises:
+        UnreachableError: even the cheapest options cost more.
+    """
+    frontiers = [_frontier(each) for each in options]
+    least = sum(each[frontier[0]][0] for each, frontier in zip(options, frontiers, strict=True))
+    if least > budget:
+        raise UnreachableError(least)
+    at, bound = _relaxed(options, frontiers, budget)
+    _exchange(options, frontiers, at, budget)
+    chosen = tuple(frontier[i] for frontier, i in zip(frontiers, at, strict=True))
+    cost = sum(each[i][0] for each, i in zip(options, chosen, strict=True))
+    loss = sum(each[i][1] for each, i in zip(options, chosen, strict=True))
+    return Allocation(chosen, cost, loss, min(bound, loss))
+
+
+def _frontier(options: Sequence[Option]) -> list[int]:
+    """Indices of the options that no other one beats, by rising cost and falling loss."""
+    frontier: list[int] = []
+    for i in sorted(range(len(options)), key=lambda i: options[i]):
+        if not frontier or options[i][1] < options[frontier[-1]][1]:
+            frontier.append(i)
+    return frontier
+
+
+def _hull(points: Sequence[Option]) -> list[int]:
+    """Indices of the lower convex hull of a frontier."""
+    hull: list[int] = []
+    for i, (cost, loss) in enumerate(points):
+        while len(hull) > 1:
+            (c0, l0), (c1, l1) = points[hull[-2]], points[hull[-1]]
+            if (l0 - l1) * (cost - c1) > (l1 - loss) * (c1 - c0):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _relaxed(
+    options: Sequence[Sequence[Option]], frontiers: Sequence[Sequence[int]], budget: float
+) -> tuple[list[int], float]:
+    """The relaxation rounded down, as places on the frontiers, and its own loss."""
+    segments = []
+    spent = loss = 0.0
+    for layer, (each, frontier) in enumerate(zip(options, frontiers, strict=True)):
+        points = [each[i] for i in frontier]
+        spent, loss = spent + points[0][0], loss + points[0][1]
+        hull = _hull(points)
+        for before, after in itertools.pairwise(hull):
+            more = points[after][0] - points[before][0]
+            less = points[before][1] - points[after][1]
+            segments.append((-less / more, layer, after, more, less))
+    at, bound, full = [0] * len(options), loss, False
+    for _, layer, after, more, less in sorted(segments):
+        if not full and spent + more <= budget:
+            spent, bound = spent + more, bound - less
+            at[layer] = after
+        elif not full:
+            bound -= less * max(0.0, budget - spent) / more
+            full = True
+    return at, bound
+
+
+def _exchange(
+    options: Sequence[Sequence[Option]], frontiers: Sequence[Sequence[int]], at: list[int],
+    budget: float,
+) -> None:  # fmt: skip
+    """Change the options of one or two layers for the better until none is left, in place."""
+    points = [[each[i] for i in frontier]
+              for each, frontier in zip(options, frontiers, strict=True)]  # fmt: skip
+    for _ in range(ROUNDS):
+        improved = False
+        for first in range(len(at)):
+            for second in range(first, len(at)):
+                rest = sum(
+                    points[layer][i][0]
+                    for layer, i in enumerate(at)
+                    if layer not in (first, second)
+                )
+                better = (
+                    _best_single(points[first], at[first], budget - rest)
+                    if first == second
+                    else _best_pair(points[first], points[second], (at[first], at[second]),
+                                    budget - rest)
+                )  # fmt: skip
+                if better is not None:
+                    at[first], at[second] = better
+                    improved = True
+        if not improved:
+            return
+
+
+def _best_single(points: Sequence[Option], now: int, room: float) -> tuple[int, int] | None:
+    """The best option within the room, where it is better than now."""
+    last = bisect.bisect_right(points, (room, float("inf"))) - 1
+    return (last, last) if last > now else None
+
+
+def _best_pair(
+    first: Sequence[Option], second: Sequence[Option], now: tuple[int, int], room: float
+) -> tuple[int, int] | None:
+    """The best options of two layers within their room, where they are better than now."""
+    best, loss = None, first[now[0]][1] + second[now[1]][1]
+    j = len(second) - 1
+    for i, (cost, own) in enumerate(first):
+        while j >= 0 and cost + second[j][0] > room:
+            j -= 1
+        if j < 0:
+            break
+        if own + second[j][1] < loss * (1 - 1e-12):
+            best, loss = (i, j), own + second[j][1]
+    return best
