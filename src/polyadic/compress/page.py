@@ -8,11 +8,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from polyadic._page import document, figure, new_figure, png, style
+from polyadic.compress.layers import LayerReport, modes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from polyadic.compress.report import LayerReport, Report
 
 # Okabe and Ito's colours, told apart by readers with colour-blindness too; one per order.
 _COLORS = {1: "#000000", 2: "#0072b2", 3: "#e69f00"}
@@ -25,11 +24,13 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def html(report: Report) -> str:
+def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> str:
     """Write the page.
 
     Args:
-        report: what it is about.
+        lead: what it is about.
+        summary: sums, a sentence each.
+        layers: in order.
 
     Returns:
         An HTML document.
@@ -43,20 +44,20 @@ def html(report: Report) -> str:
         raise ImportError(
             "the plots of the report need matplotlib: pip install 'polyadic[compress]'"
         ) from error
-    sums = "".join(f"<li>{escape(line)}</li>" for line in report.summary())
-    state = "plan of a dry run" if report.dry_run else "done"
+    sums = "".join(f"<li>{escape(line)}</li>" for line in summary)
     headings = "".join(f"<th>{escape(name)}</th>" for name in _HEADINGS)
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(layer)) + "</tr>"
-        for layer in report.layers
+        for layer in layers
     )
     pictures = []
-    if report.weighed:
+    weighed = [layer for layer in layers if layer.decision != "skipped"]
+    if weighed:
         pictures.append(
-            figure("Bars of parameters per layer", _parameters(report),
+            figure("Bars of parameters per layer", _parameters(weighed),
                    "Parameters of the layers weighed, before and after.")
         )  # fmt: skip
-    drawn = [layer for layer in report.weighed if layer.curves]
+    drawn = [layer for layer in weighed if layer.curves]
     if drawn:
         more = (
             f" The first {_PANELS} of {len(drawn)} layers are shown."
@@ -70,8 +71,7 @@ def html(report: Report) -> str:
                    f"Crosses: what was chosen.{more}")
         )  # fmt: skip
     body = f"""<h1>Compression</h1>
-<p class="lead">Budget: {escape(report.budget)} ({state}), seed {report.seed}; errors
-{"weighed by calibration batches" if report.calibrated else "of the weights, no calibration"}.</p>
+<p class="lead">{escape(lead)}</p>
 <ul>{sums}</ul>
 <h2>Layers</h2>
 <div class="scroll"><table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table></div>
@@ -81,8 +81,6 @@ def html(report: Report) -> str:
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
-    from polyadic.compress.report import modes_text
-
     return (
         " = ".join(layer.names), layer.kind, "×".join(map(str, layer.weight_shape)),
         layer.decision, modes_text(layer.modes), str(layer.rank or ""),
@@ -109,9 +107,8 @@ def _short(layer: LayerReport) -> str:
     return layer.name if len(layer.name) <= 36 else "…" + layer.name[-35:]
 
 
-def _parameters(report: Report) -> bytes:
+def _parameters(layers: Sequence[LayerReport]) -> bytes:
     """Bars of the parameters of each layer."""
-    layers = report.weighed
     places = range(len(layers))
     with style():
         canvas = new_figure(9.6, 1.2 + 0.24 * len(layers))

@@ -11,86 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyadic.compress.layers import LayerReport, layer_from, modes_text
+from polyadic.compress.page import html
+
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Points:
-    """The error curve of one format of a layer, as far as it was looked at.
-
-    Attributes:
-        order: modes per side.
-        modes: the tensorized shape.
-        ranks: ascending.
-        parameters: at these ranks.
-        errors: relative, in the metric of the fit; exact for plain low rank, of short fits
-            otherwise.
-        exact: whether they are.
-        given_up: why it was not followed further, or empty.
-    """
-
-    order: int
-    modes: tuple[tuple[int, ...], ...]
-    ranks: tuple[int, ...]
-    parameters: tuple[int, ...]
-    errors: tuple[float, ...]
-    exact: bool
-    given_up: str
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer, or layers tied by one weight.
-
-    Attributes:
-        names: in the model; more than one where they are tied.
-        kind: classes of the layers before.
-        weight_shape: of the dense weight.
-        decision: ``"converted"``, ``"dense"`` (weighed and kept) or ``"skipped"`` (cannot be
-            exchanged).
-        reason: for the decision, in words.
-        order: modes per side, 0 if not converted.
-        modes: the tensorized shape, empty if not converted.
-        rank: 0 if not converted.
-        dense_parameters: entries of the weight.
-        parameters: entries of the factors, or of the weight that stays.
-        dense_flops: of a pass over a batch, forward; None if not known.
-        flops: the same afterwards.
-        dense_seconds: predicted time of the pass, None if not known.
-        seconds: the same afterwards.
-        predicted_error: relative error in the metric of the fit, as its curve promised.
-        weight_error: ‖W − Ŵ‖ / ‖W‖ as fitted; None in a dry run.
-        output_error: √(E‖(W − Ŵ)x‖² / E‖Wx‖²) over the calibration inputs, bias left out; None
-            without calibration and in a dry run.
-        importance: what a relative error of 1 would add to the squared error of the whole, taken
-            from a smaller one.
-        curves: error curves of the formats weighed.
-    """
-
-    names: tuple[str, ...]
-    kind: str
-    weight_shape: tuple[int, ...]
-    decision: str
-    reason: str
-    dense_parameters: int
-    parameters: int
-    order: int = 0
-    modes: tuple[tuple[int, ...], ...] = ()
-    rank: int = 0
-    dense_flops: int | None = None
-    flops: int | None = None
-    dense_seconds: float | None = None
-    seconds: float | None = None
-    predicted_error: float | None = None
-    weight_error: float | None = None
-    output_error: float | None = None
-    importance: float | None = None
-    curves: tuple[Points, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Of the first layer."""
-        return self.names[0]
 
 
 @dataclass(frozen=True)
@@ -185,7 +109,7 @@ class Report:
                 f"{version!r}"
             )
         fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**fields, "layers": tuple(_layer(layer) for layer in data["layers"])})
+        return cls(**{**fields, "layers": tuple(layer_from(layer) for layer in data["layers"])})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_dict`` as JSON."""
@@ -197,9 +121,10 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from polyadic.compress.page import html
-
-        Path(path).write_text(html(self), encoding="utf-8")
+        how = "weighed by calibration batches" if self.calibrated else "of the weights alone"
+        state = "plan of a dry run" if self.dry_run else "done"
+        lead = f"Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
+        Path(path).write_text(html(lead, self.summary(), self.layers), encoding="utf-8")
 
     def summary(self) -> list[str]:
         """The sums, a sentence each."""
@@ -258,29 +183,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
             f"{error:.3g}", layer.reason)  # fmt: skip
 
 
-def modes_text(modes: Sequence[Sequence[int]]) -> str:
-    """A tensorized shape in short."""
-    return " ".join("x".join(map(str, group)) for group in modes)
-
-
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
     if any(before is None or after is None for before, after in pairs):
         return None
     total = [math.fsum(p[i] for p in pairs if p[i] is not None) for i in (0, 1)]  # type: ignore[misc]
     return total[0] / total[1] if total[1] > 0 else None
-
-
-def _layer(data: Mapping[str, Any]) -> LayerReport:
-    curves = tuple(
-        Points(**{**curve, **{k: tuple(curve[k]) for k in ("ranks", "parameters", "errors")},
-                  "modes": _modes(curve["modes"])})
-        for curve in data["curves"]
-    )  # fmt: skip
-    return LayerReport(**{
-        **data, "names": tuple(data["names"]), "weight_shape": tuple(data["weight_shape"]),
-        "modes": _modes(data["modes"]), "curves": curves,
-    })  # fmt: skip
-
-
-def _modes(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(group) for group in groups)

@@ -23,8 +23,9 @@ from polyadic.compress.curves import (
     fitted,
     output_error,
 )
+from polyadic.compress.layers import LayerReport, Points
 from polyadic.compress.plan import Option, Weighed
-from polyadic.compress.report import LayerReport, Points, Report
+from polyadic.compress.report import Report
 from polyadic.compress.sites import Site, sites
 from polyadic.decompose import Decomposition
 from polyadic.nn._layer import Rank
