@@ -79,7 +79,7 @@ def weigh(
     found: list[Option] = []
     refused: dict[str, None] = {}
     for curve in curves if not obstacle else ():
-        for rank in curve.ranks if fixed else _ranks(curve):
+        for rank in curve.ranks if fixed else ranks_of(curve):
             cost = cp_cost(site, calls, curve.form, rank)
             reason = "" if fixed else _dearer(cost, stay.cost, budget)
             if reason:
@@ -91,7 +91,7 @@ def weigh(
     return Weighed(site, tuple(curves), importance, stay, tuple(found), fixed, obstacle)
 
 
-def _ranks(curve: Curve) -> list[int]:
+def ranks_of(curve: Curve) -> list[int]:
     """The ranks of a curve that are weighed: all, or evenly spread in proportion."""
     last = curve.ranks[-1]
     if last <= MOST_RANKS:
