@@ -44,8 +44,8 @@ class Options:
     validation: int = 100
     held_out: int = 400
     batch: int = 16
-    sweeps: int = 10
-    steps: int = 120
+    sweeps: int = 8
+    steps: int = 80
     lr: float = 3e-4
     seed: int = 0
 
@@ -195,5 +195,5 @@ def _recover(bench: Bench, student: nn.Module, tell: Tell) -> Recovery:
     return distill(
         student, bench.model, shuffled, steps=options.steps, loss="cosine", forward=forward,
         lr=options.lr, warmup=min(20, options.steps // 5), validation=bench.validation,
-        validate_every=max(1, options.steps // 3), callback=report, seed=options.seed,
+        validate_every=max(1, options.steps // 2), callback=report, seed=options.seed,
     )  # fmt: skip
