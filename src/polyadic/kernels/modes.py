@@ -35,6 +35,7 @@ Groups = tuple[int, ...]
 WHOLE, PIECE = 2**18, 2**17
 # Elements of an output up to which a pass over it costs less than calling an operation.
 SMALL = 2**14
+_HALVES = (torch.bfloat16, torch.float16)
 # The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
 _LEADING = tuple(tuple(range(d)) for d in range(64))
 
@@ -48,7 +49,7 @@ def best_cut(sizes: Sequence[int]) -> int:
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which products of factors are formed: fp32 for half precisions, else ``dtype``."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in _HALVES else dtype
 
 
 def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -58,9 +59,12 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
         factors: D tensors (m_d, R); the last mode varies fastest.
         dtype: dtype of the result, the factors' own by default.
     """
-    own = factors[0].dtype
-    matrix = _grown(_at_least_fp32(factors))[1]
-    return matrix if own == matrix.dtype and dtype is None else _rounded(matrix, dtype or own)
+    product, *rest = _at_least_fp32(factors)
+    for factor in rest:
+        product = product.unsqueeze(-2) * factor
+    if rest:
+        product = product.flatten(0, -2)
+    return _rounded(product, dtype or factors[0].dtype)
 
 
 def _grown(factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -74,8 +78,9 @@ def _grown(factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The same tensors, half precisions cast to fp32."""
-    wide = accumulate_dtype(tensors[0].dtype)
-    return tensors if tensors[0].dtype == wide else [tensor.to(wide) for tensor in tensors]
+    if tensors[0].dtype not in _HALVES:
+        return tensors
+    return [tensor.to(torch.float32) for tensor in tensors]
 
 
 def _grouped(

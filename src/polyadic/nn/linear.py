@@ -14,6 +14,7 @@ from polyadic._format import LinearFormat, factored_shape, positive_int, tensori
 from polyadic._plan import Memory
 from polyadic.nn._conversion import Exchangeable, Fitted, convert, revert
 from polyadic.nn._layer import Rank, parameter
+from polyadic.tensor import CPTensor
 
 
 class CPLinear(Exchangeable):
@@ -148,7 +149,7 @@ class CPLinear(Exchangeable):
         if frozen is not None:
             y: Tensor = frozen.forward(x, bias)
             return y
-        cp = self.cp
+        cp: CPTensor = self._modules["cp"]  # type: ignore[assignment]
         in_factors, out_factors = cp.factor_groups()
         return functional.cp_linear(
             x, in_factors, out_factors, bias, weights=parameter(cp, "weights"), memory=self.memory
