@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import BY_ID, params
 from polyadic import LinearPlan, LinearRoute, _planner
 from polyadic import functional as PF
+from polyadic.bench.measure import LiveBytes
 from polyadic.functional import linear as linear_module
 from polyadic.kernels import modes
 from polyadic.nn import CPLinear
@@ -156,6 +158,33 @@ def test_mistakes_are_named_after_a_right_call() -> None:
         PF.cp_linear(x, ins, outs, memory=["fast"])
     with pytest.raises(TypeError, match="x must be a tensor"):
         PF.cp_linear(x.tolist(), ins, outs)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank", "rows"),
+    [
+        (((4, 4, 16), (4, 4, 8)), 100, 32),
+        (((4, 4), (2, 5)), 2, 4),
+        (((8, 8, 16), (8, 8, 16)), 512, 256),
+    ],
+)
+def test_a_training_step_needs_no_more_memory_than_dense(
+    shapes: tuple[tuple[int, ...], ...], rank: int, rows: int
+) -> None:
+    """Parameters, input, gradients and all intermediates, at ranks up to beyond break-even."""
+    m, n = map(math.prod, shapes)
+    cp = CPLinear(m, n, bias=False, rank=rank, in_shape=shapes[0], out_shape=shapes[1])
+    x, grad_y = torch.randn(rows, m, requires_grad=True), torch.randn(rows, n)
+    peaks = []
+    for layer in (cp, torch.nn.Linear(m, n, bias=False)):
+        wanted = [x, *layer.parameters()]
+        with LiveBytes([grad_y, *wanted]) as live:
+            y = layer(x)
+            grads = torch.autograd.grad(y, wanted, grad_y)
+        assert live.current >= sum(grad.nbytes for grad in grads)
+        peaks.append(live.peak)
+        del y, grads
+    assert peaks[0] <= peaks[1]
 
 
 LARGE = [

@@ -67,13 +67,19 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
     return _rounded(product, dtype or factors[0].dtype)
 
 
-def _grown(factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """K (Π m_d, R) behind what it grew from: products of the first factors (m_1, …, m_d, 1, R)."""
-    prefixes, product = [], factors[0]
-    for factor in factors[1:]:
-        prefixes.append(product.unsqueeze(-2))
-        product = prefixes[-1] * factor
-    return prefixes, product.flatten(0, -2) if prefixes else product
+def _prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
+    """What K grows from: the products of the first d factors, d < D, each (m_1, …, m_d, 1, R)."""
+    if len(factors) == 1:
+        return []
+    prefixes = [factors[0].unsqueeze(-2)]
+    for factor in factors[1:-1]:
+        prefixes.append((prefixes[-1] * factor).unsqueeze(-2))
+    return prefixes
+
+
+def _product(factors: Sequence[Tensor], prefixes: Sequence[Tensor]) -> Tensor:
+    """K (Π m_d, R) from the factors and their prefixes."""
+    return (prefixes[-1] * factors[-1]).flatten(0, -2) if prefixes else factors[-1]
 
 
 def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -96,8 +102,8 @@ def _grouped(
     for length in groups:
         stop = start + length
         piece = every[start:stop]
-        prefixes, matrix = _grown(piece)
-        matrices.append(_rounded(matrix, wide if stop < len(factors) else dtype))
+        prefixes = _prefixes(piece)
+        matrices.append(_rounded(_product(piece, prefixes), wide if stop < len(factors) else dtype))
         pieces.append(piece)
         grown.append(prefixes)
         start = stop
@@ -229,13 +235,13 @@ def partials(
     own = factors[0].dtype
     if len(groups) == 1:
         wide = _at_least_fp32(factors)
-        prefixes, matrix = _grown(wide)
-        matrix = _rounded(matrix, x.dtype)
-        return (
-            F.linear(z, matrix) if wrt_x else None,
-            x @ matrix if wrt_z else None,
-            _factor_gradients(x, z, wide, prefixes, own) if wrt_factors else None,
-        )
+        prefixes = _prefixes(wide)
+        # Before K, as dK is as large.
+        grads = _factor_gradients(x, z, wide, prefixes, own) if wrt_factors else None
+        if not (wrt_x or wrt_z):
+            return None, None, grads
+        matrix = _rounded(_product(wide, prefixes), x.dtype)
+        return F.linear(z, matrix) if wrt_x else None, x @ matrix if wrt_z else None, grads
     (*left, last), pieces, grown = _grouped(factors, groups, x.dtype)
     rows, rank = z.shape
     spread = _spread(z, left)
@@ -262,14 +268,6 @@ def product_gradients(x: Tensor, z: Tensor, factors: Sequence[Tensor]) -> list[T
     """Gradients of the factors of K from dK = Xᵀ Z, x (B, M), z (B, R), in the factors' dtype."""
     wide = _at_least_fp32(factors)
     return _factor_gradients(x, z, wide, _prefixes(wide), factors[0].dtype)
-
-
-def _prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
-    """What K would grow from, without K itself."""
-    prefixes = [factor.unsqueeze(-2) for factor in factors[: min(1, len(factors) - 1)]]
-    for factor in factors[1:-1]:
-        prefixes.append((prefixes[-1] * factor).unsqueeze(-2))
-    return prefixes
 
 
 def _factor_gradients(
