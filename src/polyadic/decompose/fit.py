@@ -36,7 +36,7 @@ def decompose(
     *,
     metric: Tensor | None = None,
     metric_groups: Sequence[int] = (0,),
-    damping: float = 1e-4,
+    damping: float = 1e-3,
     start: Start | Sequence[Start] = "auto",
     iterations: int = 200,
     tolerance: float = 1e-4,

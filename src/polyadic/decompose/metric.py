@@ -26,7 +26,7 @@ from polyadic.decompose.normal import contract_but, corrected, factorized, gram
 from polyadic.kernels.modes import khatri_rao
 
 DIRECT_UNKNOWNS = 768
-CG_STEPS = 6
+CG_STEPS = 3
 
 
 def solve_in_metric(
