@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic._check import geometry, transposed_geometry
-from polyadic._cost import Machine, built_in
+from polyadic._cost import Machine, Step, built_in
 from polyadic._format import EmbeddingFormat
 from polyadic._planner import bucket, choose_linear, compositions, linear_plans, predict_linear
 from polyadic._planner_conv import conv_plans
 from polyadic._planner_embedding import plan_embedding
-from polyadic._steps import plan_steps
+from polyadic._steps import gemm, plan_steps
 from polyadic._steps_conv import conv_plan_steps
 from polyadic._steps_embedding import embedding_backward_steps, embedding_forward_steps
 from polyadic.functional import (
@@ -177,6 +178,28 @@ def test_linear_launches_are_what_torch_dispatches(
         with Dispatched() as back:
             torch.autograd.grad(y, [x, *ins, *outs], grad_y)
         assert back.count == sum(step.launches for step in backward), plan
+
+
+def test_what_a_thin_product_costs_depends_on_where_its_operands_are() -> None:
+    """Reading a transposed matrix row by row is slow, one row of it is not; a cache is faster."""
+    machine = Machine(gemm=1e15, launch=0.0)
+    one, few = (
+        [machine.seconds(gemm("", rows, 2048, 2048, 4, transposed=t)) for t in (False, True)]
+        for rows in (1, 4)
+    )
+    assert one[0] == one[1]
+    assert few[0] < few[1]
+    small, large = (machine.seconds(gemm("", 1, n, n, 4)) / n**2 for n in (256, 2048))
+    assert small < 0.6 * large
+
+
+def test_very_large_tensors_cost_their_memory() -> None:
+    """Of a weighted sum over many rows; in pieces the memory of one is used again."""
+    machine = Machine(launch=0.0, row=0.0)
+    step = Step("", "stream", 0, 2**26, new=2**25)
+    less, pieces = replace(step, new=2**24), replace(step, pieces=8)
+    assert machine.seconds(step) > machine.seconds(less) + 0.9 * step.new / machine.new_bandwidth
+    assert machine.seconds(pieces) < machine.seconds(step)
 
 
 def test_compositions_are_all_ways_to_cut() -> None:

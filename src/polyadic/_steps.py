@@ -42,7 +42,8 @@ def gemm(
     padded = -(-n // vector) * vector
     return Step(
         name, "gemm", 2 * m * k * n, item * (m * k + k * n + m * n), launches,
-        elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed, new=item * m * n,
+        elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed and m > 1,
+        new=item * m * n,
     )  # fmt: skip
 
 
