@@ -33,21 +33,26 @@ def _layout(name: str, channels: int, positions: int, item: int) -> Step:
     return Step(f"{name} to channels_last", "layout", 0, 4 * item * elements, 1, elements=elements)
 
 
+def _passed(read: int, written: int, route: ConvRoute, item: int) -> int:
+    """Bytes of a depthwise convolution, the new memory it writes counted three times.
+
+    Writing takes longer where pages are touched first. In channels_first torch's kernels convert
+    what they read and write.
+    """
+    converted = 0 if route.layout == "channels_last" else 2 * (read + written)
+    return item * (read + 3 * written + converted)
+
+
 def _depthwise(
     name: str, stage: Stage, channels: int, batch: int, before: Shape, after: Shape,
     route: ConvRoute, item: int,
 ) -> Step:  # fmt: skip
-    """The convolution itself; in channels_first torch's kernels convert what they read and write.
-
-    Its own FLOPs: two for each tap and position, which are the output's or, transposed, the
-    input's.
-    """
+    """Two FLOPs for each tap and position, which are the output's or, transposed, the input's."""
     read, written = (channels * batch * math.prod(size) for size in (before, after))
     taps = math.prod(stage.kernel_size)
-    passes = 1 if route.layout == "channels_last" else 3
     return Step(
         name, "depthwise", 2 * taps * (read if stage.transposed else written),
-        item * passes * (read + written), 1, elements=written,
+        _passed(read, written, route, item), 1, elements=written,
         channels_last=route.layout == "channels_last",
     )  # fmt: skip
 
@@ -57,21 +62,23 @@ def _depthwise_backward(
     route: ConvRoute, item: int,
 ) -> list[Step]:  # fmt: skip
     """Two convolutions more, at half the rate; for wide taps over copies of what they read."""
-    where = (stage, channels, batch, before, after, route, item)
-    one = _depthwise("depthwise backward: dZ", *where)
+    one = _depthwise("", stage, channels, batch, before, after, route, item)
+    z, grad = (channels * batch * math.prod(size) for size in (before, after))
     calls, copied = 1, 0
     wide = len(stage.kernel_size) == 2 and stage.kernel_size[1] > WIDEST
     if wide and stage.kernel_size[0] > 1 and channels * math.prod(before) >= LEAST_FOR_WIDE:
         calls = -(-stage.kernel_size[1] // WIDEST)
-        copied = 2 * (calls + 1) * channels * batch * math.prod(before)
-    half = dataclasses.replace(
-        one, padded_flops=2 * one.flops, elements=channels * batch * math.prod(before)
-    )
+        copied = 2 * (calls + 1) * z
+    d_z = dataclasses.replace(
+        one, name="depthwise backward: dZ", padded_flops=2 * one.flops,
+        nbytes=_passed(grad, z, route, item), elements=z,
+    )  # fmt: skip
     d_taps = dataclasses.replace(
-        half, name="depthwise backward: dtaps", nbytes=one.nbytes + item * copied, launches=calls,
+        d_z, name="depthwise backward: dtaps", launches=calls,
+        nbytes=_passed(z + grad, 0, route, item) + item * copied,
         elements=channels * math.prod(stage.kernel_size),
     )  # fmt: skip
-    return [half, d_taps]
+    return [d_z, d_taps]
 
 
 class _Sizes:
@@ -99,6 +106,9 @@ class _Sizes:
         return ins if self.plan.depthwise else (*kernel, *ins)
 
     def project(self, name: str, positions: int, k: int, n: int) -> Step:
+        if self.route.layout == "channels_first":
+            # The positions are the columns of the product.
+            return gemm(name, n * self.groups, k, positions, self.item)
         return gemm(name, positions * self.groups, k, n, self.item)
 
     def outer(self, name: str, channels: int, positions: int, rows: bool) -> list[Step]:
