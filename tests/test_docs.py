@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "polyadic"
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-BENCHMARK = re.compile(r"<!-- benchmark:begin -->(.*?)<!-- benchmark:end -->", re.DOTALL)
+GENERATED = re.compile(r"<!-- (\w+):begin -->(.*?)<!-- \1:end -->", re.DOTALL)
 
 
 def named(paths: list[Path]) -> Any:
@@ -41,7 +41,7 @@ def blocks(path: Path, language: str) -> Iterator[tuple[int, str]]:
 
 def prose(path: Path) -> str:
     """The text without its fenced blocks and generated parts."""
-    text = BENCHMARK.sub("", path.read_text(encoding="utf-8"))
+    text = GENERATED.sub("", path.read_text(encoding="utf-8"))
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 

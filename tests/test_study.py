@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.nn import CPConv2d, CPLinear
-from polyadic.study import agreement, digits, encoder, fits, minilm, texts
+from polyadic.study import agreement, digits, encoder, fits, minilm, report, texts
 from polyadic.study.records import Store, read
 
 HAVE_MODEL = pytest.mark.skipif(
@@ -115,12 +115,13 @@ def test_every_method_costs_what_it_says(kind: str, method: fits.Method, ratio: 
     if method.key == "tltorch":
         pytest.importorskip("tltorch")
     layer, size = LAYERS[kind]
-    task = fits.Task({"0": layer}, ratio, {"0": correlated(size)}, 3)
+    x = torch.randn(2, 8, 5, 5) if kind == "conv" else torch.randn(3, size)
+    moments = {"0": correlated(size)}
+    task = fits.Task({"0": layer}, ratio, moments, 3, [x], lambda model, batch: model(batch))
     made = method.convert(nn.Sequential(layer), task)
     own, entries = digits.weights(made["0"]), layer.weight.numel()
     one_more = own + own // rank_of(made["0"])
     assert own <= entries / ratio < one_more
-    x = torch.randn(2, 8, 5, 5) if kind == "conv" else torch.randn(3, size)
     assert made["0"](x).shape == layer(x).shape
     zero = torch.zeros_like(x)
     torch.testing.assert_close(made["0"](zero), layer(zero))
@@ -345,3 +346,95 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "missing", lambda: ["transformers"])
     with pytest.raises(ImportError, match=r"needs transformers; install polyadic\[study\]"):
         encoder.load()
+
+
+def encoder_record(method: str, ratio: float, **values: Any) -> dict[str, Any]:
+    quality = {"cosine": 0.5, "cosine_low": 0.3, "overlap": 0.4, "spearman": 0.6}
+    return {
+        "kind": "encoder", "method": method, "label": f"label of {method}", "ratio": ratio,
+        "parameters": 100, "dense_parameters": int(100 * ratio), "orders": [2], "commit": "abc",
+        "weight_errors": [0.1, 0.2], "output_errors": [0.1, 0.2], "fit_seconds": 12.0,
+        "before": quality, "after": {**quality, "cosine": 0.7}, "recovery": {"seconds": 34.0},
+        **values,
+    }  # fmt: skip
+
+
+def digits_record(way: str, seed: int, accuracy: float, **values: Any) -> dict[str, Any]:
+    return {
+        "kind": "digits", "family": "MLP", "seed": seed, "way": way, "label": f"label of {way}",
+        "accuracy": accuracy, "parameters": 10, "dense_parameters": 105, "diverged": False,
+        "growth": 1.25, "commit": "abc", **values,
+    }  # fmt: skip
+
+
+ENVIRONMENT = {
+    "kind": "environment", "cpu": "a processor", "threads": 1, "dtype": "float32", "torch": "2",
+    "python": "3", "versions": {"polyadic": "0.1.0", "absent": None}, "date": "2026-01-02T00:00",
+    "settings": {"ratios": [10.0, 4.0], "steps": 7},
+}  # fmt: skip
+ENCODER = [
+    encoder_record("svd", 4.0),
+    encoder_record("cp", 4.0, weight_errors=[0.05, 0.3], before={
+        "cosine": 0.25, "cosine_low": 0.1, "overlap": 0.2, "spearman": 0.3}),
+    encoder_record("cp-data", 4.0, output_errors=[0.05, 0.1]),
+]  # fmt: skip
+CLASSIFIERS = [
+    *(digits_record("dense", seed, a) for seed, a in enumerate((0.97, 0.99))),
+    *(digits_record("scratch cp", seed, a) for seed, a in enumerate((0.975, 0.977))),
+    *(digits_record("convert cp", seed, a, accuracy_converted=0.5, accuracy_one_epoch=0.75)
+      for seed, a in enumerate((0.96, 0.97))),
+]  # fmt: skip
+CLASSIFIERS[-1]["diverged"] = True
+
+
+def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    docs.mkdir()
+    page = docs / "compression.md"
+    page.write_text("Above.\n<!-- compression:begin -->\nold\n<!-- compression:end -->\nBelow.\n")
+    with pytest.raises(ValueError, match="is not stored in results; run the study first"):
+        report.write_report(results, docs)
+    results.mkdir()
+    for file, records in ((minilm.FILE, ENCODER), (digits.FILE, CLASSIFIERS)):
+        lines = [json.dumps(record) for record in (ENVIRONMENT, *records)]
+        (results / file).write_text("\n".join(lines) + "\n")
+    written = report.write_report(results, docs)
+    text = page.read_text()
+    assert text.startswith("Above.\n")
+    assert text.endswith("Below.\n")
+    assert "old" not in text
+    for wanted in (
+        "a processor, 1 thread, float32, torch 2, Python 3; polyadic 0.1.0; commit abc; 2026-01-02",
+        "Settings: ratios 10/4, steps 7.",
+        "| label of cp | 100 | 2 | 0.175 | 0.150 | 0.250 | **0.700** | 0.200 |",
+        "| label of cp-data | 100 | 2 | **0.150** | **0.075** | **0.500** | **0.700** |",
+        "As converted, by cosine: label of svd 0.500, label of cp-data 0.500, label of cp 0.250.",
+        "norm: 2 of 2 layers at ratio 4.",
+        "both in the Frobenius norm: 1 of 2 layers at ratio 4.",
+        "| label of dense | 10 (10.5×) | - | - | 98.0 ± 1.4 | - | 0 of 2 | 1.25 |",
+        "| from scratch: label of scratch cp | 10 (10.5×) | - | - | 97.6 ± 0.1 | 0.40 | 0 of 2 |",
+        "| converted: label of convert cp | 10 (10.5×) | 50.0 ± 0.0 | 75.0 ± 0.0 | 96.5 ± 0.7 |",
+        "| 96.5 ± 0.7 | 1.50 | 1 of 2 | 1.25 |",
+        "Within 0.5: scratch label of scratch cp (+0.40).",
+        "Not: convert label of convert cp (+1.50).",
+        "1 of 6 trainings diverged.",
+        "![](figures/compression-encoder.png)",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    # tltorch was not measured here, so nothing is said of it.
+    assert "tltorch" not in text
+    assert {path.name for path in written} == {
+        "compression.md", "compression-encoder.png", "compression-digits.png"
+    }  # fmt: skip
+    before = [path.read_bytes() for path in written]
+    report.write_report(results, docs)
+    assert [path.read_bytes() for path in written] == before
+
+
+@pytest.mark.parametrize("line", [["nothing"], ["minilm", "--only", "pca", "--quick"]])
+def test_the_command_refuses_what_it_does_not_know(line: list[str], tmp_path: Path) -> None:
+    from polyadic.study.__main__ import main
+
+    with pytest.raises(SystemExit) as error:
+        main([*line, "--out", str(tmp_path)])
+    assert error.value.code not in (0, None)

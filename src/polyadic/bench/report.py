@@ -159,7 +159,7 @@ def _environment(run: Run) -> str:
 def _criteria(judged: Sequence[Criterion]) -> str:
     rows = [["criterion", "met", "figure", "verdict"]]
     rows += [[c.text, f"{c.met} of {c.of}" if c.of else "-", c.value, c.verdict] for c in judged]
-    text = _rows(rows, "lrll")
+    text = markdown_rows(rows, "lrll")
     for c in judged:
         if c.misses:
             misses = "\n".join(f"- {miss}" for miss in c.misses)
@@ -182,7 +182,7 @@ def _means(run: Run, threads: int) -> str:
         columns = [(layer, mode) for layer in ("linear", "conv") for mode in reversed(MODES)]
         means = [_mean(run, run.keys(m, threads, layer=layer), name) for layer, m in columns]
         rows.append([name, *means])
-    return _rows(rows, "lrrrr")
+    return markdown_rows(rows, "lrrrr")
 
 
 def _mean(run: Run, keys: Sequence[Key], name: str) -> str:
@@ -214,7 +214,7 @@ def _table(run: Run, keys: Sequence[Key]) -> str:
         if training:
             row += [_pair(timed, "kept_bytes"), _pair(timed, "peak_bytes")]
         rows.append(row)
-    return _rows(rows, "lrl" + "r" * (len(rows[0]) - 3))
+    return markdown_rows(rows, "lrl" + "r" * (len(rows[0]) - 3))
 
 
 def _share(run: Run, key: Key, ours: Record) -> str:
@@ -283,13 +283,13 @@ def short_table(run: Run) -> str:
     e = run.environment
     thread = f", {threads} thread{'s' if threads > 1 else ''}" if _on_cpu(run) else ""
     return (
-        f"{_rows(rows, 'lrrrr')}\n\n{_device_name(run)}{thread}, {e['dtype']}, torch {e['torch']}; "
-        f"medians of stored records ({e['date'][:10]}). All cells, memory and who wins where: "
-        f"[docs/benchmarks.md](docs/benchmarks.md)."
+        f"{markdown_rows(rows, 'lrrrr')}\n\n{_device_name(run)}{thread}, {e['dtype']}, torch "
+        f"{e['torch']}; medians of stored records ({e['date'][:10]}). All cells, memory and who "
+        f"wins where: [docs/benchmarks.md](docs/benchmarks.md)."
     )
 
 
-def _rows(rows: Sequence[Sequence[str]], align: str) -> str:
+def markdown_rows(rows: Sequence[Sequence[str]], align: str) -> str:
     """A Markdown table whose first row is the head; ``align`` has l or r for each column."""
     rule = ["---:" if a == "r" else "---" for a in align]
     lines = [rows[0], rule, *rows[1:]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from polyadic.study import digits, minilm
+from polyadic.study import digits, minilm, report
 
 
 def tell(line: str) -> None:
@@ -20,16 +20,20 @@ def tell(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one experiment, or renew the page from the stored records."""
     parser = argparse.ArgumentParser("python -m polyadic.study", description=__doc__)
-    parser.add_argument("what", choices=("minilm", "digits"))
+    parser.add_argument("what", choices=("minilm", "digits", "report"))
     parser.add_argument("--quick", action="store_true", help="a minute of it; to other records")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help="some methods, by their keys")
     parser.add_argument("--out", type=Path, default=None, help="folder of the records")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     out = given.out or Path("polyadic-study" if given.quick else "benchmarks/results")
     torch.set_num_threads(given.threads)
     try:
-        if given.what == "minilm":
+        if given.what == "report":
+            for path in report.write_report(out, given.docs):
+                print(path)
+        elif given.what == "minilm":
             options = minilm.Options.quick() if given.quick else minilm.Options()
             print(minilm.run(options, out, given.only, tell))
         else:

@@ -69,6 +69,7 @@ class Variant:
         label: Name in tables.
         std: Standard deviation of a weight from fan-in and fan-out.
         draw: Fills factors so that the weight has that standard deviation.
+        orders: Modes per side, of linear layers and of convolutions.
         penalised: Whether Σ_r λ_r² is added to the loss.
         low_rank: Take a plain low-rank matrix in place of CP.
     """
@@ -77,6 +78,7 @@ class Variant:
     label: str
     std: Callable[[int, int], float] = lambda fan_in, fan_out: init.torch_std(fan_in)
     draw: Callable[[Sequence[Tensor], float], None] = init.cp_orthonormal_
+    orders: tuple[int, int] = (fits.LINEAR_ORDER, fits.CONV_ORDER)
     penalised: bool = False
     low_rank: bool = False
 
@@ -98,6 +100,7 @@ VARIANTS = (
     Variant("gaussian", "CP, Gaussian", draw=gaussian_),
     Variant("gaussian-penalty", "CP, Gaussian, λ penalised", draw=gaussian_, penalised=True),
     Variant("mup", "CP, orthonormal, muP", std=init.mup_std),
+    Variant("finer", "CP, orthonormal, one more mode per side", orders=(3, 2)),
     Variant("low-rank", "low rank", low_rank=True),
 )
 
@@ -194,7 +197,10 @@ class _Work:
         layers = {name: model.get_submodule(name) for name in self._family.dense.converted}
         found_moments = second_moments(model, [self._digits.train_x], layers)
         moments = {name: moment.double() for name, moment in found_moments.items()}
-        task = fits.Task(layers, self._options.ratio, moments, self._options.sweeps)
+        task = fits.Task(
+            layers, self._options.ratio, moments, self._options.sweeps, [self._digits.train_x],
+            lambda model, batch: model(batch),
+        )  # fmt: skip
         student = copy.deepcopy(model)
         start = time.perf_counter()
         made = method.convert(student, task)
@@ -251,13 +257,13 @@ def fresh(layer: Any, ratio: float, variant: Variant) -> nn.Module:
         return fits.low_rank_conv(layer, rank)
     made: CPLinear | CPConv2d
     if linear:
-        order = fits.LINEAR_ORDER
+        order = variant.orders[0]
         made = CPLinear(layer.in_features, layer.out_features, rank=1, order=order)
         rank = fits.rank_for(ratio, [len(f) for f in made.cp.factors], entries)
         made = CPLinear(layer.in_features, layer.out_features, rank=rank, order=order)
     else:
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        order = fits.CONV_ORDER
+        order = variant.orders[1]
         made = CPConv2d(*shape, rank=1, order=order)
         rank = fits.rank_for(ratio, [len(f) for f in made.cp.factors], entries)
         made = CPConv2d(*shape, padding=layer.padding, rank=rank, order=order)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic._format import tensorize
+from polyadic.compress import compress
 from polyadic.nn import CPConv2d, CPLinear
 from polyadic.tensor import CPTensor
 
@@ -31,12 +32,18 @@ class Task:
         moments: Second moment (M, M) of every layer's input, float64. M counts the features of a
             linear layer, the entries Cin·kh·kw of a patch of a convolution.
         sweeps: Of iterative fits, at most.
+        batches: Calibration batches without labels, for methods that look at the whole model.
+        forward: (model, batch) → the outputs that count.
+        weights: Of positions of a batch, None where all count.
     """
 
     layers: Mapping[str, Any]
     ratio: float
     moments: Mapping[str, Tensor]
     sweeps: int
+    batches: Sequence[Any]
+    forward: Callable[[nn.Module, Any], Tensor]
+    weights: Callable[[Any], Tensor] | None = None
 
 
 Convert = Callable[[nn.Module, Task], dict[str, Any]]
@@ -187,6 +194,15 @@ def _decomposed(layer: Layer, ratio: float, moment: Tensor | None, sweeps: int) 
     return CPConv2d.from_conv(layer, rank=rank, order=CONV_ORDER, **how)
 
 
+def whole_model(model: nn.Module, task: Task) -> dict[str, Any]:
+    """``polyadic.compress``: ranks and formats over all layers within one budget."""
+    made, report = compress(
+        model, ratio=task.ratio, calibration=task.batches, forward=task.forward,
+        weights=task.weights, target_modules=list(task.layers), iterations=task.sweeps,
+    )  # fmt: skip
+    return {layer.name: made.get_submodule(layer.name) for layer in report.converted}
+
+
 @torch.no_grad()
 def weight_error(layer: Any, linear: nn.Linear) -> float:
     """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm."""
@@ -209,4 +225,5 @@ METHODS = (
     Method("tltorch", "CP, tltorch", layerwise(tltorch_cp)),
     Method("cp", "CP, polyadic", layerwise(own_cp)),
     Method("cp-data", "CP, polyadic, data-aware", layerwise(own_cp_in_metric)),
+    Method("compress", "compress", whole_model),
 )

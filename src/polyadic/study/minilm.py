@@ -20,6 +20,8 @@ from polyadic.study.agreement import agreement
 from polyadic.study.records import Store
 
 FILE = "study-minilm.jsonl"
+# One batch in so many is shown to methods that run the whole model once for each layer.
+CALIBRATION = 3
 Tell = Callable[[str], None]
 
 
@@ -131,7 +133,11 @@ def run(options: Options, out: Path, only: Sequence[str] | None = None, tell: Te
 def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> dict[str, Any]:
     """The record of a method at a ratio."""
     student = copy.deepcopy(bench.model)
-    task = fits.Task(bench.layers, ratio, bench.moments, bench.options.sweeps)
+    task = fits.Task(
+        bench.layers, ratio, bench.moments, bench.options.sweeps,
+        bench.train[:: CALIBRATION], encoder.sentence_embeddings,
+        lambda batch: batch["attention_mask"],
+    )  # fmt: skip
     start = time.perf_counter()
     converted = method.convert(student, task)
     seconds = time.perf_counter() - start
