@@ -1,18 +1,16 @@
-"""torch.compile, torch.export, autocast, checkpointing, meta device, copies and files."""
+"""torch.compile, torch.export and autocast in what the matrix does not show; names in files."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch._dynamo.testing import CompileCounter
 
 from cases import BY_ID, Case, params, truth
 from polyadic import CPTensor
@@ -78,17 +76,6 @@ def test_compiled_in_one_graph(case: Case) -> None:
     assert_close(compiled(x), truth(case)[0], "y")
 
 
-@each
-def test_dynamic_batch_compiles_once(case: Case) -> None:
-    layer = case.make()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    for size in (23, 17, 29):
-        x, grad_y = batch(case, size)
-        assert_same(results(layer, compiled, x, grad_y), results(layer, layer, x, grad_y))
-    assert counter.frame_count == 1
-
-
 @few
 def test_marked_dynamic_batch_compiles_once(case: Case) -> None:
     """``mark_dynamic`` refuses to be specialised: this fails where a plan pins the batch."""
@@ -145,28 +132,6 @@ def test_compiled_without_gradients(case: Case) -> None:
         assert_close(compiled(case.leaves().x), truth(case)[0], "y")
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@each
-def test_export(case: Case, strict: bool) -> None:
-    layer, x = case.make().eval(), case.leaves().x.contiguous()
-    program = torch.export.export(layer, (x,), strict=strict)
-    assert_close(program.module()(x), truth(case)[0], "y")
-    assert {name for name, _ in layer.named_parameters()} == set(program.graph_signature.parameters)
-    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-    assert all("aten" in name or "getitem" in name for name in called), called
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@few
-def test_export_with_a_dynamic_batch(case: Case, strict: bool) -> None:
-    layer, (x, _) = case.make().eval(), batch(case, 4)
-    dynamic = ({0: torch.export.Dim("batch", min=2, max=512)},)
-    program = torch.export.export(layer, (x,), dynamic_shapes=dynamic, strict=strict)
-    for size in (2, 9, 33):
-        x, _ = batch(case, size)
-        assert_close(program.module()(x), layer(x), f"y of batch {size}")
-
-
 @few
 def test_exported_program_survives_a_file(case: Case) -> None:
     layer, x = case.make().eval(), case.leaves().x
@@ -174,13 +139,6 @@ def test_exported_program_survives_a_file(case: Case) -> None:
     torch.export.save(torch.export.export(layer, (x,)), buffer)
     buffer.seek(0)
     assert_close(torch.export.load(buffer).module()(x), truth(case)[0], "y")
-
-
-@each
-def test_autocast(case: Case) -> None:
-    """Output in bf16, gradients in the dtype of what they are gradients of."""
-    layer = case.make(torch.float32)
-    check_autocast(case, layer, layer)
 
 
 @few
@@ -219,100 +177,6 @@ def test_autocast_leaves_float64_alone(case: Case) -> None:
         assert_close(case.make()(case.leaves().x), truth(case)[0], "y")
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@each
-def test_activation_checkpoint(case: Case, reentrant: bool) -> None:
-    layer, x, grad_y = case.make(), case.leaves().x, case.grad_y()
-    got = results(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), x, grad_y)
-    assert_same(got, results(layer, layer, x, grad_y))
-
-
-@each
-def test_meta_device(case: Case) -> None:
-    layer = case.make()
-    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    layer = layer.to("meta")
-    assert all(p.is_meta for p in layer.parameters())
-    x = case.leaves().x.to("meta")
-    y = layer(x)
-    assert y.is_meta
-    assert y.shape == truth(case)[0].shape
-    y.sum().backward()
-    assert {name: tuple(p.grad.shape) for name, p in layer.named_parameters()} == shapes
-
-
-@few
-def test_to_empty_and_reset(case: Case) -> None:
-    """Made on meta, moved, reset: the same numbers as made in place from the same seed."""
-    if case.linear:
-        make = _linear
-    else:
-        make = _conv
-    torch.manual_seed(5)
-    want = make("cpu")
-    meta = make("meta")
-    assert all(p.is_meta for p in meta.parameters())
-    moved = meta.to_empty(device="cpu")
-    for parameter in moved.parameters():
-        nn.init.constant_(parameter, float("nan"))
-    torch.manual_seed(5)
-    moved.reset_parameters()
-    for a, b in zip(moved.parameters(), want.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def _linear(device: str) -> nn.Module:
-    from polyadic.nn import CPLinear
-
-    return CPLinear(24, 18, rank=7, device=device)
-
-
-def _conv(device: str) -> nn.Module:
-    from polyadic.nn import CPConv2d
-
-    return CPConv2d(8, 12, 3, rank=5, device=device)
-
-
-def assert_equal_layers(a: nn.Module, b: nn.Module, case: Case) -> None:
-    """Equal to the last bit, in parameters and output, and of no shared storage."""
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name])
-        assert ours[name].data_ptr() != theirs[name].data_ptr()
-    x = case.leaves().x
-    assert torch.equal(a(x), b(x))
-
-
-@each
-def test_deepcopy(case: Case) -> None:
-    layer = case.make()
-    assert_equal_layers(layer, copy.deepcopy(layer), case)
-
-
-@each
-def test_pickle(case: Case) -> None:
-    layer = case.make()
-    assert_equal_layers(layer, pickle.loads(pickle.dumps(layer)), case)
-
-
-@few
-def test_torch_save_of_a_layer(case: Case) -> None:
-    layer, buffer = case.make(), io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    assert_equal_layers(layer, torch.load(buffer, weights_only=False), case)
-
-
-@each
-def test_state_dict_round_trip(case: Case) -> None:
-    layer, other, buffer = case.make(), case.make(seed=7), io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    assert other.load_state_dict(torch.load(buffer, weights_only=True)).missing_keys == []
-    assert_equal_layers(layer, other, case)
-
-
 @each
 def test_state_dict_names_and_tensors(case: Case) -> None:
     """Flat, stable names; contiguous tensors of one dimension at least, as FSDP2 wants them."""
@@ -322,16 +186,6 @@ def test_state_dict_names_and_tensors(case: Case) -> None:
     names |= {"cp.weights"} if case.weights else set()
     assert set(state) == names
     assert all(t.is_contiguous() and t.dim() >= 1 for t in state.values())
-
-
-@each
-def test_safetensors_round_trip(case: Case, tmp_path: Path) -> None:
-    from safetensors.torch import load_model, save_model
-
-    layer, other, path = case.make(), case.make(seed=7), tmp_path / "layer.safetensors"
-    save_model(layer, str(path))
-    assert load_model(other, str(path)) == (set(), [])
-    assert_equal_layers(layer, other, case)
 
 
 def test_state_dict_of_another_shape_is_refused() -> None:

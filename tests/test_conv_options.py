@@ -340,40 +340,6 @@ def test_func(name: str) -> None:
         assert_close(got, want, f"result {i}")
 
 
-@pytest.mark.parametrize("name", ["groups-circular", "T-groups-channels-last-lambda"])
-def test_per_sample_gradients(name: str) -> None:
-    case = CASES[name]
-    layer, x = case.make(), case.input().detach()
-    values = {k: v.detach() for k, v in layer.named_parameters()}
-
-    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return functional_call(layer, values, (sample,)).square().sum()
-
-    got = vmap(grad(loss), (None, 0))(values, x)
-    for i, sample in enumerate(x):
-        for name, want in grad(loss)(values, sample).items():
-            assert_close(got[name][i], want, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["groups-circular", "reflect", "T-groups", "T-1d"])
-def test_compile(name: str) -> None:
-    torch._dynamo.reset()
-    case = CASES[name]
-    layer, x = case.make(), case.input()
-    # The whole graph and its backward; code generation is the same for every layer.
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    leaves = [x, *layer.parameters()]
-    y, want = compiled(x), layer(x)
-    assert_close(y, want, "y")
-    for g, w in zip(
-        torch.autograd.grad(y.square().sum(), leaves),
-        torch.autograd.grad(want.square().sum(), leaves),
-        strict=True,
-    ):
-        assert_close(g, w, "gradient")
-
-
 @pytest.mark.slow
 def test_compile_by_inductor() -> None:
     torch._dynamo.reset()
@@ -383,15 +349,6 @@ def test_compile_by_inductor() -> None:
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(x), model(x), "y")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["groups-circular", "T-groups"])
-def test_export(name: str) -> None:
-    case = CASES[name]
-    layer, x = case.make(), case.input().detach()
-    program = torch.export.export(layer, (x,))
-    assert_close(program.module()(x), layer(x), "y")
 
 
 @pytest.mark.parametrize("name", ["groups-circular", "T-2d", "T-groups"])

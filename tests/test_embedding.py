@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Any
 
@@ -430,29 +429,6 @@ class TestHome:
         ).sum().backward()
         assert ins[0].grad[0].item() == 4096
 
-    def test_meta_and_to_empty(self) -> None:
-        layer = CPEmbedding(1000, 24, rank=4, device="meta")
-        assert layer(torch.zeros(600, dtype=torch.int64, device="meta")).shape == (600, 24)
-        layer.to_empty(device="cpu").reset_parameters()
-        assert layer(torch.arange(600)).isfinite().all()
-
-    def test_pickle_and_state_dict(self) -> None:
-        layer, indices = make(23, (2, 3, 4), (3, 2), 5), torch.arange(23)
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        assert torch.equal(torch.load(file, weights_only=False)(indices), layer(indices))
-        other = make(23, (2, 3, 4), (3, 2), 5)
-        other.load_state_dict(layer.state_dict())
-        assert torch.equal(other(indices), layer(indices))
-
-    def test_checkpoint(self) -> None:
-        layer, indices = make(23, (2, 3, 4), (3, 2), 5), torch.arange(23)
-        y = torch.utils.checkpoint.checkpoint(layer, indices, use_reentrant=False)
-        got = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
-        want = torch.autograd.grad(layer(indices).square().sum(), list(layer.parameters()))
-        assert all(map(torch.equal, got, want))
-
     @pytest.mark.slow
     def test_compile(self) -> None:
         torch._dynamo.reset()
@@ -468,27 +444,6 @@ class TestHome:
                 strict=True,
             ):
                 assert_close(g, w, "gradient")
-
-    @pytest.mark.slow
-    def test_compile_tied(self) -> None:
-        torch._dynamo.reset()
-        layer = make(23, (2, 3, 4), (3, 2), 5)
-        model = nn.Sequential(layer, layer.as_linear(True))
-        indices = torch.randint(23, (4, 3))
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert_close(compiled(indices), model(indices), "logits")
-        compiled(indices).sum().backward()
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("strict", [False, True])
-    def test_export(self, strict: bool) -> None:
-        layer = make(23, (2, 3, 4), (3, 2), 5, padding_idx=3)
-        batch = torch.export.Dim("batch", min=2)
-        program = torch.export.export(
-            layer, (torch.arange(6).view(3, 2),), dynamic_shapes=({0: batch},), strict=strict
-        )
-        indices = torch.randint(23, (8, 2))
-        assert_close(program.module()(indices), layer(indices), "y")
 
 
 INS, OUTS = [torch.ones(3, 2), torch.ones(4, 2)], [torch.ones(5, 2)]

@@ -200,29 +200,6 @@ def test_func(name: str) -> None:
             assert_close(got[key], want[key], key)
 
 
-@pytest.mark.slow
-@few
-def test_compiles_without_a_break(name: str) -> None:
-    torch._dynamo.reset()
-    case = CASES[name]
-    layers, x = case.make(), case.x()
-
-    def loss(x: Tensor) -> Tensor:
-        return sum(layer(x).square().sum() for layer in layers)
-
-    wrt = list(layers.parameters())
-    want = torch.autograd.grad(loss(x), wrt)
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), wrt)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, "gradient")
-
-
-def test_exports() -> None:
-    layers, x = CASES["linear"].make(), CASES["linear"].x()
-    exported = torch.export.export(layers[1], (x,)).module()
-    assert_close(exported(x), layers[1](x), "y")
-
-
 def test_half_precision_rounds_the_scale_once() -> None:
     """λ ∘ L_1 ∘ L_2 in bfloat16 is the exact product, rounded."""
     torch.manual_seed(0)

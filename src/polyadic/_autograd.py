@@ -18,11 +18,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function, forward_ad, profiler
 
 
 class MultilinearMap(Protocol):
     """What the boundary needs of a map."""
+
+    @property
+    def plan(self) -> object:
+        """What it obeys; printed in a profiler's label."""
 
     @property
     def left_to_autograd(self) -> bool:
@@ -50,7 +54,18 @@ class MultilinearMap(Protocol):
 def run(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """Apply a map, differentiably."""
+    """Apply a map, differentiably; under a profiler with a label that names map and plan."""
+    # Entering a label costs more than a small layer's product. Compiled code asks nothing: what it
+    # reads is guarded, and starting a profiler would compile it again.
+    if not torch.compiler.is_compiling() and profiler._is_profiler_enabled:
+        with profiler.record_function(f"polyadic.{type(layer_map).__name__}({layer_map.plan})"):
+            return _run(layer_map, x, bias, factors)
+    return _run(layer_map, x, bias, factors)
+
+
+def _run(
+    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
     if layer_map.left_to_autograd or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return layer_map.forward(x, bias, factors)[0]
     y: Tensor

@@ -49,6 +49,7 @@ class CPTensor(nn.Module):
     """
 
     weights: Tensor | None
+    _version = 1  # of the names and shapes in a state dict
 
     def __init__(
         self,
@@ -86,6 +87,22 @@ class CPTensor(nn.Module):
         cp_orthonormal_(list(self.factors), 1 / math.sqrt(rows) if std is None else std)
         if self.weights is not None:
             nn.init.ones_(self.weights)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Refuse a state dict of a later version than this code writes."""
+        version = local_metadata.get("version") or 1
+        if version > self._version:
+            error_msgs.append(
+                f"{prefix.rstrip('.') or 'the CP tensor'} was saved in version {version} of the "
+                f"format, and this polyadic reads up to {self._version}; install a newer one"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @property
     def order(self) -> int:

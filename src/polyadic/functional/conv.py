@@ -82,6 +82,7 @@ def _conv(
     outs = _check.factor_group(groups[0], "out_factors")
     ins = _check.factor_group(groups[1], "in_factors")
     kernels = _check.factor_group(groups[2], "kernel_factors")
+    _check.not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
     out_shape, in_shape, kernel_size, (rank,) = _check.ranked(

@@ -67,6 +67,7 @@ def cp_conv_transpose(
     ins = _check.factor_group(in_factors, "in_factors")
     outs = _check.factor_group(out_factors, "out_factors")
     kernels = _check.factor_group(kernel_factors, "kernel_factors")
+    _check.not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
     in_shape, out_shape, kernel_size, (rank,) = _check.ranked(

@@ -272,6 +272,11 @@ class CPTiedLinear(nn.Module):
             own = nn.Parameter(self.cp.factors[0].detach().new_zeros(self.out_features))
         self.register_parameter("bias", own)
 
+    def reset_parameters(self) -> None:
+        """Set the bias to zeros; the factors are the embedding's, which draws them."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     @property
     def rank(self) -> int:
         """R, the number of rank-one components."""
