@@ -72,7 +72,7 @@ def _fits(records: Sequence[Record], limit: float) -> str:
                 ahead += 1
             else:
                 missed.append(
-                    f"{cell}, {at:g} s: {reached['polyadic']:.4g} against {best:.4g}"
+                    f"{cell}, {at:g} s: {_reached(reached['polyadic'])} against {best:.4g}"
                 )  # fmt: skip
     level, behind = (ends[key] for key in ("level", "behind"))
     text = (
@@ -91,6 +91,10 @@ def _fits(records: Sequence[Record], limit: float) -> str:
 
 def _listed(cells: Sequence[str]) -> str:
     return f" ({'; '.join(cells)})" if cells else ""
+
+
+def _reached(error: float) -> str:
+    return "nothing yet" if math.isinf(error) else f"{error:.4g}"
 
 
 def _standing(ours: float, best: float) -> str:

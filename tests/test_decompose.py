@@ -212,14 +212,30 @@ def test_callback_sees_every_sweep_and_can_stop() -> None:
     assert (found.converged, found.reason) == (False, "stopped by the callback")
 
 
-def test_an_interrupt_carries_the_result() -> None:
+def test_callback_in_a_race() -> None:
+    """The first start's sweeps and then the winner's; a limit below the race holds for it too."""
+    seen: list[int] = []
+    weight, shape = torch.randn(24, 30), ((4, 6), (5, 6))
+    found = decompose(
+        weight, shape, 9, iterations=8, tolerance=0, callback=lambda i, e: seen.append(i)
+    )
+    assert seen == list(range(1, 9))
+    assert found.iterations == 8
+    found = decompose(weight, shape, 9, callback=lambda i, e: i == 2)
+    assert (found.iterations, found.start) == (2, "orthogonal")
+    assert found.reason == "stopped by the callback"
+    assert decompose(weight, shape, 9, iterations=3).iterations == 3
+
+
+@pytest.mark.parametrize("start", ["random", "auto"])
+def test_an_interrupt_carries_the_result(start: str) -> None:
     def interrupt(iteration: int, error: float) -> None:
         if iteration == 3:
             raise KeyboardInterrupt
 
     weight = torch.randn(24, 30)
     with pytest.raises(DecomposeInterrupted) as caught:
-        decompose(weight, ((4, 6), (5, 6)), 9, start="random", callback=interrupt)
+        decompose(weight, ((4, 6), (5, 6)), 9, start=start, callback=interrupt)
     reached = caught.value.decomposition
     assert isinstance(caught.value, KeyboardInterrupt)
     assert reached.iterations == 3

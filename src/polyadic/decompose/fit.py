@@ -16,12 +16,13 @@ from polyadic.decompose.arguments import Start
 from polyadic.decompose.descent import Descent
 from polyadic.decompose.problem import Problem, make_problem
 from polyadic.decompose.result import DecomposeInterrupted, Decomposition, fragility
-from polyadic.decompose.starts import low_rank, orthogonal_terms, random_factors
+from polyadic.decompose.starts import exact_rank, low_rank, orthogonal_terms, random_factors
 from polyadic.kernels.modes import khatri_rao
 from polyadic.tensor import CPTensor
 
 RACE_SWEEPS = 5
 WINDOW = 5
+STOPPED = (False, "stopped by the callback")
 # Roundings of the norm up to which an expansion counts as exact.
 EXACT = 100
 
@@ -51,8 +52,8 @@ def decompose(
     sweeps that never raise it. The second term keeps components from growing against each other:
     of all fits with no larger error, a minimiser has the smallest components, which is what the
     error-preserving correction of Phan et al. (ECCV 2020) asks for. Where two modes are left after
-    those of size 1 (plain low rank), the result is the optimum, by an SVD of Σ^½W. Where the rank
-    suffices for an exact expansion of W (always at Π n / max n), that is returned.
+    those of size 1 (plain low rank), the result is the optimum, by an SVD of Σ^½W. From rank
+    Π n / max n on, and below where the orthogonal start is exact, an exact expansion is returned.
 
     Args:
         weight: W, whose dimensions are the modes of the tensorized shape in order, or products
@@ -78,8 +79,9 @@ def decompose(
         max_growth: bound on the growth of the result (see ``Decomposition``), at least 1; the
             regularization is raised until it holds. None for no bound beyond what it sets.
         seed: of all that is drawn; the same seed gives the same result on one machine.
-        callback: called as ``callback(iteration, error)`` after each sweep; returning True ends
-            the fit with what was reached.
+        callback: called as ``callback(iteration, error)`` after each sweep, in a race after those
+            of the first start and then of the winner; returning True ends the fit with what was
+            reached.
 
     Returns:
         A ``Decomposition`` with the CP tensor, its errors and its fragility.
@@ -100,16 +102,17 @@ def decompose(
     problem = make_problem(weight, groups, metric, inside, damping)
     fit = _Fit(problem, groups, rank, weight, regularization, max_growth, began)
     generator = torch.Generator().manual_seed(seed)
-    known = fit.closed_form(generator)
+    known = fit.closed_form(generator, expand="orthogonal" in starts)
     if known is not None:
         return known
-    begun = [(name(s), fit.begin(s, generator)) for s in starts]
-    fit.race(begun)
     try:
-        converged, reason = fit.run(iterations, tolerance, callback)
+        stopped = fit.race(starts, generator, iterations, callback)
+        ended = stopped or fit.run(iterations, tolerance, callback)
     except KeyboardInterrupt:
+        if fit.descent is None:
+            raise
         raise DecomposeInterrupted(fit.result(False, "interrupted")) from None
-    return fit.result(converged, reason)
+    return fit.result(*ended)
 
 
 def name(start: Start) -> str:
@@ -129,10 +132,16 @@ class _Fit:
         self.norm = math.sqrt(problem.frobenius_power())
         self.raced: tuple[tuple[str, float], ...] = ()
         self.start = ""
-        self.descent: Descent
+        self.terms: list[Tensor] = []
+        self.descent: Descent | None = None
 
-    def closed_form(self, generator: torch.Generator) -> Decomposition | None:
-        """The optimum where it is known: two modes, an exact expansion, a weight of zeros."""
+    def closed_form(self, generator: torch.Generator, expand: bool) -> Decomposition | None:
+        """The optimum where it is known: two modes, an exact expansion, a weight of zeros.
+
+        Args:
+            generator: for randomized range finding.
+            expand: look for an exact expansion where the rank does not promise one, too.
+        """
         problem, rank = self.problem, self.rank
         if self.norm == 0:
             factors = random_factors(problem, rank, generator)
@@ -140,11 +149,13 @@ class _Fit:
         if len(problem.sizes) == 2:
             reason = "the optimum in closed form"
             return self._finished(low_rank(problem, rank), "the SVD", reason)
-        terms = orthogonal_terms(problem, rank, generator)
-        left_out = problem.residual(terms)[1]
+        if not expand and rank < exact_rank(problem.sizes):
+            return None
+        self.terms = orthogonal_terms(problem, rank, generator)
+        left_out = problem.residual(self.terms)[1]
         if left_out <= (self.norm * EXACT * torch.finfo(problem.matrix.dtype).eps) ** 2:
             reason = "an exact expansion at this rank"
-            return self._finished(terms, "an orthogonal expansion", reason)
+            return self._finished(self.terms, "an orthogonal expansion", reason)
         return None
 
     def _finished(self, factors: list[Tensor], start: str, reason: str) -> Decomposition:
@@ -154,7 +165,7 @@ class _Fit:
     def begin(self, start: Start, generator: torch.Generator) -> list[Tensor]:
         """Factors of the fitted modes."""
         if start == "orthogonal":
-            return orthogonal_terms(self.problem, self.rank, generator)
+            return self.terms
         if start == "random":
             return random_factors(self.problem, self.rank, generator)
         cp = start.cp if isinstance(start, Decomposition) else start
@@ -180,36 +191,52 @@ class _Fit:
             return [torch.cat(pair, 1) for pair in zip(factors, more, strict=True)]
         return factors
 
-    def race(self, starts: Sequence[tuple[str, list[Tensor]]]) -> None:
-        """A few sweeps from every start; the fit goes on from the best."""
-        runs = [(label, self._descent(factors)) for label, factors in starts]
-        if len(runs) > 1:
-            for _, descent in runs:
-                for _ in range(RACE_SWEEPS):
-                    descent.step()
-            self.raced = tuple((label, descent.errors[-1]) for label, descent in runs)
-            runs.sort(key=lambda run: run[1].errors[-1])
-        self.start, self.descent = runs[0]
+    def race(
+        self, starts: Sequence[Start], generator: torch.Generator, iterations: int,
+        callback: Callback | None,
+    ) -> tuple[bool, str] | None:  # fmt: skip
+        """A few sweeps from every start; the fit goes on from the best.
+
+        Returns:
+            How the fit ended if the callback, which sees the first start's sweeps, ended it.
+        """
+        for start in starts:
+            descent = self._descent(self.begin(start, generator))
+            first = self.descent is None
+            best = self.descent or descent
+            if first:
+                self.start, self.descent = name(start), descent
+            if len(starts) == 1:
+                return None
+            for _ in range(min(RACE_SWEEPS, iterations)):
+                error = descent.step()
+                if first and callback is not None and callback(len(descent.errors), error) is True:
+                    return STOPPED
+            self.raced += ((name(start), descent.errors[-1]),)
+            if descent.errors[-1] < best.errors[-1]:
+                self.start, self.descent = name(start), descent
+        return None
 
     def _descent(self, factors: list[Tensor]) -> Descent:
         return Descent(self.problem, factors, self.tau, self.max_growth)
 
     def run(self, iterations: int, tolerance: float, callback: Callback | None) -> tuple[bool, str]:
         """Sweep on; whether it converged, and why it ended."""
-        ended = self._sweep(iterations, tolerance, callback)
+        assert self.descent is not None
+        ended = self._sweep(self.descent, iterations, tolerance, callback)
         while self.descent.too_large():
             self.descent.step()
         return ended
 
     def _sweep(
-        self, iterations: int, tolerance: float, callback: Callback | None
+        self, descent: Descent, iterations: int, tolerance: float, callback: Callback | None
     ) -> tuple[bool, str]:
-        errors = self.descent.errors
+        errors = descent.errors
         while len(errors) < iterations:
-            error = self.descent.step()
+            error = descent.step()
             if callback is not None and callback(len(errors), error) is True:
-                return False, "stopped by the callback"
-            if tolerance > 0 and self.descent.steady > WINDOW:
+                return STOPPED
+            if tolerance > 0 and descent.steady > WINDOW:
                 before = errors[-1 - WINDOW]
                 if before - error <= tolerance * before:
                     return True, f"the error fell by less than {tolerance:g} in {WINDOW} sweeps"
@@ -217,6 +244,7 @@ class _Fit:
 
     def result(self, converged: bool, reason: str) -> Decomposition:
         """Measure the present factors and wrap them up."""
+        assert self.descent is not None
         problem, factors = self.problem, self.descent.factors
         in_metric, frobenius = problem.residual(factors)
         full = problem.restored(factors)
