@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from polyadic._onednn import in_onednn
+
 StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout"]
 
 
@@ -165,18 +167,9 @@ def built_in(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
             scaled[name] *= threads if name in _COMPUTE else min(threads, 4)
     for name in _COMPUTE:
         scaled[name] *= {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1)
-    if device_type == "cpu" and not _in_onednn(dtype):
+    # A half-precision depthwise stage that oneDNN cannot do is computed in float32.
+    staged = torch.float32 if dtype.itemsize == 2 else dtype
+    if device_type == "cpu" and not in_onednn(staged):
         scaled["depthwise"], scaled["depthwise_first"] = 0.4e9 * threads, 2e9 * threads
     fields = {**base.__dict__, **scaled}
     return Machine(**fields)
-
-
-def _in_onednn(dtype: torch.dtype) -> bool:
-    """Whether torch hands convolutions on a CPU to oneDNN; its own depthwise ones are slow."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32

@@ -35,6 +35,8 @@ Groups = tuple[int, ...]
 WHOLE, PIECE = 2**18, 2**17
 # Elements of an output up to which a pass over it costs less than calling an operation.
 SMALL = 2**14
+# Columns below which long sums are added in blocks, and rows of a block.
+NARROW, BLOCK = 4, 256
 _HALVES = (torch.bfloat16, torch.float16)
 # The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
 _LEADING = tuple(tuple(range(d)) for d in range(64))
@@ -283,7 +285,7 @@ def _factor_gradients(
     """
     rank = z.shape[1]
     if not prefixes or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE:
-        return _mttkrp(x.t() @ z, factors, prefixes, dtype)
+        return _mttkrp(_tall(x, z), factors, prefixes, dtype)
     last, left = factors[-1], prefixes[-1].reshape(-1, 1, rank)
     size, step = last.shape[0], max(1, PIECE // (last.shape[0] * rank))
     tops, sums = [], []
@@ -295,6 +297,21 @@ def _factor_gradients(
         sums.append((cube * left[rows]).sum(0))
     top, d_last = torch.cat(tops), torch.stack(sums).sum(0)
     return [*_mttkrp(top, factors[:-1], prefixes[:-1], dtype), _rounded(d_last, dtype)]
+
+
+def _tall(x: Tensor, z: Tensor) -> Tensor:
+    """Xᵀ Z of x (n, w), z (n, R).
+
+    Below 4 columns a BLAS may add all n terms in one chain, whose rounding grows with √n; they are
+    then added in blocks.
+    """
+    (rows, width), rank = x.shape, z.shape[1]
+    if width >= NARROW or torch.compiler.is_compiling() or rows < 2 * BLOCK:
+        return x.t() @ z
+    cut = rows - rows % BLOCK
+    blocks = x[:cut].reshape(-1, BLOCK, width), z[:cut].reshape(-1, BLOCK, rank)
+    total = torch.bmm(blocks[0].mT, blocks[1]).sum(0)
+    return total if cut == rows else total + x[cut:].t() @ z[cut:]
 
 
 def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

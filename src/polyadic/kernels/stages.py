@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic._cache import memoized
+from polyadic._onednn import in_onednn
 
 Ints = tuple[int, ...]
 
@@ -116,6 +117,9 @@ class Stage:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
         stride, padding, dilation, transposed, extra = self._where()
+        if _in_float32(x, groups):
+            y = self.forward(x.float(), weight.float(), _float(bias), groups)
+            return y.to(x.dtype)
         return torch.convolution(
             self.padded(x), weight, bias, stride, padding, dilation, transposed, extra, groups
         )
@@ -124,6 +128,10 @@ class Stage:
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x and of weight, where ``wrt`` asks for them."""
+        if _in_float32(x, groups):
+            wide = self.backward(grad.float(), x.float(), weight.float(), groups, wrt)
+            half_x, half_weight = (None if d is None else d.to(x.dtype) for d in wide)
+            return half_x, half_weight
         x, size = self.padded(x), x.shape
         d_weight = None
         if wrt[1] and self._is_wide(x, groups):
@@ -179,6 +187,19 @@ class Stage:
             part = x[..., first * self.dilation[1] : columns - lacking]
             pieces.append(_weight_gradient(part, grad, taps, self.stride, (0, 0), self.dilation))
         return torch.cat(pieces, 3)
+
+
+def _in_float32(x: Tensor, groups: int) -> bool:
+    """Whether a depthwise stage is computed in float32: a half precision oneDNN cannot do.
+
+    torch's own depthwise convolutions are slow, and round each sum of taps to the half precision.
+    """
+    half = x.dtype.itemsize == 2 and x.device.type == "cpu" and groups == x.shape[1]
+    return half and not in_onednn(x.dtype)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def _rows_as_images(x: Tensor) -> Tensor:
