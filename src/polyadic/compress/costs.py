@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyadic import _planner, _planner_conv
-from polyadic._format import ConvFormat, LinearFormat, Shape
+from polyadic import _planner, _planner_conv, _planner_embedding
+from polyadic._format import ConvFormat, EmbeddingFormat, LinearFormat, Shape
 from polyadic._machines import machine_for, threads_of
 from polyadic._plan import ConvRoute
 from polyadic._steps import dense_steps
 from polyadic._steps_conv import conv_forward_steps, dense_conv_steps
+from polyadic._steps_embedding import dense_embedding_steps, embedding_forward_steps
 from polyadic.compress.sites import Form, Site
 from polyadic.kernels.stages import Geometry
 from polyadic.nn import CPEmbedding
@@ -71,7 +72,7 @@ def _cost(site: Site, calls: Calls, parameters: int, form: Form | None, rank: in
             more = _flops(layer, site.forms[0], form, rank, call)
             time = _seconds(layer, site.forms[0], form, rank, call)
             flops = None if flops is None else flops + more
-            seconds = None if seconds is None or time is None else seconds + time
+            seconds = None if seconds is None else seconds + time
         if name not in calls:
             flops = seconds = None
     return Cost(parameters, flops, seconds)
@@ -103,11 +104,15 @@ def _convolution(first: Form, form: Form | None, rank: int) -> tuple[ConvFormat,
     return fmt, probe.geometry
 
 
-def _seconds(layer: Any, first: Form, form: Form | None, rank: int, call: Call) -> float | None:
-    """Predicted time of a call without gradients; of a lookup there is no prediction."""
+def _seconds(layer: Any, first: Form, form: Form | None, rank: int, call: Call) -> float:
+    """Predicted time of a call without gradients."""
     dtype, device = layer.weight.dtype, layer.weight.device.type
     if isinstance(layer, nn.Embedding):
-        return None
+        table = (form or first).at(max(rank, 1))
+        assert isinstance(table, EmbeddingFormat)
+        return _embedding_seconds(
+            table, form is None, call.batch, dtype, device, threads_of(device)
+        )
     if isinstance(layer, nn.Linear):
         modes = None
         if form is not None:
@@ -136,6 +141,18 @@ def _linear_seconds(
     plan = _planner.choose_linear(fmt, _planner.bucket(rows), dtype, device, "balanced")
     time = _planner.predict_linear(plan, fmt, rows, dtype, device, training=False)
     return time + machine.call
+
+
+@functools.lru_cache(maxsize=4096)
+def _embedding_seconds(
+    fmt: EmbeddingFormat, dense: bool, rows: int, dtype: torch.dtype, device: str, threads: int
+) -> float:
+    machine, item = machine_for(device, dtype), dtype.itemsize
+    if dense:
+        forward, _ = dense_embedding_steps(fmt, rows, item, training=False)
+        return machine.total(forward) + machine.dense_call
+    plan = _planner_embedding.plan_embedding(fmt, rows, dtype, device, "balanced")
+    return machine.total(embedding_forward_steps(fmt, rows, plan, item)) + machine.call
 
 
 @functools.lru_cache(maxsize=4096)

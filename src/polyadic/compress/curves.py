@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,23 @@ from polyadic.decompose import Decomposition, decompose
 from polyadic.decompose.problem import Problem, make_problem
 from polyadic.nn._layer import Rank
 
-# Half as many sweeps are compared with all of them: a doubling of the sweeps gains about two thirds
-# of what the doubling before gained, so that three more bring 1.4 times the last gain.
 SWEEPS = 8
-STILL_TO_GAIN = 1.4
+# A doubling of the sweeps gains about this fraction of what the doubling before gained; fits end
+# after some 64 sweeps.
+GAIN = 2 / 3
+IN_THE_END = 64
+# Sweeps after which a hopeless fit is ended.
+LOOK = 4
 # A format that is worse than plain low rank by more than this, at equal parameters, is given up.
 MARGIN = 1.02
 # Fractions of the dense parameters that are fitted, unless the budget says where it matters.
-FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+FRACTIONS = (1 / 16, 1 / 4, 1 / 2)
+# Times the fraction that the budget leaves on average.
+AROUND = (0.5, 1.5)
 # Multiply-adds of the normal equations of one sweep beyond which a rank is not fitted.
-LARGEST_SYSTEMS = 1e10
+LARGEST_SYSTEMS = 4e9
 DAMPING = 1e-4
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,9 @@ def low_rank_errors(problem: Problem) -> Tensor:
         gram = wide @ wide.t() if wide.shape[0] <= wide.shape[1] else wide.t() @ wide
     powers = torch.linalg.eigvalsh((gram + gram.t()) / 2).clamp_min(0)
     left = torch.cat([powers.new_zeros(1), powers.cumsum(0)]).flip(0)
-    return (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    errors = (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    # What is left of a weight of this very rank is rounding of its float32 entries.
+    return errors.masked_fill(errors < ROUNDING, 0.0)
 
 
 def curves(
@@ -138,7 +146,8 @@ def curves(
         in front.
     """
     found: list[Curve] = []
-    for form in sorted(site.forms, key=lambda form: not form.is_low_rank):
+    # Where two modes per side are no match for plain low rank, three are not either.
+    for form in sorted(site.forms, key=lambda form: (not form.is_low_rank, form.order)):
         fixed = None if wanted is None else resolve_rank(wanted, form.at(1))
         most = (site.dense_parameters - 1) // form.per_rank if fixed is None else fixed
         if most < 1:
@@ -152,6 +161,8 @@ def curves(
         else:
             ranks = [fixed] if fixed is not None else _ranks(site, form, most, fraction)
             found.append(_fit(site, form, metric, ranks, found, fixed, seed))
+            if found[-1].given_up and form.order > 1:
+                break
     return [curve for curve in found if curve.ranks]
 
 
@@ -159,7 +170,7 @@ def _ranks(site: Site, form: Form, most: int, fraction: float | None) -> list[in
     """Ranks to be fitted, around the budget's own fraction where it has one."""
     fractions: Sequence[float] = FRACTIONS
     if fraction is not None:
-        fractions = [fraction * 2.0**step for step in (-1, 0, 1)]
+        fractions = [AROUND[0] * fraction, AROUND[1] * fraction]
     wanted = {min(most, max(1, round(f * site.dense_parameters / form.per_rank)))
               for f in fractions}  # fmt: skip
     modes = sum(mode > 1 for group in form.modes for mode in group)
@@ -176,29 +187,45 @@ def _fit(
     done: list[Decomposition] = []
     for rank in ranks:
         start: object = done[-1] if done else "orthogonal"
-        fit = fitted(site, form, rank, metric, start=start, iterations=SWEEPS, seed=seed,
-                     damping=DAMPING)  # fmt: skip
+        equal = [rank * form.per_rank // rival.form.per_rank for rival in rivals]
+        best = min([r.error(e) for r, e in zip(rivals, equal, strict=True) if e > 0], default=1.0)
+        fit = fitted(
+            site, form, rank, metric, start=start, iterations=SWEEPS, seed=seed, damping=DAMPING,
+            callback=_hopeless(MARGIN * best) if rivals else None,
+        )  # fmt: skip
         done.append(fit)
-        for rival in rivals:
-            equal = rank * form.per_rank // rival.form.per_rank
-            if equal >= 1:
-                best = rival.error(equal)
-                if promised(fit) > MARGIN * best:
-                    reason = (
-                        f"{promised(fit):.3g} at rank {rank}, where plain low rank of as many "
-                        f"parameters has {best:.3g}"
-                    )
-                    return _curve(form, done, reason)
+        if rivals and promised(fit) > MARGIN * best:
+            reason = (
+                f"{promised(fit):.3g} at rank {rank}, where plain low rank of as many parameters "
+                f"has {best:.3g}"
+            )
+            return _curve(form, done, reason)
     return _curve(form, done, "")
+
+
+def _hopeless(limit: float) -> Callable[[int, float], bool]:
+    """A callback that ends a fit which will stay above a limit."""
+    history: list[float] = []
+
+    def look(iteration: int, error: float) -> bool:
+        history.append(error)
+        return iteration == LOOK and _extrapolated(history) > limit
+
+    return look
 
 
 def promised(fit: Decomposition) -> float:
     """The error a short fit will come to in the end."""
-    history = fit.history
-    if fit.converged or len(history) < SWEEPS:
-        return fit.error
-    gained = history[SWEEPS // 2 - 1] - history[SWEEPS - 1]
-    return max(0.5 * fit.error, fit.error - STILL_TO_GAIN * max(0.0, gained))
+    return fit.error if fit.converged else _extrapolated(fit.history)
+
+
+def _extrapolated(history: Sequence[float]) -> float:
+    """From the errors after each sweep, the last after an even number of them."""
+    sweeps, last = len(history), history[-1]
+    doublings = math.log2(IN_THE_END / sweeps)
+    gained = max(0.0, history[sweeps // 2 - 1] - last)
+    more = GAIN * (1 - math.pow(GAIN, doublings)) / (1 - GAIN)
+    return max(0.5 * last, last - more * gained)
 
 
 def _curve(form: Form, fits: Sequence[Decomposition], given_up: str) -> Curve:

@@ -33,6 +33,8 @@ Callback = Callable[[str, int, int, str], object]
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
 PROBED = 1 / 4
+# Most sweeps of a final fit, where no other number is given; what more would gain is little.
+FIT_SWEEPS = 64
 # Rows of a linear layer that costs are counted for without calibration.
 ROWS = 32
 # Rounds in which a bound on the error is tightened until what is measured meets it.
@@ -171,7 +173,9 @@ class Job:
         key = (w.site.name, place, option.rank)
         if key not in known:
             self.tell("fits", self.sites.index(w.site), len(self.sites), w.site.name)
-            options: dict[str, Any] = {"damping": DAMPING, **self.options}
+            options: dict[str, Any] = {
+                "damping": DAMPING, "iterations": FIT_SWEEPS, **self.options,
+            }  # fmt: skip
             near = curve.nearest(option.rank)
             if near is not None:
                 options.setdefault("start", [near, "orthogonal"])

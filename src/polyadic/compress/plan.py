@@ -106,7 +106,7 @@ def _dearer(cost: Cost, dense: Cost, budget: Budget) -> str:
         return "has no fewer FLOPs in CP format at any rank weighed"
     if budget.never_slower:
         if dense.seconds is None or cost.seconds is None:
-            return "there is no prediction of a lookup's time"
+            return "is not predicted to be no slower, as its calls are not known"
         if cost.seconds > dense.seconds:
             return "is predicted to be slower in CP format at every rank weighed"
     return ""

@@ -1,0 +1,19 @@
+"""Values of options as they are written on the command line."""
+
+from __future__ import annotations
+
+import torch
+
+
+def two_sizes(option: str, text: str) -> tuple[int, int]:
+    """Height and width, as in 3x3."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{option} must be height x width, as in 3x3, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def dtype_named(name: str) -> torch.dtype | str:
+    """Find torch's dtype; where it has none the name itself is returned, to be refused."""
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else name
