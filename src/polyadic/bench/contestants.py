@@ -35,6 +35,7 @@ from polyadic.freeze import freeze
 from polyadic.kernels.modes import khatri_rao
 from polyadic.nn import CPConv2d, CPLinear
 from polyadic.tensor import CPTensor
+from polyadic.tltorch import accelerate_tltorch
 
 
 def _dense(problem: Problem, last: bool = False) -> Built:
@@ -143,6 +144,17 @@ def _tltorch(problem: Problem, how: str, path: bool = True) -> Built:
         for own, given in zip(layer.weight.factors, factors, strict=True):
             own.copy_(given)
     return Built(_with_path(layer, path), x, tuple(layer.weight.factors), form)
+
+
+def _accelerated(problem: Problem, how: str) -> Built:
+    """The same layer of theirs inside ``accelerate_tltorch``, entered at each call."""
+    built = _tltorch(problem, how)
+
+    def forward(x: Tensor) -> Tensor:
+        with accelerate_tltorch():
+            return built.forward(x)
+
+    return Built(forward, built.x, built.parameters, built.form)
 
 
 def _with_path(forward: Callable[[Tensor], Tensor], path: bool) -> Callable[[Tensor], Tensor]:
@@ -259,6 +271,8 @@ def contestants(case: Case, *, compiled: bool = False) -> list[Contestant]:
         Contestant("polyadic, least memory", "ours", least),
         Contestant("polyadic, frozen", "ours", _frozen, inference=True),
     ]
+    accelerated = partial(_accelerated, how="factorized")
+    entries.append(Contestant("tltorch factorized, accelerated", "accelerated", accelerated))
     if isinstance(case, LinearCase):
         left_to_right = partial(_tltorch, how="factorized", path=False)
         name = "tltorch factorized, no opt_einsum"

@@ -17,7 +17,7 @@ from polyadic.tensor import CPTensor
 
 Form = Literal["factors", "out_in", "flat", "weight"]
 Layout = Literal["given", "channels_last"]
-Family = Literal["ours", "plan", "dense", "tltorch", "einsum", "reference"]
+Family = Literal["ours", "plan", "dense", "tltorch", "accelerated", "einsum", "reference"]
 
 
 @dataclass(frozen=True)

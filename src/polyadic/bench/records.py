@@ -134,7 +134,9 @@ class Run:
         return [
             r
             for r in self.timed[key].values()
-            if r["layout"] == "given" and not r["compiled"] and r["family"] != "ours"
+            if r["layout"] == "given"
+            and not r["compiled"]
+            and r["family"] not in ("ours", "accelerated")
         ]
 
 

@@ -178,17 +178,20 @@ def _means(run: Run, threads: int) -> str:
         for r in timed.values()
         if r["family"] not in ("ours", "plan") and r["layout"] == "given" and not r["compiled"]
     )
-    for name in names:
-        columns = [(layer, mode) for layer in ("linear", "conv") for mode in reversed(MODES)]
-        means = [_mean(run, run.keys(m, threads, layer=layer), name) for layer, m in columns]
-        rows.append([name, *means])
+    columns = [(layer, mode) for layer in ("linear", "conv") for mode in reversed(MODES)]
+    cells = [run.keys(mode, threads, layer=layer) for layer, mode in columns]
+    rows += [[name, *(_mean(run, keys, name) for keys in cells)] for name in names]
+    theirs, ours = "tltorch factorized", "tltorch factorized, accelerated"
+    if ours in names:
+        means = [_mean(run, keys, theirs, ours) for keys in cells]
+        rows.append([f"{theirs}, over the same accelerated", *means])
     return markdown_rows(rows, "lrrrr")
 
 
-def _mean(run: Run, keys: Sequence[Key], name: str) -> str:
+def _mean(run: Run, keys: Sequence[Key], name: str, over: str = "polyadic") -> str:
     ratios = []
     for key in keys:
-        ours, theirs = run.seconds(key, "polyadic"), run.seconds(key, name)
+        ours, theirs = run.seconds(key, over), run.seconds(key, name)
         if ours is not None and theirs is not None:
             ratios.append(theirs / ours)
     return f"{geometric_mean(ratios):.2f}× ({len(ratios)})" if ratios else "-"
