@@ -191,6 +191,15 @@ def test_the_weights_dtype_and_layout(dtype: torch.dtype) -> None:
     assert float((norms / norms[0] - 1).abs().max()) < 0.02
 
 
+def test_autocast_does_not_round_the_fit() -> None:
+    weight, shape = torch.randn(24, 30), ((4, 6), (5, 6))
+    plain = decompose(weight, shape, 9, iterations=10)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = decompose(weight, shape, 9, iterations=10)
+    for x, y in zip(plain.cp.factors, cast.cp.factors, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_zero_weight() -> None:
     found = decompose(torch.zeros(6, 4), ((2, 3), (2, 2)), 3)
     assert found.error == 0

@@ -109,6 +109,13 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training
 
 
+def test_autocast_does_not_round_the_moments() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 7)), torch.randn(30, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = second_moments(model, [x], ["0"])["0"]
+    torch.testing.assert_close(found, x.t() @ x / 30)
+
+
 def bypassed() -> nn.Module:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -65,7 +65,8 @@ def decompose(
             (P,) such as token frequencies; None for the Frobenius norm. Only its shape matters,
             not its scale. ``polyadic.second_moments`` gathers it.
         metric_groups: the groups of ``tensorized_shape`` that make up the input side, in the
-            order of the metric: (0,) for a linear layer or an embedding, (1, 2) for a convolution.
+            order of the metric: (0,) for a linear layer, an embedding or a transposed convolution,
+            (1, 2) for a convolution.
         damping: added to the diagonal of Σ, relative to its mean; makes it definite.
         start: ``"orthogonal"`` (largest terms of an orthogonal rank-one expansion), ``"random"``,
             a ``CPTensor`` or ``Decomposition`` to go on from, or a sequence of these, which are
@@ -99,20 +100,22 @@ def decompose(
     inside = arguments.metric(metric, metric_groups, groups)
     arguments.options(damping, iterations, tolerance, regularization, max_growth, seed, callback)
     starts = arguments.starts(start, groups)
-    problem = make_problem(weight, groups, metric, inside, damping)
-    fit = _Fit(problem, groups, rank, weight, regularization, max_growth, began)
-    generator = torch.Generator().manual_seed(seed)
-    known = fit.closed_form(generator, expand="orthogonal" in starts)
-    if known is not None:
-        return known
-    try:
-        stopped = fit.race(starts, generator, iterations, callback)
-        ended = stopped or fit.run(iterations, tolerance, callback)
-    except KeyboardInterrupt:
-        if fit.descent is None:
-            raise
-        raise DecomposeInterrupted(fit.result(False, "interrupted")) from None
-    return fit.result(*ended)
+    # A caller's autocast would round every product of the fit.
+    with torch.autocast(weight.device.type, enabled=False):
+        problem = make_problem(weight, groups, metric, inside, damping)
+        fit = _Fit(problem, groups, rank, weight, regularization, max_growth, began)
+        generator = torch.Generator().manual_seed(seed)
+        known = fit.closed_form(generator, expand="orthogonal" in starts)
+        if known is not None:
+            return known
+        try:
+            stopped = fit.race(starts, generator, iterations, callback)
+            ended = stopped or fit.run(iterations, tolerance, callback)
+        except KeyboardInterrupt:
+            if fit.descent is None:
+                raise
+            raise DecomposeInterrupted(fit.result(False, "interrupted")) from None
+        return fit.result(*ended)
 
 
 def name(start: Start) -> str:

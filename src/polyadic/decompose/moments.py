@@ -139,13 +139,14 @@ class _Moment:
         return self.weights.to(x.device, torch.float32).reshape(-1)
 
     def _add(self, rows: Tensor, counts: Tensor | None) -> None:
-        rows = rows.float()
-        if counts is None:
-            product, count = rows.t() @ rows, float(len(rows))
-        else:
+        rows, scaled, count = rows.float(), rows.float(), float(len(rows))
+        if counts is not None:
             seen = counts != 0
             rows, counts = rows[seen], counts[seen]
-            product, count = (rows * counts.unsqueeze(1)).t() @ rows, float(counts.sum())
+            scaled, count = rows * counts.unsqueeze(1), float(counts.sum())
+        # A caller's autocast is for the model, not for the moments.
+        with torch.autocast(rows.device.type, enabled=False):
+            product = scaled.t() @ rows
         self.total = product if self.total is None else self.total.add_(product)
         self.count += count
 

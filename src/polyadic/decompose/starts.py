@@ -138,6 +138,17 @@ def truncated_svd(
     return (q @ u)[:, :rank], s[:rank], vh[:rank].t()
 
 
+def _root(sigma: Tensor) -> Tensor:
+    """S with SᵀS = Σ: by Cholesky, by the eigenvalues where Σ is not definite to rounding."""
+    lower, info = torch.linalg.cholesky_ex(sigma)
+    if int(info) == 0:
+        root: Tensor = lower.t()
+    else:
+        values, vectors = torch.linalg.eigh(sigma)
+        root = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.t()
+    return root
+
+
 def low_rank(problem: Problem, rank: int) -> list[Tensor]:
     """The optimum for two modes: A (P, R), C (Q, R) with W ≈ A Cᵀ in the problem's metric.
 
@@ -152,8 +163,7 @@ def low_rank(problem: Problem, rank: int) -> list[Tensor]:
         if sigma.dim() == 1:
             wide = sigma.sqrt().unsqueeze(1) * wide
         else:
-            values, vectors = torch.linalg.eigh(sigma)
-            wide = values.clamp_min(0).sqrt().unsqueeze(1) * (vectors.t() @ wide)
+            wide = _root(sigma) @ wide
     if wide.shape[0] > 2 * wide.shape[1]:
         wide = torch.linalg.qr(wide, mode="r")[1]
     vh = torch.linalg.svd(wide, full_matrices=False)[2]
