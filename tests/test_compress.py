@@ -235,6 +235,8 @@ def test_never_slower() -> None:
     _, both = polyadic.compress(
         model, ratio=2, speed="never-slower", calibration=batches, dry_run=True, orders=(1,)
     )
+    assert alone.dry_run
+    assert both.dry_run
     for report in (alone, both):
         small = report.layers[0]
         assert small.decision == "dense"
@@ -388,7 +390,7 @@ def test_convolutions() -> None:
     assert report.ratio >= 3
     assert any(isinstance(m, CPConv2d) for m in small)
     assert report.output_error == pytest.approx(
-        float((small(x) - model(x)).norm() / model(x).norm()), rel=1e-3
+        float((small(x) - model(x)).detach().norm() / model(x).detach().norm()), rel=1e-3
     )
 
 
@@ -518,3 +520,11 @@ def test_the_table_names_every_layer() -> None:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{layer.name} ")]
         assert f"{layer.parameters:,}" in line
     assert f"{report.ratio:.2f} times fewer" in text
+
+
+def test_a_dry_run_that_would_convert_nothing_is_one() -> None:
+    small = nn.Sequential(nn.Linear(4, 4))
+    for dry_run in (True, False):
+        _, report = polyadic.compress(small, speed="never-slower", dry_run=dry_run)
+        assert report.dry_run is dry_run
+        assert not report.converted

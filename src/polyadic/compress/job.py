@@ -186,7 +186,7 @@ class Job:
     def report(
         self, weighed: Sequence[Weighed], chosen: Sequence[Option],
         fits: Mapping[str, Decomposition], refused: Mapping[str, str], model: nn.Module,
-        measured: float | None,
+        measured: float | None, dry_run: bool,
     ) -> Report:  # fmt: skip
         """Put together what was found."""
         layers = {
@@ -201,7 +201,7 @@ class Job:
         return Report(
             budget=str(self.budget),
             layers=tuple(layers[name] for name in sorted(layers, key=lambda n: order[n])),
-            dry_run=not fits and measured is None and any(o.curve for o in chosen),
+            dry_run=dry_run,
             calibrated=self.calibration is not None,
             seed=self.seed,
             model_parameters=self.size,

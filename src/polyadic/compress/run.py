@@ -120,6 +120,6 @@ def compress(
     weighed = job.weigh()
     if dry_run:
         chosen = plan.choose(weighed, wanted)
-        return model, job.report(weighed, chosen, {}, refused, model, None)
+        return model, job.report(weighed, chosen, {}, refused, model, None, True)
     chosen, fits, measured = job.fit(weighed)
-    return work, job.report(weighed, chosen, fits, refused, model, measured)
+    return work, job.report(weighed, chosen, fits, refused, model, measured, False)
