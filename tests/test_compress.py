@@ -528,3 +528,15 @@ def test_a_dry_run_that_would_convert_nothing_is_one() -> None:
         _, report = polyadic.compress(small, speed="never-slower", dry_run=dry_run)
         assert report.dry_run is dry_run
         assert not report.converted
+
+
+def test_too_few_rows_of_calibration_are_noted() -> None:
+    model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16))
+    for rows_given, noted in ((10, 1), (15, 1), (16, 0)):
+        batches = [rows(rows_given, 32, seed) for seed in (1, 2)]
+        _, report = polyadic.compress(
+            model, ratio=2, calibration=batches, orders=(1,), dry_run=True
+        )
+        assert len(report.notes) == noted
+        assert ("note:" in str(report)) == bool(noted)
+        assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report

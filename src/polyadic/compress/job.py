@@ -183,6 +183,25 @@ class Job:
                                 seed=self.seed, **options)  # fmt: skip
         return known[key]
 
+    def _notes(self) -> tuple[str, ...]:
+        """Layers with more features than calibration has rows for, which it cannot tell apart."""
+        if self.calibration is None:
+            return ()
+        batches, short = len(self.calibration.batches), []
+        for site in self.sites:
+            if isinstance(site.layer, nn.Linear) and site.name in self.calls:
+                rows = batches * sum(call.batch for call in self.calls[site.name])
+                if rows < site.layer.in_features:
+                    short.append((rows, site.layer.in_features, site.name))
+        if not short:
+            return ()
+        rows, features, name = min(short)
+        return (
+            f"{len(short)} layers have more features than the calibration batches have rows, such "
+            f"as {name} with {features} features and about {rows} rows: errors on other inputs "
+            f"will be larger than these, give more batches",
+        )
+
     def report(
         self, weighed: Sequence[Weighed], chosen: Sequence[Option],
         fits: Mapping[str, Decomposition], refused: Mapping[str, str], model: nn.Module,
@@ -202,6 +221,7 @@ class Job:
             budget=str(self.budget),
             layers=tuple(layers[name] for name in sorted(layers, key=lambda n: order[n])),
             dry_run=dry_run,
+            notes=self._notes(),
             calibrated=self.calibration is not None,
             seed=self.seed,
             model_parameters=self.size,

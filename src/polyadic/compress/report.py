@@ -33,6 +33,7 @@ class Report:
         output_error: relative change of the model's outputs on the calibration batches, measured;
             None without calibration and in a dry run.
         machine: where the rates behind predicted times come from.
+        notes: what speaks against trusting these numbers.
     """
 
     budget: str
@@ -45,6 +46,7 @@ class Report:
     error: float | None
     output_error: float | None
     machine: str
+    notes: tuple[str, ...] = ()
 
     @property
     def weighed(self) -> tuple[LayerReport, ...]:
@@ -109,7 +111,8 @@ class Report:
                 f"{version!r}"
             )
         fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**fields, "layers": tuple(layer_from(layer) for layer in data["layers"])})
+        layers = tuple(layer_from(layer) for layer in data["layers"])
+        return cls(**{**fields, "layers": layers, "notes": tuple(data["notes"])})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_dict`` as JSON."""
@@ -154,7 +157,7 @@ class Report:
                 f"relative change of the model's outputs on the calibration batches, measured: "
                 f"{self.output_error:.3g}"
             )
-        return lines
+        return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def __str__(self) -> str:
         done = "plan" if self.dry_run else "done"
