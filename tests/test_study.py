@@ -415,8 +415,8 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "| from scratch: label of scratch cp | 10 (10.5×) | - | - | 97.6 ± 0.1 | 0.40 | 0 of 2 |",
         "| converted: label of convert cp | 10 (10.5×) | 50.0 ± 0.0 | 75.0 ± 0.0 | 96.5 ± 0.7 |",
         "| 96.5 ± 0.7 | 1.50 | 1 of 2 | 1.25 |",
-        "Within 0.5: scratch label of scratch cp (+0.40).",
-        "Not: convert label of convert cp (+1.50).",
+        "Within 0.5: from scratch: label of scratch cp (+0.40).",
+        "Not: converted: label of convert cp (+1.50).",
         "1 of 6 trainings diverged.",
         "![](figures/compression-encoder.png)",
     ):  # fmt: skip
@@ -429,6 +429,15 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     before = [path.read_bytes() for path in written]
     report.write_report(results, docs)
     assert [path.read_bytes() for path in written] == before
+
+
+def test_the_stored_page_is_made_of_the_stored_records() -> None:
+    root = Path(__file__).parents[1]
+    results, page = root / "benchmarks" / "results", root / "docs" / "compression.md"
+    loaded = [report.load(results, file) for file in (minilm.FILE, digits.FILE)]
+    figures = [f"figures/compression-{name}.png" for name in ("encoder", "digits")]
+    assert report.section(loaded[0], loaded[1], figures) in page.read_text(encoding="utf-8")
+    assert all((root / "docs" / name).exists() for name in figures)
 
 
 @pytest.mark.parametrize("line", [["nothing"], ["minilm", "--only", "pca", "--quick"]])

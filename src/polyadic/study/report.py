@@ -86,7 +86,9 @@ def where(environment: Record, records: Sequence[Record]) -> str:
     """Machine, versions, settings and commits."""
     versions = ", ".join(f"{n} {v}" for n, v in environment["versions"].items() if v)
     settings = ", ".join(
-        f"{name} {_text(value)}" for name, value in environment["settings"].items()
+        f"{name} {_text(value)}"
+        for name, value in environment["settings"].items()
+        if not isinstance(value, bool)
     )
     commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     return (
@@ -183,13 +185,12 @@ def digits_table(records: Sequence[Record]) -> str:
              "less than dense, points", "diverged", "growth"]]  # fmt: skip
     for way, members in _ways(records).items():
         end = _accuracies(members, way, "accuracy")
-        kind = {"scratch": "from scratch: ", "convert": "converted: "}.get(way.split()[0], "")
         growth = [m["growth"] for m in members if m["growth"] is not None]
         converted = "accuracy_converted" in members[0]
         ratio = members[0]["dense_parameters"] / members[0]["parameters"]
         rows.append(
             [
-                kind + members[0]["label"],
+                title(way, members[0]["label"]),
                 f"{members[0]['parameters']:,} ({ratio:.1f}×)",
                 _spread(_accuracies(members, way, "accuracy_converted")) if converted else "-",
                 _spread(_accuracies(members, way, "accuracy_one_epoch")) if converted else "-",
@@ -200,6 +201,12 @@ def digits_table(records: Sequence[Record]) -> str:
             ]
         )
     return markdown_rows(rows, "l" + "r" * (len(rows[0]) - 1))
+
+
+def title(way: str, label: str) -> str:
+    """Name of a way in tables."""
+    kind = {"scratch": "from scratch: ", "convert": "converted: "}
+    return kind.get(way.split()[0], "") + label
 
 
 def _ways(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -232,7 +239,7 @@ def digits_findings(records: Sequence[Record]) -> list[str]:
             if way == "dense":
                 continue
             less = dense - fmean(_accuracies(members, way, "accuracy"))
-            name = f"{way.split()[0]} {members[0]['label']} ({less:+.2f})"
+            name = f"{title(way, members[0]['label'])} ({less:+.2f})"
             (near if less <= WITHIN else far).append(name)
         found.append(
             f"{family}, points less than dense in the mean. Within {WITHIN:g}: "
