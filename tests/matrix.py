@@ -56,7 +56,7 @@ FEATURES = {
     "float16": Feature(partial(features.lower, dtype=torch.float16)),
     "autocast to bfloat16": Feature(partial(features.autocast, dtype=torch.bfloat16)),
     "autocast to float16": Feature(partial(features.autocast, dtype=torch.float16)),
-    "channels_last in, and out by a plan in it": Feature(features.channels_last, NO_IMAGE),
+    "channels_last in and out": Feature(features.channels_last, NO_IMAGE),
     "torch.compile, fullgraph": Feature(features.compiled, slow=True),
     "torch.compile, three batch sizes, compiled once": Feature(
         features.compiled_dynamic, slow=True

@@ -130,7 +130,9 @@ def _cheapest_conv(
         routes = [route for route in routes if route.depthwise == "merged"]
     keep, item = _conv_keep(memory), dtype.itemsize
     where = (fmt, geometry, batch, size, channels_last)
-    forward = min(routes, key=lambda r: machine.total(conv_forward_steps(*where, r, item)))
+    # A layer hands on the layout it is given, as torch's do.
+    onward = [r for r in routes if r.layout == "channels_last"] if channels_last else routes
+    forward = min(onward, key=lambda r: machine.total(conv_forward_steps(*where, r, item)))
     kept = keep if forward.kind == "factorized" else 0
     backward = min(
         routes, key=lambda r: machine.total(conv_backward_steps(*where, r, item, kept=kept))

@@ -26,6 +26,7 @@ from polyadic.functional._boundary import (
     nbytes,
 )
 from polyadic.kernels.conv import ConvMap
+from polyadic.kernels.projections import in_layout
 from polyadic.kernels.stages import Geometry
 
 
@@ -110,9 +111,13 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
     if not any(widths):
         return x, rest
-    if x.dim() == len(where.padding) + 2:
-        return F.pad(x, widths, mode), rest
-    return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
+    if x.dim() != len(where.padding) + 2:
+        return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
+    wider = F.pad(x, widths, mode)
+    if mode == "circular" and x.stride(1) == 1 and x.shape[1] > 1:
+        # Of torch's paddings the one that loses channels_last.
+        wider = in_layout(wider, "channels_last")
+    return wider, rest
 
 
 def _conv_map(saved: ConvSaved) -> ConvMap:
@@ -168,7 +173,7 @@ def cp_conv(
 
     Returns:
         (B, Cout, *S') or (Cout, *S'), in x's dtype (under autocast in autocast's); in
-        channels_last strides where the plan computes in that layout.
+        channels_last strides where x has them or the plan computes in that layout.
 
     Raises:
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
