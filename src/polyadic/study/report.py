@@ -11,12 +11,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 from polyadic.bench.report import between, markdown_rows
-from polyadic.study import digits, minilm
+from polyadic.study import digits, fits, minilm
 from polyadic.study.records import Record, read
 
 MARK = "compression"
 WITHIN = 0.5
 
+_ORDER = [method.key for method in fits.METHODS]
 METRICS = (("cosine", "cosine"), ("overlap", "neighbours"), ("spearman", "rank correlation"))
 
 
@@ -68,7 +69,10 @@ def section(
     """All that stands between the markers."""
     parts = ["## Sentence encoder", where(*encoder)]
     for ratio in sorted({record["ratio"] for record in encoder[1]}):
-        rows = [record for record in encoder[1] if record["ratio"] == ratio]
+        rows = sorted(
+            (record for record in encoder[1] if record["ratio"] == ratio),
+            key=lambda record: _ORDER.index(record["method"]),
+        )
         parts += [f"### Ratio {ratio:g}", encoder_table(rows)]
     parts += [f"![]({name})" for name in figures if "encoder" in name]
     parts += ["### What it shows", "\n".join(f"- {line}" for line in encoder_findings(encoder[1]))]
@@ -143,9 +147,18 @@ def encoder_findings(records: Sequence[Record]) -> list[str]:
             ranked = sorted(rows.values(), key=lambda r: -r[part]["cosine"])
             found.append(
                 f"Ratio {ratio:g}. {when}, by cosine: "
-                + ", ".join(f"{r['label']} {r[part]['cosine']:.3f}" for r in ranked)
+                + "; ".join(f"{r['label']} {r[part]['cosine']:.3f}" for r in ranked)
                 + "."
             )
+        first = next(iter(rows.values()))
+        own, dense = first["model_parameters"] / 1e6, first["dense_model_parameters"] / 1e6
+        found.append(
+            f"Ratio {ratio:g}. The whole model, word embeddings included, has {own:.1f} million "
+            f"parameters of {dense:.1f}."
+        )
+        absent = [m.label for m in fits.METHODS if m.key not in rows]
+        if absent:
+            found.append(f"Ratio {ratio:g}. Not measured: {'; '.join(absent)}.")
     found += _layers(
         records, "cp-data", "cp", "output_errors",
         "Data-aware CP has a smaller output error on held-out sentences than CP in the Frobenius "
