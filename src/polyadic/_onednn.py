@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 
-@functools.lru_cache(maxsize=16)
 def in_onednn(dtype: torch.dtype) -> bool:
     """Whether convolutions of this dtype run in oneDNN; torch's own depthwise ones are slow."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
