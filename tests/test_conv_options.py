@@ -18,6 +18,7 @@ import polyadic
 from polyadic import ConvPlan, ConvRoute, CPTensor
 from polyadic import functional as PF
 from polyadic import nn as pnn
+from polyadic.kernels.projections import MANY
 from test_values import assert_close
 
 Shape = tuple[int, ...]
@@ -512,3 +513,25 @@ def test_a_call_seen_before_sees_new_values_layouts_and_gradients() -> None:
             for parameter in layer.parameters():
                 parameter.mul_(1.5)
         assert y.requires_grad
+
+
+@pytest.mark.parametrize("size", [(5, 5), (9, 9)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_inputs_gradient_has_the_inputs_layout(layout: Any, size: tuple[int, int]) -> None:
+    """Autograd would copy another one into a leaf; small ones are cheaper turned than made so."""
+    route = ConvRoute("channels_last", "merged")
+    layer = pnn.CPConv2d(8, 8, 3, padding=1, rank=5, dtype=torch.float64)
+    x = torch.randn(2, 8, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    x.requires_grad_()
+    dense = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+    (exact,) = torch.autograd.grad(dense.square().sum(), x)
+    as_given: list[bool] = []
+    x.register_hook(lambda grad: as_given.append(grad.is_contiguous(memory_format=layout)))
+    y = PF.cp_conv(
+        x, layer.out_factors, layer.in_factors, layer.kernel_factors, layer.bias, padding=1,
+        plan=ConvPlan(route, route, 1),
+    )  # fmt: skip
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, exact, "grad x")
+    assert as_given == [layout == torch.channels_last or math.prod(size) >= MANY]

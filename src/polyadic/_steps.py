@@ -13,6 +13,7 @@ from polyadic._cost import Step
 from polyadic._format import LinearFormat, Shape
 from polyadic._plan import Groups, LinearPlan, LinearRoute
 from polyadic.kernels.modes import PIECE, WHOLE
+from polyadic.kernels.products import better_flipped
 
 # A product and its sum; a sum takes as long to call as two other operations.
 SUMMED = 3
@@ -45,6 +46,23 @@ def gemm(
         elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed and m > 1,
         new=item * m * n,
     )  # fmt: skip
+
+
+def tall_steps(
+    name: str, width: int, terms: int, rank: int, item: int, *, views: int, piece: int | None = None
+) -> list[Step]:
+    """X^T Z (width, rank) with so many views before and after it; flipped and turned where better.
+
+    ``piece``: rows of one piece, where it is made in several.
+    """
+    if not better_flipped(terms, piece or width, rank):
+        return [gemm(name, width, terms, rank, item, launches=1 + views)]
+    elements = width * rank
+    return [
+        gemm(name, rank, terms, width, item, launches=1 + views),
+        # A transpose reads or writes with a stride: about half the bandwidth of a copy.
+        Step(f"{name}, turned", "layout", 0, 4 * item * elements, 2, elements=elements),
+    ]
 
 
 def khatri_rao_steps(name: str, sizes: Sequence[int], rank: int, item: int) -> list[Step]:
@@ -180,9 +198,13 @@ def partials_steps(
         before *= math.prod(piece)
     views = 1 if len(groups) == 1 else 3
     # A large dK is made in pieces.
-    whole = last * rank <= WHOLE
-    dk = gemm("dK of the last group", last, rows * outer, rank, item, launches=1 + views)
-    steps.append(dk if whole else dataclasses.replace(dk, new=item * PIECE))
+    size, at_once = pieces[-1][-1], None
+    if last * rank > WHOLE:
+        at_once = size * max(1, PIECE // (size * rank))
+    dk = tall_steps(
+        "dK of the last group", last, rows * outer, rank, item, views=views, piece=at_once
+    )
+    steps += dk if at_once is None else [dataclasses.replace(s, new=item * PIECE) for s in dk]
     return steps + khatri_rao_backward_steps("MTTKRP", pieces[-1], rank, item)
 
 
@@ -192,15 +214,23 @@ def forward_steps(fmt: LinearFormat, rows: int, route: LinearRoute, item: int) -
         return [
             *_both_khatri_rao(fmt, item),
             gemm(
-                "W = KA KC^T",
-                fmt.in_features,
+                "W^T = KC KA^T",
+                fmt.out_features,
                 fmt.rank,
+                fmt.in_features,
+                item,
+                transposed=True,
+                launches=2,
+            ),
+            gemm(
+                "Y = X W",
+                rows,
+                fmt.in_features,
                 fmt.out_features,
                 item,
                 transposed=True,
                 launches=2,
             ),
-            gemm("Y = X W", rows, fmt.in_features, fmt.out_features, item, launches=3),
         ]
     return [
         *_side("in", contract_steps(rows, fmt.in_shape, fmt.rank, route.in_groups, item)),
@@ -223,9 +253,9 @@ def backward_steps(
             *_both_khatri_rao(fmt, item),
             gemm("W^T = KC KA^T", n, r, m, item, transposed=True, launches=2),
             gemm("dX = dY W^T", rows, n, m, item),
-            gemm("dW^T = dY^T X", n, rows, m, item, launches=2),
-            gemm("dKA = dW KC", m, n, r, item, launches=2 + _prefixes(fmt.in_shape)),
-            gemm("dKC = dW^T KA", n, m, r, item, launches=3 + _prefixes(fmt.out_shape)),
+            *tall_steps("dW^T = dY^T X", n, rows, m, item, views=1),
+            *tall_steps("dKA = dW KC", m, n, r, item, views=1 + _prefixes(fmt.in_shape)),
+            *tall_steps("dKC = dW^T KA", n, m, r, item, views=2 + _prefixes(fmt.out_shape)),
             *khatri_rao_backward_steps("MTTKRP in", fmt.in_shape, r, item),
             *khatri_rao_backward_steps("MTTKRP out", fmt.out_shape, r, item),
         ]

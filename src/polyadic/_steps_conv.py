@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from polyadic._cost import Step
 from polyadic._format import ConvFormat, Shape
 from polyadic._plan import ConvPlan, ConvRoute
-from polyadic._steps import gemm, khatri_rao_backward_steps, khatri_rao_steps
+from polyadic._steps import gemm, khatri_rao_backward_steps, khatri_rao_steps, tall_steps
 from polyadic.kernels.projections import better_as_rows
 from polyadic.kernels.stages import LEAST_FOR_WIDE, WIDEST, Geometry, Stage, Stages, stages
 
@@ -115,11 +115,14 @@ class _Sizes:
         """Gradient of KA or KC; ``rows``: the side that is no map comes in channels_last."""
         product = gemm(name, channels, positions * self.groups, self.rank, self.item)
         if self.route.layout == "channels_last":
+            made = [product]
+            if self.groups == 1:
+                made = tall_steps(name, channels, positions, self.rank, self.item, views=0)
             if rows:
-                return [product]
+                return made
             if better_as_rows(self.maps, self.groups * positions // max(self.batch, 1)):
                 side = name.split()[-2]
-                return [_layout(side, channels * self.groups, positions, self.item), product]
+                return [_layout(side, channels * self.groups, positions, self.item), *made]
         partial = self.batch * self.groups * channels * self.rank
         total = Step(
             f"{name} over images", "stream", 0, 2 * self.item * partial, 1, elements=partial

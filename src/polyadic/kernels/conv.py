@@ -24,7 +24,7 @@ from torch import Tensor
 
 from polyadic._plan import ConvPlan
 from polyadic.kernels.modes import khatri_rao, khatri_rao_backward
-from polyadic.kernels.projections import in_layout, outer, project
+from polyadic.kernels.projections import in_layout, outer, project, project_back
 from polyadic.kernels.stages import Geometry, Ints, Stage, Stages, stages
 
 
@@ -246,8 +246,10 @@ class ConvMap:
                 d_in = [*d_in, *d_kernel]
             else:
                 d_in = [*d_in[len(kernel_factors) :], *d_in[: len(kernel_factors)]]
-        d_x = _unstrided(project(d_z, ka.mT, layout, self.groups), x, plan.skip) if wrt_x else None
-        return d_x, [*d_first, *d_in]
+        if not wrt_x:
+            return None, [*d_first, *d_in]
+        d_x = project_back(d_z, ka.mT, taken, layout, self.groups)
+        return _unstrided(d_x, x, plan.skip), [*d_first, *d_in]
 
     def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
         """Gradient of the Khatri-Rao matrix with which ``matrix`` projects x to z, or back."""

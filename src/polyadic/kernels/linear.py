@@ -17,10 +17,10 @@ from polyadic.kernels.modes import (
     contract,
     expand,
     khatri_rao,
-    linear,
     partials,
     product_gradients,
 )
+from polyadic.kernels.products import linear, tall, times
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class LinearMap:
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         route = self.plan.forward
         if route.kind == "dense":
-            weight = khatri_rao(in_factors, x.dtype) @ khatri_rao(out_factors, x.dtype).t()
-            return linear(x, weight.t(), bias), ()
+            weight = linear(khatri_rao(out_factors, x.dtype), khatri_rao(in_factors, x.dtype))
+            return linear(x, weight, bias), ()
         z = contract(x, in_factors, route.in_groups)
         y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
@@ -82,9 +82,9 @@ class LinearMap:
         if route.kind == "dense":
             ka, kc = khatri_rao(in_factors, x.dtype), khatri_rao(out_factors, x.dtype)
             if wrt_x:
-                d_x = grad_y @ (kc @ ka.t())
+                d_x = times(grad_y, linear(kc, ka))
             if wrt_in or wrt_out:
-                d_weight = grad_y.t() @ x
+                d_weight = tall(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
         else:

@@ -25,18 +25,15 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from polyadic.kernels.products import linear, plus_bias, tall, times
 
 Groups = tuple[int, ...]
 
 # Elements of a dK (M, R) above which it is made and used in pieces, and those of one piece. The
 # memory of a large tensor goes back to the system as it is freed, and comes anew page by page.
 WHOLE, PIECE = 2**18, 2**17
-# Elements of an output up to which a pass over it costs less than calling an operation.
-SMALL = 2**14
-# Columns below which long sums are added in blocks, and rows of a block.
-NARROW, BLOCK = 4, 256
 _HALVES = (torch.bfloat16, torch.float16)
 # The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
 _LEADING = tuple(tuple(range(d)) for d in range(64))
@@ -115,7 +112,7 @@ def _grouped(
 def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
     """Z = X K: (B, M) → (B, R), the rightmost group by a GEMM, the others by weighted sums."""
     if len(groups) == 1:
-        return x @ khatri_rao(factors, x.dtype)
+        return times(x, khatri_rao(factors, x.dtype))
     *left, last = _grouped(factors, groups, x.dtype)[0]
     return _sum_left(_contract_last(x, last), left)[0]
 
@@ -124,7 +121,7 @@ def _contract_last(x: Tensor, last: Tensor) -> Tensor:
     """P[b, l, r] = Σ_g X[b, l, g] K[g, r]: (B, M) → (B, L, R)."""
     rows, size = x.shape
     width, rank = last.shape
-    return (x.reshape(rows * (size // width), width) @ last).view(rows, size // width, rank)
+    return times(x.reshape(rows * (size // width), width), last).view(rows, size // width, rank)
 
 
 def _sum_left(partial: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
@@ -168,29 +165,6 @@ def _spread(z: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
     return spread
 
 
-def plus_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Y + bias in the memory of y, which nothing else holds.
-
-    ``addmm`` would first spread the bias over the whole output, one more pass over it.
-    """
-    if bias is None:
-        return y
-    if torch.compiler.is_compiling():
-        return y + bias
-    try:
-        return y.add_(bias)
-    except RuntimeError:
-        # Under vmap a batched bias does not fit into a y that is not batched.
-        return y + bias
-
-
-def linear(z: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """Z Kᵀ + bias; where the output is small the bias takes no operation of its own."""
-    if bias is None or torch.compiler.is_compiling() or z.shape[0] * matrix.shape[0] <= SMALL:
-        return F.linear(z, matrix, bias)
-    return plus_bias(F.linear(z, matrix), bias)
-
-
 def expand(
     z: Tensor, factors: Sequence[Tensor], groups: Groups, bias: Tensor | None = None
 ) -> Tensor:
@@ -205,7 +179,7 @@ def expand(
 def _expand_last(spread: Tensor, last: Tensor) -> Tensor:
     """X[b, l, g] = Σ_r Q[b, l, r] K[g, r]: (B, L, R) → (B, M)."""
     rows, outer, rank = spread.shape
-    return F.linear(spread.reshape(rows * outer, rank), last).view(rows, outer * last.shape[0])
+    return linear(spread.reshape(rows * outer, rank), last).view(rows, outer * last.shape[0])
 
 
 def partials(
@@ -243,7 +217,7 @@ def partials(
         if not (wrt_x or wrt_z):
             return None, None, grads
         matrix = _rounded(_product(wide, prefixes), x.dtype)
-        return F.linear(z, matrix) if wrt_x else None, x @ matrix if wrt_z else None, grads
+        return linear(z, matrix) if wrt_x else None, times(x, matrix) if wrt_z else None, grads
     (*left, last), pieces, grown = _grouped(factors, groups, x.dtype)
     rows, rank = z.shape
     spread = _spread(z, left)
@@ -285,33 +259,18 @@ def _factor_gradients(
     """
     rank = z.shape[1]
     if not prefixes or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE:
-        return _mttkrp(_tall(x, z), factors, prefixes, dtype)
+        return _mttkrp(tall(x, z), factors, prefixes, dtype)
     last, left = factors[-1], prefixes[-1].reshape(-1, 1, rank)
     size, step = last.shape[0], max(1, PIECE // (last.shape[0] * rank))
     tops, sums = [], []
     for start in range(0, left.shape[0], step):
         rows = slice(start, start + step)
-        d_rows = x[:, start * size : (start + step) * size].t() @ z
+        d_rows = tall(x[:, start * size : (start + step) * size], z)
         cube = _rounded(d_rows, last.dtype).view(-1, size, rank)
         tops.append((cube * last).sum(1))
         sums.append((cube * left[rows]).sum(0))
     top, d_last = torch.cat(tops), torch.stack(sums).sum(0)
     return [*_mttkrp(top, factors[:-1], prefixes[:-1], dtype), _rounded(d_last, dtype)]
-
-
-def _tall(x: Tensor, z: Tensor) -> Tensor:
-    """Xᵀ Z of x (n, w), z (n, R).
-
-    Below 4 columns a BLAS may add all n terms in one chain, whose rounding grows with √n; they are
-    then added in blocks.
-    """
-    (rows, width), rank = x.shape, z.shape[1]
-    if width >= NARROW or torch.compiler.is_compiling() or rows < 2 * BLOCK:
-        return x.t() @ z
-    cut = rows - rows % BLOCK
-    blocks = x[:cut].reshape(-1, BLOCK, width), z[:cut].reshape(-1, BLOCK, rank)
-    total = torch.bmm(blocks[0].mT, blocks[1]).sum(0)
-    return total if cut == rows else total + x[cut:].t() @ z[cut:]
 
 
 def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

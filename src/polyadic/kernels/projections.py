@@ -10,7 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from polyadic.kernels.modes import accumulate_dtype, plus_bias
+from polyadic.kernels.modes import accumulate_dtype
+from polyadic.kernels.products import plus_bias, tall, times
+
+# Positions of an image from which a product for each is as fast as one of all rows.
+MANY = 64
 
 
 def _is_rows(x: Tensor) -> bool:
@@ -48,9 +52,27 @@ def project(
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
         return plus_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
     if _is_rows(x):
-        return _volume(plus_bias(_rows(x) @ matrix, bias), x)
+        return _volume(plus_bias(times(_rows(x), matrix), bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
     return _volume(plus_bias(torch.bmm(columns, matrices), bias), x)
+
+
+def project_back(z: Tensor, matrix: Tensor, like: Tensor, layout: str, groups: int = 1) -> Tensor:
+    """Contract a map (b, r, *s) with (r, c) → (b, c, *s), in the layout of ``like`` (b, c, *s).
+
+    The gradient of an input that came in channels_first leaves so: the GEMM writes it, and no pass
+    over it is spent on conversion, by whoever takes it.
+    """
+    turned = layout == "channels_last" and groups == 1 and not _is_rows(like)
+    if not turned or _positions(z) < MANY:
+        return project(z, matrix, layout, groups)
+    matrices = matrix.t().expand(z.shape[0], matrix.shape[1], matrix.shape[0])
+    return torch.bmm(matrices, _columns(z)).view(z.shape[0], matrix.shape[1], *z.shape[2:])
+
+
+def _positions(x: Tensor) -> int:
+    """Positions of an image."""
+    return math.prod(x.shape[2:])
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -89,7 +111,7 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
         x = in_layout(x, layout)
     if last and _is_rows(x):
         if groups == 1:
-            return _rows(x).t() @ _rows(z)
+            return tall(_rows(x), _rows(z))
         rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)

@@ -1,0 +1,181 @@
+"""The dense products of the kernels: every way they are made gives the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyadic import _onednn
+from polyadic.kernels import products
+from polyadic.nn import CPLinear
+
+POINTWISE = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Calls:
+    """Counts what is handed to oneDNN."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.count += 1
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """oneDNN taken for everything it may take, whatever the processor."""
+    if not POINTWISE:
+        pytest.skip("this torch has no oneDNN product")
+    counted = Calls()
+    monkeypatch.setattr(products, "faster_products", lambda: True)
+    monkeypatch.setattr(products, "LARGE", 0)
+    monkeypatch.setattr(products, "_onednn", counted)
+    return counted
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm())
+
+
+SHAPES = [(1, 5, 3), (37, 130, 50), (300, 256, 17), (512, 365, 48), (256, 1024, 100)]
+FORMS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("contiguous", lambda t: t.contiguous()),
+    ("transposed", lambda t: t.t().contiguous().t()),
+    ("columns of a wider one", lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]),
+    ("every second row", lambda t: torch.stack([t, t], 1).flatten(0, 1)[::2]),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "m"), SHAPES)
+@pytest.mark.parametrize("left", [form for _, form in FORMS], ids=[name for name, _ in FORMS])
+@pytest.mark.parametrize("right", [form for _, form in FORMS], ids=[name for name, _ in FORMS])
+def test_products_in_any_layout(
+    calls: Calls, n: int, k: int, m: int, left: Any, right: Any
+) -> None:
+    x, matrix, z = torch.randn(n, k), torch.randn(k, m), torch.randn(n, m)
+    bias = torch.randn(m)
+    with torch.no_grad():
+        made = {
+            "times": products.times(left(x), right(matrix)),
+            "linear": products.linear(left(x), right(matrix.t()), bias),
+            "tall": products.tall(left(x), right(z)),
+        }
+    exact = {
+        "times": x.double() @ matrix.double(),
+        "linear": x.double() @ matrix.double() + bias,
+        "tall": x.double().t() @ z.double(),
+    }
+    for name, value in made.items():
+        assert relative(value, exact[name]) < 1e-6, name
+        assert value.is_contiguous(), name
+    plain = left(x).is_contiguous()
+    assert calls.count >= (2 if plain and right(matrix).is_contiguous() else 0)
+
+
+def test_onednn_takes_no_layout_it_is_slow_with(calls: Calls) -> None:
+    """A weight that is columns of a wider matrix sends it to a loop a thousand times slower."""
+    x, wide = torch.randn(40, 30), torch.randn(30, 64)
+    with torch.no_grad():
+        products.times(x, wide[:, :32])
+        products.linear(x, wide.t()[:, :30][::2])
+        products.tall(torch.randn(512, 64)[:, :32], torch.randn(512, 17))
+    assert calls.count == 0
+
+
+def test_long_sums_stay_with_the_blas(calls: Calls) -> None:
+    """oneDNN's rounding grows with their length."""
+    with torch.no_grad():
+        products.times(torch.randn(3, products.CHAIN + 1), torch.randn(products.CHAIN + 1, 2))
+        assert calls.count == 0
+        products.times(torch.randn(3, products.CHAIN), torch.randn(products.CHAIN, 2))
+        assert calls.count == 1
+
+
+def layer_and_input() -> tuple[CPLinear, Tensor]:
+    torch.manual_seed(0)
+    return CPLinear(48, 60, rank=20, order=2), torch.randn(300, 48)
+
+
+def test_a_layer_uses_it_forward_and_backward(calls: Calls) -> None:
+    layer, x = layer_and_input()
+    y = layer(x.requires_grad_())
+    forward = calls.count
+    grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    assert forward == 2
+    assert calls.count > forward
+    double = CPLinear(48, 60, rank=20, order=2, dtype=torch.float64)
+    double.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    wide = x.detach().double().requires_grad_()
+    exact = torch.autograd.grad(double(wide).square().sum(), [wide, *double.parameters()])
+    for grad, reference in zip(grads, exact, strict=True):
+        assert relative(grad, reference) < 1e-6
+
+
+def test_what_looks_on_sees_every_product(calls: Calls) -> None:
+    """Graphs, transforms, modes and subclasses: oneDNN's operation has no rule for them."""
+    layer, x = layer_and_input()
+    parameters = dict(layer.named_parameters())
+
+    def call(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(layer, values, (x,))
+        return out
+
+    with torch.no_grad():
+        expected = layer(x)
+        taken = calls.count
+        assert taken == 2
+        torch.testing.assert_close(
+            torch.func.vmap(layer)(x.view(3, 100, 48)).view(300, 60), expected
+        )
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 300 * 20 * (48 + 60)
+        tangent = torch.func.jvp(lambda x: call(parameters, x), (x,), (x,))[1]
+        torch.testing.assert_close(tangent, expected - layer.bias)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        torch.testing.assert_close(tangent, expected - layer.bias)
+    again = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(layer(again).square().sum(), again, create_graph=True)
+    taken = calls.count
+    (second,) = torch.autograd.grad(grad.sum(), again)
+    assert grad.requires_grad
+    assert float(second.norm()) > 0
+    with torch.backends.mkldnn.flags(enabled=False):
+        before = calls.count
+        layer(x)
+        assert calls.count == before
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
+    """MKL is slower than oneDNN on processors of others than Intel."""
+    monkeypatch.setattr(_onednn, "_vendor", lambda: vendor)
+    _onednn.faster_products.cache_clear()
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    try:
+        assert _onednn.faster_products() == (both and POINTWISE and vendor == "AuthenticAMD")
+    finally:
+        _onednn.faster_products.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [16, 17, 64, 100, 128])
+@pytest.mark.parametrize("width", [64, 128, 1024])
+@pytest.mark.parametrize("terms", [255, 256, 1024])
+def test_tall_products_are_turned_where_better_so(terms: int, width: int, rank: int) -> None:
+    """Made in place or flipped, the gradient of the matrix is the same."""
+    x, z = torch.randn(terms, width), torch.randn(terms, rank)
+    with FlopCounterMode(display=False) as counter:
+        made = products.tall(x, z)
+    assert relative(made, x.double().t() @ z.double()) < 1e-6
+    assert made.is_contiguous()
+    assert counter.get_total_flops() == 2 * terms * width * rank
+    assert not products.better_flipped(terms, 8, rank)
