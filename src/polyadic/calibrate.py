@@ -15,6 +15,7 @@ from polyadic._cost import MAPPED, Machine, built_in
 from polyadic._format import LinearFormat
 from polyadic._machines import store, threads_of
 from polyadic._steps import SUMMED, plan_steps
+from polyadic.kernels.products import linear, times
 from polyadic.nn import CPLinear
 
 
@@ -97,9 +98,9 @@ class _Rates:
         item = self.dtype.itemsize
         moved = item * (4 * n + 4 * n * n + 16 * n)
         return {
-            "gemm": 2 * n**3 / self._net(lambda: a @ b, 1),
-            "gemm_bandwidth": moved / self._net(lambda: thin @ wide, 1),
-            "gemm_bandwidth_transposed": moved / self._net(lambda: thin @ tall.t(), 1),
+            "gemm": 2 * n**3 / self._net(lambda: times(a, b), 1),
+            "gemm_bandwidth": moved / self._net(lambda: times(thin, wide), 1),
+            "gemm_bandwidth_transposed": moved / self._net(lambda: linear(thin, tall), 1),
         }
 
     def stream(self) -> dict[str, Any]:

@@ -102,10 +102,11 @@ def run_bench(
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Full float32 on a GPU, and the caller's threads restored."""
+    """Full float32 on a GPU, a settled allocator, and the caller's threads restored."""
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
+    machine.settle()
     try:
         yield
     finally:
