@@ -402,7 +402,10 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     for file, records in ((minilm.FILE, ENCODER), (digits.FILE, CLASSIFIERS)):
         lines = [json.dumps(record) for record in (ENVIRONMENT, *records)]
         (results / file).write_text("\n".join(lines) + "\n")
-    written = report.write_report(results, docs)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- compression:begin -->\n<!-- compression:end -->\n")
+    written = report.write_report(results, docs, readme)
+    assert "| label of cp | 0.250 → **0.700** |" in readme.read_text()
     text = page.read_text()
     assert text.startswith("Above.\n")
     assert text.endswith("Below.\n")
@@ -430,10 +433,10 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     # Where tltorch was not measured, nothing is compared with it.
     assert "than tltorch" not in text
     assert {path.name for path in written} == {
-        "compression.md", "compression-encoder.png", "compression-digits.png"
+        "README.md", "compression.md", "compression-encoder.png", "compression-digits.png"
     }  # fmt: skip
     before = [path.read_bytes() for path in written]
-    report.write_report(results, docs)
+    report.write_report(results, docs, readme)
     assert [path.read_bytes() for path in written] == before
 
 
@@ -443,6 +446,7 @@ def test_the_stored_page_is_made_of_the_stored_records() -> None:
     loaded = [report.load(results, file) for file in (minilm.FILE, digits.FILE)]
     figures = [f"figures/compression-{name}.png" for name in ("encoder", "digits")]
     assert report.section(loaded[0], loaded[1], figures) in page.read_text(encoding="utf-8")
+    assert report.summary(loaded[0][1]) in (root / "README.md").read_text(encoding="utf-8")
     assert all((root / "docs" / name).exists() for name in figures)
 
 

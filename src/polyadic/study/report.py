@@ -1,4 +1,4 @@
-"""Write what the stored records of the study say: the tables and figures of ``compression.md``.
+"""Write what the stored records of the study say: ``compression.md``, and the README's summary.
 
 Nothing is measured here; the same records give the same text.
 """
@@ -21,12 +21,13 @@ _ORDER = [method.key for method in fits.METHODS]
 METRICS = (("cosine", "cosine"), ("overlap", "neighbours"), ("spearman", "rank correlation"))
 
 
-def write_report(results: Path, docs: Path) -> list[Path]:
+def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[Path]:
     """Bring ``docs/compression.md`` between its markers, and its figures, up to date.
 
     Args:
         results: folder of the records.
         docs: folder of the page and of ``figures``.
+        readme: a page that gets the summary between such markers.
 
     Returns:
         The files written.
@@ -43,7 +44,11 @@ def write_report(results: Path, docs: Path) -> list[Path]:
     page = docs / "compression.md"
     text = between(page.read_text(encoding="utf-8"), MARK, section(encoder, classifiers, names))
     page.write_text(text, encoding="utf-8")
-    return [*figures, page]
+    if readme is None:
+        return [*figures, page]
+    text = between(readme.read_text(encoding="utf-8"), MARK, summary(encoder[1]))
+    readme.write_text(text, encoding="utf-8")
+    return [*figures, page, readme]
 
 
 def load(results: Path, file: str) -> tuple[Record, list[Record]]:
@@ -136,6 +141,27 @@ def encoder_table(records: Sequence[Record]) -> str:
             row.append(f"**{text}**" if value(record) == best and form != ".0f" else text)
         rows.append(row)
     return markdown_rows(rows, "l" + "r" * (len(head) - 1))
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Cosine with the original's embeddings, converted and recovered, by method and ratio."""
+    ratios = sorted({record["ratio"] for record in records})
+    rows = [["cosine, converted → recovered", *(f"{ratio:g}× fewer" for ratio in ratios)]]
+    for method in fits.METHODS:
+        found = {r["ratio"]: r for r in records if r["method"] == method.key}
+        if not found:
+            continue
+        row = [next(iter(found.values()))["label"]]
+        for ratio in ratios:
+            if ratio not in found:
+                row.append("-")
+                continue
+            best = max(r["after"]["cosine"] for r in records if r["ratio"] == ratio)
+            before, after = (found[ratio][part]["cosine"] for part in ("before", "after"))
+            end = f"**{after:.3f}**" if after == best else f"{after:.3f}"
+            row.append(f"{before:.3f} → {end}")
+        rows.append(row)
+    return markdown_rows(rows, "l" + "r" * len(ratios))
 
 
 def encoder_findings(records: Sequence[Record]) -> list[str]:
