@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
+from polyadic.decompose import fit
 
 SHAPES = [
     ((4, 5), (3, 6)),
@@ -228,12 +229,42 @@ def test_callback_in_a_race() -> None:
     found = decompose(
         weight, shape, 9, iterations=8, tolerance=0, callback=lambda i, e: seen.append(i)
     )
-    assert seen == list(range(1, 9))
+    assert seen[:8] == list(range(1, 9))
     assert found.iterations == 8
     found = decompose(weight, shape, 9, callback=lambda i, e: i == 2)
     assert (found.iterations, found.start) == (2, "orthogonal")
     assert found.reason == "stopped by the callback"
     assert decompose(weight, shape, 9, iterations=3).iterations == 3
+
+
+def test_where_fits_are_cheap_more_of_them_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From random starts, to their end; the best is returned, and the callback follows it."""
+    torch.manual_seed(0)
+    weight, shape = torch.randn(24, 30), ((4, 6), (5, 6))
+    seen: list[tuple[int, float]] = []
+    found = decompose(weight, shape, 9, iterations=30, callback=lambda i, e: seen.append((i, e)))
+    assert len(found.further) == fit.MOST_FITS - 1
+    ends = [found.error, *found.further]
+    assert min(ends) == pytest.approx(found.error)
+    assert found.start == "random"
+    assert [i for i, _ in seen] == list(range(1, len(seen) + 1))
+    assert len(seen) > 3 * found.iterations
+    late = [e for _, e in seen[60:]]
+    assert late == sorted(late, reverse=True)
+    assert seen[-1][1] == pytest.approx(found.error)
+    assert "further fits from random starts" in str(found)
+
+    stopped = decompose(weight, shape, 9, iterations=30, callback=lambda i, e: i == 100)
+    assert stopped.reason == "stopped by the callback"
+    assert stopped.error <= found.history[-1] * 1.1
+    assert len(stopped.further) < len(found.further)
+
+    monkeypatch.setattr(fit, "CHEAP", 0)
+    single = decompose(weight, shape, 9, iterations=30)
+    assert single.further == ()
+    assert found.error < single.error
+    for start in ("random", ("random", "orthogonal")):
+        assert decompose(weight, shape, 9, start=start, iterations=30).further == ()
 
 
 @pytest.mark.parametrize("start", ["random", "auto"])

@@ -22,8 +22,11 @@ from polyadic.tensor import CPTensor
 
 RACE_SWEEPS = 5
 WINDOW = 5
+# Multiplications that all fits of "auto" may come to, what a small sweep costs besides in such, and
+# the most fits: a second or two in all.
+CHEAP, SWEEP, MOST_FITS = 6 * 10**9, 5 * 10**6, 10
 STOPPED = (False, "stopped by the callback")
-# Roundings of the norm up to which an expansion counts as exact.
+# Roundings of the norm up to which an expansion or a fit counts as exact.
 EXACT = 100
 
 Callback = Callable[[int, float], object]
@@ -70,7 +73,8 @@ def decompose(
         damping: added to the diagonal of Σ, relative to its mean; makes it definite.
         start: ``"orthogonal"`` (largest terms of an orthogonal rank-one expansion), ``"random"``,
             a ``CPTensor`` or ``Decomposition`` to go on from, or a sequence of these, which are
-            raced; ``"auto"`` races one of each name. One of another rank is cut to its largest
+            raced; ``"auto"`` races one of each name, and where fits are cheap makes more from
+            random starts and returns the best. One of another rank is cut to its largest
             components, or filled up with the largest terms of an expansion of its residual.
         iterations: most sweeps over all factors.
         tolerance: stop when the error falls by less than this fraction in five sweeps; with 0,
@@ -81,8 +85,8 @@ def decompose(
             regularization is raised until it holds. None for no bound beyond what it sets.
         seed: of all that is drawn; the same seed gives the same result on one machine.
         callback: called as ``callback(iteration, error)`` after each sweep, in a race after those
-            of the first start and then of the winner; returning True ends the fit with what was
-            reached.
+            of the first start and then of the winner; in further fits with the number of all
+            sweeps and the least error. Returning True ends the fit with the best so far.
 
     Returns:
         A ``Decomposition`` with the CP tensor, its errors and its fragility.
@@ -111,6 +115,8 @@ def decompose(
         try:
             stopped = fit.race(starts, generator, iterations, callback)
             ended = stopped or fit.run(iterations, tolerance, callback)
+            if start == "auto" and ended is not STOPPED:
+                ended = fit.again(generator, iterations, tolerance, callback, ended)
         except KeyboardInterrupt:
             if fit.descent is None:
                 raise
@@ -134,6 +140,7 @@ class _Fit:
         self.tau, self.max_growth, self.began = tau, max_growth, began
         self.norm = math.sqrt(problem.frobenius_power())
         self.raced: tuple[tuple[str, float], ...] = ()
+        self.further: tuple[float, ...] = ()
         self.start = ""
         self.terms: list[Tensor] = []
         self.descent: Descent | None = None
@@ -231,6 +238,46 @@ class _Fit:
             self.descent.step()
         return ended
 
+    def again(
+        self, generator: torch.Generator, iterations: int, tolerance: float,
+        callback: Callback | None, ended: tuple[bool, str],
+    ) -> tuple[bool, str]:  # fmt: skip
+        """Whole fits from more random starts, as many as are cheap; the best of all is kept.
+
+        Args:
+            generator: draws the starts.
+            iterations: most sweeps of each.
+            tolerance: where each ends.
+            callback: sees the sweeps of all, and the least error.
+            ended: how the first fit ended; returned if it stays the best.
+        """
+        assert self.descent is not None
+        size = self.problem.matrix.numel() * self.rank + SWEEP
+        sweeps, fits = len(self.descent.errors), 1
+
+        least = self.descent.errors[-1]
+
+        def follow(iteration: int, error: float) -> object:
+            nonlocal least
+            least = min(least, error)
+            return None if callback is None else callback(sweeps + iteration, least)
+
+        exact = EXACT * torch.finfo(self.problem.matrix.dtype).eps
+        while fits < MOST_FITS and size * sweeps * (fits + 1) <= CHEAP * fits:
+            if self.descent.errors[-1] <= exact:
+                break
+            other = self._descent(random_factors(self.problem, self.rank, generator))
+            how = self._sweep(other, iterations, tolerance, follow)
+            while other.too_large():
+                other.step()
+            self.further += (other.errors[-1],)
+            if other.errors[-1] < self.descent.errors[-1]:
+                self.start, self.descent, ended = "random", other, how
+            if how is STOPPED:
+                return STOPPED
+            fits, sweeps = fits + 1, sweeps + len(other.errors)
+        return ended
+
     def _sweep(
         self, descent: Descent, iterations: int, tolerance: float, callback: Callback | None
     ) -> tuple[bool, str]:
@@ -263,6 +310,7 @@ class _Fit:
             mean_congruence=found.mean_congruence,
             start=self.start,
             raced=self.raced,
+            further=self.further,
             regularization=self.descent.tau,
             iterations=len(self.descent.errors),
             history=tuple(self.descent.errors),

@@ -31,8 +31,9 @@ class Decomposition:
         mean_congruence: root mean square of the cosines between all pairs.
         start: what the fit began with, the winner of the race where there were several.
         raced: (start, error) of every start when the race was decided.
+        further: errors in the end of the fits that followed from random starts.
         regularization: τ at the end.
-        iterations: sweeps over all factors, those of starts that lost not counted.
+        iterations: sweeps over all factors, those of starts and fits that lost not counted.
         history: relative error in the metric after each of them.
         seconds: wall-clock time, starts and race included.
         converged: whether it ended by itself, and not by a limit or the callback.
@@ -48,6 +49,7 @@ class Decomposition:
     mean_congruence: float
     start: str
     raced: tuple[tuple[str, float], ...]
+    further: tuple[float, ...]
     regularization: float
     iterations: int
     history: tuple[float, ...] = field(repr=False)
@@ -60,6 +62,7 @@ class Decomposition:
         cp = self.cp
         own, dense = sum(f.numel() for f in cp.factors), math.prod(cp.shape)
         others = ", ".join(f"{name} {error:.4g}" for name, error in self.raced)
+        further = ", ".join(f"{error:.4g}" for error in self.further)
         lines = [
             f"{cp.tensorized_shape} at rank {cp.rank}: {own} parameters for {dense} "
             f"({dense / own:.2f}x fewer)",
@@ -68,6 +71,7 @@ class Decomposition:
             f"{self.congruence:.3f}, sensitivity {self.sensitivity:.3g}, "
             f"regularization {self.regularization:.1g}",
             f"began with {self.start}" + (f" (race: {others})" if len(self.raced) > 1 else ""),
+            *([f"further fits from random starts: {further}"] if further else []),
             f"{self.reason} after {self.iterations} sweeps, {self.seconds:.2f} s",
         ]
         return "\n".join(lines)
