@@ -120,7 +120,10 @@ def test_kernels_do_not_know_layers_or_functions() -> None:
 
 
 def test_layers_do_no_arithmetic() -> None:
-    """Layers go through the functions, never to the kernels' modules by themselves."""
+    """Layers go through the functions, never to the kernels' modules by themselves.
+
+    What is frozen has no factors, and no function: it is products of matrices alone.
+    """
     arithmetic = {"polyadic.kernels.modes", "polyadic.kernels.linear", "polyadic._autograd"}
     for name, targets in import_graph().items():
         if name.startswith("polyadic.nn"):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyadic.kernels.products import linear, times
+
 
 class Frozen(nn.Module):
     """Matrices contracted from factors, and a watch on the factors they came from.
@@ -58,8 +60,9 @@ class FrozenPair(Frozen):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
-        own = self._buffers
-        return F.linear(x @ own["matrix0"], own["matrix1"], bias)  # type: ignore[operator,arg-type]
+        own, rows = self._buffers, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = linear(times(rows, own["matrix0"]), own["matrix1"], bias)  # type: ignore[arg-type]
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
 
 
 class FrozenWeight(Frozen):
@@ -70,7 +73,9 @@ class FrozenWeight(Frozen):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
-        return F.linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
+        if x.dim() != 2:
+            return F.linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
+        return linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
 
 
 class FrozenKernel(Frozen):
