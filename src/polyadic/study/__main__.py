@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from polyadic.study import digits, minilm, report
+from polyadic.study import digits, minilm, rates, report
 
 
 def tell(line: str) -> None:
@@ -20,7 +20,7 @@ def tell(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one experiment, or renew the page from the stored records."""
     parser = argparse.ArgumentParser("python -m polyadic.study", description=__doc__)
-    parser.add_argument("what", choices=("minilm", "digits", "report"))
+    parser.add_argument("what", choices=("minilm", "rates", "digits", "report"))
     parser.add_argument("--quick", action="store_true", help="a minute of it; to other records")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help="some methods, by their keys")
     parser.add_argument("--out", type=Path, default=None, help="folder of the records")
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif given.what == "minilm":
             options = minilm.Options.quick() if given.quick else minilm.Options()
             print(minilm.run(options, out, given.only, tell))
+        elif given.what == "rates":
+            print(rates.run(rates.Options.quick() if given.quick else rates.Options(), out, tell))
         else:
             print(
                 digits.run(digits.Options.short() if given.quick else digits.Options(), out, tell)

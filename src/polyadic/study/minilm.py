@@ -133,20 +133,15 @@ def run(options: Options, out: Path, only: Sequence[str] | None = None, tell: Te
 def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> dict[str, Any]:
     """The record of a method at a ratio."""
     student = copy.deepcopy(bench.model)
-    task = fits.Task(
-        bench.layers, ratio, bench.moments, bench.options.sweeps,
-        bench.train[:: CALIBRATION], encoder.sentence_embeddings,
-        lambda batch: batch["attention_mask"],
-    )  # fmt: skip
     start = time.perf_counter()
-    converted = method.convert(student, task)
+    converted = method.convert(student, task(bench, ratio))
     seconds = time.perf_counter() - start
     for name, layer in converted.items():
         replace(student, name, layer)
     weight_errors, output_errors = _errors(bench, converted)
     before = agreement(encoder.embed(student, bench.held_out), bench.original)
     tell(f"  fitted in {seconds:.0f} s, cosine {before.cosine:.4f}")
-    recovery = _recover(bench, student, tell)
+    recovery = recover(bench, student, bench.options.lr, tell)
     after = agreement(encoder.embed(student, bench.held_out), bench.original)
     tell(f"  recovered in {recovery.seconds:.0f} s, cosine {after.cosine:.4f}")
     dense = sum(layer.weight.numel() for layer in bench.layers.values())
@@ -167,6 +162,15 @@ def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> di
     }  # fmt: skip
 
 
+def task(bench: Bench, ratio: float) -> fits.Task:
+    """What is to be converted."""
+    return fits.Task(
+        bench.layers, ratio, bench.moments, bench.options.sweeps,
+        bench.train[::CALIBRATION], encoder.sentence_embeddings,
+        lambda batch: batch["attention_mask"],
+    )  # fmt: skip
+
+
 def _stored(layer: nn.Module) -> int:
     """Numbers stored for a weight, without the bias."""
     return sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
@@ -183,7 +187,7 @@ def _errors(bench: Bench, converted: Mapping[str, Any]) -> tuple[list[float], li
     return weights, outputs
 
 
-def _recover(bench: Bench, student: nn.Module, tell: Tell) -> Recovery:
+def recover(bench: Bench, student: nn.Module, lr: float, tell: Tell) -> Recovery:
     """Distill towards the original's sentence embeddings, computed once for all methods."""
     options = bench.options
     order = torch.Generator().manual_seed(options.seed)
@@ -200,6 +204,6 @@ def _recover(bench: Bench, student: nn.Module, tell: Tell) -> Recovery:
     shuffled = [bench.train[i] for i in torch.randperm(len(bench.train), generator=order)]
     return distill(
         student, bench.model, shuffled, steps=options.steps, loss="cosine", forward=forward,
-        lr=options.lr, warmup=min(20, options.steps // 5), validation=bench.validation,
+        lr=lr, warmup=min(20, options.steps // 5), validation=bench.validation,
         validate_every=max(1, options.steps // 2), callback=report, seed=options.seed,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from polyadic.bench.report import between, markdown_rows
-from polyadic.study import digits, fits, minilm
+from polyadic.study import digits, fits, minilm, rates
 from polyadic.study.records import Record, read
 
 MARK = "compression"
@@ -39,10 +39,13 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
     from polyadic.study.plots import save_figures
 
     encoder, classifiers = load(results, minilm.FILE), load(results, digits.FILE)
+    by_rate = load(results, rates.FILE)
     figures = save_figures(encoder[1], classifiers[1], docs / "figures")
     names = [f"figures/{path.name}" for path in figures]
     page = docs / "compression.md"
-    text = between(page.read_text(encoding="utf-8"), MARK, section(encoder, classifiers, names))
+    text = between(
+        page.read_text(encoding="utf-8"), MARK, section(encoder, by_rate, classifiers, names)
+    )
     page.write_text(text, encoding="utf-8")
     if readme is None:
         return [*figures, page]
@@ -68,6 +71,7 @@ def load(results: Path, file: str) -> tuple[Record, list[Record]]:
 
 def section(
     encoder: tuple[Record, Sequence[Record]],
+    by_rate: tuple[Record, Sequence[Record]],
     classifiers: tuple[Record, Sequence[Record]],
     figures: Sequence[str] = (),
 ) -> str:
@@ -81,6 +85,8 @@ def section(
         parts += [f"### Ratio {ratio:g}", encoder_table(rows)]
     parts += [f"![]({name})" for name in figures if "encoder" in name]
     parts += ["### What it shows", "\n".join(f"- {line}" for line in encoder_findings(encoder[1]))]
+    parts += ["### Learning rate of the recovery", where(*by_rate), rates_table(by_rate[1])]
+    parts.append("\n".join(f"- {line}" for line in rates_findings(by_rate[1])))
     parts += ["## Digits", where(*classifiers)]
     for family in dict.fromkeys(record["family"] for record in classifiers[1]):
         rows = [record for record in classifiers[1] if record["family"] == family]
@@ -215,6 +221,58 @@ def _layers(records: Sequence[Record], one: str, other: str, errors: str, text: 
             less = sum(a < b for a, b in pairs)
             counts.append(f"{less} of {len(pairs)} layers at ratio {ratio:g}")
     return [f"{text}: {', '.join(counts)}."] if counts else []
+
+
+def rates_table(records: Sequence[Record]) -> str:
+    """Cosine after recovery, a row per method and a column per learning rate.
+
+    Bold is what the validation sentences choose, which need not be the best on the held-out ones.
+    """
+    columns = sorted({record["lr"] for record in records})
+    rows = [["cosine, recovered", "root mean squares of factors", "converted",
+             *(f"lr {lr:g}" for lr in columns)]]  # fmt: skip
+    for label, members in _by_label(records).items():
+        chosen, first = rates.best(members), members[0]
+        row = [label, f"{first['smallest_rms']:.2g} to {first['largest_rms']:.2g}",
+               f"{first['before']['cosine']:.3f}"]  # fmt: skip
+        for lr in columns:
+            found = [r for r in members if r["lr"] == lr]
+            text = f"{found[0]['after']['cosine']:.3f}" if found else "-"
+            row.append(f"**{text}**" if found and found[0] is chosen else text)
+        rows.append(row)
+    return markdown_rows(rows, "l" + "r" * (len(rows[0]) - 1))
+
+
+def rates_findings(records: Sequence[Record]) -> list[str]:
+    """Who is where with the rate that validation chooses, and what scaling alone does."""
+    chosen = [rates.best(members) for members in _by_label(records).values()]
+    ranked = sorted(chosen, key=lambda r: -r["after"]["cosine"])
+    listed = "; ".join(f"{r['label']} {r['after']['cosine']:.3f} (lr {r['lr']:g})" for r in ranked)
+    found = [
+        f"Ratio {chosen[0]['ratio']:g}, each with the rate of the least validation loss: {listed}."
+    ]
+    moved = []
+    for one in records:
+        for other in records:
+            if (one["method"], one["lr"]) == (other["method"], other["lr"]) and (
+                one["scaling"], other["scaling"]) == (rates.AS_FITTED, rates.BALANCED):  # fmt: skip
+                pair = (r["after"]["cosine"] for r in (one, other))
+                moved.append(f"{' and '.join(f'{c:.3f}' for c in pair)} at lr {one['lr']:g}")
+    if moved:
+        found.append(
+            f"The same CP of tltorch with its factors as fitted and balanced: {', '.join(moved)}."
+        )
+    absent = [m.label for m in fits.METHODS if m.key not in {r["method"] for r in records}]
+    if absent:
+        found.append(f"Not measured: {'; '.join(absent)}.")
+    return found
+
+
+def _by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["label"], []).append(record)
+    return found
 
 
 def digits_table(records: Sequence[Record]) -> str:
