@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.nn import CPConv2d, CPLinear
-from polyadic.study import agreement, digits, encoder, fits, minilm, report, texts
+from polyadic.study import agreement, digits, encoder, fits, minilm, rates, report, texts
 from polyadic.study.records import Store, read
 
 HAVE_MODEL = pytest.mark.skipif(
@@ -345,6 +345,29 @@ def test_a_quick_run_on_the_encoder(tmp_path: Path) -> None:
         minilm.run(minilm.Options.quick(), tmp_path, ["pca"])
 
 
+@pytest.mark.slow
+@HAVE_MODEL
+def test_a_quick_run_of_learning_rates(tmp_path: Path) -> None:
+    told: list[str] = []
+    path = rates.run(rates.Options.quick(), tmp_path, ["svd"], told.append)
+    _, (record,) = read(path)
+    assert (record["method"], record["scaling"], record["lr"]) == ("svd", rates.AS_FITTED, 1e-3)
+    assert record["after"]["cosine"] > record["before"]["cosine"]
+    assert 0 < record["smallest_rms"] <= record["largest_rms"]
+    told.clear()
+    rates.run(rates.Options.quick(), tmp_path, ["svd"], told.append)
+    assert told == []
+
+
+def test_balanced_factors_are_of_one_norm_and_the_same_tensor() -> None:
+    factors = [torch.randn(n, 5, dtype=torch.float64) * scale for n, scale in ((4, 9), (3, 0.01))]
+    factors[0][:, 2] = 0
+    before = factors[0] @ factors[1].t()
+    rates.balance(factors)
+    torch.testing.assert_close(factors[0] @ factors[1].t(), before)
+    torch.testing.assert_close(factors[0].norm(dim=0), factors[1].norm(dim=0))
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "missing", lambda: ["transformers"])
     with pytest.raises(ImportError, match=r"needs transformers; install polyadic\[study\]"):
@@ -382,6 +405,17 @@ ENCODER = [
         "cosine": 0.25, "cosine_low": 0.1, "overlap": 0.2, "spearman": 0.3}),
     encoder_record("cp-data", 4.0, output_errors=[0.05, 0.1]),
 ]  # fmt: skip
+RATES = [
+    {"kind": "rate", "method": method, "label": f"label of {method}{', balanced' * balanced}",
+     "scaling": rates.BALANCED if balanced else rates.AS_FITTED, "ratio": 10.0, "lr": lr,
+     "smallest_rms": 0.0123, "largest_rms": 0.5, "before": {"cosine": 0.125}, "commit": "abc",
+     "after": {"cosine": cosine}, "validations": [[0, 0.9], [80, loss]]}
+    for method, balanced, lr, cosine, loss in (
+        ("cp", False, 0.01, 0.25, 0.7), ("cp", False, 0.1, 0.75, 0.3),
+        ("tltorch", False, 0.01, 0.5, 0.4), ("tltorch", False, 0.1, 0.625, 0.6),
+        ("tltorch", True, 0.01, 0.375, 0.5),
+    )
+]  # fmt: skip
 CLASSIFIERS = [
     *(digits_record("dense", seed, a) for seed, a in enumerate((0.97, 0.99))),
     *(digits_record("scratch cp", seed, a) for seed, a in enumerate((0.975, 0.977))),
@@ -399,7 +433,9 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not stored in results; run the study first"):
         report.write_report(results, docs)
     results.mkdir()
-    for file, records in ((minilm.FILE, ENCODER), (digits.FILE, CLASSIFIERS)):
+    for file, records in (
+        (minilm.FILE, ENCODER), (rates.FILE, RATES), (digits.FILE, CLASSIFIERS)
+    ):  # fmt: skip
         lines = [json.dumps(record) for record in (ENVIRONMENT, *records)]
         (results / file).write_text("\n".join(lines) + "\n")
     readme = tmp_path / "README.md"
@@ -420,6 +456,12 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "Not measured: low rank, data-aware SVD; CP, tltorch; compress.",
         "norm: 2 of 2 layers at ratio 4.",
         "both in the Frobenius norm: 1 of 2 layers at ratio 4.",
+        "| label of cp | 0.012 to 0.5 | 0.125 | 0.250 | **0.750** |",
+        "| label of tltorch | 0.012 to 0.5 | 0.125 | **0.500** | 0.625 |",
+        "| label of tltorch, balanced | 0.012 to 0.5 | 0.125 | **0.375** | - |",
+        "loss: label of cp 0.750 (lr 0.1); label of tltorch 0.500 (lr 0.01); label of tltorch, bal",
+        "factors as fitted and balanced: 0.500 and 0.375 at lr 0.01.",
+        "Not measured: low rank, SVD; low rank, data-aware SVD; CP, polyadic, data-aware; compress",
         "| label of dense | 10 (10.5×) | - | - | 98.0 ± 1.4 | - | 0 of 2 | 1.25 |",
         "| from scratch: label of scratch cp | 10 (10.5×) | - | - | 97.6 ± 0.1 | 0.40 | 0 of 2 |",
         "| converted: label of convert cp | 10 (10.5×) | 50.0 ± 0.0 | 75.0 ± 0.0 | 96.5 ± 0.7 |",
@@ -443,9 +485,9 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
 def test_the_stored_page_is_made_of_the_stored_records() -> None:
     root = Path(__file__).parents[1]
     results, page = root / "benchmarks" / "results", root / "docs" / "compression.md"
-    loaded = [report.load(results, file) for file in (minilm.FILE, digits.FILE)]
+    loaded = [report.load(results, file) for file in (minilm.FILE, rates.FILE, digits.FILE)]
     figures = [f"figures/compression-{name}.png" for name in ("encoder", "digits")]
-    assert report.section(loaded[0], loaded[1], figures) in page.read_text(encoding="utf-8")
+    assert report.section(*loaded, figures) in page.read_text(encoding="utf-8")
     assert report.summary(loaded[0][1]) in (root / "README.md").read_text(encoding="utf-8")
     assert all((root / "docs" / name).exists() for name in figures)
 

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options = minilm.Options.quick() if given.quick else minilm.Options()
             print(minilm.run(options, out, given.only, tell))
         elif given.what == "rates":
-            print(rates.run(rates.Options.quick() if given.quick else rates.Options(), out, tell))
+            by_rate = rates.Options.quick() if given.quick else rates.Options()
+            print(rates.run(by_rate, out, given.only, tell))
         else:
             print(
                 digits.run(digits.Options.short() if given.quick else digits.Options(), out, tell)

@@ -110,12 +110,8 @@ def run(options: Options, out: Path, only: Sequence[str] | None = None, tell: Te
         ImportError: a package is missing.
         ValueError: the file holds records of other settings, or a method is unknown.
     """
-    known = [method.key for method in fits.METHODS]
-    for key in only or ():
-        if key not in known:
-            raise ValueError(f"methods are {', '.join(known)}, got {key!r}")
+    wanted = methods(only)
     store = Store(out / FILE, asdict(options))
-    wanted = [m for m in fits.METHODS if only is None or m.key in only]
     work = [
         (ratio, method)
         for ratio in options.ratios
@@ -128,6 +124,19 @@ def run(options: Options, out: Path, only: Sequence[str] | None = None, tell: Te
             tell(f"{method.key} at ratio {ratio:g}")
             store.add(study_one(bench, method, ratio, tell))
     return out / FILE
+
+
+def methods(only: Sequence[str] | None) -> list[fits.Method]:
+    """The methods of these keys, all by default.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    known = [method.key for method in fits.METHODS]
+    for key in only or ():
+        if key not in known:
+            raise ValueError(f"methods are {', '.join(known)}, got {key!r}")
+    return [m for m in fits.METHODS if only is None or m.key in only]
 
 
 def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> dict[str, Any]:

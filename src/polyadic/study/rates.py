@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic._surgery import replace
-from polyadic.study import encoder, fits, minilm
+from polyadic.study import encoder, minilm
 from polyadic.study.agreement import agreement
 from polyadic.study.records import Store
 
@@ -41,7 +41,9 @@ class Options:
         return cls(rates=(1e-3,), study=minilm.Options.quick())
 
 
-def run(options: Options, out: Path, tell: minilm.Tell = print) -> Path:
+def run(
+    options: Options, out: Path, only: Sequence[str] | None = None, tell: minilm.Tell = print
+) -> Path:
     """Recover every converted encoder at every learning rate; a record for each.
 
     What the file already holds is not done again, so that a run can be stopped at any time.
@@ -49,6 +51,7 @@ def run(options: Options, out: Path, tell: minilm.Tell = print) -> Path:
     Args:
         options: what to run.
         out: folder of the records.
+        only: keys of methods; all by default.
         tell: told in a line what is being done.
 
     Returns:
@@ -56,11 +59,12 @@ def run(options: Options, out: Path, tell: minilm.Tell = print) -> Path:
 
     Raises:
         ImportError: a package is missing.
-        ValueError: the file holds records of other settings.
+        ValueError: the file holds records of other settings, or a method is unknown.
     """
+    wanted = minilm.methods(only)
     store = Store(out / FILE, asdict(options))
     bench: minilm.Bench | None = None
-    for method in fits.METHODS:
+    for method in wanted:
         scalings = (AS_FITTED, BALANCED) if method.key == "tltorch" else (AS_FITTED,)
         work = [
             (scaling, lr)

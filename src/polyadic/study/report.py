@@ -103,7 +103,7 @@ def where(environment: Record, records: Sequence[Record]) -> str:
     settings = ", ".join(
         f"{name} {_text(value)}"
         for name, value in environment["settings"].items()
-        if not isinstance(value, bool)
+        if not isinstance(value, (bool, dict))
     )
     commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     return (
