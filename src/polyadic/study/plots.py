@@ -72,6 +72,8 @@ def _encoder(records: Sequence[Record]) -> Any:
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.grid(color="#e4e4e4", linewidth=0.6)
+    for style, when in (("--", "as converted"), ("-", "recovered")):
+        axes[0].plot([], [], style, color="#555555", linewidth=1.2, label=when)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=3, loc="outside lower center")
     return figure
