@@ -170,12 +170,24 @@ def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> Non
 @pytest.mark.parametrize("rank", [16, 17, 64, 100, 128])
 @pytest.mark.parametrize("width", [64, 128, 1024])
 @pytest.mark.parametrize("terms", [255, 256, 1024])
-def test_tall_products_are_turned_where_better_so(terms: int, width: int, rank: int) -> None:
-    """Made in place or flipped, the gradient of the matrix is the same."""
+def test_tall_products_in_place_or_turned_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, terms: int, width: int, rank: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x, z = torch.randn(terms, width), torch.randn(terms, rank)
     with FlopCounterMode(display=False) as counter:
         made = products.tall(x, z)
     assert relative(made, x.double().t() @ z.double()) < 1e-6
     assert made.is_contiguous()
     assert counter.get_total_flops() == 2 * terms * width * rank
-    assert not products.better_flipped(terms, 8, rank)
+
+
+def test_what_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sums to few columns or to a number of them that fills no vectors, with one thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert products.better_flipped(1024, 1024, 32)
+    assert products.better_flipped(1024, 1024, 365)
+    assert not products.better_flipped(1024, 1024, 256)
+    assert not products.better_flipped(32, 1024, 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not products.better_flipped(1024, 1024, 32)

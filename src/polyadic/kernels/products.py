@@ -82,7 +82,7 @@ def tall(x: Tensor, z: Tensor) -> Tensor:
     if is_compiling():
         return x.t() @ z
     if width >= NARROW or rows < 2 * BLOCK:
-        if better_flipped(rows, width, rank):
+        if x.is_cpu and better_flipped(rows, width, rank):
             if z.numel() * width >= LARGE and _by_onednn(z, x, rows):
                 return _onednn(z.t().contiguous(), x.t(), None).t().contiguous()
             return (z.t() @ x).t().contiguous()
@@ -97,9 +97,9 @@ def better_flipped(terms: int, width: int, rank: int) -> bool:
     """Whether Xᵀ Z (width, rank) is faster made as Zᵀ X and turned, which costs a pass over it.
 
     A BLAS works on rows of the result in vectors; short ones, or ones padded to whole vectors,
-    leave part of them idle.
+    leave part of them idle. With several threads it divides the few long rows worse.
     """
-    if terms < LONG:
+    if terms < LONG or torch.get_num_threads() > 1:
         return False
     if rank % VECTOR:
         return not width % VECTOR and terms * width >= LONG * LONG
