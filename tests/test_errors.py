@@ -380,6 +380,16 @@ def test_mistakes_are_found_under_compile_too() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("layer", [CPLinear(8, 6, rank=2), CPConv2d(8, 6, 3, rank=2)])
+def test_the_deprecated_tracer_is_refused_by_name(layer: torch.nn.Module) -> None:
+    x = torch.ones(3, 8) if isinstance(layer, CPLinear) else torch.ones(1, 8, 5, 5)
+    for _ in range(2):
+        layer(x)
+        with pytest.raises(RuntimeError, match=r"do not support torch\.jit\.trace"):
+            torch.jit.trace(layer, (x,), check_trace=False)
+
+
 def test_a_float_equal_to_an_int_is_refused_though_the_int_was_taken_before() -> None:
     CPConv2d(8, 6, 3, stride=(1, 1), rank=2)
     with pytest.raises(TypeError, match=r"stride must be an int or a tuple of 2 ints"):

@@ -118,6 +118,8 @@ def test_a_layer_uses_it_forward_and_backward(calls: Calls) -> None:
         assert relative(grad, reference) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_what_looks_on_sees_every_product(calls: Calls) -> None:
     """Graphs, transforms, modes and subclasses: oneDNN's operation has no rule for them."""
     layer, x = layer_and_input()
@@ -143,11 +145,16 @@ def test_what_looks_on_sees_every_product(calls: Calls) -> None:
             dual = torch.autograd.forward_ad.make_dual(x, x)
             tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
         torch.testing.assert_close(tangent, expected - layer.bias)
+        before, matrix = calls.count, torch.randn(48, 8)
+        traced = torch.jit.trace(lambda x: products.times(x, matrix), (x,), check_trace=False)
+        assert calls.count == before
+        torch.testing.assert_close(traced(x), x @ matrix)
     again = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(layer(again).square().sum(), again, create_graph=True)
-    taken = calls.count
+    loss = layer(again).square().sum()
+    before = calls.count
+    (grad,) = torch.autograd.grad(loss, again, create_graph=True)
+    assert calls.count == before
     (second,) = torch.autograd.grad(grad.sum(), again)
-    assert grad.requires_grad
     assert float(second.norm()) > 0
     with torch.backends.mkldnn.flags(enabled=False):
         before = calls.count

@@ -115,9 +115,17 @@ def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> N
         like: a factor.
         name: of the argument, for the message.
         cast: autocast will change the dtype, so that it need not match.
+
+    Raises:
+        RuntimeError: under torch.jit.trace, where no size is a number to plan by.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "CP layers do not support torch.jit.trace, which torch has deprecated; use "
+            "torch.export or torch.compile, or polyadic.freeze a linear layer first"
+        )
     if tensor.device != like.device:
         raise ValueError(
             f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"

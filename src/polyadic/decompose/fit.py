@@ -76,7 +76,7 @@ def decompose(
             raced; ``"auto"`` races one of each name, and where fits are cheap makes more from
             random starts and returns the best. One of another rank is cut to its largest
             components, or filled up with the largest terms of an expansion of its residual.
-        iterations: most sweeps over all factors.
+        iterations: most sweeps over all factors, of each fit.
         tolerance: stop when the error falls by less than this fraction in five sweeps; with 0,
             only ``iterations`` and the callback end the fit.
         regularization: τ relative to the squared error, which it follows: a larger one gives

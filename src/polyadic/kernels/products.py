@@ -125,6 +125,7 @@ def _by_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and torch._C._get_mkldnn_enabled()
     )
 
