@@ -98,8 +98,7 @@ def distill(
             must then be one tensor.
         trainable: ``"cp"``, factors and biases of the CP layers; ``"cp+norms"``, the normalisation
             layers too; ``"all"``; or a function (name, parameter) → bool.
-        lr: learning rate; balanced factors of a CP want a far larger one than the dense model did,
-            see docs/compression.md.
+        lr: learning rate; the best one hangs on the scale of the factors, see docs/compression.md.
         optimizer: class or function, called with a list of parameters and ``lr=``.
         schedule: of the learning rate: ``"constant"``, ``"linear"`` or ``"cosine"`` (to zero), or a
             function of the part done in [0, 1) → factor.

@@ -85,8 +85,7 @@ def match_layers(
         mode: see above.
         steps: batches to train on, for each layer (sequential) or for all (joint).
         epochs: instead of ``steps``: walks through ``batches``.
-        lr: learning rate; balanced factors of a CP want a far larger one than the dense model did,
-            see docs/compression.md.
+        lr: learning rate; the best one hangs on the scale of the factors, see docs/compression.md.
         optimizer: as in ``distill``.
         schedule: as in ``distill``.
         warmup: as in ``distill``.
