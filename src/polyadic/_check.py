@@ -121,7 +121,7 @@ def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> N
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "CP layers do not support torch.jit.trace, which torch has deprecated; use "
             "torch.export or torch.compile, or polyadic.freeze a linear layer first"
