@@ -164,7 +164,7 @@ def test_what_looks_on_sees_every_product(calls: Calls) -> None:
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
 def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
-    """MKL is slower than oneDNN on processors of others than Intel."""
+    """MKL is slower than oneDNN on AMD's processors."""
     monkeypatch.setattr(_onednn, "_vendor", lambda: vendor)
     _onednn.faster_products.cache_clear()
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

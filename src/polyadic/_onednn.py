@@ -24,8 +24,8 @@ def in_onednn(dtype: torch.dtype) -> bool:
 def faster_products() -> bool:
     """Whether oneDNN multiplies large float32 matrices faster than torch's BLAS does.
 
-    Where that is MKL, on processors not Intel's: it reads operands that are not in the cache at
-    three quarters of oneDNN's rate there.
+    Where that is MKL, on AMD's processors: it reads operands that are not in the cache at three
+    quarters of oneDNN's rate there.
     """
     return (
         torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]

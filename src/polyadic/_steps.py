@@ -48,6 +48,11 @@ def gemm(
     )  # fmt: skip
 
 
+def transpose(name: str, elements: int, item: int, *, launches: int = 1) -> Step:
+    """A copy that reads or writes with a stride: about half the bandwidth of a plain one."""
+    return Step(name, "layout", 0, 4 * item * elements, launches, elements=elements)
+
+
 def tall_steps(
     name: str, width: int, terms: int, rank: int, item: int, *, views: int, piece: int | None = None
 ) -> list[Step]:
@@ -57,11 +62,9 @@ def tall_steps(
     """
     if not better_flipped(terms, piece or width, rank):
         return [gemm(name, width, terms, rank, item, launches=1 + views)]
-    elements = width * rank
     return [
         gemm(name, rank, terms, width, item, launches=1 + views),
-        # A transpose reads or writes with a stride: about half the bandwidth of a copy.
-        Step(f"{name}, turned", "layout", 0, 4 * item * elements, 2, elements=elements),
+        transpose(f"{name}, turned", width * rank, item, launches=2),
     ]
 
 

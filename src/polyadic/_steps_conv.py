@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from polyadic._cost import Step
 from polyadic._format import ConvFormat, Shape
 from polyadic._plan import ConvPlan, ConvRoute
-from polyadic._steps import gemm, khatri_rao_backward_steps, khatri_rao_steps, tall_steps
+from polyadic._steps import gemm, khatri_rao_backward_steps, khatri_rao_steps, tall_steps, transpose
 from polyadic.kernels.projections import better_as_rows
 from polyadic.kernels.stages import LEAST_FOR_WIDE, WIDEST, Geometry, Stage, Stages, stages
 
@@ -28,9 +28,7 @@ def _sizes(plan: Stages, size: Shape) -> list[Shape]:
 
 
 def _layout(name: str, channels: int, positions: int, item: int) -> Step:
-    elements = channels * positions
-    # A transpose reads or writes with a stride: about half the bandwidth of a copy.
-    return Step(f"{name} to channels_last", "layout", 0, 4 * item * elements, 1, elements=elements)
+    return transpose(f"{name} to channels_last", channels * positions, item)
 
 
 def _passed(read: int, written: int, route: ConvRoute, item: int) -> int:

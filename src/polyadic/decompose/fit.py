@@ -233,10 +233,7 @@ class _Fit:
     def run(self, iterations: int, tolerance: float, callback: Callback | None) -> tuple[bool, str]:
         """Sweep on; whether it converged, and why it ended."""
         assert self.descent is not None
-        ended = self._sweep(self.descent, iterations, tolerance, callback)
-        while self.descent.too_large():
-            self.descent.step()
-        return ended
+        return self._to_end(self.descent, iterations, tolerance, callback)
 
     def again(
         self, generator: torch.Generator, iterations: int, tolerance: float,
@@ -254,7 +251,6 @@ class _Fit:
         assert self.descent is not None
         size = self.problem.matrix.numel() * self.rank + SWEEP
         sweeps, fits = len(self.descent.errors), 1
-
         least = self.descent.errors[-1]
 
         def follow(iteration: int, error: float) -> object:
@@ -263,19 +259,24 @@ class _Fit:
             return None if callback is None else callback(sweeps + iteration, least)
 
         exact = EXACT * torch.finfo(self.problem.matrix.dtype).eps
-        while fits < MOST_FITS and size * sweeps * (fits + 1) <= CHEAP * fits:
-            if self.descent.errors[-1] <= exact:
-                break
+        while fits < MOST_FITS and size * sweeps * (fits + 1) <= CHEAP * fits and least > exact:
             other = self._descent(random_factors(self.problem, self.rank, generator))
-            how = self._sweep(other, iterations, tolerance, follow)
-            while other.too_large():
-                other.step()
+            how = self._to_end(other, iterations, tolerance, follow)
             self.further += (other.errors[-1],)
             if other.errors[-1] < self.descent.errors[-1]:
                 self.start, self.descent, ended = "random", other, how
             if how is STOPPED:
                 return STOPPED
             fits, sweeps = fits + 1, sweeps + len(other.errors)
+        return ended
+
+    def _to_end(
+        self, descent: Descent, iterations: int, tolerance: float, callback: Callback | None
+    ) -> tuple[bool, str]:
+        """Sweep until an end is reached, and then until the growth is within its bound."""
+        ended = self._sweep(descent, iterations, tolerance, callback)
+        while descent.too_large():
+            descent.step()
         return ended
 
     def _sweep(

@@ -79,7 +79,7 @@ def tall(x: Tensor, z: Tensor) -> Tensor:
     Narrow ones are added in blocks, as one chain of n terms has a rounding that grows with √n.
     """
     (rows, width), rank = x.shape, z.shape[1]
-    if is_compiling():
+    if is_dynamo_compiling():
         return x.t() @ z
     if width >= NARROW or rows < 2 * BLOCK:
         if x.is_cpu and better_flipped(rows, width, rank):

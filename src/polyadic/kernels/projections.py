@@ -64,15 +64,10 @@ def project_back(z: Tensor, matrix: Tensor, like: Tensor, layout: str, groups: i
     over it is spent on conversion, by whoever takes it.
     """
     turned = layout == "channels_last" and groups == 1 and not _is_rows(like)
-    if not turned or _positions(z) < MANY:
+    if not turned or math.prod(z.shape[2:]) < MANY:
         return project(z, matrix, layout, groups)
     matrices = matrix.t().expand(z.shape[0], matrix.shape[1], matrix.shape[0])
     return torch.bmm(matrices, _columns(z)).view(z.shape[0], matrix.shape[1], *z.shape[2:])
-
-
-def _positions(x: Tensor) -> int:
-    """Positions of an image."""
-    return math.prod(x.shape[2:])
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polyadic._surgery import replace
 from polyadic.finetune import Progress, Recovery, distill
 from polyadic.study import encoder, fits, texts
-from polyadic.study.agreement import agreement
+from polyadic.study.agreement import Agreement, agreement
 from polyadic.study.records import Store
 
 FILE = "study-minilm.jsonl"
@@ -145,14 +145,9 @@ def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> di
     start = time.perf_counter()
     converted = method.convert(student, task(bench, ratio))
     seconds = time.perf_counter() - start
-    for name, layer in converted.items():
-        replace(student, name, layer)
+    tell(f"  fitted in {seconds:.0f} s")
     weight_errors, output_errors = _errors(bench, converted)
-    before = agreement(encoder.embed(student, bench.held_out), bench.original)
-    tell(f"  fitted in {seconds:.0f} s, cosine {before.cosine:.4f}")
-    recovery = recover(bench, student, bench.options.lr, tell)
-    after = agreement(encoder.embed(student, bench.held_out), bench.original)
-    tell(f"  recovered in {recovery.seconds:.0f} s, cosine {after.cosine:.4f}")
+    before, recovery, after = recover(bench, student, converted, bench.options.lr, tell)
     dense = sum(layer.weight.numel() for layer in bench.layers.values())
     own = sum(_stored(student.get_submodule(name)) for name in bench.layers)
     return {
@@ -196,7 +191,21 @@ def _errors(bench: Bench, converted: Mapping[str, Any]) -> tuple[list[float], li
     return weights, outputs
 
 
-def recover(bench: Bench, student: nn.Module, lr: float, tell: Tell) -> Recovery:
+def recover(
+    bench: Bench, student: nn.Module, layers: Mapping[str, nn.Module], lr: float, tell: Tell
+) -> tuple[Agreement, Recovery, Agreement]:
+    """Put layers into a copy of the original and distill it; the agreement before and after."""
+    for name, layer in layers.items():
+        replace(student, name, layer)
+    before = agreement(encoder.embed(student, bench.held_out), bench.original)
+    tell(f"  cosine {before.cosine:.4f}")
+    recovery = _distill(bench, student, lr, tell)
+    after = agreement(encoder.embed(student, bench.held_out), bench.original)
+    tell(f"  recovered in {recovery.seconds:.0f} s, cosine {after.cosine:.4f}")
+    return before, recovery, after
+
+
+def _distill(bench: Bench, student: nn.Module, lr: float, tell: Tell) -> Recovery:
     """Distill towards the original's sentence embeddings, computed once for all methods."""
     options = bench.options
     order = torch.Generator().manual_seed(options.seed)

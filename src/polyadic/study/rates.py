@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from polyadic._surgery import replace
-from polyadic.study import encoder, minilm
-from polyadic.study.agreement import agreement
+from polyadic.decompose.problem import balanced
+from polyadic.study import minilm
 from polyadic.study.records import Store
 
 FILE = "study-rates.jsonl"
@@ -33,7 +32,7 @@ class Options:
 
     ratio: float = 10.0
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    study: minilm.Options = minilm.Options()  # noqa: RUF009
+    study: minilm.Options = field(default_factory=minilm.Options)
 
     @classmethod
     def quick(cls) -> Options:
@@ -95,14 +94,9 @@ def _one(
     bench: minilm.Bench, layers: dict[str, Any], lr: float, tell: minilm.Tell
 ) -> dict[str, Any]:
     """Put layers in, recover, measure."""
-    student: nn.Module = copy.deepcopy(bench.model)
     sizes = [[_rms(factor) for factor in layer.cp.factors] for layer in layers.values()]
-    for name, layer in layers.items():
-        replace(student, name, layer)
-    before = agreement(encoder.embed(student, bench.held_out), bench.original)
-    recovery = minilm.recover(bench, student, lr, tell)
-    after = agreement(encoder.embed(student, bench.held_out), bench.original)
-    tell(f"  cosine {before.cosine:.4f}, then {after.cosine:.4f}")
+    student = copy.deepcopy(bench.model)
+    before, recovery, after = minilm.recover(bench, student, layers, lr, tell)
     return {
         "smallest_rms": min(map(min, sizes)), "largest_rms": max(map(max, sizes)),
         "before": asdict(before), "after": asdict(after), "validations": recovery.validations,
@@ -119,11 +113,8 @@ def _rms(factor: Tensor) -> float:
 def balance(factors: Iterable[Tensor]) -> None:
     """Spread the norm of every component evenly over its factors (n_d, R), in place."""
     every = list(factors)
-    norms = torch.stack([factor.norm(dim=0) for factor in every])
-    tiny = torch.finfo(norms.dtype).tiny
-    even = norms.clamp_min(tiny).log().mean(0).exp() * (norms > 0).all(0)
-    for factor, norm in zip(every, norms, strict=True):
-        factor.mul_(even / norm.clamp_min(tiny))
+    for factor, even in zip(every, balanced(every), strict=True):
+        factor.copy_(even)
 
 
 def best(records: Iterable[dict[str, Any]]) -> dict[str, Any]:

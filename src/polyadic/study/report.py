@@ -231,7 +231,7 @@ def rates_table(records: Sequence[Record]) -> str:
     columns = sorted({record["lr"] for record in records})
     rows = [["cosine, recovered", "root mean squares of factors", "converted",
              *(f"lr {lr:g}" for lr in columns)]]  # fmt: skip
-    for label, members in _by_label(records).items():
+    for label, members in _grouped(records, "label").items():
         chosen, first = rates.best(members), members[0]
         row = [label, f"{first['smallest_rms']:.2g} to {first['largest_rms']:.2g}",
                f"{first['before']['cosine']:.3f}"]  # fmt: skip
@@ -245,19 +245,19 @@ def rates_table(records: Sequence[Record]) -> str:
 
 def rates_findings(records: Sequence[Record]) -> list[str]:
     """Who is where with the rate that validation chooses, and what scaling alone does."""
-    chosen = [rates.best(members) for members in _by_label(records).values()]
+    chosen = [rates.best(members) for members in _grouped(records, "label").values()]
     ranked = sorted(chosen, key=lambda r: -r["after"]["cosine"])
     listed = "; ".join(f"{r['label']} {r['after']['cosine']:.3f} (lr {r['lr']:g})" for r in ranked)
     found = [
         f"Ratio {chosen[0]['ratio']:g}, each with the rate of the least validation loss: {listed}."
     ]
-    moved = []
-    for one in records:
-        for other in records:
-            if (one["method"], one["lr"]) == (other["method"], other["lr"]) and (
-                one["scaling"], other["scaling"]) == (rates.AS_FITTED, rates.BALANCED):  # fmt: skip
-                pair = (r["after"]["cosine"] for r in (one, other))
-                moved.append(f"{' and '.join(f'{c:.3f}' for c in pair)} at lr {one['lr']:g}")
+    fitted = {(r["method"], r["lr"]): r for r in records if r["scaling"] == rates.AS_FITTED}
+    moved = [
+        f"{fitted[r['method'], r['lr']]['after']['cosine']:.3f} and {r['after']['cosine']:.3f} "
+        f"at lr {r['lr']:g}"
+        for r in records
+        if r["scaling"] == rates.BALANCED and (r["method"], r["lr"]) in fitted
+    ]
     if moved:
         found.append(
             f"The same CP of tltorch with its factors as fitted and balanced: {', '.join(moved)}."
@@ -268,10 +268,11 @@ def rates_findings(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def _by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
+def _grouped(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
+    """The records by one of their fields, in the order in which its values come."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(record["label"], []).append(record)
+        found.setdefault(record[key], []).append(record)
     return found
 
 
@@ -307,9 +308,7 @@ def title(way: str, label: str) -> str:
 
 
 def _ways(records: Iterable[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        found.setdefault(record["way"], []).append(record)
+    found = _grouped(records, "way")
     order = {"dense": 0, "scratch": 1, "convert": 2}
     return dict(sorted(found.items(), key=lambda item: order[item[0].split()[0]]))
 
