@@ -29,6 +29,10 @@ class MultilinearMap(Protocol):
         """What it obeys; printed in a profiler's label."""
 
     @property
+    def innermost(self) -> bool:
+        """Whether the output's channels are innermost in memory."""
+
+    @property
     def left_to_autograd(self) -> bool:
         """Whether torch's autograd differentiates the forward, in place of ``backward``."""
 
@@ -70,7 +74,8 @@ def _run(
         return layer_map.forward(x, bias, factors)[0]
     y: Tensor
     if torch.compiler.is_compiling():
-        y = _Boundary.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+        y = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+        y = y.movedim(-1, 1) if layer_map.innermost else y
     elif _transforming():
         y = _BoundaryWithJvp.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
     else:
@@ -107,20 +112,24 @@ class _Boundary(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_y = grads[0]
-        n_factors: int = ctx.n_factors
-        if grad_y is None:
-            return (None,) * (3 + n_factors)
-        layer_map: MultilinearMap = ctx.layer_map
-        x, *rest = ctx.saved_tensors
-        factors, kept = rest[:n_factors], rest[n_factors:]
-        if _differentiated((x, *factors)):
-            # Kept intermediates are constants to autograd: second derivatives need them recomputed.
-            kept = []
-        needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
-        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs_x, *needs_factors))
-        d_bias = layer_map.bias_gradient(grad_y) if needs_bias else None
-        return (None, d_x, d_bias, *d_factors)
+        return _gradients(ctx, grads[0])
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the map's arguments, for that of its output."""
+    n_factors: int = ctx.n_factors
+    if grad_y is None:
+        return (None,) * (3 + n_factors)
+    layer_map: MultilinearMap = ctx.layer_map
+    x, *rest = ctx.saved_tensors
+    factors, kept = rest[:n_factors], rest[n_factors:]
+    if _differentiated((x, *factors)):
+        # Kept intermediates are constants to autograd: second derivatives need them recomputed.
+        kept = []
+    needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
+    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs_x, *needs_factors))
+    d_bias = layer_map.bias_gradient(grad_y) if needs_bias else None
+    return (None, d_x, d_bias, *d_factors)
 
 
 def _differentiated(inputs: Sequence[Tensor]) -> bool:
@@ -134,6 +143,27 @@ def _differentiated(inputs: Sequence[Tensor]) -> bool:
 
 # Function.apply binds its arguments to forward's signature at each call; found once, it costs half.
 _Boundary.forward.__signature__ = inspect.signature(_Boundary.forward)  # type: ignore[attr-defined]
+
+
+class _Compiled(_Boundary):
+    """The same with the output's channels last where they are innermost in memory.
+
+    Dynamo makes gradients contiguous, which is then no pass over them.
+    """
+
+    @staticmethod
+    def forward(
+        layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, kept = layer_map.forward(x, bias, factors)
+        return (y.movedim(1, -1) if layer_map.innermost else y, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y = grads[0]
+        if grad_y is not None and ctx.layer_map.innermost:
+            grad_y = grad_y.movedim(-1, 1)
+        return _gradients(ctx, grad_y)
 
 
 class _Plain(Function):

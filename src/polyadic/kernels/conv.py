@@ -75,6 +75,11 @@ class ConvMap:
 
     left_to_autograd = False
 
+    @property
+    def innermost(self) -> bool:
+        """Whether the output comes in channels_last."""
+        return self.plan.forward.layout == "channels_last"
+
     def _split(
         self, factors: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:

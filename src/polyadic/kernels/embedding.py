@@ -95,6 +95,7 @@ class EmbeddingMap:
     n_in: int
     padding_idx: int | None = None
 
+    innermost = False
     left_to_autograd = False
 
     def forward(

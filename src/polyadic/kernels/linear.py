@@ -35,6 +35,8 @@ class LinearMap:
     plan: LinearPlan
     n_in: int
 
+    innermost = False
+
     @property
     def left_to_autograd(self) -> bool:
         """Whether the plan leaves the backward to torch's autograd."""

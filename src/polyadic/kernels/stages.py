@@ -136,17 +136,37 @@ class Stage:
         d_weight = None
         if wrt[1] and self._is_wide(x, groups):
             d_weight, wrt = self._wide_weight_gradient(grad, x, weight), (wrt[0], False)
+        d_x = None
+        if torch.compiler.is_compiling() and wrt == (True, True) and not self.transposed:
+            d_x, wrt = self._input_gradient(grad, x, weight, groups), (False, True)
         if any(wrt):
-            d_x, narrow, _ = torch.ops.aten.convolution_backward(
+            wide_x, narrow, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *self._where(), groups, [*wrt, False]
             )
+            d_x = wide_x if wrt[0] else d_x
             d_weight = narrow if wrt[1] else d_weight
-        if not wrt[0]:
+        if d_x is None:
             return None, d_weight
         for dim, excess in enumerate(self.excess, start=2):
             if excess:
                 d_x = d_x.narrow(dim, 0, size[dim])
         return d_x, d_weight
+
+    def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Gradient of x alone, as a transposed convolution.
+
+        The compiler decides layouts by the convolutions it sees, and a backward is none to it.
+        """
+        extra = tuple(
+            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+            for n, m, s, p, d, k in zip(
+                x.shape[2:], grad.shape[2:], self.stride, self.padding, self.dilation,
+                self.kernel_size, strict=True,
+            )
+        )  # fmt: skip
+        return torch.convolution(
+            grad, weight, None, self.stride, self.padding, self.dilation, True, extra, groups
+        )
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
         """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
