@@ -45,5 +45,6 @@ def _vendor() -> str:
     return platform.processor().rpartition(" ")[2]
 
 
-# A constant of the processor, which torch.compile need not look into.
-in_onednn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Constants of the processor, which torch.compile need not look into.
+for function in (in_onednn, faster_products.__wrapped__):
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]

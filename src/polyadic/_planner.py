@@ -28,11 +28,10 @@ from polyadic._steps import (
     partials_steps,
     plan_steps,
 )
+from polyadic._symbolic import UNKNOWN_BATCH, known
 
 # Calls a function has checked and found a plan for; the function says by what key.
 settled = Memo()
-# A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
-UNKNOWN_BATCH = 256
 
 
 def bucket(rows: int) -> int:
@@ -65,17 +64,6 @@ def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearP
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
     routes.append(LinearRoute((m,), (n,), "dense"))
     return [LinearPlan(route, route, keep) for route in routes]
-
-
-def known(*sizes: int) -> bool:
-    """Whether torch.compile, which is tracing, knows all sizes as constants."""
-    # Imported while tracing, as it takes half a second.
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    known = True
-    for size in sizes:
-        known = known and has_static_value(size)
-    return known
 
 
 def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = True) -> LinearPlan:

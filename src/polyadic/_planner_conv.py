@@ -13,8 +13,9 @@ from torch import Tensor
 from polyadic._format import ConvFormat, Shape
 from polyadic._machines import machine_for, threads_of
 from polyadic._plan import ConvPlan, ConvRoute, Memory
-from polyadic._planner import bucket, known, settled
+from polyadic._planner import bucket, settled
 from polyadic._steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
+from polyadic._symbolic import known
 from polyadic.kernels.stages import Geometry
 
 # As of a symbolic batch of rows: one plan for all numbers of images.

@@ -8,7 +8,8 @@ import torch
 
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, LinearRoute, Memory
-from polyadic._planner import known, plan_rows
+from polyadic._planner import plan_rows
+from polyadic._symbolic import known
 
 
 def plan_embedding(

@@ -2,7 +2,9 @@
 
     times(x, K) = X K  (n, k), (k, m) → (n, m)      linear(z, K) = Z Kᵀ      tall(x, z) = Xᵀ Z
 
-On a CPU that ``_onednn`` names, large ones in float32 go to oneDNN where torch would take its BLAS.
+On a CPU that ``_onednn`` names, large ones in float32 go to oneDNN where torch would take its BLAS;
+in a compiled graph through an operator of our own, as torch's compiler hands oneDNN none but
+products with constant weights.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from polyadic._onednn import faster_products
+from polyadic._symbolic import UNKNOWN_BATCH, known
 
 # Elements of an output up to which a pass over it costs less than calling an operation.
 SMALL = 2**14
@@ -30,9 +33,11 @@ LONG, VECTOR, SLIM = 256, 16, 64
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """X K of x (n, k), matrix (k, m)."""
-    if (
+    if is_dynamo_compiling():
+        if _in_graph(x, matrix, matrix.shape[1]):
+            return _operator(x, matrix.t(), None)
+    elif (
         type(x) is Tensor
-        and not is_dynamo_compiling()
         and x.numel() * matrix.shape[1] >= LARGE
         and _by_onednn(x, matrix, x.shape[1])
     ):
@@ -45,9 +50,11 @@ def linear(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Where the output is small the bias takes no operation of its own.
     """
-    if (
+    if is_dynamo_compiling():
+        if _in_graph(z, matrix, matrix.shape[0]):
+            return _operator(z, matrix, bias)
+    elif (
         type(z) is Tensor
-        and not is_dynamo_compiling()
         and z.numel() * matrix.shape[0] >= LARGE
         and _by_onednn(z, matrix, z.shape[1])
     ):
@@ -80,7 +87,10 @@ def tall(x: Tensor, z: Tensor) -> Tensor:
     """
     (rows, width), rank = x.shape, z.shape[1]
     if is_dynamo_compiling():
-        return x.t() @ z
+        if not (x.is_cpu and known(rows) and better_flipped(rows, width, rank)):
+            return x.t() @ z
+        flipped = z.t().contiguous()
+        return times(flipped, x).t().contiguous()
     if width >= NARROW or rows < 2 * BLOCK:
         if x.is_cpu and better_flipped(rows, width, rank):
             if z.numel() * width >= LARGE and _by_onednn(z, x, rows):
@@ -99,11 +109,41 @@ def better_flipped(terms: int, width: int, rank: int) -> bool:
     A BLAS works on rows of the result in vectors; short ones, or ones padded to whole vectors,
     leave part of them idle. With several threads it divides the few long rows worse.
     """
-    if terms < LONG or torch.get_num_threads() > 1:
+    if terms < LONG or not _one_thread():
         return False
     if rank % VECTOR:
         return not width % VECTOR and terms * width >= LONG * LONG
     return rank <= SLIM and width >= 8 * rank
+
+
+def _one_thread() -> bool:
+    return torch.get_num_threads() == 1
+
+
+# A compiled graph keeps what held when it was made.
+_one_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _in_graph(x: Tensor, matrix: Tensor, columns: int) -> bool:
+    """Whether a graph that is being compiled calls our operator for a product of so many columns.
+
+    It asks of the tensors what ``_by_onednn`` does, of rows whose number is symbolic by their
+    usual number: the operator itself sees how many there are.
+    """
+    rows, terms = x.shape
+    return (
+        faster_products()
+        and not is_exporting()
+        and not torch.is_grad_enabled()
+        and terms <= CHAIN
+        and (rows if known(rows) else UNKNOWN_BATCH) * terms * columns >= LARGE
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.is_contiguous()
+        and (matrix.is_contiguous() or matrix.t().is_contiguous())
+        and type(x) is Tensor
+        and type(matrix) in (Tensor, torch.nn.Parameter)
+    )
 
 
 def _by_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
@@ -130,7 +170,27 @@ def _by_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
     )
 
 
+def _of_any_size(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + bias by what is faster."""
+    large = x.numel() * weight.shape[0] >= LARGE and torch._C._get_mkldnn_enabled()
+    return _onednn(x, weight, bias) if large else F.linear(x, weight, bias)
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + bias of x (n, k), weight (m, k)."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
+
+
+def _empty_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_LIBRARY = torch.library.Library("polyadic", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.impl("linear", _of_any_size, "CPU")
+torch.library.register_fake("polyadic::linear", _empty_product, lib=_LIBRARY)
+_operator = torch.ops.polyadic.linear.default
