@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
 from cases import BY_ID, Case, params, truth
-from polyadic import CPTensor
+from polyadic import CPTensor, functional
+from polyadic._plan import ConvPlan, ConvRoute
+from polyadic.nn import CPConv2d
 from test_values import assert_close
 
 REPRESENTATIVE = [
@@ -125,11 +129,68 @@ def test_inductor(case: Case, dynamic: bool) -> None:
         assert_same(results(layer, compiled, x, grad_y), results(layer, layer, x, grad_y))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", ["contiguous", "channels_last"])
+def test_compiled_convolutions_keep_channels_innermost(stride: int, given: str) -> None:
+    """No map is copied to another layout, neither by the graph nor by the compiler.
+
+    Inductor takes layouts from the convolutions of a graph, of which a backward is none.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    layer = CPConv2d(24, 32, 3, stride=stride, padding=1, rank=16)
+    channels_last = ConvRoute("channels_last")
+    plan = ConvPlan(channels_last, channels_last)
+    x = torch.randn(2, 24, 33, 31, requires_grad=True)
+    if given == "channels_last":
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = x.requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        return functional.cp_conv(
+            x, layer.out_factors, layer.in_factors, layer.kernel_factors, layer.bias,
+            stride=stride, padding=1, plan=plan,
+        )  # fmt: skip
+
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    y, expected = compiled(x), call(x)
+    assert y.stride() == expected.stride()
+    assert y.stride(1) == 1
+    grad = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
+    wanted = [x, *layer.parameters()]
+    pairs = zip(
+        torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad),
+        strict=True,
+    )  # fmt: skip
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+    _, backward = graphs
+    calls = [node for node in backward.graph.nodes if node.op == "call_function"]
+    copied = [
+        node for node in calls
+        if node.target == torch.ops.aten.clone.default and node.meta["val"].dim() == 4
+        and node.meta["val"].numel() > 24 * 32 * 9
+    ]  # fmt: skip
+    assert not copied
+    # args[6]: transposed.
+    convolutions = [node for node in calls if node.target == torch.ops.aten.convolution.default]
+    assert True in [node.args[6] for node in convolutions]
+    for node in calls:
+        if node.target == torch.ops.aten.convolution_backward.default:
+            maps = node.args[:2]
+            assert all(arg.meta["val"].stride(1) == 1 for arg in maps)
+
+
 @few
 def test_compiled_without_gradients(case: Case) -> None:
     compiled = torch.compile(case.make(), fullgraph=True, backend="aot_eager")
+    expected = truth(case)
     with torch.no_grad():
-        assert_close(compiled(case.leaves().x), truth(case)[0], "y")
+        assert_close(compiled(case.leaves().x), expected[0], "y")
 
 
 @few

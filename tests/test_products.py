@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import _onednn
@@ -41,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm())
+    return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
 
 
 SHAPES = [(1, 5, 3), (37, 130, 50), (300, 256, 17), (512, 365, 48), (256, 1024, 100)]
@@ -162,16 +163,90 @@ def test_what_looks_on_sees_every_product(calls: Calls) -> None:
         assert calls.count == before
 
 
+def gradients(call: Any, layer: CPLinear, x: Tensor) -> list[Tensor]:
+    again = x.detach().requires_grad_()
+    y = call(again)
+    return [y, *torch.autograd.grad(y.square().sum(), [again, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic-batch"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_graphs_use_it_too(calls: Calls, backend: str, dynamic: bool) -> None:
+    """Through an operator of ours, which sees how many rows there are."""
+    torch._dynamo.reset()
+    layer, x = layer_and_input()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    expected = gradients(layer, layer, x)
+    for rows in (300, 280) if dynamic else (300,):
+        want = expected if rows == 300 else gradients(layer, layer, x[:rows])
+        before = calls.count
+        got = gradients(compiled, layer, x[:rows])
+        assert calls.count >= before + 4
+        for a, b in zip(got, want, strict=True):
+            assert relative(a, b.double()) < 1e-6
+    with torch.no_grad():
+        before = calls.count
+        torch.testing.assert_close(compiled(x), expected[0])
+        assert calls.count == before + 2
+
+
+def test_a_graph_for_any_batch_asks_for_each_what_is_faster(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "LARGE", 256 * 48 * 20)
+    torch._dynamo.reset()
+    layer, x = layer_and_input()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for rows, large in ((300, 2), (200, 0), (256, 2), (31, 0)):
+            before, some = calls.count, x[:rows].clone()
+            torch.testing.assert_close(compiled(some), layer(some))
+            # Compiled and eager, each.
+            assert calls.count - before == 2 * large
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_transforms_inside_a_compiled_graph(calls: Calls, transform: str) -> None:
+    """The operator has no rule for them; a tangent would be lost in silence."""
+    torch._dynamo.reset()
+    layer, x = layer_and_input()
+
+    def call(x: Tensor) -> Tensor:
+        if transform == "vmap":
+            return torch.func.vmap(layer)(x.view(3, 100, 48))
+        tangent: Tensor = torch.func.jvp(layer, (x,), (x,))[1]
+        return tangent
+
+    with torch.no_grad():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), call(x))
+        assert float(compiled(x).norm()) > 1
+    assert calls.count == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_graphs_hold_torch_s_operators_alone(calls: Calls, strict: bool) -> None:
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        exported = torch.export.export(layer.eval(), (x,), strict=strict)
+    names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert names
+    assert all(name.startswith("aten.") for name in names), names
+    assert calls.count == 0
+
+
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
 def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
     """MKL is slower than oneDNN on AMD's processors."""
     monkeypatch.setattr(_onednn, "_vendor", lambda: vendor)
-    _onednn.faster_products.cache_clear()
+    _onednn._beside_mkl_on_amd.cache_clear()
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     try:
         assert _onednn.faster_products() == (both and POINTWISE and vendor == "AuthenticAMD")
     finally:
-        _onednn.faster_products.cache_clear()
+        _onednn._beside_mkl_on_amd.cache_clear()
 
 
 @pytest.mark.parametrize("rank", [16, 17, 64, 100, 128])

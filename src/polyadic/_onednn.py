@@ -20,13 +20,17 @@ def in_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-@functools.cache
 def faster_products() -> bool:
     """Whether oneDNN multiplies large float32 matrices faster than torch's BLAS does.
 
     Where that is MKL, on AMD's processors: it reads operands that are not in the cache at three
     quarters of oneDNN's rate there.
     """
+    return _beside_mkl_on_amd()
+
+
+@functools.cache
+def _beside_mkl_on_amd() -> bool:
     return (
         torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -46,5 +50,5 @@ def _vendor() -> str:
 
 
 # Constants of the processor, which torch.compile need not look into.
-for function in (in_onednn, faster_products.__wrapped__):
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_onednn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+faster_products._dynamo_marked_constant = True  # type: ignore[attr-defined]

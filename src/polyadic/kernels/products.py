@@ -34,7 +34,7 @@ LONG, VECTOR, SLIM = 256, 16, 64
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """X K of x (n, k), matrix (k, m)."""
     if is_dynamo_compiling():
-        if _in_graph(x, matrix, matrix.shape[1]):
+        if _goes_to_operator(x, matrix, matrix.shape[1]):
             return _operator(x, matrix.t(), None)
     elif (
         type(x) is Tensor
@@ -51,7 +51,7 @@ def linear(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     Where the output is small the bias takes no operation of its own.
     """
     if is_dynamo_compiling():
-        if _in_graph(z, matrix, matrix.shape[0]):
+        if _goes_to_operator(z, matrix, matrix.shape[0]):
             return _operator(z, matrix, bias)
     elif (
         type(z) is Tensor
@@ -124,7 +124,7 @@ def _one_thread() -> bool:
 _one_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _in_graph(x: Tensor, matrix: Tensor, columns: int) -> bool:
+def _goes_to_operator(x: Tensor, matrix: Tensor, columns: int) -> bool:
     """Whether a graph that is being compiled calls our operator for a product of so many columns.
 
     It asks of the tensors what ``_by_onednn`` does, of rows whose number is symbolic by their
@@ -135,6 +135,8 @@ def _in_graph(x: Tensor, matrix: Tensor, columns: int) -> bool:
         faster_products()
         and not is_exporting()
         and not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and terms <= CHAIN
         and (rows if known(rows) else UNKNOWN_BATCH) * terms * columns >= LARGE
         and x.is_cpu
@@ -186,11 +188,15 @@ def _empty_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_LIBRARY = torch.library.Library("polyadic", "DEF")
-_LIBRARY.define(
+def _operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.polyadic.linear(x, weight, bias)
+    return y
+
+
+_LIBRARY = torch.library.Library("polyadic", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-_LIBRARY.impl("linear", _of_any_size, "CPU")
+_LIBRARY.impl("linear", _of_any_size, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("polyadic::linear", _empty_product, lib=_LIBRARY)
-_operator = torch.ops.polyadic.linear.default
