@@ -180,17 +180,14 @@ def test_linear_launches_are_what_torch_dispatches(
         assert back.count == sum(step.launches for step in backward), plan
 
 
-def test_what_a_thin_product_costs_depends_on_where_its_operands_are() -> None:
-    """Reading a transposed matrix row by row is slow, one row of it is not; a cache is faster."""
-    machine = Machine(gemm=1e15, launch=0.0)
-    one, few = (
-        [machine.seconds(gemm("", rows, 2048, 2048, 4, transposed=t)) for t in (False, True)]
-        for rows in (1, 4)
-    )
-    assert one[0] == one[1]
-    assert few[0] < few[1]
-    small, large = (machine.seconds(gemm("", 1, n, n, 4)) / n**2 for n in (256, 2048))
-    assert small < 0.6 * large
+def test_a_product_reads_its_operands_before_it_multiplies() -> None:
+    """Of few rows it costs the reading, of many the multiplications, and between them both."""
+    machine = Machine(launch=0.0)
+    one, few, many = (machine.seconds(gemm("", rows, 2048, 2048, 4)) for rows in (1, 64, 4096))
+    reading = 4 * 2048**2 / machine.gemm_bandwidth
+    assert one == pytest.approx(reading, rel=0.1)
+    assert few > reading + 2 * 64 * 2048**2 / machine.gemm
+    assert many == pytest.approx(2 * 4096 * 2048**2 / machine.gemm, rel=0.1)
 
 
 def test_very_large_tensors_cost_their_memory() -> None:
@@ -248,6 +245,7 @@ def test_built_in_rates_scale_with_threads_and_dtype() -> None:
     one, four = built_in("cpu", torch.float32, 1), built_in("cpu", torch.float32, 4)
     assert four.gemm == 4 * one.gemm
     assert four.launch == one.launch
+    assert four.cache_bandwidth == one.cache_bandwidth
     assert built_in("cpu", torch.float64, 1).gemm == one.gemm / 2
 
 

@@ -14,8 +14,6 @@ from polyadic._onednn import in_onednn
 StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout"]
 
 
-# How many times faster a thin product reads operands that are in the cache.
-IN_CACHE = 2
 # Bytes from which glibc's allocator never keeps memory that was freed (DEFAULT_MMAP_THRESHOLD_MAX).
 MAPPED = 2**25
 
@@ -36,7 +34,6 @@ class Step:
         padded_flops: FLOPs at the width the vector units work in, or of a convolution those that
             take as long at the forward's rate; ``flops`` by default.
         channels_last: of a convolution, the layout.
-        transposed: of a GEMM, whether its right operand is transposed in memory.
         pieces: in how many pieces it is done, one after the other.
         new: bytes of the largest tensor it makes, of all pieces.
     """
@@ -50,7 +47,6 @@ class Step:
     elements: int = 0
     padded_flops: int = 0
     channels_last: bool = True
-    transposed: bool = False
     pieces: int = 1
     new: int = 0
 
@@ -61,8 +57,7 @@ class Machine:
 
     Args:
         gemm: FLOP/s of a large matrix product.
-        gemm_bandwidth: bytes/s at which a thin product reads operands larger than the cache.
-        gemm_bandwidth_transposed: the same with a transposed right operand.
+        gemm_bandwidth: bytes/s at which a product reads and packs its operands beforehand.
         vector: columns a product is padded to (the SIMD width).
         memory_bandwidth: bytes/s of elementwise steps on tensors larger than the cache.
         cache_bandwidth: the same where they fit.
@@ -83,15 +78,14 @@ class Machine:
     """
 
     gemm: float = 150e9
-    gemm_bandwidth: float = 24e9
-    gemm_bandwidth_transposed: float = 15e9
+    gemm_bandwidth: float = 18e9
     vector: int = 16
-    memory_bandwidth: float = 30e9
-    cache_bandwidth: float = 70e9
+    memory_bandwidth: float = 50e9
+    cache_bandwidth: float = 50e9
     cache: float = 1.5e6
     new_bandwidth: float = 2.5e9
-    launch: float = 1.5e-6
-    row: float = 25e-9
+    launch: float = 2.6e-6
+    row: float = 60e-9
     depthwise: float = 120e9
     depthwise_first: float = 120e9
     conv: float = 150e9
@@ -115,10 +109,7 @@ class Machine:
         if step.new >= MAPPED * step.pieces:
             time += step.new / self.new_bandwidth
         if step.kind == "gemm":
-            thin = self.gemm_bandwidth_transposed if step.transposed else self.gemm_bandwidth
-            if step.nbytes <= self.cache:
-                thin *= IN_CACHE
-            return time + max(flops / self.gemm, step.nbytes / thin)
+            return time + flops / self.gemm + step.nbytes / self.gemm_bandwidth
         return time + streamed
 
     def streamed(self, nbytes: float) -> float:
@@ -137,7 +128,6 @@ ACCELERATOR = Machine(
     new_bandwidth=1e15,
     gemm=40e12,
     gemm_bandwidth=1.5e12,
-    gemm_bandwidth_transposed=1.5e12,
     memory_bandwidth=1.5e12,
     cache_bandwidth=3e12,
     cache=40e6,
@@ -149,10 +139,7 @@ ACCELERATOR = Machine(
     conv_first=30e12,
     conv_call=12e-6,
 )
-_RATES = (
-    "gemm", "gemm_bandwidth", "gemm_bandwidth_transposed", "memory_bandwidth", "cache_bandwidth",
-    "depthwise", "depthwise_first", "conv", "conv_first",
-)  # fmt: skip
+# Rates that grow with threads. Bandwidths do not: what one core made the others read from it.
 _COMPUTE = ("gemm", "depthwise", "depthwise_first", "conv", "conv_first")
 
 
@@ -160,13 +147,9 @@ _COMPUTE = ("gemm", "depthwise", "depthwise_first", "conv", "conv_first")
 def built_in(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
     """Built-in numbers for a device type and dtype: one thread's, scaled where it is a CPU."""
     base = CPU_THREAD if device_type == "cpu" else ACCELERATOR
-    scaled = {name: getattr(base, name) for name in _RATES}
-    if device_type == "cpu":
-        for name in _RATES:
-            # Memory channels are shared: beyond a few threads bandwidth no longer grows.
-            scaled[name] *= threads if name in _COMPUTE else min(threads, 4)
-    for name in _COMPUTE:
-        scaled[name] *= {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1)
+    width = {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1.0)
+    cores = threads if device_type == "cpu" else 1
+    scaled = {name: getattr(base, name) * cores * width for name in _COMPUTE}
     # A half-precision depthwise stage that oneDNN cannot do is computed in float32.
     staged = torch.float32 if dtype.itemsize == 2 else dtype
     if device_type == "cpu" and not in_onednn(staged):

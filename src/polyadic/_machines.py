@@ -20,7 +20,7 @@ import torch
 
 from polyadic._cost import Machine, built_in
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def machine_for(device_type: str, dtype: torch.dtype) -> Machine:

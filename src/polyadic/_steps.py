@@ -36,14 +36,13 @@ def gemm(
     item: int,
     *,
     vector: int = 16,
-    transposed: bool = False,
     launches: int = 1,
 ) -> Step:
     """(m, k) @ (k, n), ``launches`` with the views before and after it."""
     padded = -(-n // vector) * vector
     return Step(
         name, "gemm", 2 * m * k * n, item * (m * k + k * n + m * n), launches,
-        elements=m * n, padded_flops=2 * m * k * padded, transposed=transposed and m > 1,
+        elements=m * n, padded_flops=2 * m * k * padded,
         new=item * m * n,
     )  # fmt: skip
 
@@ -165,7 +164,7 @@ def _expand_last(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> St
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     views = 1 if len(pieces) == 1 else 3
     return gemm(
-        "expand the last group", rows * outer, rank, last, item, transposed=True,
+        "expand the last group", rows * outer, rank, last, item,
         launches=1 + views,
     )  # fmt: skip
 
@@ -222,7 +221,6 @@ def forward_steps(fmt: LinearFormat, rows: int, route: LinearRoute, item: int) -
                 fmt.rank,
                 fmt.in_features,
                 item,
-                transposed=True,
                 launches=2,
             ),
             gemm(
@@ -231,7 +229,6 @@ def forward_steps(fmt: LinearFormat, rows: int, route: LinearRoute, item: int) -
                 fmt.in_features,
                 fmt.out_features,
                 item,
-                transposed=True,
                 launches=2,
             ),
         ]
@@ -254,7 +251,7 @@ def backward_steps(
     if route.kind == "dense":
         return [
             *_both_khatri_rao(fmt, item),
-            gemm("W^T = KC KA^T", n, r, m, item, transposed=True, launches=2),
+            gemm("W^T = KC KA^T", n, r, m, item, launches=2),
             gemm("dX = dY W^T", rows, n, m, item),
             *tall_steps("dW^T = dY^T X", n, rows, m, item, views=1),
             *tall_steps("dKA = dW KC", m, n, r, item, views=1 + _prefixes(fmt.in_shape)),
@@ -296,7 +293,7 @@ def plan_steps(
 def dense_steps(fmt: LinearFormat, rows: int, item: int, *, training: bool) -> list[Step]:
     """What a dense linear layer does: one GEMM forward, two backward."""
     m, n = fmt.in_features, fmt.out_features
-    steps = [gemm("Y = X W", rows, m, n, item, transposed=True)]
+    steps = [gemm("Y = X W", rows, m, n, item)]
     if training:
         steps += [gemm("dX = dY W^T", rows, n, m, item), gemm("dW = X^T dY", m, rows, n, item)]
     return steps

@@ -149,8 +149,7 @@ class _Sizes:
         return [
             *khatri_rao_steps("K of the kernel's first side", first, self.rank, self.item),
             *khatri_rao_steps("K of the other side and taps", rest, self.rank, self.item),
-            gemm("W = K K'^T", math.prod(first), self.rank, math.prod(rest), self.item,
-                 transposed=True),
+            gemm("W = K K'^T", math.prod(first), self.rank, math.prod(rest), self.item),
         ]  # fmt: skip
 
 

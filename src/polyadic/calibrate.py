@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,9 @@ from polyadic import _planner, _planner_conv
 from polyadic._cost import MAPPED, Machine, built_in
 from polyadic._format import LinearFormat
 from polyadic._machines import store, threads_of
+from polyadic._plan import Groups, LinearPlan, LinearRoute
 from polyadic._steps import SUMMED, plan_steps
+from polyadic.functional import cp_linear
 from polyadic.kernels.products import linear, times
 from polyadic.nn import CPLinear
 
@@ -78,7 +81,11 @@ class _Rates:
 
     def __init__(self, kind: str, dtype: torch.dtype) -> None:
         self.kind, self.dtype = kind, dtype
+        # glibc's allocator keeps freed blocks, as in a process that has run for a while, up to the
+        # size of the largest freed so far.
+        torch.ones(MAPPED - 2**20, dtype=torch.uint8, device=kind)
         one = self._random(4)
+        # In a loop of nothing else, as the others are measured: less than in a layer.
         self.launch = _seconds(lambda: one * one, kind, 0.02)
 
     def _random(self, *shape: int) -> Tensor:
@@ -90,17 +97,16 @@ class _Rates:
         return max(whole - launches * self.launch, whole / 10)
 
     def gemm(self) -> dict[str, Any]:
-        """A large product, and thin ones that are bound by reading their right operand."""
+        """A large product, and a thin one that mostly reads its right operand."""
         n = 1024
         a, b = self._random(n, n), self._random(n, n)
-        thin = self._random(4, n)
-        wide, tall = self._random(n, 4 * n), self._random(4 * n, n)
-        item = self.dtype.itemsize
-        moved = item * (4 * n + 4 * n * n + 16 * n)
+        thin, wide = self._random(4, n), self._random(4 * n, n)
+        rate = 2 * n**3 / self._net(lambda: times(a, b), 1)
+        moved = self.dtype.itemsize * (4 * n + 4 * n * n + 16 * n)
+        whole = self._net(lambda: linear(thin, wide), 1)
         return {
-            "gemm": 2 * n**3 / self._net(lambda: times(a, b), 1),
-            "gemm_bandwidth": moved / self._net(lambda: times(thin, wide), 1),
-            "gemm_bandwidth_transposed": moved / self._net(lambda: linear(thin, tall), 1),
+            "gemm": rate,
+            "gemm_bandwidth": moved / max(whole - 2 * 16 * n * n / rate, whole / 10),
         }
 
     def stream(self) -> dict[str, Any]:
@@ -108,7 +114,9 @@ class _Rates:
 
         Also a product of a tensor that gets new memory each time, and into memory that is there.
         """
-        large, small = self._random(1024, 16, 256), self._random(64, 16, 64)
+        large = self._random(256, 16, 256)
+        # In turns, as a layer's operands are not in the nearest cache when their time comes.
+        several = itertools.cycle([self._random(64, 16, 64) for _ in range(16)])
         short = self._random(2048, 4, 16)
         weights, narrow, thin = (self._random(16, n) for n in (256, 64, 16))
         item = self.dtype.itemsize
@@ -116,11 +124,10 @@ class _Rates:
         out = torch.empty_like(huge)
         renewed = self._net(lambda: huge * huge, 1)
         renewed -= self._net(lambda: torch.mul(huge, huge, out=out), 1)
-        in_cache = self._net(lambda: (small * narrow).sum(1), SUMMED)
-        cache_bandwidth = 4 * item * small.numel() / in_cache
+        in_cache = self._net(lambda: (next(several) * narrow).sum(1), SUMMED)
+        cache_bandwidth = 4 * item * 64 * 16 * 64 / in_cache
         rows = self._net(lambda: (short * thin[:4]).sum(1), SUMMED)
         return {
-            "launch": self.launch,
             "memory_bandwidth": 4
             * item
             * large.numel()
@@ -131,50 +138,63 @@ class _Rates:
         }
 
     def convolutions(self, machine: Machine) -> dict[str, Any]:
-        """Depthwise 5×5 and dense 3×3 convolutions in both layouts, and one of next to no work."""
-        channels, batch, side = 64, 4, 28
-        first = self._random(batch, channels, side, side)
-        last = first.contiguous(memory_format=torch.channels_last)
+        """Depthwise 5×5 and dense 3×3 convolutions in both layouts, of few and of many images."""
+        channels, side, few, many = 64, 28, 4, 16
         taps, kernel = self._random(channels, 1, 5, 5), self._random(channels, channels, 3, 3)
-        depthwise, dense = 2 * 25 * first.numel(), 2 * 9 * channels * first.numel()
+        images = self._random(many, channels, side, side)
+        depthwise, dense = (2 * t * images[0].numel() for t in (25, 9 * channels))
 
-        def seconds(x: Tensor, weight: Tensor, groups: int) -> float:
-            pad = weight.shape[2] // 2
+        def seconds(number: int, weight: Tensor, layout: torch.memory_format) -> float:
+            x = images[:number].contiguous(memory_format=layout)
+            pad, groups = weight.shape[2] // 2, channels // weight.shape[1]
             return _seconds(lambda: torch.conv2d(x, weight, None, 1, pad, 1, groups), self.kind)
 
-        call = seconds(first[:1, :, :1, :1].contiguous(), taps, channels)
+        def rate(weight: Tensor, layout: torch.memory_format, flops: int, passes: int) -> Any:
+            """FLOP/s beside so many passes over the maps, and seconds of a call."""
+            short, long = (seconds(number, weight, layout) for number in (few, many))
+            image = max((long - short) / (many - few), long / many / 2)
+            beside = machine.streamed(passes * images.nbytes) / many
+            return flops / max(image - beside, image / 10), max(short - few * image, short / 10)
 
-        def rate(x: Tensor, weight: Tensor, flops: int, passes: int) -> float:
-            whole = seconds(x, weight, channels // weight.shape[1])
-            beside = call + machine.streamed(passes * 2 * x.nbytes)
-            return flops / max(whole - beside, whole / 10)
-
+        last, first = torch.channels_last, torch.contiguous_format
+        # As many passes as ``_steps_conv`` counts bytes of: one read, a write that counts thrice.
+        fast, call = rate(taps, last, depthwise, 4)
         return {
             "conv_call": call,
-            "depthwise": rate(last, taps, depthwise, 1),
-            "depthwise_first": rate(first, taps, depthwise, 3),
-            "conv": rate(last, kernel, dense, 0),
-            "conv_first": rate(first, kernel, dense, 0),
+            "depthwise": fast,
+            "depthwise_first": rate(taps, first, depthwise, 8)[0],
+            "conv": rate(kernel, last, dense, 0)[0],
+            "conv_first": rate(kernel, first, dense, 0)[0],
         }
 
 
 def _calls(kind: str, dtype: torch.dtype, machine: Machine) -> dict[str, Any]:
-    """What a layer's call costs per pass beside its operations, from a layer of next to no work."""
-    fmt = LinearFormat((2, 2), (2, 2), 2)
-    cp = CPLinear(4, 4, rank=2, order=2, device=kind, dtype=dtype)
-    dense = nn.Linear(4, 4, device=kind, dtype=dtype)
-    x = torch.zeros(1, 4, device=kind, dtype=dtype, requires_grad=True)
-    plan = _planner.choose_linear(fmt, 1, dtype, kind, "balanced")
-    forward, backward = plan_steps(fmt, 1, plan, dtype.itemsize, training=True)
+    """What an operation costs within a layer, and a layer's call beside them, per pass.
 
-    def step(layer: nn.Module) -> Callable[[], object]:
+    From a layer of next to no work, by plans of few and of many operations.
+    """
+    fmt, rows = LinearFormat((2, 2, 2), (2, 2, 2), 2), 2
+    cp = CPLinear(8, 8, bias=False, rank=2, order=3, device=kind, dtype=dtype)
+    dense = nn.Linear(8, 8, bias=False, device=kind, dtype=dtype)
+    x = torch.zeros(rows, 8, device=kind, dtype=dtype, requires_grad=True)
+    grad = torch.ones(rows, 8, device=kind, dtype=dtype)
+
+    def seconds(layer: nn.Module, call: Callable[[], Tensor]) -> float:
         wanted = [x, *layer.parameters()]
-        grad = torch.ones(1, 4, device=kind, dtype=dtype)
-        return lambda: torch.autograd.grad(layer(x), wanted, grad)
+        return _seconds(lambda: torch.autograd.grad(call(), wanted, grad), kind)
 
-    work = machine.total([*forward, *backward])
-    ours, theirs = _seconds(step(cp), kind), _seconds(step(dense), kind)
+    def by_plan(groups: Groups) -> tuple[float, int]:
+        route = LinearRoute(groups, groups)
+        plan = LinearPlan(route, route)
+        steps = itertools.chain(*plan_steps(fmt, rows, plan, dtype.itemsize, training=True))
+        time = seconds(cp, lambda: cp_linear(x, cp.in_factors, cp.out_factors, plan=plan))
+        return time, sum(step.launches for step in steps)
+
+    (few, n_few), (many, n_many) = by_plan((3,)), by_plan((1, 1, 1))
+    launch = max((many - few) / (n_many - n_few), machine.launch / 10)
+    theirs = seconds(dense, lambda: dense(x))
     return {
-        "call": max((ours - work) / 2, ours / 10),
-        "dense_call": max((theirs - 3 * machine.launch) / 2, theirs / 10),
+        "launch": launch,
+        "call": max((few - n_few * launch) / 2, few / 10),
+        "dense_call": max((theirs - 3 * launch) / 2, theirs / 10),
     }

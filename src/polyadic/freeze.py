@@ -109,7 +109,7 @@ def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -
     fmt = LinearFormat(layer.in_shape, layer.out_shape, r)
     plan = _planner.choose_linear(fmt, _planner.bucket(rows), dtype, kind, "balanced")
     pair = machine.total([gemm("X KA", rows, m, r, item), gemm("Z KC^T", rows, r, n, item)])
-    dense = machine.total([gemm("X W", rows, m, n, item, transposed=True)])
+    dense = machine.total([gemm("X W", rows, m, n, item)])
     ours = machine.total(forward_steps(fmt, rows, plan.forward, item)) + machine.call
     if ours < min(pair, dense) + machine.dense_call:
         return None
