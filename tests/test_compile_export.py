@@ -148,7 +148,6 @@ def test_compiled_convolutions_keep_channels_innermost(stride: int, given: str) 
     x = torch.randn(2, 24, 33, 31, requires_grad=True)
     if given == "channels_last":
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    x = x.requires_grad_()
 
     def call(x: Tensor) -> Tensor:
         return functional.cp_conv(

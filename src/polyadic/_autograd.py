@@ -90,7 +90,7 @@ def _transforming() -> bool:
 
 
 class _Boundary(Function):
-    """Closed-form backward around a map's forward; reverse mode, vmap and compile."""
+    """Closed-form backward around a map's forward; reverse mode and vmap, for those below."""
 
     generate_vmap_rule = True
 

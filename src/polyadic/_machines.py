@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from polyadic._cost import Machine, built_in
+from polyadic._cost import MAPPED, Machine, built_in
 
 FORMAT_VERSION = 2
 
@@ -81,6 +81,16 @@ def _cpu_name() -> str:
         key, _, value = line.partition(":")
         found.setdefault(key.strip(), value.strip())
     return " ".join(found[key] for key in wanted if key in found)
+
+
+def settle() -> None:
+    """Bring the allocator to the state in which a process that has run for a while leaves it.
+
+    glibc's gives freed memory back to the system, and gets it again page by page, above thresholds
+    that rise with the largest block freed so far: what is measured would hang on which sizes
+    came before it.
+    """
+    torch.ones(MAPPED - 2**20, dtype=torch.uint8)
 
 
 def store(machine: Machine, device_type: str, dtype: torch.dtype, threads: int) -> Path:

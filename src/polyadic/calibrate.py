@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polyadic import _planner, _planner_conv
 from polyadic._cost import MAPPED, Machine, built_in
 from polyadic._format import LinearFormat
-from polyadic._machines import store, threads_of
+from polyadic._machines import settle, store, threads_of
 from polyadic._plan import Groups, LinearPlan, LinearRoute
 from polyadic._steps import SUMMED, plan_steps
 from polyadic.functional import cp_linear
@@ -81,9 +81,7 @@ class _Rates:
 
     def __init__(self, kind: str, dtype: torch.dtype) -> None:
         self.kind, self.dtype = kind, dtype
-        # glibc's allocator keeps freed blocks, as in a process that has run for a while, up to the
-        # size of the largest freed so far.
-        torch.ones(MAPPED - 2**20, dtype=torch.uint8, device=kind)
+        settle()
         one = self._random(4)
         # In a loop of nothing else, as the others are measured: less than in a layer.
         self.launch = _seconds(lambda: one * one, kind, 0.02)
@@ -116,7 +114,8 @@ class _Rates:
         """
         large = self._random(256, 16, 256)
         # In turns, as a layer's operands are not in the nearest cache when their time comes.
-        several = itertools.cycle([self._random(64, 16, 64) for _ in range(16)])
+        several = [self._random(64, 16, 64) for _ in range(16)]
+        turns = itertools.cycle(several)
         short = self._random(2048, 4, 16)
         weights, narrow, thin = (self._random(16, n) for n in (256, 64, 16))
         item = self.dtype.itemsize
@@ -124,8 +123,8 @@ class _Rates:
         out = torch.empty_like(huge)
         renewed = self._net(lambda: huge * huge, 1)
         renewed -= self._net(lambda: torch.mul(huge, huge, out=out), 1)
-        in_cache = self._net(lambda: (next(several) * narrow).sum(1), SUMMED)
-        cache_bandwidth = 4 * item * 64 * 16 * 64 / in_cache
+        in_cache = self._net(lambda: (next(turns) * narrow).sum(1), SUMMED)
+        cache_bandwidth = 4 * item * several[0].numel() / in_cache
         rows = self._net(lambda: (short * thin[:4]).sum(1), SUMMED)
         return {
             "memory_bandwidth": 4
@@ -149,7 +148,9 @@ class _Rates:
             pad, groups = weight.shape[2] // 2, channels // weight.shape[1]
             return _seconds(lambda: torch.conv2d(x, weight, None, 1, pad, 1, groups), self.kind)
 
-        def rate(weight: Tensor, layout: torch.memory_format, flops: int, passes: int) -> Any:
+        def rate(
+            weight: Tensor, layout: torch.memory_format, flops: int, passes: int
+        ) -> tuple[float, float]:
             """FLOP/s beside so many passes over the maps, and seconds of a call."""
             short, long = (seconds(number, weight, layout) for number in (few, many))
             image = max((long - short) / (many - few), long / many / 2)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from polyadic._cost import MAPPED
 from polyadic.bench.cases import Case, LinearCase, Mode
 from polyadic.kernels.products import times
 
@@ -42,16 +41,6 @@ class Rates:
         """Of the best copy whose working set is no smaller: a bound from above, caches and all."""
         fitting = [rate for size, rate in self.bandwidth if size >= working_set]
         return max(fitting, default=self.bandwidth[-1][1])
-
-
-def settle() -> None:
-    """Bring the allocator to the state in which a process that has run for a while leaves it.
-
-    glibc's gives freed memory back to the system, and gets it again page by page, above thresholds
-    that rise with the largest block freed so far: what a contestant takes would hang on which
-    sizes came before it.
-    """
-    torch.ones(MAPPED - 2**20, dtype=torch.uint8)
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

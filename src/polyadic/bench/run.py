@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from polyadic._machines import settle
 from polyadic.bench import machine
 from polyadic.bench.cases import MODES, Case, Mode, describe, select
 from polyadic.bench.contestants import contestants
@@ -106,7 +107,7 @@ def _settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    machine.settle()
+    settle()
     try:
         yield
     finally:

@@ -127,32 +127,31 @@ _one_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _goes_to_operator(x: Tensor, matrix: Tensor, columns: int) -> bool:
     """Whether a graph that is being compiled calls our operator for a product of so many columns.
 
-    It asks of the tensors what ``_by_onednn`` does, of rows whose number is symbolic by their
-    usual number: the operator itself sees how many there are.
+    Rows whose number is symbolic count as their usual number: the operator itself sees how many
+    there are.
     """
     rows, terms = x.shape
-    return (
-        faster_products()
-        and not is_exporting()
-        and not torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and terms <= CHAIN
-        and (rows if known(rows) else UNKNOWN_BATCH) * terms * columns >= LARGE
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and x.is_contiguous()
-        and (matrix.is_contiguous() or matrix.t().is_contiguous())
-        and type(x) is Tensor
-        and type(matrix) in (Tensor, torch.nn.Parameter)
-    )
+    large = (rows if known(rows) else UNKNOWN_BATCH) * terms * columns >= LARGE
+    return large and not is_exporting() and _suits_onednn(x, matrix, terms)
 
 
 def _by_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
-    """Whether oneDNN makes a product of x and a matrix, sums of so many terms.
+    """Whether eager code takes oneDNN for a large product: numbers must be all that is asked for.
 
-    It knows no graph, transform or mode, so numbers must be all that is asked for. It takes any
-    strides, but some a thousand times slower.
+    Neither a mode nor a tracer must want to see the product.
+    """
+    return (
+        _suits_onednn(x, matrix, terms)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _suits_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
+    """Whether oneDNN may make a product of x and a matrix, sums of so many terms.
+
+    It knows no graph and no transform. It takes any strides, but some a thousand times slower.
     """
     return (
         faster_products()
@@ -165,10 +164,7 @@ def _by_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
         and type(matrix) in (Tensor, torch.nn.Parameter)
         and not torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and torch._C._get_mkldnn_enabled()
     )
 
 

@@ -7,7 +7,7 @@ dimensions and the channels_last layout exists for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,10 +140,10 @@ class Stage:
         if torch.compiler.is_compiling() and wrt == (True, True) and not self.transposed:
             d_x, wrt = self._input_gradient(grad, x, weight, groups), (False, True)
         if any(wrt):
-            wide_x, narrow, _ = torch.ops.aten.convolution_backward(
+            through, narrow, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *self._where(), groups, [*wrt, False]
             )
-            d_x = wide_x if wrt[0] else d_x
+            d_x = through if wrt[0] else d_x
             d_weight = narrow if wrt[1] else d_weight
         if d_x is None:
             return None, d_weight
@@ -153,20 +153,15 @@ class Stage:
         return d_x, d_weight
 
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """Gradient of x alone, as a transposed convolution.
+        """Gradient of x alone, as a transposed convolution; x is padded already.
 
         The compiler decides layouts by the convolutions it sees, and a backward is none to it.
         """
-        extra = tuple(
-            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-            for n, m, s, p, d, k in zip(
-                x.shape[2:], grad.shape[2:], self.stride, self.padding, self.dilation,
-                self.kernel_size, strict=True,
-            )
-        )  # fmt: skip
-        return torch.convolution(
-            grad, weight, None, self.stride, self.padding, self.dilation, True, extra, groups
-        )
+        none = (0,) * len(self.stride)
+        adjoint = replace(self, transposed=True, excess=none, output_padding=none)
+        sizes = zip(x.shape[2:], adjoint.output_size(grad.shape[2:]), strict=True)
+        extra = tuple(size - made for size, made in sizes)
+        return replace(adjoint, output_padding=extra).forward(grad, weight, None, groups)
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
         """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
