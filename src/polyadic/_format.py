@@ -42,6 +42,37 @@ def mode_sizes(value: Any, name: str) -> Shape:
     return sizes
 
 
+def tensorized_groups(tensorized_shape: Any) -> tuple[tuple[Shape, ...], int]:
+    """Return the groups of modes of a tensorized shape, and how many ints stood in front of them.
+
+    Raises:
+        TypeError: it is no sequence of groups of integers.
+        ValueError: a size is below 1, there is no group, or an int stands behind a group.
+    """
+    if isinstance(tensorized_shape, (str, bytes)) or not isinstance(tensorized_shape, Sequence):
+        raise TypeError(
+            f"tensorized_shape must be a sequence of groups of mode sizes such as "
+            f"((4, 4, 16), (4, 4, 8)), got {tensorized_shape!r}"
+        )
+    single = [hasattr(group, "__index__") for group in tensorized_shape]
+    layer_modes = sum(single)
+    if any(single[layer_modes:]):
+        raise ValueError(
+            f"ints in tensorized_shape are modes of layers and stand in front of the groups, got "
+            f"{tuple(tensorized_shape)}; write a group of one mode as (size,)"
+        )
+    groups = tuple(
+        mode_sizes((group,) if i < layer_modes else group, f"tensorized_shape[{i}]")
+        for i, group in enumerate(tensorized_shape)
+    )
+    if len(groups) == layer_modes:
+        raise ValueError(
+            f"tensorized_shape must have at least one group of modes, got "
+            f"{tuple(tensorized_shape) or 'none'}"
+        )
+    return groups, layer_modes
+
+
 def _prime_factors(number: int) -> list[int]:
     """Prime factors in ascending order; [1] for 1."""
     primes, divisor = [], 2

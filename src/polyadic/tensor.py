@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import _check
-from polyadic._format import Shape, mode_sizes, positive_int
+from polyadic._format import Shape, positive_int, tensorized_groups
 from polyadic.init import cp_orthonormal_
 from polyadic.kernels.modes import accumulate_dtype, khatri_rao
 
@@ -61,7 +61,7 @@ class CPTensor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.tensorized_shape, self.layer_modes = _groups(tensorized_shape)
+        self.tensorized_shape, self.layer_modes = tensorized_groups(tensorized_shape)
         ends = [0, *itertools.accumulate(map(len, self.tensorized_shape))]
         self._pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
         self.rank = positive_int(rank, "rank")
@@ -173,7 +173,7 @@ class CPTensor(nn.Module):
             TypeError: factors are not floating tensors of one dtype.
             ValueError: number, shapes, ranks or devices do not fit.
         """
-        groups, _ = _groups(tensorized_shape)
+        groups, _ = tensorized_groups(tensorized_shape)
         modes = tuple(mode for group in groups for mode in group)
         tensors = _check.factor_group(factors, "factors")
         sizes, (rank,) = _check.ranked(weights, factors=tensors)
@@ -375,32 +375,6 @@ def _row(index: Any, size: int) -> int:
         raise IndexError(f"there are {size} layers, so that the index must lie in "
                          f"[{-size}, {size}), got {row}")  # fmt: skip
     return row % size
-
-
-def _groups(tensorized_shape: Any) -> tuple[tuple[Shape, ...], int]:
-    """The groups of modes, and how many ints stood in front of them."""
-    if isinstance(tensorized_shape, (str, bytes)) or not isinstance(tensorized_shape, Sequence):
-        raise TypeError(
-            f"tensorized_shape must be a sequence of groups of mode sizes such as "
-            f"((4, 4, 16), (4, 4, 8)), got {tensorized_shape!r}"
-        )
-    single = [hasattr(group, "__index__") for group in tensorized_shape]
-    layer_modes = sum(single)
-    if any(single[layer_modes:]):
-        raise ValueError(
-            f"ints in tensorized_shape are modes of layers and stand in front of the groups, got "
-            f"{tuple(tensorized_shape)}; write a group of one mode as (size,)"
-        )
-    groups = tuple(
-        mode_sizes((group,) if i < layer_modes else group, f"tensorized_shape[{i}]")
-        for i, group in enumerate(tensorized_shape)
-    )
-    if len(groups) == layer_modes:
-        raise ValueError(
-            f"tensorized_shape must have at least one group of modes, got "
-            f"{tuple(tensorized_shape) or 'none'}"
-        )
-    return groups, layer_modes
 
 
 def _own(tensor: Tensor) -> nn.Parameter:
