@@ -111,6 +111,8 @@ def test_a_small_layer_makes_few_calls(
     def back(y: Tensor) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(y, wanted, grad_y)
 
+    # A call settled by an equal plan of another test compares the two, each time.
+    _planner.settled.clear()
     back(call())()
     assert operations(call) <= forward[0]
     assert python_calls(call) <= forward[1]
