@@ -125,14 +125,14 @@ def contract_steps(rows: int, sizes: Shape, rank: int, groups: Groups, item: int
 
 def _sum_right(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> list[Step]:
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
-    views = 0 if len(pieces) == 1 else 3
+    views = 0 if len(pieces) == 1 else 2
     steps = [gemm("contract the last group", rows * outer, last, rank, item, launches=1 + views)]
     for piece in reversed(pieces[:-1]):
         group = math.prod(piece)
         elements = rows * outer * rank
         outer //= group
         steps.append(
-            Step("weighted sum over a group", "stream", 0, 4 * item * elements, 1 + SUMMED,
+            Step("weighted sum over a group", "stream", 0, 4 * item * elements, SUMMED,
                  rows=rows * outer, elements=elements, new=item * elements)
         )  # fmt: skip
     return steps
@@ -146,7 +146,7 @@ def spread_steps(rows: int, pieces: Sequence[Shape], rank: int, item: int) -> li
         before, outer = outer, outer * math.prod(piece)
         elements = rows * outer * rank
         steps.append(
-            Step("spread over a group", "stream", 0, 2 * item * elements, 3 + (not steps),
+            Step("spread over a group", "stream", 0, 2 * item * elements, 2,
                  rows=rows * before, elements=elements, new=item * elements)
         )  # fmt: skip
     return steps
@@ -193,12 +193,13 @@ def partials_steps(
     for piece in pieces[:-1]:
         elements = rows * before * math.prod(piece) * rank
         steps.append(
-            Step("dK of a group", "stream", 0, 4 * item * elements, 2 + SUMMED,
+            Step("dK of a group", "stream", 0, 4 * item * elements, 1 + SUMMED,
                  rows=rows * before, elements=elements, new=item * elements)
         )  # fmt: skip
         steps += khatri_rao_backward_steps("MTTKRP", piece, rank, item)
         before *= math.prod(piece)
-    views = 1 if len(groups) == 1 else 3
+    # Its rows of Z are those that give dX.
+    views = 1 if len(groups) == 1 or wrt_x else 2
     # A large dK is made in pieces.
     size, at_once = pieces[-1][-1], None
     if last * rank > WHOLE:

@@ -114,29 +114,27 @@ def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
     if len(groups) == 1:
         return times(x, khatri_rao(factors, x.dtype))
     *left, last = _grouped(factors, groups, x.dtype)[0]
-    return _sum_left(_contract_last(x, last), left)[0]
+    return _sum_left(_split_last(x, last), last, x.shape[0], left)[0]
 
 
-def _contract_last(x: Tensor, last: Tensor) -> Tensor:
-    """P[b, l, r] = Σ_g X[b, l, g] K[g, r]: (B, M) → (B, L, R)."""
+def _split_last(x: Tensor, last: Tensor) -> Tensor:
+    """(B, M) → (B·L, g), the modes of the last group apart from those before it."""
     rows, size = x.shape
-    width, rank = last.shape
-    return times(x.reshape(rows * (size // width), width), last).view(rows, size // width, rank)
+    width = last.shape[0]
+    return x.reshape(rows * (size // width), width)
 
 
-def _sum_left(partial: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
-    """Contract the remaining groups right to left; result j has the modes of the first j groups.
+def _sum_left(x: Tensor, last: Tensor, rows: int, left: Sequence[Tensor]) -> list[Tensor]:
+    """Contract x (B·L, g) with all groups right to left; result j has the first j groups left.
 
-    (B, L, R) → [(B, R), (B, g_1, R), …, (B, L, R)], each the weighted sum of its right neighbour;
-    the first and the last in the dtype of ``partial``, those between in that of ``left``.
+    [(B, R), (B, g_1, R), …, (B, g_1, …, g_k, R)], each the weighted sum of its right neighbour;
+    the first and the last in the dtype of x, those between in that of ``left``.
     """
-    partials = [partial]
+    sizes = [matrix.shape[0] for matrix in left]
+    partials = [times(x, last).view(rows, *sizes, last.shape[1])]
     for matrix in reversed(left):
-        group, rank = matrix.shape
-        outer = partials[0].shape[1] // group
-        split = partials[0].view(partial.shape[0], outer, group, rank)
-        partials.insert(0, (split * matrix).sum(2))
-    partials[0] = _rounded(partials[0].squeeze(1), partial.dtype)
+        partials.insert(0, (partials[0] * matrix).sum(-2))
+    partials[0] = _rounded(partials[0], x.dtype)
     return partials
 
 
@@ -152,15 +150,13 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _spread(z: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
-    """Multiply the groups in left to right: (B, R) → [(B, 1, R), (B, g_1, R), …, (B, L, R)].
+    """Multiply the groups in left to right: [(B, R), (B, g_1, R), …, (B, g_1, …, g_k, R)].
 
     The first and the last in the dtype of ``z``, those between in that of ``left``.
     """
-    spread = [z.unsqueeze(1)]
+    spread = [z]
     for matrix in left:
-        product = spread[-1].unsqueeze(2) * matrix
-        rows, outer, group, rank = product.shape
-        spread.append(product.reshape(rows, outer * group, rank))
+        spread.append(spread[-1].unsqueeze(-2) * matrix)
     spread[-1] = _rounded(spread[-1], z.dtype)
     return spread
 
@@ -172,14 +168,8 @@ def expand(
     if len(groups) == 1:
         return linear(z, khatri_rao(factors, z.dtype), bias)
     *left, last = _grouped(factors, groups, z.dtype)[0]
-    x = _expand_last(_spread(z, left)[-1], last)
-    return plus_bias(x, bias)
-
-
-def _expand_last(spread: Tensor, last: Tensor) -> Tensor:
-    """X[b, l, g] = Σ_r Q[b, l, r] K[g, r]: (B, L, R) → (B, M)."""
-    rows, outer, rank = spread.shape
-    return linear(spread.reshape(rows * outer, rank), last).view(rows, outer * last.shape[0])
+    x = linear(_spread(z, left)[-1].reshape(-1, last.shape[1]), last)
+    return plus_bias(x.view(z.shape[0], math.prod([factor.shape[0] for factor in factors])), bias)
 
 
 def partials(
@@ -219,25 +209,21 @@ def partials(
         matrix = _rounded(_product(wide, prefixes), x.dtype)
         return linear(z, matrix) if wrt_x else None, times(x, matrix) if wrt_z else None, grads
     (*left, last), pieces, grown = _grouped(factors, groups, x.dtype)
-    rows, rank = z.shape
     spread = _spread(z, left)
-    d_x = _expand_last(spread[-1], last) if wrt_x else None
-    summed = _sum_left(_contract_last(x, last), left) if wrt_z or wrt_factors else []
+    every = spread[-1].reshape(-1, last.shape[1])
+    d_x = linear(every, last).view(x.shape) if wrt_x else None
+    if not (wrt_z or wrt_factors):
+        return d_x, None, None
+    split = _split_last(x, last)
+    summed = _sum_left(split, last, x.shape[0], left)
     d_z = summed[0] if wrt_z else None
     if not wrt_factors:
         return d_x, d_z, None
     grads = []
-    for j, (piece, prefixes) in enumerate(zip(pieces, grown, strict=True)):
-        if j == len(left):
-            width = last.shape[0]
-            tall = x.reshape(rows * (x.shape[1] // width), width)
-            grads += _factor_gradients(tall, spread[j].reshape(-1, rank), piece, prefixes, own)
-        else:
-            outer, group = spread[j].shape[1], left[j].shape[0]
-            p = summed[j + 1].view(rows, outer, group, rank)
-            d_matrix = _weighted(p, spread[j].unsqueeze(2)).sum((0, 1))
-            grads += _mttkrp(d_matrix, piece, prefixes, own)
-    return d_x, d_z, grads
+    for j in range(len(left)):
+        d_matrix = _weighted(summed[j + 1], spread[j].unsqueeze(-2)).sum(_LEADING[j + 1])
+        grads += _mttkrp(d_matrix, pieces[j], grown[j], own)
+    return d_x, d_z, grads + _factor_gradients(split, every, pieces[-1], grown[-1], own)
 
 
 def product_gradients(x: Tensor, z: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
