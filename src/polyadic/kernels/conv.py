@@ -51,7 +51,8 @@ def _taps(
 ) -> Tensor:
     """Depthwise kernels (g·r, 1, *k) of one stage, the same for every group."""
     columns = khatri_rao([kernel_factors[i] for i in stage.held], dtype)
-    kernels = columns.t().reshape(-1, 1, *stage.kernel_size)
+    # Contiguous, or each convolution with them would copy them for itself.
+    kernels = columns.t().contiguous().view(-1, 1, *stage.kernel_size)
     return kernels if groups == 1 else kernels.repeat(groups, *[1] * (kernels.dim() - 1))
 
 
@@ -239,9 +240,13 @@ class ConvMap:
             del d_map
             if d_taps is not None:
                 held = [kernel_factors[i] for i in stage.held]
-                # Groups share the taps: their gradients add up.
-                d_taps = d_taps.reshape(self.groups, d_taps.shape[0] // self.groups, -1).sum(0)
-                pieces = khatri_rao_backward(d_taps.t(), held)
+                channels = d_taps.shape[0]
+                if self.groups == 1:
+                    d_columns = d_taps.reshape(channels, -1)
+                else:
+                    # They share the taps: their gradients add up.
+                    d_columns = d_taps.reshape(self.groups, channels // self.groups, -1).sum(0)
+                pieces = khatri_rao_backward(d_columns.t(), held)
                 for i, piece in zip(stage.held, pieces, strict=True):
                     d_kernel[i] = piece
         d_in: list[Tensor | None] = none_rest
@@ -253,7 +258,7 @@ class ConvMap:
                 d_in = [*d_in[len(kernel_factors) :], *d_in[: len(kernel_factors)]]
         if not wrt_x:
             return None, [*d_first, *d_in]
-        d_x = project_back(d_z, ka.mT, taken, layout, self.groups)
+        d_x = project_back(d_z, ka, taken, layout, self.groups)
         return _unstrided(d_x, x, plan.skip), [*d_first, *d_in]
 
     def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:

@@ -58,16 +58,16 @@ def project(
 
 
 def project_back(z: Tensor, matrix: Tensor, like: Tensor, layout: str, groups: int = 1) -> Tensor:
-    """Contract a map (b, r, *s) with (r, c) → (b, c, *s), in the layout of ``like`` (b, c, *s).
+    """Contract a map (b, r, *s) with (c, r) → (b, c, *s), in the layout of ``like`` (b, c, *s).
 
     The gradient of an input that came in channels_first leaves so: the GEMM writes it, and no pass
     over it is spent on conversion, by whoever takes it.
     """
     turned = layout == "channels_last" and groups == 1 and not _is_rows(like)
     if not turned or math.prod(z.shape[2:]) < MANY:
-        return project(z, matrix, layout, groups)
-    matrices = matrix.t().expand(z.shape[0], matrix.shape[1], matrix.shape[0])
-    return torch.bmm(matrices, _columns(z)).view(z.shape[0], matrix.shape[1], *z.shape[2:])
+        return project(z, matrix.mT, layout, groups)
+    matrices = matrix.expand(z.shape[0], *matrix.shape)
+    return torch.bmm(matrices, _columns(z)).view(z.shape[0], matrix.shape[0], *z.shape[2:])
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
