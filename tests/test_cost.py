@@ -29,6 +29,7 @@ from polyadic.functional import (
     cp_linear,
     cp_linear_forward,
 )
+from polyadic.kernels import products
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
@@ -183,11 +184,28 @@ def test_linear_launches_are_what_torch_dispatches(
 def test_a_product_reads_its_operands_before_it_multiplies() -> None:
     """Of few rows it costs the reading, of many the multiplications, and between them both."""
     machine = Machine(launch=0.0)
-    one, few, many = (machine.seconds(gemm("", rows, 2048, 2048, 4)) for rows in (1, 64, 4096))
+    one, few, many = (machine.seconds(gemm("", rows, 1024, 4096, 4)) for rows in (1, 64, 1024))
     reading = 4 * 2048**2 / machine.gemm_bandwidth
     assert one == pytest.approx(reading, rel=0.1)
     assert few > reading + 2 * 64 * 2048**2 / machine.gemm
-    assert many == pytest.approx(2 * 4096 * 2048**2 / machine.gemm, rel=0.1)
+    assert many == pytest.approx(2 * 1024 * 2048**2 / machine.gemm, rel=0.1)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_sums_too_long_for_onednn_take_longer(
+    monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
+    """Where oneDNN is faster than the BLAS; in float32, and where both would be asked."""
+    monkeypatch.setattr(products, "faster_products", lambda: faster)
+
+    def slowed(rows: int, terms: int, item: int) -> bool:
+        step = gemm("", rows, terms, 64, item)
+        return step.padded_flops > step.flops
+
+    assert slowed(256, 4096, 4) == faster
+    assert not slowed(1024, 1024, 4)
+    assert not slowed(8, 4096, 4)
+    assert not slowed(256, 4096, 8)
 
 
 def test_very_large_tensors_cost_their_memory() -> None:

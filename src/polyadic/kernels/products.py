@@ -116,6 +116,12 @@ def better_flipped(terms: int, width: int, rank: int) -> bool:
     return rank <= SLIM and width >= 8 * rank
 
 
+def left_to_blas(rows: int, terms: int, columns: int, item: int) -> bool:
+    """Whether a product is as large as oneDNN's, and its sums too long for oneDNN's rounding."""
+    large = rows * terms * columns >= LARGE and terms > CHAIN
+    return large and item == 4 and faster_products()
+
+
 def _one_thread() -> bool:
     return torch.get_num_threads() == 1
 
