@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
+from polyadic._tracing import exporting
+
 
 class MultilinearMap(Protocol):
     """What the boundary needs of a map."""
@@ -59,34 +61,38 @@ def run(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
     """Apply a map, differentiably; under a profiler with a label that names map and plan."""
-    # Entering a label costs more than a small layer's product. Compiled code asks nothing: what it
-    # reads is guarded, and starting a profiler would compile it again.
-    if not torch.compiler.is_compiling() and profiler._is_profiler_enabled:
+    # Compiled code asks for no profiler: what it reads is guarded, and starting one would compile
+    # it again.
+    if torch.compiler.is_compiling():
+        return _traced(layer_map, x, bias, factors)
+    # Entering a label costs more than a small layer's product.
+    if profiler._is_profiler_enabled:
         with profiler.record_function(f"polyadic.{type(layer_map).__name__}({layer_map.plan})"):
-            return _run(layer_map, x, bias, factors)
-    return _run(layer_map, x, bias, factors)
+            return _eager(layer_map, x, bias, factors)
+    return _eager(layer_map, x, bias, factors)
 
 
-def _run(
+def _traced(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    if layer_map.left_to_autograd or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if layer_map.left_to_autograd or not torch.is_grad_enabled() or exporting():
+        return layer_map.forward(x, bias, factors)[0]
+    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    return y.movedim(-1, 1) if layer_map.innermost else y
+
+
+def _eager(
+    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
+    if layer_map.left_to_autograd or not torch.is_grad_enabled():
         return layer_map.forward(x, bias, factors)[0]
     y: Tensor
-    if torch.compiler.is_compiling():
-        y = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
-        y = y.movedim(-1, 1) if layer_map.innermost else y
-    elif _transforming():
+    # In a transform of torch.func, or a level of forward mode.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         y = _BoundaryWithJvp.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
     else:
         y = _Plain.apply(layer_map, x, bias, *factors)  # type: ignore[no-untyped-call]
     return y
-
-
-def _transforming() -> bool:
-    """Whether eager code runs in a transform of torch.func or a level of forward mode."""
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active or forward_ad._current_level >= 0
 
 
 class _Boundary(Function):

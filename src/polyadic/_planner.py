@@ -28,7 +28,7 @@ from polyadic._steps import (
     partials_steps,
     plan_steps,
 )
-from polyadic._symbolic import UNKNOWN_BATCH, known
+from polyadic._tracing import UNKNOWN_BATCH, known
 
 # Calls a function has checked and found a plan for; the function says by what key.
 settled = Memo()

@@ -15,7 +15,7 @@ from polyadic._machines import machine_for, threads_of
 from polyadic._plan import ConvPlan, ConvRoute, Memory
 from polyadic._planner import bucket, settled
 from polyadic._steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
-from polyadic._symbolic import known
+from polyadic._tracing import known
 from polyadic.kernels.stages import Geometry
 
 # As of a symbolic batch of rows: one plan for all numbers of images.

@@ -9,7 +9,7 @@ import torch
 from polyadic._format import LinearFormat
 from polyadic._plan import LinearPlan, LinearRoute, Memory
 from polyadic._planner import plan_rows
-from polyadic._symbolic import known
+from polyadic._tracing import known
 
 
 def plan_embedding(

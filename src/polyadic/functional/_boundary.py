@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polyadic import _check
 from polyadic._plan import Memory
+from polyadic._tracing import knows_autocast
 
 _signature = attrgetter("shape", "dtype", "device")
 
@@ -54,7 +55,7 @@ def nbytes(tensors: Sequence[Tensor | None]) -> int:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype autocast asks for on x's device, None where it is off or x is float64."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not knows_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 

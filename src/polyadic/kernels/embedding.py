@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from polyadic._plan import LinearPlan
+from polyadic._tracing import knows_autocast
 from polyadic.kernels.modes import (
     Groups,
     accumulate_dtype,
@@ -75,7 +76,7 @@ def _sum_into(rows: Tensor, digit: Tensor, mode: int) -> Tensor:
 def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast off, as for torch's embedding: a residual stream that starts in fp32 stays so."""
     kind = like.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if knows_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 

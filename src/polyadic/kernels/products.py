@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from polyadic._onednn import faster_products
-from polyadic._symbolic import UNKNOWN_BATCH, known
+from polyadic._tracing import UNKNOWN_BATCH, exporting, known
 
 # Elements of an output up to which a pass over it costs less than calling an operation.
 SMALL = 2**14
@@ -138,7 +138,7 @@ def _goes_to_operator(x: Tensor, matrix: Tensor, columns: int) -> bool:
     """
     rows, terms = x.shape
     large = (rows if known(rows) else UNKNOWN_BATCH) * terms * columns >= LARGE
-    return large and not is_exporting() and _suits_onednn(x, matrix, terms)
+    return large and not exporting() and _suits_onednn(x, matrix, terms)
 
 
 def _by_onednn(x: Tensor, matrix: Tensor, terms: int) -> bool:
