@@ -103,3 +103,87 @@ def test_errors(call, error, message) -> None:
     with pytest.raises(error) as caught:
         call()
     assert message in str(caught.value)
+
+
+def _double(own: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(2 * own.detach())
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda layer: layer.load_state_dict(
+            {name: 2 * value for name, value in layer.state_dict().items()}, assign=True
+        ),
+        lambda layer: setattr(layer.cp, "weights", nn.Parameter(torch.full((3,), 2.0))),
+        lambda layer: layer.cp.factors.__setitem__(0, _double(layer.cp.factors[0])),
+    ],
+    ids=["load_state_dict", "weights", "factor"],
+)
+def test_a_frozen_layer_whose_factors_are_replaced_refuses_to_run(replace) -> None:
+    layer, x = polyadic.freeze(CPLinear(12, 8, rank=3)), torch.randn(2, 12)
+    before = layer(x)
+    replace(layer)
+    with pytest.raises(RuntimeError, match=r"polyadic\.unfreeze"):
+        layer(x)
+    after = polyadic.unfreeze(layer)(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(polyadic.freeze(layer)(x), after)
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_functional_call_with_other_factors_is_refused() -> None:
+    layer, other = polyadic.freeze(CPLinear(12, 8, rank=3)), CPLinear(12, 8, rank=3)
+    x = torch.randn(2, 12)
+    with pytest.raises(RuntimeError, match=r"polyadic\.unfreeze"):
+        torch.func.functional_call(layer, other.state_dict(), (x,))
+    layer(x)
+
+
+def test_the_bias_is_free_while_the_layer_is_frozen() -> None:
+    layer, x = CPLinear(12, 8, rank=3), torch.randn(2, 12)
+    without = layer(x) - layer.bias
+    polyadic.freeze(layer)
+    with torch.no_grad():
+        layer.bias.fill_(1)
+    torch.testing.assert_close(layer(x), without + 1)
+    layer.bias = None
+    torch.testing.assert_close(layer(x), without)
+    polyadic.unfreeze(layer)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_layers_that_share_factors_get_their_flags_back_in_any_order(order) -> None:
+    layers = CPLinear.joint(2, 12, 8, rank=6)
+    for i in order:
+        polyadic.freeze(layers[i])
+    polyadic.unfreeze(layers)
+    assert all(parameter.requires_grad for parameter in layers.parameters())
+    polyadic.freeze(layers[0])
+    polyadic.freeze(layers)
+    for i in order:
+        polyadic.unfreeze(layers[i])
+    assert all(parameter.requires_grad for parameter in layers.parameters())
+
+
+def test_a_frozen_convolution_refuses_another_number_of_channels() -> None:
+    layer = polyadic.freeze(CPConv2d(8, 8, 3, rank=60), size=8)
+    assert isinstance(layer.frozen, FrozenKernel)
+    assert layer(torch.randn(8, 8, 8)).shape == (8, 6, 6)
+    with pytest.raises(RuntimeError, match="16 channels"):
+        layer(torch.randn(2, 16, 8, 8))
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    layer, x = CPLinear(12, 8, rank=3), torch.randn(2, 12, requires_grad=True)
+    before = layer(x)
+    with torch.inference_mode():
+        polyadic.freeze(layer)
+        born_there = CPLinear(12, 8, rank=3)
+        right = born_there(x)
+        torch.testing.assert_close(polyadic.freeze(born_there)(x), right)
+        polyadic.unfreeze(born_there)
+    torch.testing.assert_close(layer(x), before)
+    layer(x).sum().backward()
+    assert x.grad is not None

@@ -29,8 +29,9 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
     parameters of frozen layers no longer require gradients until ``unfreeze``; gradients still pass
     through to the input. State dicts are as before.
 
-    A frozen layer whose parameters change in place refuses to run. A change behind autograd's back
-    (``parameter.data``) cannot be noticed.
+    A frozen layer whose factors change in place, or are replaced by others, refuses to run. A
+    change behind autograd's back (``parameter.data``) cannot be noticed, and a compiled or exported
+    graph notices none. The bias is no part of what is contracted and may change.
 
     Args:
         model: a module that holds CP layers, or is one.
@@ -75,9 +76,10 @@ def unfreeze(model: Model) -> Model:
     _module(model)
     for layer in model.modules():
         if isinstance(layer, (CPLinear, *_CONVOLUTIONS)) and layer.frozen is not None:
-            parameters = [p for name, p in layer.named_parameters() if "frozen." not in name]
-            for parameter, trainable in zip(parameters, layer.frozen.trainable, strict=True):
-                parameter.requires_grad_(trainable)
+            for name, parameter in layer.named_parameters():
+                # None is switched off: of shared ones the layer frozen first alone knows the flag.
+                if layer.frozen.trainable.get(name, False):
+                    parameter.requires_grad_(True)
             layer.frozen = None
     return model
 
@@ -87,20 +89,20 @@ def _module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _form(
     layer: CPLinear | CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape
 ) -> Frozen | None:
     """The contracted form of a layer, or None where its plan is predicted to be faster."""
-    parameters = list(layer.parameters())
     if isinstance(layer, CPLinear):
-        return _frozen_linear(layer, batch, parameters)
+        return _frozen_linear(layer, batch)
     if _kernel_is_cheaper(layer, batch, size):
-        return FrozenKernel([layer.weight.contiguous()], parameters)
+        return FrozenKernel([layer.weight.contiguous()], layer)
     return None
 
 
-def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -> Frozen | None:
+def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
     """The Khatri-Rao pair or W, or None where the plan is predicted to be faster than both."""
     m, n, r = layer.in_features, layer.out_features, layer.rank
     first = layer.cp.factors[0]
@@ -114,12 +116,12 @@ def _frozen_linear(layer: CPLinear, rows: int, parameters: list[nn.Parameter]) -
     if ours < min(pair, dense) + machine.dense_call:
         return None
     if dense <= pair:
-        return FrozenWeight([layer.weight.contiguous()], parameters)
+        return FrozenWeight([layer.weight.contiguous()], layer)
     in_factors, out_factors = layer.cp.factor_groups()
     ka = khatri_rao(in_factors)
     if layer.cp.weights is not None:
         ka = ka * layer.cp.weights
-    return FrozenPair([ka.contiguous(), khatri_rao(out_factors)], parameters)
+    return FrozenPair([ka.contiguous(), khatri_rao(out_factors)], layer)
 
 
 def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:

@@ -222,10 +222,9 @@ def _take(layer: CPLayer, module: nn.Module, cp: CPTensor) -> None:
 
 def revert(layer: CPLayer) -> nn.Module:
     """Make the torch layer that a CP layer stands in for, with the dense weight."""
-    flags = [parameter.requires_grad for parameter in layer.parameters()]
+    own = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
     if layer.frozen is not None:
-        flags = layer.frozen.trainable
-    own = dict(zip((name for name, _ in layer.named_parameters()), flags, strict=True))
+        own |= layer.frozen.trainable
     trained = any(flag for name, flag in own.items() if name != "bias")
     made = dense(layer._stands_for, _arguments(type(layer), layer), layer, trained, layer.bias)
     for name, parameter in made.named_parameters():

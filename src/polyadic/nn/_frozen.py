@@ -20,16 +20,30 @@ class Frozen(nn.Module):
 
     Args:
         matrices: the contracted tensors, without gradient.
-        parameters: the layer's parameters; a change of one of them in place makes this stale.
+        layer: the layer they stand for; a change of its CP tensor's parameters, in place or by
+            others, makes this stale.
+
+    Attributes:
+        trainable: by name, whether the layer's parameters required a gradient.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, matrices: Sequence[Tensor], layer: nn.Module) -> None:
         super().__init__()
         for i, matrix in enumerate(matrices):
             self.register_buffer(f"matrix{i}", matrix, persistent=False)
-        self.trainable = [parameter.requires_grad for parameter in parameters]
-        self._watched = list(parameters)
-        self._versions = [parameter._version for parameter in parameters]
+        self.trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
+        # Where each parameter is registered, for a new one may take its place.
+        self._watched = [
+            (module._parameters, name, parameter)
+            for module in layer.get_submodule("cp").modules()
+            for name, parameter in module._parameters.items()
+        ]
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[tuple[Tensor, int]]:
+        """The versions of all that have one; tensors made in inference mode have none."""
+        parameters = [p for _, _, p in self._watched if p is not None and not p.is_inference()]
+        return [(parameter, parameter._version) for parameter in parameters]
 
     def __getstate__(self) -> dict[str, Any]:
         self.check()
@@ -38,16 +52,17 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the copied parameters from the versions they start with."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._versions = [parameter._version for parameter in self._watched]
+        self._versions = self._versions_now()
 
     def check(self) -> None:
-        """Raise a RuntimeError if a parameter was changed after freezing."""
+        """Raise a RuntimeError if a parameter was changed or replaced after freezing."""
         if torch.compiler.is_compiling():
             return
-        if [parameter._version for parameter in self._watched] != self._versions:
+        replaced = any(own.get(name) is not p for own, name, p in self._watched)
+        if replaced or any(p._version != version for p, version in self._versions):
             raise RuntimeError(
                 "the factors of a frozen layer were changed (an optimizer step, or "
-                "load_state_dict); call polyadic.unfreeze(model), then freeze it again"
+                "load_state_dict) or replaced; call polyadic.unfreeze(model), then freeze it again"
             )
 
 
@@ -90,10 +105,10 @@ class FrozenKernel(Frozen):
         stride: tuple[int, ...],
         padding: str | tuple[int, ...],
         dilation: tuple[int, ...],
+        groups: int,
     ) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S')."""
         self.check()
         dims = self.matrix0.dim() - 2
-        groups = x.shape[-dims - 1] // self.matrix0.shape[1]
         convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         return convolve(x, self.matrix0, bias, stride, padding, dilation, groups)

@@ -194,7 +194,7 @@ class _CPConv(CPConvBase):
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = padded(x, self.geometry, self.padding_mode)[0], (0,) * self._dims
-        y: Tensor = self.frozen(x, self.bias, self.stride, padding, self.dilation)
+        y: Tensor = self.frozen(x, self.bias, self.stride, padding, self.dilation, self.groups)
         return y
 
     def extra_repr(self) -> str:
