@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,112 @@ def test_a_good_store_is_taken_without_a_warning(cache: Path) -> None:
 def test_an_integer_dtype_is_refused() -> None:
     with pytest.raises(TypeError, match="floating point"):
         polyadic.calibrate(dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"\xff\xfe\x00",
+        lambda content: b"[" * 100_000,
+        lambda content: json.dumps(
+            {**content, "machine": {**content["machine"], "gemm": 10**400}}
+        ).encode(),
+        lambda content: json.dumps(
+            {**content, "machine": {**content["machine"], "source": ["calibrated"]}}
+        ).encode(),
+    ],
+    ids=["not text", "deep", "huge", "source"],
+)
+def test_garbage_is_ignored_with_a_warning_too(cache: Path, change) -> None:
+    path = _machines.store(_default(), "cpu", torch.float32, torch.get_num_threads())
+    path.write_bytes(change(json.loads(path.read_text())))
+    _machines._machine.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"ignoring the calibration.*polyadic\.calibrate"):
+        assert _machines.machine_for("cpu", torch.float32) == _default()
+
+
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes the time."""
+    for name in ("gemm", "stream"):
+        monkeypatch.setattr(calibration._Rates, name, lambda self: {})
+    monkeypatch.setattr(calibration._Rates, "convolutions", lambda self, machine: {})
+    monkeypatch.setattr(calibration, "_calls", lambda *given: {"launch": 1e-6})
+
+
+def test_a_calibration_that_cannot_be_stored_holds_for_the_process(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _quick(monkeypatch)
+    cache.write_text("no folder")
+    with pytest.warns(RuntimeWarning, match="holds for this process alone"):
+        machine = polyadic.calibrate()
+    assert _machines.machine_for("cpu", torch.float32) == machine
+    cache.unlink()
+    polyadic.calibrate()
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+    next(cache.iterdir()).unlink()
+    _machines._machine.cache_clear()
+    assert _machines.machine_for("cpu", torch.float32) == _default()
+
+
+def test_no_home_folder_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    _quick(monkeypatch)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    _machines._machine.cache_clear()
+    try:
+        assert _machines.machine_for("cpu", torch.float32) == _default()
+        with pytest.warns(RuntimeWarning, match="Set XDG_CACHE_HOME"):
+            machine = polyadic.calibrate()
+        assert _machines.machine_for("cpu", torch.float32) == machine
+    finally:
+        _machines._unwritten.clear()
+        _machines._machine.cache_clear()
+
+
+def test_a_relative_cache_folder_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    assert _machines.calibration_file("cpu", torch.float32, 1).parent == (
+        tmp_path / ".cache" / "polyadic"
+    )
+
+
+def test_calibrations_at_once_are_each_written_whole(cache: Path) -> None:
+    machines = [dataclasses.replace(_default(), launch=float(i + 1)) for i in range(4)]
+
+    def store(machine) -> None:
+        for _ in range(30):
+            assert _machines.store(machine, "cpu", torch.float32, 1) is not None
+
+    with ThreadPoolExecutor(len(machines)) as pool:
+        list(pool.map(store, machines))
+    (path,) = cache.iterdir()
+    assert json.loads(path.read_text())["machine"]["launch"] in (1.0, 2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "float32"}, TypeError, "floating point of two bytes or more"),
+        ({"dtype": torch.complex64}, TypeError, "floating point of two bytes or more"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, "got torch.float8_e4m3fn"),
+        ({"device": "tpu"}, ValueError, "device must be one torch knows"),
+        ({"device": None}, TypeError, "device must be text"),
+        ({"device": "meta"}, ValueError, "'meta' computes nothing"),
+    ],
+)
+def test_wrong_options_are_refused(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        polyadic.calibrate(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="device 'cuda' is not there"):
+        polyadic.calibrate("cuda")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polyadic import _planner, _planner_conv
 from polyadic._cost import MAPPED, Machine, built_in
 from polyadic._format import LinearFormat
-from polyadic._machines import settle, store, threads_of
+from polyadic._machines import computed_dtype, device_type, settle, store, threads_of
 from polyadic._plan import Groups, LinearPlan, LinearRoute
 from polyadic._steps import SUMMED, plan_steps
 from polyadic.functional import cp_linear
@@ -22,12 +22,13 @@ from polyadic.kernels.products import linear, times
 from polyadic.nn import CPLinear
 
 
-def calibrate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
+def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
     """Measure the rates the cost model rests on, and store them for later sessions.
 
     Takes a few seconds. The numbers hold for this device type, dtype and thread count
     (``torch.get_num_threads()``) and are kept in the user's cache folder; plans made from now on
-    rest on them.
+    rest on them. Where the folder cannot be written to, a warning says so and they hold for this
+    process alone.
 
     Args:
         device: device type, such as ``"cpu"`` or ``"cuda"``.
@@ -37,12 +38,17 @@ def calibrate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machin
         The machine description.
 
     Raises:
-        TypeError: ``dtype`` is not floating point.
-        RuntimeError: the device is not there.
+        TypeError: ``dtype`` is not floating point, or ``device`` is no device.
+        ValueError: the device is not there, or computes nothing.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point, got {dtype}")
-    kind = torch.device(device).type
+    computed_dtype(dtype)
+    kind = device_type(device)
+    try:
+        torch.empty(0, device=kind)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"device {kind!r} is not there: {error}") from error
+    if kind == "meta":
+        raise ValueError("device 'meta' computes nothing that could be measured; use 'cpu'")
     threads = threads_of(kind)
     base = built_in(kind, dtype, threads)
     with torch.random.fork_rng(devices=[]):
