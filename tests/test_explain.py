@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -202,3 +203,101 @@ def test_a_transposed_convolution_is_planned_as_itself() -> None:
     options = {"stride": 2, "padding": 1, "output_padding": 1}
     same = polyadic.explain(fmt, batch=2, size=(5, 4), plan=found.chosen.plan, **options)
     assert str(same) == str(found)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
+def test_a_padded_input_is_what_is_explained(mode: str, memory: str) -> None:
+    layer = CPConv2d(8, 6, 3, padding=2, padding_mode=mode, rank=4, memory=memory)
+    zeros = CPConv2d(8, 6, 3, rank=4, memory=memory)
+    found = polyadic.explain(layer, batch=2, size=(5, 7))
+    same = polyadic.explain(zeros, batch=2, size=(9, 11))
+    assert found.chosen.plan == same.chosen.plan
+    assert found.chosen.flops == same.chosen.flops
+    assert found.dense.flops == same.dense.flops
+    x = torch.randn(2, 8, 5, 7, requires_grad=True)
+    assert kept_bytes(layer, x) == found.chosen.kept_bytes
+    assert kept_bytes(layer.to_conv(), x) == found.dense.kept_bytes
+    if mode != "replicate":
+        with pytest.raises(ValueError, match="can pad a dimension of size 1"):
+            polyadic.explain(layer, batch=2, size=1)
+
+
+def test_a_layer_with_weights_keeps_their_product_too() -> None:
+    """λ is one more in factor, in front: with "fast" memory its product with A_1 is kept."""
+    joint = CPLinear.joint(2, 12, 8, rank=2, memory="fast")[1]
+    alone = CPLinear(12, 8, rank=2, memory="fast")
+    alone.cp.weights = torch.nn.Parameter(torch.ones(2))
+    for layer in (joint, alone):
+        found = polyadic.explain(layer, batch=3)
+        assert found.chosen.plan.keep == 2
+        x = torch.randn(3, 12, requires_grad=True)
+        assert kept_bytes(layer, x) == found.chosen.kept_bytes
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_chosen_plan_is_not_among_the_rejected(memory: str, training: bool) -> None:
+    linear, conv = LinearFormat((4, 4), (4, 4), 512), ConvFormat((8,), (8,), (3, 3), 512)
+    for fmt, options in ((linear, {}), (conv, {"size": 16})):
+        found = polyadic.explain(fmt, batch=64, memory=memory, training=training, **options)
+        assert found.chosen.plan.forward.kind == "dense"
+        names = [str(other.plan) for other, _ in found.rejected]
+        assert str(found.chosen.plan) not in names
+        assert all(other.seconds >= found.chosen.seconds for other, _ in found.rejected)
+
+
+def test_two_kept_maps_spare_a_convolution_no_call() -> None:
+    """Only a linear layer's keep=2 leaves the backward to autograd."""
+    fmt, machine = ConvFormat((8,), (8,), (3, 3), 4), machine_for("cpu", torch.float32)
+    found = polyadic.explain(
+        fmt, batch=2, size=8, plan=ConvPlan(ConvRoute(), ConvRoute(), keep=2)
+    ).chosen
+    assert found.seconds - 2 * machine.call == pytest.approx(
+        machine.total((*found.forward, *found.backward))
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda e: e(CPConv2d(4, 4, 3, rank=1), size=8, stride=2), ValueError, "stride is not an"),
+        (lambda e: e(CPLinear(4, 4, rank=1), padding="same"), ValueError, "padding is not an"),
+        (lambda e: e(LinearFormat((4,), (4,), 1), dilation=2), ValueError, "dilation is not an"),
+        (
+            lambda e: e(ConvFormat((4,), (4,), (3,), 1), size=8, output_padding=1),
+            ValueError,
+            "output_padding is not an option of a ConvFormat",
+        ),
+        (lambda e: e(CPLinear(4, 4, rank=1), dtype="float32"), TypeError, "dtype must be"),
+        (lambda e: e(CPLinear(4, 4, rank=1), dtype=torch.int8), TypeError, "dtype must be"),
+        (lambda e: e(CPLinear(4, 4, rank=1), device="tpu"), ValueError, "device must be"),
+        (lambda e: e(CPLinear(4, 4, rank=1), memory=""), ValueError, "memory must be one of"),
+        (lambda e: e(LinearFormat((0,), (4,), 1)), ValueError, "in_shape must be a positive int"),
+        (lambda e: e(LinearFormat((4,), (4,), 0)), ValueError, "rank must be a positive int"),
+        (
+            lambda e: e(ConvFormat((4,), (4,), (3,), 1, groups=3), size=8),
+            ValueError,
+            "divisible by groups=3",
+        ),
+        (
+            lambda e: e(ConvFormat((4,), (4,), (3,) * 4, 1), size=8),
+            ValueError,
+            "kernel_size must have 1 to 3 entries",
+        ),
+        (
+            lambda e: e(polyadic.freeze(CPLinear(16, 10, rank=8, order=2))),
+            ValueError,
+            "frozen and follows no plan",
+        ),
+    ],
+)
+def test_nothing_given_is_ignored(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call(functools.partial(polyadic.explain, batch=2))
+
+
+def test_a_device_is_its_type() -> None:
+    layer = CPLinear(4, 4, rank=1)
+    there = polyadic.explain(layer, batch=2, device=torch.device("cpu", 0))
+    assert str(there) == str(polyadic.explain(layer, batch=2))

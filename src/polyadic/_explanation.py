@@ -168,7 +168,8 @@ def costed(
     """A plan (None: the dense layer) of some forward and backward steps, keeping some bytes."""
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
-    back = machine.dense_call if plan is not None and plan.keep == 2 else call
+    left = isinstance(plan, LinearPlan) and plan.keep == 2
+    back = machine.dense_call if left else call
     seconds = machine.total(forward) + machine.total(backward) + call + (back if backward else 0)
     return Costed(plan, tuple(forward), tuple(backward), kept if backward else 0, seconds)
 

@@ -62,8 +62,8 @@ def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearP
     keep = int(memory != "least")
     m, n = len(fmt.in_shape), len(fmt.out_shape)
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
-    routes.append(LinearRoute((m,), (n,), "dense"))
-    return [LinearPlan(route, route, keep) for route in routes]
+    rebuild = LinearRoute((m,), (n,), "dense")
+    return [*(LinearPlan(route, route, keep) for route in routes), LinearPlan(rebuild, rebuild, 0)]
 
 
 def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = True) -> LinearPlan:

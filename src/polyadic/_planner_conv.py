@@ -34,7 +34,7 @@ def conv_plans(memory: Memory = "balanced") -> list[ConvPlan]:
         ConvRoute("channels_last", kind="dense"),
         ConvRoute("channels_first", kind="dense"),
     ]
-    return [ConvPlan(route, route, keep) for route in routes]
+    return [ConvPlan(route, route, keep if route.kind == "factorized" else 0) for route in routes]
 
 
 def _conv_keep(memory: Memory) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import operator
@@ -21,7 +22,7 @@ from polyadic._format import (
     mode_sizes,
     positive_int,
 )
-from polyadic._machines import machine_for
+from polyadic._machines import computed_dtype, device_type, machine_for
 from polyadic._plan import ConvPlan, LinearPlan, LinearRoute, Memory
 from polyadic._steps import dense_steps, plan_steps
 from polyadic._steps_conv import conv_plan_steps, dense_conv_steps, kept_elements
@@ -31,9 +32,13 @@ from polyadic._steps_embedding import (
     embedding_backward_steps,
     embedding_forward_steps,
 )
+from polyadic.functional.conv import padded_size
 from polyadic.kernels.stages import Geometry
 from polyadic.nn import CPEmbedding, CPLinear
 from polyadic.nn.conv import CPConvBase
+
+# What an option is where it is not given.
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 
 def explain(
@@ -49,7 +54,7 @@ def explain(
     memory: Memory | None = None,
     training: bool = True,
     dtype: torch.dtype | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Explanation:
     """Explain how a layer will be computed, what that costs, and what was weighed against it.
 
@@ -61,10 +66,10 @@ def explain(
         batch: rows of a linear layer (all leading dimensions multiplied), images of a convolution,
             indices of an embedding (distinct ones where they are looked up once).
         size: spatial size of a convolution's input, int or one per dimension.
-        stride: of a ``ConvFormat``; a layer has its own.
-        padding: of a ``ConvFormat``; a layer has its own.
-        dilation: of a ``ConvFormat``; a layer has its own.
-        output_padding: of a transposed ``ConvFormat``; a layer has its own.
+        stride: of a ``ConvFormat``; a layer has its own, and is refused one.
+        padding: likewise.
+        dilation: likewise.
+        output_padding: likewise, of a transposed ``ConvFormat``.
         plan: a plan to explain in place of the planner's choice; an embedding takes none.
         memory: ``"fast"``, ``"balanced"`` or ``"least"``; the layer's own by default.
         training: forward and backward, or forward alone.
@@ -72,28 +77,37 @@ def explain(
         device: device type, the layer's by default, else ``"cpu"``.
 
     Raises:
-        TypeError: ``layer`` or ``plan`` is of another type.
-        ValueError: a size is missing or does not fit.
+        TypeError: ``layer`` or another argument is of another type.
+        ValueError: a size is missing or does not fit, an option is given that is the layer's own,
+            or the layer is frozen, which follows no plan.
     """
     batch = positive_int(batch, "batch")
-    where = None
+    given = {"stride": stride, "padding": padding, "dilation": dilation}
     if isinstance(layer, (LinearFormat, ConvFormat)):
-        fmt: LinearFormat | ConvFormat = layer
+        fmt = _checked(layer)
     elif isinstance(layer, (CPLinear, CPConvBase, CPEmbedding)):
         fmt = layer.format
-        where = layer.geometry if isinstance(layer, CPConvBase) else None
+        if layer.frozen is not None:
+            raise ValueError(
+                "the layer is frozen and follows no plan; call polyadic.unfreeze first"
+            )
     else:
         raise TypeError(
             f"explain expects a CPLinear, CPConvNd, CPConvTransposeNd, CPEmbedding, LinearFormat "
             f"or ConvFormat, got {type(layer).__name__}"
         )
+    scaled = False
     if isinstance(layer, torch.nn.Module):
-        first = layer.cp.factors[0]
-        memory, dtype = memory or layer.memory, dtype or first.dtype
-        device = device or first.device.type
-    memory = _check.memory(memory or "balanced")
-    dtype, device = dtype or torch.float32, device or "cpu"
+        first, scaled = layer.cp.factors[0], layer.cp.weights is not None
+        memory = layer.memory if memory is None else memory
+        dtype, device = dtype or first.dtype, device or first.device.type
+    memory = _check.memory("balanced" if memory is None else memory)
+    dtype, device = computed_dtype(dtype or torch.float32), device_type(device or "cpu")
     machine = machine_for(device, dtype)
+    if not isinstance(layer, ConvFormat):
+        _refuse({**given, "output_padding": output_padding}, layer)
+    elif not layer.transposed:
+        _refuse({"output_padding": output_padding}, layer)
     if isinstance(fmt, LinearFormat):
         if size is not None:
             raise ValueError(
@@ -103,13 +117,15 @@ def explain(
             if plan is not None:
                 raise ValueError(f"an embedding takes no plan, got {plan}")
             return _explain_embedding(fmt, batch, memory, training, dtype, device, machine)
-        return _explain_linear(fmt, batch, plan, memory, training, dtype, device, machine)
-    if where is None and fmt.transposed:
+        return _explain_linear(fmt, scaled, batch, plan, memory, training, dtype, device, machine)
+    if isinstance(layer, CPConvBase):
+        where = layer.geometry
+    elif fmt.transposed:
         where = _check.transposed_geometry(
             fmt.kernel_size, stride, padding, output_padding, dilation
         )
-    elif where is None:
-        where = _check.geometry(fmt.kernel_size, stride, padding, dilation)
+    else:
+        where = _check.geometry(fmt.kernel_size, **given)
     if size is None:
         raise ValueError("give the spatial size of the convolution's input, such as size=(32, 32)")
     sizes = mode_sizes(
@@ -117,11 +133,44 @@ def explain(
     )
     if len(sizes) != len(fmt.kernel_size):
         raise ValueError(f"size must have {len(fmt.kernel_size)} entries, got {sizes}")
-    return _explain_conv(fmt, where, batch, sizes, plan, memory, training, dtype, device, machine)
+    mode, beside = getattr(layer, "padding_mode", "zeros"), 0
+    if mode != "zeros":
+        # What pads by an input's own entries is no part of the map, which gets it padded.
+        given_size, (sizes, where) = sizes, padded_size(sizes, where, mode)
+        if mode != "circular" and sizes != given_size:
+            # torch's gradient of these paddings keeps what it padded.
+            beside = batch * fmt.channels[0] * math.prod(given_size)
+    return _explain_conv(
+        fmt, where, batch, sizes, beside, plan, memory, training, dtype, device, machine
+    )
+
+
+def _checked(fmt: Any) -> Any:
+    """A format with plain ints, after a check of them."""
+    names = [name for name in ("in_shape", "out_shape", "kernel_size") if hasattr(fmt, name)]
+    shapes = {name: mode_sizes(getattr(fmt, name), name) for name in names}
+    fmt = dataclasses.replace(fmt, **shapes, rank=positive_int(fmt.rank, "rank"))
+    if isinstance(fmt, ConvFormat):
+        side = "in_channels" if fmt.transposed else "out_channels"
+        _check.channel_groups(fmt.groups, **{side: getattr(fmt, side)})
+        if len(fmt.kernel_size) > 3:
+            raise ValueError(f"kernel_size must have 1 to 3 entries, got {fmt.kernel_size}")
+    return fmt
+
+
+def _refuse(options: dict[str, Any], layer: object) -> None:
+    """Refuse what a layer or format has no use for, so that nothing is ignored."""
+    for name, value in options.items():
+        if value != _DEFAULTS[name]:
+            raise ValueError(
+                f"{name} is not an option of a {type(layer).__name__}, got {value!r}; a layer has "
+                f"its own, a ConvFormat is given it"
+            )
 
 
 def _explain_linear(
     fmt: LinearFormat,
+    scaled: bool,
     rows: int,
     plan: Any,
     memory: Memory,
@@ -132,12 +181,17 @@ def _explain_linear(
 ) -> Explanation:
     item = dtype.itemsize
 
+    # λ comes as one more in factor.
+    run = dataclasses.replace(fmt, in_shape=(1, *fmt.in_shape)) if scaled else fmt
+
     def cost(p: LinearPlan) -> Costed:
         keeps = p.keep if p.forward.kind == "factorized" else 0
         kept = rows * (fmt.in_features + (fmt.rank if keeps else 0))
         if keeps == 2:
-            kept += fmt.rank * (_products(fmt.in_shape) + _products(fmt.out_shape))
-        return costed(p, plan_steps(fmt, rows, p, item, training=training), item * kept, machine)
+            kept += fmt.rank * (_products(run.in_shape) + _products(run.out_shape))
+        obeyed = _check.with_scale(p) if scaled else p
+        steps = plan_steps(run, rows, obeyed, item, training=training)
+        return costed(p, steps, item * kept, machine)
 
     if plan is None:
         plan = _planner.choose_linear(fmt, _planner.bucket(rows), dtype, device, memory)
@@ -197,6 +251,7 @@ def _explain_conv(
     geometry: Geometry,
     batch: int,
     size: Shape,
+    beside: int,
     plan: Any,
     memory: Memory,
     training: bool,
@@ -211,7 +266,7 @@ def _explain_conv(
 
     def cost(p: ConvPlan) -> Costed:
         steps = conv_plan_steps(fmt, geometry, batch, size, False, p, item, training=training)
-        kept = kept_elements(fmt, geometry, batch, size, p)
+        kept = beside + kept_elements(fmt, geometry, batch, size, p)
         return costed(p, steps, item * kept, machine)
 
     if plan is None:
@@ -220,7 +275,7 @@ def _explain_conv(
         )
     chosen = cost(_check.conv_plan(plan))
     every = dense_conv_steps(fmt, geometry, batch, size, item, training=training)
-    dense = costed(None, (every[:1], every[1:]), item * inputs * c, machine)
+    dense = costed(None, (every[:1], every[1:]), item * (beside + inputs * c), machine)
     spatial, kernel = "x".join(map(str, size)), "x".join(map(str, fmt.kernel_size))
     of_groups = f" in {fmt.groups} groups of channels" if fmt.groups > 1 else ""
     title = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyadic import _check
 from polyadic._autograd import run
-from polyadic._format import ConvFormat
+from polyadic._format import ConvFormat, Shape
 from polyadic._plan import ConvPlan, Memory
 from polyadic._planner import settled
 from polyadic._planner_conv import plan_conv
@@ -118,6 +118,12 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
         # Of torch's paddings the one that loses channels_last.
         wider = in_layout(wider, "channels_last")
     return wider, rest
+
+
+def padded_size(size: Shape, where: Geometry, mode: str) -> tuple[Shape, Geometry]:
+    """The same of a spatial size alone."""
+    wider, rest = padded(torch.empty(1, 1, *size, device="meta"), where, mode)
+    return tuple(wider.shape[2:]), rest
 
 
 def _conv_map(saved: ConvSaved) -> ConvMap:
