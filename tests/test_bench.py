@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import cli
 from polyadic.bench import Options, measure, run_bench
+from polyadic.bench import run as bench_run
 from polyadic.bench.cases import ConvCase, LinearCase, all_cases, describe, select
 from polyadic.bench.contestants import contestants
 from polyadic.bench.machine import Rates, work
 from polyadic.bench.measure import Gate, LiveBytes, Patience, observed_step, time_interleaved
 from polyadic.bench.problem import Built, Contestant, NotApplicableError, Problem, leaf
 from polyadic.bench.records import Run, check
-from polyadic.bench.report import between, stored_runs, three_digits, write_report
+from polyadic.bench.report import between, short_table, stored_runs, three_digits, write_report
 from polyadic.bench.run import admit
 from polyadic.bench.summary import criteria, exponent, spearman
 
@@ -438,8 +439,77 @@ def test_a_wrong_argument_is_told_in_one_line(capsys: pytest.CaptureFixture[str]
         (["--threads", "two"], "--threads must be counts separated by commas"),
         (["--dtype", "float31"], "--dtype must be a torch dtype"),
         (["--mode", "back"], "modes must be among"),
+        (["--only", ""], "the pattern of cells must not be empty"),
     ):
         with pytest.raises(SystemExit) as exit_:
             cli.main(["bench", *arguments])
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text[:-40], r"line \d+ of \d+ of 2026-01-02-cpu.jsonl is no JSON"),
+        (lambda text: text + "[1, 2]\n", "2026-01-02-cpu.jsonl: kind must be one of"),
+        (lambda text: text.replace('"kind": "cell"', '"kind": "machine", "flops": 1, '
+                                   '"bandwidth": [], "cost_model": "", "threads": 1'),
+         "of which there is no cell line"),
+        (lambda text: text.replace('"threads": 1', '"threads": 2', 1),
+         "measurements are of 1, of which there is no machine line"),
+        (lambda text: "", "no environment line"),
+    ],
+    ids=["truncated", "list", "no cell", "no machine", "empty"],
+)  # fmt: skip
+def test_damaged_records_are_refused_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any, message: str
+) -> None:
+    write(tmp_path, "2026-01-02-cpu.jsonl", stored())
+    path = tmp_path / "2026-01-02-cpu.jsonl"
+    path.write_text(spoil(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Run.load(path)
+    docs = tmp_path / "docs"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not docs.exists()
+
+
+def test_a_stopped_run_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: Any) -> Any:
+        yield stored()[0]
+        raise KeyboardInterrupt
+
+    options = Options(only="linear_4x4_2x5*")
+    monkeypatch.setattr(bench_run, "_records", lambda *given: iter(stored()))
+    path = run_bench(options, tmp_path)
+    before = path.read_bytes()
+    monkeypatch.setattr(bench_run, "_records", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(options, tmp_path)
+    assert path.read_bytes() == before
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jsonl", ".unfinished"]
+    monkeypatch.setattr(bench_run, "_records", lambda *given: iter(stored()[:2]))
+    assert run_bench(options, tmp_path) == path
+    assert path.read_bytes() != before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_short_table_without_the_contestants_it_shows() -> None:
+    records = [r for r in stored() if r.get("family") in (None, "plan")]
+    assert "| 1024→1024 R=128 B=256 | - | - | - | - |" in short_table(Run(records))
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "--quick", "--out", str(taken)])
+    assert exit_.value.code == 2
+    assert "taken" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import polyadic
-from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute
+from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute, cli
 from polyadic._format import EmbeddingFormat
 from polyadic._machines import machine_for
 from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
@@ -301,3 +301,37 @@ def test_a_device_is_its_type() -> None:
     layer = CPLinear(4, 4, rank=1)
     there = polyadic.explain(layer, batch=2, device=torch.device("cpu", 0))
     assert str(there) == str(polyadic.explain(layer, batch=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--order", "0"], "order must be a positive int, got 0"),
+        (["--size", "8x8"], "--size is of a convolution, whose --kernel is missing"),
+        (["--stride", "2"], "--stride is of a convolution"),
+        (["--padding", "same"], "--padding is of a convolution"),
+        (["--threads", str(10**12)], "Overflow"),
+        (["--calibrate", "--dtype", "float8_e4m3fn"], "dtype must be floating point"),
+    ],
+)
+def test_the_command_ignores_no_option(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["plan", "--in", "64", "--out", "64", "--rank", "4", *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_takes_what_is_left_out_as_the_layers_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = []
+    for more in ([], ["--size", "32x32", "--stride", "1", "--padding", "0", "--order", "2"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["plan", "--in", "8", "--out", "8", "--rank", "4", "--kernel", "3x3", *more])
+        assert exit_.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    layer = CPConv2d(8, 8, 3, rank=4)
+    assert printed[0].strip() == str(polyadic.explain(layer, batch=32, size=32))

@@ -252,11 +252,13 @@ def select(*, quick: bool = False, only: str | None = None) -> list[Case]:
         only: a pattern of the name with * and ?, or a part of it.
 
     Raises:
-        ValueError: no cell has such a name.
+        ValueError: no cell has such a name, or the pattern is empty.
     """
     cases = [case for case in all_cases() if case.quick or not quick]
     if only is None:
         return cases
+    if not only:
+        raise ValueError("the pattern of cells must not be empty; leave it out for all of them")
     pattern = only if set(only) & set("*?[") else f"*{only}*"
     # A pattern is obeyed among all cells: a name given in full need not be in the quick subset.
     chosen = [case for case in all_cases() if fnmatch.fnmatchcase(case.name, pattern)]

@@ -29,9 +29,9 @@ def check(record: Record) -> None:
     """Refuse a record that is not as ``run`` writes it.
 
     Raises:
-        ValueError: the kind or status is unknown, or a field is missing.
+        ValueError: it is no record, the kind or status is unknown, or a field is missing.
     """
-    kind = record.get("kind")
+    kind = record.get("kind") if isinstance(record, dict) else None
     if kind not in FIELDS:
         raise ValueError(f"kind must be one of {', '.join(FIELDS)}, got {kind!r}")
     wanted = FIELDS[kind]
@@ -68,7 +68,8 @@ class Run:
         """Sort records.
 
         Raises:
-            ValueError: a record is malformed, or there is no environment.
+            ValueError: a record is malformed, there is no environment, or a measurement is of a
+                cell or a thread count that has no record.
         """
         self.environment: Record = {}
         self.machines: dict[int, Record] = {}
@@ -90,12 +91,36 @@ class Run:
                 self.untimed.append(record)
         if not self.environment:
             raise ValueError("the records have no environment line; run the benchmark again")
+        cells = {r["cell"] for r in self.untimed} | {key.cell for key in self.timed}
+        self._all_there("cell", cells - self.cells.keys())
+        threads = {r["threads"] for r in self.untimed} | {key.threads for key in self.timed}
+        self._all_there("machine", threads - self.machines.keys())
+
+    @staticmethod
+    def _all_there(kind: str, missing: set[Any]) -> None:
+        if missing:
+            raise ValueError(
+                f"measurements are of {', '.join(sorted(map(str, missing)))}, of which there is no "
+                f"{kind} line; run the benchmark again"
+            )
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Read a file of JSON lines."""
-        with path.open(encoding="utf-8") as file:
-            return cls(json.loads(line) for line in file if line.strip())
+        """Read a file of JSON lines.
+
+        Raises:
+            ValueError: a line is no JSON, or the records are not a run's.
+        """
+        lines = path.read_bytes().splitlines()
+        records = [
+            _parsed(line, f"line {number} of {len(lines)} of {path.name}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+        try:
+            return cls(records)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
 
     @property
     def item_size(self) -> int:
@@ -138,6 +163,13 @@ class Run:
             and not r["compiled"]
             and r["family"] not in ("ours", "accelerated")
         ]
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}); run the benchmark again") from error
 
 
 def fastest(records: Sequence[Record]) -> Record | None:

@@ -281,7 +281,7 @@ def short_table(run: Run) -> str:
         if timed is None:
             continue
         shown = [timed.get(n) for n in ("polyadic", "dense", "tltorch factorized", "reference")]
-        least = min(r["median"] for r in shown if r)
+        least = min((r["median"] for r in shown if r), default=0.0)
         rows.append([run.cells[cell]["title"], *(_milliseconds(r, least) for r in shown)])
     e = run.environment
     thread = f", {threads} thread{'s' if threads > 1 else ''}" if _on_cpu(run) else ""

@@ -77,7 +77,10 @@ class Options:
 def run_bench(
     options: Options, out: Path, progress: Callable[[int, int, str], None] = lambda *_: None
 ) -> Path:
-    """Run the cells and append a record of each measurement to a new file.
+    """Run the cells and write a record of each measurement to a file.
+
+    Until it is done the file's name ends in ``.unfinished``, so that what was stopped is not taken
+    for a whole run. A run of the same day, device and part gives way to it then.
 
     Args:
         options: what to run.
@@ -89,15 +92,18 @@ def run_bench(
 
     Raises:
         ValueError: no cell matches the pattern.
+        OSError: the folder cannot be written to.
     """
     cases = select(quick=options.quick, only=options.only)
     part = "-quick" if options.quick else "-part" if options.only else ""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{datetime.now(timezone.utc):%Y-%m-%d}-{options.device}{part}.jsonl"
-    with path.open("w", encoding="utf-8") as file, _settings():
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file, _settings():
         for record in _records(cases, options, progress):
             file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
             file.flush()
+    unfinished.replace(path)
     return path
 
 

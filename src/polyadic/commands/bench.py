@@ -48,7 +48,8 @@ def bench(
             raise ValueError(f"--dtype must be a torch dtype such as float32, got {wanted!r}")
         options = Options(
             quick=quick, only=only, device=device, dtype=wanted, compiled=compiled,
-            threads=tuple(_counts(threads)), modes=tuple(mode.split(",")),  # type: ignore[arg-type]
+            threads=tuple(_counts(threads)),
+            modes=tuple(map(str.strip, mode.split(","))),  # type: ignore[arg-type]
         )  # fmt: skip
         # Refreshed between cells only: a thread that draws would disturb the timings.
         with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
@@ -58,7 +59,7 @@ def bench(
                 bar.update(task, completed=done, total=total, description=name, refresh=True)
 
             path = run_bench(options, out, tell)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     show(Run.load(path), Console())
     print(f"records: {path}")

@@ -28,9 +28,13 @@ def plan(
     kernel: Annotated[
         str | None, typer.Option(help="Plan a convolution with this kernel.", metavar="HxW")
     ] = None,
-    size: Annotated[str, typer.Option(help="Image of the convolution.", metavar="HxW")] = "32x32",
-    stride: Annotated[int, typer.Option(help="Of the convolution.", min=1)] = 1,
-    padding: Annotated[str, typer.Option(help="Zeros on each side, same or valid.")] = "0",
+    size: Annotated[
+        str | None, typer.Option(help="Image of the convolution, 32x32.", metavar="HxW")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Of the convolution, 1.", min=1)] = None,
+    padding: Annotated[
+        str | None, typer.Option(help="Zeros on each side of the image, 0; same or valid.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the layer.")] = "float32",
     memory: Annotated[str, typer.Option(help="fast, balanced or least.")] = "balanced",
     inference: Annotated[bool, typer.Option("--inference", help="Forward alone.")] = False,
@@ -45,9 +49,9 @@ def plan(
     from polyadic.calibrate import calibrate as measure
     from polyadic.nn import CPConv2d, CPLinear
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     try:
+        if threads is not None:
+            torch.set_num_threads(threads)
         wanted = dtype_named(dtype)
         if isinstance(wanted, str):
             raise ValueError(f"--dtype must be a torch dtype such as float32, got {wanted!r}")
@@ -56,16 +60,21 @@ def plan(
         shared: dict[str, Any] = {
             "rank": _rank(rank), "memory": memory, "device": "meta", "dtype": wanted,
         }  # fmt: skip
+        if order is not None:
+            shared["order"] = order
         if kernel is None:
-            linear = CPLinear(in_features, out_features, order=order or 3, **shared)
+            for option, value in (("--size", size), ("--stride", stride), ("--padding", padding)):
+                if value is not None:
+                    raise ValueError(f"{option} is of a convolution, whose --kernel is missing")
+            linear = CPLinear(in_features, out_features, **shared)
             found = explain(linear, batch=batch, training=not inference, device="cpu")
         else:
-            pad = int(padding) if padding.isdecimal() else padding
-            conv = CPConv2d(
-                in_features, out_features, two_sizes("--kernel", kernel), stride, pad,
-                order=order or 2, **shared,
-            )  # fmt: skip
-            image = two_sizes("--size", size)
+            where: dict[str, Any] = {} if stride is None else {"stride": stride}
+            if padding is not None:
+                where["padding"] = int(padding) if padding.isdecimal() else padding
+            window = two_sizes("--kernel", kernel)
+            conv = CPConv2d(in_features, out_features, window, **where, **shared)
+            image = two_sizes("--size", "32x32" if size is None else size)
             found = explain(conv, batch=batch, size=image, training=not inference, device="cpu")
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
