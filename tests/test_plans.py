@@ -330,6 +330,34 @@ def test_malformed_plans_are_refused(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LinearPlan("KR", "KR"), TypeError, "forward must be a LinearRoute, got str"),
+        (lambda: ConvPlan(None, None), TypeError, "forward must be a ConvRoute, got NoneType"),
+        (
+            lambda: ConvPlan(ConvRoute(), LinearRoute((1,), (1,))),
+            TypeError,
+            "backward must be a ConvRoute, got LinearRoute",
+        ),
+        (
+            lambda: LinearPlan(ConvRoute(), ConvRoute()),
+            TypeError,
+            "forward must be a LinearRoute, got ConvRoute",
+        ),
+        (lambda: ConvPlan(ConvRoute(), ConvRoute(), 1.0), ValueError, "keep must be one of"),
+        (
+            lambda: ConvPlan(ConvRoute(), ConvRoute(), torch.tensor([1, 2])),
+            ValueError,
+            "keep must be one of",
+        ),
+    ],
+)
+def test_a_plan_of_other_things_is_refused(make: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
 def test_plans_are_frozen_hashable_and_say_what_they_do() -> None:
     route = LinearRoute((1, 2), (2,))
     plan = LinearPlan(route, LinearRoute((3,), (2,), "dense"), keep=0)

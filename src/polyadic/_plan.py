@@ -13,8 +13,15 @@ MEMORY: tuple[Memory, ...] = ("fast", "balanced", "least")
 
 
 def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
-    if value not in allowed:
+    # The type too, as 1.0 and 1 are equal.
+    if not isinstance(value, type(allowed[0])) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_routes(plan: LinearPlan | ConvPlan, kind: type) -> None:
+    for name, route in (("forward", plan.forward), ("backward", plan.backward)):
+        if not isinstance(route, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(route).__name__}")
 
 
 def _check_groups(groups: object, name: str) -> None:
@@ -80,6 +87,7 @@ class LinearPlan:
             which spares small layers the cost of a call into it.
 
     Raises:
+        TypeError: a route is no LinearRoute.
         ValueError: ``keep`` is none of these, or 2 with other than explicit Khatri-Rao routes.
     """
 
@@ -88,6 +96,7 @@ class LinearPlan:
     keep: int = 1
 
     def __post_init__(self) -> None:
+        _check_routes(self, LinearRoute)
         _one_of(self.keep, (0, 1, 2), "keep")
         if self.keep == 2 and not (self.forward == self.backward and self.forward.is_khatri_rao):
             raise ValueError(
@@ -138,6 +147,10 @@ class ConvPlan:
         backward: the route of the gradients.
         keep: number of R-channel maps kept for the backward beside the input: 0, 1 (the
             in-projection) or 2 (also the depthwise result); the others are recomputed.
+
+    Raises:
+        TypeError: a route is no ConvRoute.
+        ValueError: ``keep`` is none of these.
     """
 
     forward: ConvRoute
@@ -145,6 +158,7 @@ class ConvPlan:
     keep: int = 1
 
     def __post_init__(self) -> None:
+        _check_routes(self, ConvRoute)
         _one_of(self.keep, (0, 1, 2), "keep")
 
     def __str__(self) -> str:
