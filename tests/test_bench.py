@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -469,6 +470,7 @@ def test_damaged_records_are_refused_by_file_and_line(
     path.write_text(spoil(path.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         Run.load(path)
+    pytest.importorskip("matplotlib")
     docs = tmp_path / "docs"
     with pytest.raises(SystemExit) as exit_:
         cli.main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
@@ -513,3 +515,18 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(
         cli.main(["bench", "--quick", "--out", str(taken)])
     assert exit_.value.code == 2
     assert "taken" in capsys.readouterr().err
+
+
+def test_a_report_without_matplotlib_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "2026-01-02-cpu.jsonl", stored())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    docs = tmp_path / "docs"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
+    assert exit_.value.code == 1
+    told = capsys.readouterr().err
+    assert "pip install 'polyadic[bench]'" in told
+    assert told.count("\n") == 1
+    assert not docs.exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +40,12 @@ def bench(
     from polyadic.bench.report import write_report
     from polyadic.bench.show import show
 
+    if report and importlib.util.find_spec("matplotlib") is None:
+        print(
+            "polyadic: --report draws with matplotlib: pip install 'polyadic[bench]'",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
     try:
         if report:
             for written in write_report(out, docs, docs.parent / "README.md"):
