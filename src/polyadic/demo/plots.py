@@ -57,8 +57,9 @@ def curves(results: Sequence[ModelResult]) -> bytes:
             losses.set_ylabel("cross-entropy (nats)")
             accuracies.set_title(f"{family}: test accuracy")
             accuracies.set_ylabel("test accuracy (%)")
-            best = max(curve.accuracy[-1] for result in members for curve in result.curves)
-            accuracies.set_ylim(min(75.0, 100 * best - 25), 100.5)
+            last = [100 * curve.accuracy[-1] for result in members for curve in result.curves]
+            # where every curve ends is to be seen, where it begins need not
+            accuracies.set_ylim(max(0.0, min(75.0, max(last) - 25, min(last) - 2)), 100.5)
             for axis in row:
                 axis.set_xlabel("epoch")
                 axis.xaxis.get_major_locator().set_params(integer=True)
