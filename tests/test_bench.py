@@ -530,3 +530,13 @@ def test_a_report_without_matplotlib_is_told_in_one_line(
     assert "pip install 'polyadic[bench]'" in told
     assert told.count("\n") == 1
     assert not docs.exists()
+
+
+def test_figures_without_matplotlib_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyadic.bench.plots import save_figures
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"polyadic\[bench\]"):
+        save_figures(Run(stored()), tmp_path, "cpu")

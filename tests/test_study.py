@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -501,3 +502,14 @@ def test_the_command_refuses_what_it_does_not_know(line: list[str], tmp_path: Pa
     with pytest.raises(SystemExit) as error:
         main([*line, "--out", str(tmp_path)])
     assert error.value.code not in (0, None)
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyadic.study.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match=r"sklearn.*polyadic\[study\]"):
+        main(["digits", "--quick", "--out", str(tmp_path)])

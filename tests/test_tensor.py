@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -220,3 +221,13 @@ def test_repr() -> None:
     text = repr(CPTensor(((4, 8), (4, 4), (3, 3)), 100))
     for fact in ("(32, 16, 9)", "((4, 8), (4, 4), (3, 3))", "2600 of 4608"):
         assert fact in text, text
+
+
+@pytest.mark.parametrize(("package", "method"), [("tensorly", "to_tensorly"),
+                                                 ("tltorch", "to_tltorch")])  # fmt: skip
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}.*polyadic\[interop\]"):
+        getattr(CPTensor(((2, 3), (2, 2)), 3), method)()

@@ -73,6 +73,11 @@ def tensorized_groups(tensorized_shape: Any) -> tuple[tuple[Shape, ...], int]:
     return groups, layer_modes
 
 
+def split_modes(shape: tuple[Shape, ...], layer_modes: int) -> tuple[Shape, tuple[Shape, ...]]:
+    """The sizes of the layer modes, and the groups of one layer."""
+    return tuple(mode for (mode,) in shape[:layer_modes]), shape[layer_modes:]
+
+
 def _prime_factors(number: int) -> list[int]:
     """Prime factors in ascending order; [1] for 1."""
     primes, divisor = [], 2

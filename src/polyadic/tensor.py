@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import _check
-from polyadic._format import Shape, positive_int, tensorized_groups
+from polyadic._format import positive_int, split_modes, tensorized_groups
 from polyadic.init import cp_orthonormal_
 from polyadic.kernels.modes import accumulate_dtype, khatri_rao
 
@@ -44,7 +45,7 @@ class CPTensor(nn.Module):
         rank: R.
 
     Raises:
-        TypeError: sizes or rank are not integers.
+        TypeError: sizes or rank are not integers, or dtype is not floating point.
         ValueError: sizes or rank are below 1, there is no group, or an int stands behind a group.
     """
 
@@ -190,14 +191,18 @@ class CPTensor(nn.Module):
         return cp
 
     def to_tensorly(self) -> Any:
-        """Copy to a ``tensorly.cp_tensor.CPTensor`` of torch tensors."""
-        from tensorly.cp_tensor import CPTensor as TensorlyCP
+        """Copy to a ``tensorly.cp_tensor.CPTensor`` of torch tensors.
 
+        Raises:
+            ImportError: tensorly is not installed.
+        """
+        tensorly = _interop("tensorly")
         first = self.factors[0]
         weights = first.new_ones(self.rank) if self.weights is None else self.weights
         factors = [factor.detach().clone() for factor in self.factors]
-        with _torch_backend():
-            return TensorlyCP((weights.detach().clone(), factors))
+        # for this call alone: the user's own setting is left as it is
+        with tensorly.backend_context("pytorch", local_threadsafe=True):
+            return tensorly.cp_tensor.CPTensor((weights.detach().clone(), factors))
 
     @classmethod
     def from_tensorly(
@@ -224,16 +229,18 @@ class CPTensor(nn.Module):
         Args:
             tensorized: make a ``CPTensorized``, as tltorch's linear and embedding layers own it,
                 layer modes as ints; False makes a ``CPTensor``, as its convolutions own it.
-        """
-        import tltorch
 
+        Raises:
+            ImportError: tltorch, or something it needs, is not installed.
+        """
+        tltorch = _interop("tltorch")
         first = self.factors[0]
         weights = first.new_ones(self.rank) if self.weights is None else self.weights
         factors = [_own(factor) for factor in self.factors]
         if not tensorized:
             shape = tuple(mode for group in self.tensorized_shape for mode in group)
             return tltorch.CPTensor(_own(weights), factors, shape, rank=self.rank)
-        joint, single = _split(self.tensorized_shape, self.layer_modes)
+        joint, single = split_modes(self.tensorized_shape, self.layer_modes)
         return tltorch.CPTensorized(_own(weights), factors, (*joint, *single), rank=self.rank)
 
     @classmethod
@@ -269,7 +276,7 @@ class CPTensor(nn.Module):
     def extra_repr(self) -> str:
         """Shapes, rank and parameter counts."""
         own, dense = sum(p.numel() for p in self.parameters()), math.prod(self.shape)
-        joint, single = _split(self.tensorized_shape, self.layer_modes)
+        joint, single = split_modes(self.tensorized_shape, self.layer_modes)
         return (
             f"shape={tuple(self.shape)}, tensorized_shape={(*joint, *single)}, "
             f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
@@ -310,7 +317,7 @@ class CPSlice(CPTensor):
         nn.Module.__init__(self)
         if not isinstance(joint, CPTensor):
             raise TypeError(f"joint must be a CPTensor, got {type(joint).__name__}")
-        layers, single = _split(joint.tensorized_shape, joint.layer_modes)
+        layers, single = split_modes(joint.tensorized_shape, joint.layer_modes)
         if len(index) != len(layers):
             raise ValueError(
                 f"a layer of a tensor with {len(layers)} layer modes is chosen by as many ints, "
@@ -362,11 +369,6 @@ class CPSlice(CPTensor):
         return f"CPSlice({self.extra_repr()})"
 
 
-def _split(shape: tuple[Shape, ...], layer_modes: int) -> tuple[Shape, tuple[Shape, ...]]:
-    """The sizes of the layer modes, and the groups of one layer."""
-    return tuple(mode for (mode,) in shape[:layer_modes]), shape[layer_modes:]
-
-
 def _row(index: Any, size: int) -> int:
     if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise TypeError(f"the index of a layer must be an int, got {index!r}")
@@ -385,8 +387,11 @@ def _own(tensor: Tensor) -> nn.Parameter:
     )
 
 
-def _torch_backend() -> Any:
-    """Tensorly's torch backend for one block, the user's own setting left as it is."""
-    import tensorly
-
-    return tensorly.backend_context("pytorch", local_threadsafe=True)
+def _interop(name: str) -> Any:
+    """An optional package, or which extra brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f'conversion to {name} needs it: pip install "polyadic[interop]" ({error})'
+        ) from error

@@ -26,8 +26,16 @@ def save_figures(run: Run, folder: Path, device: str) -> list[Path]:
         run: the records.
         folder: where the PNG files go; made where it is missing.
         device: part of the files' names.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
-    import matplotlib as mpl
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ImportError(
+            "the figures of the benchmark need matplotlib: pip install 'polyadic[bench]'"
+        ) from error
 
     folder.mkdir(parents=True, exist_ok=True)
     saved = []

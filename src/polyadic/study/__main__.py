@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 digits.run(digits.Options.short() if given.quick else digits.Options(), out, tell)
             )
+    except ModuleNotFoundError as error:
+        sys.exit(f"polyadic.study: {error}; pip install 'polyadic[study]'")
     except (ImportError, ValueError) as error:
         sys.exit(f"polyadic.study: {error}")
 
