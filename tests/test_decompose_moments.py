@@ -143,3 +143,30 @@ def test_errors(model: nn.Module, names: Any, weights: Any, error: Any, message:
     given = None if weights is None else lambda batch: weights
     with pytest.raises(error, match=message):
         second_moments(model, [torch.randn(4, 3)], names, weights=given)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (torch.full((4,), float("nan")), ValueError, "finite and not negative"),
+        (torch.tensor([1.0, -1.0, 1.0, 1.0]), ValueError, "finite and not negative"),
+        ([1.0, 1.0, 1.0, 1.0], TypeError, "must return a tensor .* got list"),
+        (torch.ones(4, dtype=torch.complex64), TypeError, r"real numbers .*complex64"),
+    ],
+    ids=["nan", "negative", "list", "complex"],
+)
+def test_weights_that_are_no_weights_are_refused(
+    weights: Any, error: type[Exception], message: str
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(error, match=message):
+        second_moments(model, [torch.randn(4, 3)], ["0"], weights=lambda batch: weights)
+
+
+def test_batches_without_rows_add_nothing() -> None:
+    for layer, shape in ((nn.Linear(3, 2), (4, 3)), (nn.Conv2d(3, 2, 3), (4, 3, 6, 5))):
+        model, x = nn.Sequential(layer), torch.randn(shape)
+        found = second_moments(model, [x[:0], x, x[:0]], ["0"])["0"]
+        assert torch.equal(found, second_moments(model, [x], ["0"])["0"])
+        with pytest.raises(ValueError, match="saw no position"):
+            second_moments(model, [x[:0]], ["0"])

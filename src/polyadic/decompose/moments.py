@@ -51,9 +51,9 @@ def second_moments(
         ``metric`` of ``polyadic.decompose``.
 
     Raises:
-        TypeError: a name belongs to a module of another type.
+        TypeError: a name belongs to a module of another type, or the weights are no tensor.
         ValueError: a name is not in the model, a layer was never called or saw no position, or
-            the weights do not fit a layer's input.
+            the weights do not fit a layer's input, are negative or not finite.
     """
     wanted = _named(model, names)
     gathered: dict[nn.Module, _Moment] = {
@@ -68,6 +68,8 @@ def second_moments(
     try:
         for batch in batches:
             counts = None if weights is None else weights(batch)
+            if counts is not None:
+                _check_weights(counts)
             for moment in gathered.values():
                 moment.weights = counts
             _call(model, batch)
@@ -95,6 +97,18 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
+def _check_weights(counts: Any) -> None:
+    """Refuse what cannot say how much positions count."""
+    if not isinstance(counts, Tensor) or counts.is_complex():
+        got = f"one of {counts.dtype}" if isinstance(counts, Tensor) else type(counts).__name__
+        raise TypeError(f"weights must return a tensor of real numbers for a batch, got {got}")
+    if not bool((counts.isfinite() & (counts >= 0)).all()):
+        raise ValueError(
+            "weights must return how much each position counts, finite and not negative; got a "
+            "tensor with others, give 0 for positions to leave out"
+        )
+
+
 def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
@@ -113,10 +127,12 @@ class _Moment:
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
         self.count = 0.0
+        self.called = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add what a call of the layer is given."""
         x = args[0] if args else kwargs["input"]
+        self.called = True
         if isinstance(module, nn.Embedding):
             self._add_indices(module, x)
         else:
@@ -159,12 +175,12 @@ class _Moment:
 
     def mean(self) -> Tensor:
         """Σ, if anything was seen."""
-        if self.total is None:
+        if not self.called:
             raise ValueError(
                 f"{self.name} was never called by the model: there were no batches, or its forward "
                 f"is bypassed, as a fast path of torch's transformer layers does"
             )
-        if self.count <= 0:
+        if self.total is None or self.count <= 0:
             raise ValueError(f"{self.name} saw no position of positive weight")
         mean = self.total / self.count
         if self.blocks > 1:
@@ -198,7 +214,8 @@ def _patches(
     ):
         x = x.unfold(dim, spread * (size - 1) + 1, step)[..., ::spread]
     dims = len(kernel)
-    x = x.reshape(len(x), module.groups, -1, *x.shape[2:]).movedim(2, 2 + dims)
+    channels = module.in_channels // module.groups
+    x = x.reshape(len(x), module.groups, channels, *x.shape[2:]).movedim(2, 2 + dims)
     per_image = math.prod(x.shape[1:])
     images = max(1, UNFOLDED // per_image)
     for start in range(0, len(x), images):
