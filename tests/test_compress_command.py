@@ -129,3 +129,39 @@ def test_without_transformers_it_says_what_to_install(
     code, _, err = run(folder, "--ratio", 2, "--dry-run", capsys=capsys)
     assert code == 1
     assert "pip install 'polyadic[compress]'" in err
+
+
+def test_places_that_cannot_be_written_are_refused_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    monkeypatch.setattr("polyadic.compress", lambda *_, **__: pytest.fail("time was spent"))
+    for option, place, *more in (
+        ("--json", tmp_path / "no" / "r.json", "--dry-run"),
+        ("--html", tmp_path, "--dry-run"),
+        ("--out", file / "small"),
+    ):
+        code, _, err = run(folder, "--ratio", 2, option, place, *more, capsys=capsys)
+        assert code == 2
+        assert option in err
+        assert len(err.splitlines()) == 1, err
+
+
+def test_layers_converted_before_are_kept(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    budget = ("--ratio", 2, "--orders", 1, "--out")
+    queries, keys = (rf"encoder\.layer\.\d\.attention\.self\.{part}" for part in ("query", "key"))
+    assert run(folder, *budget, first, "--target", queries, capsys=capsys)[0] == 0
+    auto = transformers.quantizers.auto
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        mapping.pop("polyadic")  # as in a process of its own
+    assert run(first, *budget, second, "--target", keys, capsys=capsys)[0] == 0
+    once, twice = (
+        transformers.AutoModel.from_pretrained(out, local_files_only=True)
+        for out in (first, second)
+    )
+    for name, parameter in once.state_dict().items():
+        if ".self.key.weight" not in name:
+            assert torch.equal(twice.state_dict()[name], parameter), name
+    assert isinstance(twice.encoder.layer[0].attention.self.key, CPLinear)

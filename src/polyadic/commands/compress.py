@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def compress(
     import polyadic
 
     _check_paths(model_dir, calibration, out, dry_run)
+    _check_files(html=html, json=json)
     options: dict[str, Any] = {
         "ratio": ratio, "flops_ratio": flops_ratio, "max_error": max_error, "speed": speed,
         "target_modules": target, "exclude_modules": exclude, "orders": _orders(orders),
@@ -80,17 +82,17 @@ def compress(
     print(report)
     try:
         _write(report, html, json)
-    except ImportError as error:
+        if dry_run or out is None:
+            return
+        if not report.converted:
+            print("polyadic: no layer was converted, nothing is saved", file=sys.stderr)
+            raise typer.Exit(1)
+        polyadic.save_pretrained(made, out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+    except (ImportError, OSError) as error:
         print(f"polyadic: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    if dry_run or out is None:
-        return
-    if not report.converted:
-        print("polyadic: no layer was converted, nothing is saved", file=sys.stderr)
-        raise typer.Exit(1)
-    polyadic.save_pretrained(made, out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
     print(f"saved: {out}")
 
 
@@ -109,6 +111,18 @@ def _check_paths(model_dir: Path, calibration: Path | None, out: Path | None, dr
         raise typer.BadParameter("give --out, the directory to save to, or --dry-run")
     if out.exists() and (not out.is_dir() or out.resolve() == model_dir.resolve()):
         raise typer.BadParameter(f"--out must be a directory other than the model's, got {out}")
+    made = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not made.is_dir() or not os.access(made, os.W_OK):
+        raise typer.BadParameter(f"--out cannot be made or written to, because of {made}")
+
+
+def _check_files(**files: Path | None) -> None:
+    """See that reports can be written, before any time is spent."""
+    for option, file in files.items():
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise typer.BadParameter(
+                f"--{option} must be a file in a directory that is there, got {file}"
+            )
 
 
 def _orders(text: str | None) -> tuple[int, ...] | None:
@@ -121,7 +135,12 @@ def _orders(text: str | None) -> tuple[int, ...] | None:
 
 
 def _load(folder: Path) -> tuple[nn.Module, Any]:
-    """The model, as the class its configuration names, and its tokenizer if it has one."""
+    """The model, as the class its configuration names, and its tokenizer if it has one.
+
+    CP layers of an earlier conversion are loaded as such.
+    """
+    from polyadic import register_transformers
+
     try:
         import transformers
     except ImportError as error:
@@ -129,6 +148,7 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
             "models are loaded by transformers: pip install 'polyadic[compress]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
+    register_transformers()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     named = list(config.architectures or [])
     cls = getattr(transformers, named[0], None) if named else None
