@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polyadic._surgery import CONVOLUTIONS, TRANSPOSED
 from polyadic.compress.costs import Call
 from polyadic.decompose import second_moments
+from polyadic.decompose.moments import check_weights
 
 Forward = Callable[[nn.Module, Any], Any]
 Weights = Callable[[Any], Tensor]
@@ -82,7 +83,7 @@ class Calibration:
         try:
             with evaluating(self.model):
                 for i, batch in enumerate(self.batches):
-                    self.outputs.append(_floating(self.forward(self.model, batch)))
+                    self.outputs.append(_floating(self._first(i, batch)))
                     if i == 0:
                         for hook in hooks:
                             hook.remove()
@@ -97,6 +98,20 @@ class Calibration:
         finite = all(bool(y.isfinite().all()) for batch in self.outputs for y in batch)
         if not finite:
             raise ValueError("the model puts out NaN or infinity for the calibration batches")
+
+    def _first(self, number: int, batch: Any) -> Any:
+        """What a batch gives, which nobody knows to fit the model yet."""
+        try:
+            return self.forward(self.model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{type(self.model).__name__} does not run on batch {number} of calibration, a "
+                f"{type(batch).__name__}: {error}; a tuple or list is given as model(*batch), a "
+                f"mapping as model(**batch), all else as model(batch): leave out labels, or say "
+                f"how to run it by forward=lambda model, batch: ..."
+            ) from error
 
     def _noting(self, name: str) -> Callable[..., None]:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,8 +134,16 @@ class Calibration:
         called = [name for name in names if name in self.calls]
         shape = None
         if self.weights is not None:
-            shape = tuple(self.weights(self.batches[0]).shape)
+            counts = self.weights(self.batches[0])
+            check_weights(counts)
+            shape = tuple(counts.shape)
         weighted = [n for n in called if shape is not None and self._leading[n] == shape]
+        if shape is not None and called and not weighted:
+            known = ", ".join(map(str, dict.fromkeys(self._leading[n] for n in called)))
+            raise ValueError(
+                f"weights must have the leading dimensions of the input of a layer, got {shape} "
+                f"for the first batch, where layers have {known}"
+            )
         found: dict[str, Tensor] = {}
         for group, weights in ((weighted, self.weights), (called, None)):
             names = [f"model.{name}" for name in group if name not in found]

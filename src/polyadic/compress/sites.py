@@ -141,6 +141,10 @@ def sites(
 
     Returns:
         The sites, and by name why a layer cannot be one.
+
+    Raises:
+        ValueError: shapes do not fit their layer, or are given for another of tied layers than the
+            one whose weight is fitted.
     """
     tied = {name: group for group in found.ties for name in group}
     made, refused = [], dict(found.skipped)
@@ -157,14 +161,35 @@ def sites(
             try:
                 for layer in layers:
                     weight_of(layer, type(layer), "compress")
-                forms = _forms(layers[0], orders, shapes.get(names[0], []))
+                forms = _forms(layers[0], orders, [])
             except (TypeError, ValueError) as error:
                 reason = str(error)
+        if reason is None and not bool(layers[0].weight.isfinite().all()):  # type: ignore[operator]
+            reason = "has NaN or infinity in its weight"
+        if reason is None and (asked := _asked(names, shapes)):
+            try:
+                forms = _forms(layers[0], orders, asked)
+            except ValueError as error:
+                raise ValueError(f"shapes: those of {names[0]} do not fit: {error}") from error
         if reason is not None:
             refused.update(dict.fromkeys(names, reason))
         else:
             made.append(Site(names, layers, forms))
     return made, refused
+
+
+def _asked(
+    names: Sequence[str], shapes: dict[str, list[tuple[Shape, Shape]]]
+) -> list[tuple[Shape, Shape]]:
+    """The shapes that are asked for, of tied layers by the first."""
+    first = shapes.get(names[0], [])
+    for name in names[1:]:
+        if shapes.get(name, first) != first:
+            raise ValueError(
+                f"shapes: {name} has the weight of {names[0]}, in whose modes both are fitted; "
+                f"give the shapes of {names[0]} alone"
+            )
+    return first
 
 
 def _in_order(names: Sequence[str], layers: dict[str, nn.Module]) -> tuple[str, ...]:

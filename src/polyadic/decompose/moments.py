@@ -69,7 +69,7 @@ def second_moments(
         for batch in batches:
             counts = None if weights is None else weights(batch)
             if counts is not None:
-                _check_weights(counts)
+                check_weights(counts)
             for moment in gathered.values():
                 moment.weights = counts
             _call(model, batch)
@@ -97,7 +97,7 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
-def _check_weights(counts: Any) -> None:
+def check_weights(counts: Any) -> None:
     """Refuse what cannot say how much positions count."""
     if not isinstance(counts, Tensor) or counts.is_complex():
         got = f"one of {counts.dtype}" if isinstance(counts, Tensor) else type(counts).__name__
