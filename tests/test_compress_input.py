@@ -85,3 +85,14 @@ def test_shapes_of_tied_layers_are_those_of_the_table() -> None:
     for shapes in ({"head": head}, {"table": table, "head": head}):
         with pytest.raises(ValueError, match="give the shapes of table alone"):
             polyadic.compress(Tied(), ratio=4, shapes=shapes)
+
+
+def test_a_callers_autocast_is_for_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model, batches = mlp(), [torch.randn(8, 16) for _ in range(4)]
+    _, expected = polyadic.compress(model, ratio=2, calibration=batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = polyadic.compress(model, ratio=2, calibration=batches)
+    for own, other in zip(report.layers, expected.layers, strict=True):
+        assert own.importance == pytest.approx(other.importance, rel=0.05)
+        assert own.weight_error == pytest.approx(other.weight_error, rel=0.05)

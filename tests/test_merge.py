@@ -160,3 +160,10 @@ def test_a_model_of_transformers_is_an_ordinary_one_again(
     assert not hasattr(new.config, "quantization_config")
     assert not any("polyadic" in type(m).__module__ for m in new.modules())
     assert torch.equal(new(ids).logits, model(ids).logits)
+
+
+def test_dense_weights_are_not_rounded_by_a_callers_autocast() -> None:
+    layer = CPLinear(16, 12, rank=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = layer.to_linear()
+    assert torch.equal(dense.weight, layer.weight)

@@ -174,10 +174,16 @@ class Calibration:
         assert own is not None
         kept = own.detach().clone()
         try:
-            own.data.copy_(weight)
+            _set(own, weight)
             return self.changed(self.model)
         finally:
-            own.data.copy_(kept)
+            _set(own, kept)
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter other values, and make a caller's autocast forget those it has cast."""
+    parameter.data.copy_(value)
+    torch.clear_autocast_cache()
 
 
 def _unwrapped(weights: Weights) -> Weights:

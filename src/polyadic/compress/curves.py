@@ -20,6 +20,7 @@ from polyadic._format import resolve_rank
 from polyadic.compress.sites import Form, Site
 from polyadic.decompose import Decomposition, decompose
 from polyadic.decompose.problem import Problem, make_problem
+from polyadic.kernels.embedding import no_autocast
 from polyadic.nn._layer import Rank
 
 SWEEPS = 8
@@ -100,8 +101,9 @@ def fitted(
 
 def approximation(site: Site, form: Form, fit: Decomposition) -> Tensor:
     """The dense weight a fit stands for, in torch's layout."""
-    dense: Tensor = site.made(fit.cp)[site.name].weight  # type: ignore[assignment]
-    return dense.detach()
+    with no_autocast(site.weight):
+        dense: Tensor = site.made(fit.cp)[site.name].weight  # type: ignore[assignment]
+        return dense.detach()
 
 
 @torch.no_grad()
@@ -153,7 +155,8 @@ def curves(
         if most < 1:
             continue
         if form.is_low_rank:
-            errors = low_rank_errors(problem_of(site, form, metric)).tolist()
+            with no_autocast(site.weight):
+                errors = low_rank_errors(problem_of(site, form, metric)).tolist()
             known = range(1, min(most, len(errors) - 1) + 1)
             ranks = list(known) if fixed is None else [fixed]
             values = tuple(errors[min(r, len(errors) - 1)] for r in ranks)
@@ -239,8 +242,9 @@ def output_error(site: Site, form: Form, fit: Decomposition, metric: Tensor | No
     """‖Σ^½ (W − Ŵ)‖ / ‖Σ^½ W‖ with the metric as it was measured, without damping."""
     if metric is None:
         return None
-    problem = problem_of(site, form, metric, damping=0.0)
-    factors = problem.taken(list(fit.cp.factors))
-    power = problem.power()
-    lost = problem.residual(factors)[0]
+    with no_autocast(site.weight):
+        problem = problem_of(site, form, metric, damping=0.0)
+        factors = problem.taken(list(fit.cp.factors))
+        power = problem.power()
+        lost = problem.residual(factors)[0]
     return math.sqrt(lost / power) if power > 0 else 0.0

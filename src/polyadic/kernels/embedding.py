@@ -73,7 +73,7 @@ def _sum_into(rows: Tensor, digit: Tensor, mode: int) -> Tensor:
     return chosen.to(rows.dtype) @ rows
 
 
-def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
+def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast off, as for torch's embedding: a residual stream that starts in fp32 stays so."""
     kind = like.device.type
     if knows_autocast(kind) and torch.is_autocast_enabled(kind):
@@ -103,7 +103,7 @@ class EmbeddingMap:
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y (b, e) for indices x (b,), and Z (b, r) where the plan keeps it."""
-        with _no_autocast(x):
+        with no_autocast(x):
             z = self._gather(x, factors)
             y = expand(z, factors[self.n_in :], self.plan.forward.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
@@ -141,7 +141,7 @@ class EmbeddingMap:
             factors: (λ if any, *in, *out).
             needs: whether x (never) and each factor needs its gradient.
         """
-        with _no_autocast(x):
+        with no_autocast(x):
             return None, self._backward(grad_y, x, kept, factors, needs[1:])
 
     def _backward(

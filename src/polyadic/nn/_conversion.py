@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyadic._format import JointFormat, Shape, resolve_rank
 from polyadic.decompose import Decomposition, decompose
+from polyadic.kernels.embedding import no_autocast
 from polyadic.nn._layer import CPLayer, Rank
 from polyadic.nn._source import weight_of
 from polyadic.tensor import CPTensor
@@ -245,7 +246,8 @@ def dense(
     dtype = layer.cp.factors[0].dtype
     # One rounding in the end: products of half-precision factors would be rounded at each step.
     wide = copy.deepcopy(layer).float() if dtype.itemsize < 4 else layer
-    weight = wide.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    with no_autocast(wide.cp.factors[0]):
+        weight = wide.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     made = cls(**arguments, device="meta", dtype=dtype)
     made.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
