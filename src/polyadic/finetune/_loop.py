@@ -168,11 +168,13 @@ class Loop:
         if settings.clip is not None:
             norm = float(nn.utils.clip_grad_norm_(self._parameters, settings.clip))
         if not (math.isfinite(value) and math.isfinite(norm)):
+            left = "as it was before this step; with validation= its best is kept"
             if self._validate is not None:
                 self._copy(self._kept)
+                left = "at its best so far"
             raise FloatingPointError(
                 f"the loss is {value} and its gradient has norm {norm} at step {self._step + 1}; "
-                f"lower lr={settings.lr}, warm up or clip; the model is left at its best so far"
+                f"lower lr={settings.lr}, warm up or clip; the model is left {left}"
             )
         self._optimizer.step()
         self._step += 1

@@ -83,12 +83,13 @@ class Settings:
                 f"optimizer must be a class such as torch.optim.Adam or a function (parameters, "
                 f"lr=...) that makes one, got {type(self.optimizer).__name__}"
             )
-        if not callable(self.schedule) and self.schedule not in SCHEDULES:
+        if not callable(self.schedule) and self.schedule not in tuple(SCHEDULES):
             known = ", ".join(map(repr, SCHEDULES))
             raise ValueError(
                 f"schedule must be one of {known} or a function of the part done, got "
                 f"{self.schedule!r}"
             )
+        optional_function(self.callback, "callback")
         if self.checkpoint is None and self.resume:
             raise ValueError("resume=True needs checkpoint=, the file to continue from")
 
@@ -122,6 +123,12 @@ def positive(value: Any, name: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
+
+
+def optional_function(value: Any, name: str) -> None:
+    """Raise a TypeError for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r}")
 
 
 def _name(value: Any) -> str:

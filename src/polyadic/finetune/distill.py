@@ -20,6 +20,7 @@ from polyadic.finetune._settings import (
     Settings,
     as_path,
     batch_count,
+    optional_function,
     total_steps,
 )
 
@@ -134,6 +135,7 @@ def distill(
     compare = _comparison(loss)
     trained = _models.select(student, trainable)
     _models.refuse_shared(trained, teacher)
+    optional_function(forward, "forward")
     run_model = forward or _models.output_tensor
     device = _models.device_of(student)
     settings = Settings(
@@ -161,13 +163,18 @@ def distill(
 def _comparison(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:
     if callable(loss):
         return loss  # type: ignore[no-any-return]
-    if loss not in LOSSES:
+    if loss not in tuple(LOSSES):
         known = ", ".join(map(repr, LOSSES))
         raise ValueError(f"loss must be one of {known} or a function, got {loss!r}")
     return LOSSES[loss]
 
 
 def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: Tensor) -> Tensor:
+    for output in (ours, theirs):
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"forward must return the tensor to compare, got {type(output).__name__}"
+            )
     if ours.shape != theirs.shape:
         raise ValueError(
             f"student and teacher must give outputs of one shape, got {tuple(ours.shape)} and "

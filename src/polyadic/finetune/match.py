@@ -18,6 +18,7 @@ from polyadic.finetune._settings import (
     Progress,
     Schedule,
     Settings,
+    optional_function,
     total_steps,
 )
 
@@ -108,6 +109,7 @@ def match_layers(
     _models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
+    optional_function(callback, "callback")
     layers = _layers(student, teacher, names)
     trained = {
         f"{name}.{own}": parameter
@@ -155,8 +157,12 @@ def _layers(
                 "first, and keep a copy of the original as the teacher"
             )
         return converted
-    if isinstance(names, str):
-        raise TypeError(f"names must be a sequence of names, got the str {names!r}; give a list")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(
+            f"names must be a sequence of names, got the {type(names).__name__} {names!r}; give a "
+            f"list"
+        )
+    names = list(names)
     for name in names:
         if name not in converted:
             raise ValueError(
