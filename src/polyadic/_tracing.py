@@ -13,15 +13,8 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def knows_autocast(device_type: str) -> bool:
-    """Whether autocast exists for a type of device."""
-    return torch.amp.is_autocast_available(device_type)
-
-
-# Called while tracing, not traced: the compiler of torch 2.11 takes the one for true whenever it
-# compiles, and cannot look into the other.
+# Called while tracing, not traced: the compiler of torch 2.11 takes it for true in each graph.
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def known(*sizes: int) -> bool:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyadic._autocast import no_autocast
 from polyadic._format import resolve_rank
 from polyadic.compress.sites import Form, Site
 from polyadic.decompose import Decomposition, decompose
 from polyadic.decompose.problem import Problem, make_problem
-from polyadic.kernels.embedding import no_autocast
 from polyadic.nn._layer import Rank
 
 SWEEPS = 8

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from polyadic import _check
+from polyadic._autocast import autocasts
 from polyadic._plan import Memory
-from polyadic._tracing import knows_autocast
 
 _signature = attrgetter("shape", "dtype", "device")
 
@@ -55,7 +55,7 @@ def nbytes(tensors: Sequence[Tensor | None]) -> int:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype autocast asks for on x's device, None where it is off or x is float64."""
     kind = x.device.type
-    if not knows_autocast(kind) or not torch.is_autocast_enabled(kind):
+    if not autocasts(kind):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 

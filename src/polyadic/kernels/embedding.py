@@ -14,7 +14,6 @@ Axes: b indices, m rows of one in factor, r rank, e embedding dimension.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyadic._autocast import no_autocast
 from polyadic._plan import LinearPlan
-from polyadic._tracing import knows_autocast
 from polyadic.kernels.modes import (
     Groups,
     accumulate_dtype,
@@ -73,14 +72,6 @@ def _sum_into(rows: Tensor, digit: Tensor, mode: int) -> Tensor:
     return chosen.to(rows.dtype) @ rows
 
 
-def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Autocast off, as for torch's embedding: a residual stream that starts in fp32 stays so."""
-    kind = like.device.type
-    if knows_autocast(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
-
-
 @dataclass(frozen=True)
 class EmbeddingMap:
     """The map (indices, None, *factors) → y with factors = (λ if any, *in, *out).
@@ -103,6 +94,7 @@ class EmbeddingMap:
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y (b, e) for indices x (b,), and Z (b, r) where the plan keeps it."""
+        # Off as for torch's embedding: a residual stream that starts in fp32 stays so.
         with no_autocast(x):
             z = self._gather(x, factors)
             y = expand(z, factors[self.n_in :], self.plan.forward.out_groups, bias)

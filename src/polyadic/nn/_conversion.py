@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from polyadic._autocast import no_autocast
 from polyadic._format import JointFormat, Shape, resolve_rank
 from polyadic.decompose import Decomposition, decompose
-from polyadic.kernels.embedding import no_autocast
 from polyadic.nn._layer import CPLayer, Rank
 from polyadic.nn._source import weight_of
 from polyadic.tensor import CPTensor
