@@ -299,6 +299,11 @@ def test_twenty_seeds_none_diverging() -> None:
     assert max(fit.growth for fit in fits) < 3
 
 
+NOT_FINITE = CPTensor.from_factors(
+    ((2, 3), (2, 2)), [torch.full((size, 2), math.nan) for size in (2, 3, 2, 2)]
+)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -325,6 +330,7 @@ def test_twenty_seeds_none_diverging() -> None:
         ({"start": 3}, TypeError, "a name, factors or a sequence"),
         ({"start": [3]}, TypeError, "a name or factors, got int"),
         ({"start": CPTensor(((3, 2), (2, 2)), 2)}, ValueError, "tensorized shape"),
+        ({"start": NOT_FINITE}, ValueError, "finite factors"),
         ({"metric": "x"}, TypeError, "metric must be a floating-point tensor"),
         ({"metric": torch.ones(4, 4)}, ValueError, r"shape \(6, 6\) or \(6,\)"),
         ({"metric": torch.full((6,), math.nan)}, ValueError, "finite"),

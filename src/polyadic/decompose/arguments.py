@@ -175,7 +175,7 @@ def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:
 
     Raises:
         TypeError: a start is neither a name nor factors.
-        ValueError: an unknown name, no start, or factors of another shape.
+        ValueError: an unknown name, no start, or factors of another shape or not finite.
     """
     if isinstance(value, str) and value == "auto":
         return list(STARTS)
@@ -197,4 +197,6 @@ def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:
             raise ValueError(
                 f"a start must have the tensorized shape {shape}, got {cp.tensorized_shape}"
             )
+        if not all(bool(factor.isfinite().all()) for factor in cp.parameters()):
+            raise ValueError("a start must have finite factors, got some with NaN or infinity")
     return found
