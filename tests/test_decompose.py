@@ -341,6 +341,8 @@ NOT_FINITE = CPTensor.from_factors(
         ({"metric_groups": (2,)}, ValueError, "metric_groups must name"),
         ({"metric_groups": ()}, ValueError, "metric_groups must name"),
         ({"metric_groups": 0}, TypeError, "sequence of ints"),
+        ({"metric_groups": (0.7,)}, TypeError, "sequence of ints, got 0.7 in it"),
+        ({"metric_groups": (False,)}, TypeError, "sequence of ints, got False in it"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -58,7 +58,6 @@ class Machine:
     Args:
         gemm: FLOP/s of a large matrix product.
         gemm_bandwidth: bytes/s at which a product reads and packs its operands beforehand.
-        vector: columns a product is padded to (the SIMD width).
         memory_bandwidth: bytes/s of elementwise steps on tensors larger than the cache.
         cache_bandwidth: the same where they fit.
         cache: bytes of the cache meant.
@@ -79,7 +78,6 @@ class Machine:
 
     gemm: float = 150e9
     gemm_bandwidth: float = 18e9
-    vector: int = 16
     memory_bandwidth: float = 50e9
     cache_bandwidth: float = 50e9
     cache: float = 1.5e6

@@ -22,7 +22,7 @@ import torch
 
 from polyadic._cost import MAPPED, Machine, built_in
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Calibrations of this process that could not be written.
 _unwritten: dict[tuple[str, torch.dtype, int], Machine] = {}
 

@@ -13,7 +13,7 @@ from polyadic._cost import Step
 from polyadic._format import LinearFormat, Shape
 from polyadic._plan import Groups, LinearPlan, LinearRoute
 from polyadic.kernels.modes import PIECE, WHOLE
-from polyadic.kernels.products import better_flipped, left_to_blas
+from polyadic.kernels.products import VECTOR, better_flipped, left_to_blas
 
 # A product and its sum; a sum takes as long to call as two other operations.
 SUMMED = 3
@@ -28,18 +28,9 @@ def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
     return pieces
 
 
-def gemm(
-    name: str,
-    m: int,
-    k: int,
-    n: int,
-    item: int,
-    *,
-    vector: int = 16,
-    launches: int = 1,
-) -> Step:
+def gemm(name: str, m: int, k: int, n: int, item: int, *, launches: int = 1) -> Step:
     """(m, k) @ (k, n), ``launches`` with the views before and after it."""
-    padded_flops = 2 * m * k * -(-n // vector) * vector
+    padded_flops = 2 * m * k * -(-n // VECTOR) * VECTOR
     if left_to_blas(m, k, n, item):
         # Measured 1.07 to 1.38 times as long as a product that goes to oneDNN.
         padded_flops += padded_flops // 4

@@ -154,7 +154,8 @@ def _scaling(run: Run, threads: int) -> Any:
             if len(pairs) < 3:
                 continue
             colour, marker = STYLES[name]
-            label = f"{name}, power {exponent(pairs):.2f}"
+            # Added to 0.0, what rounds to zero has no minus sign.
+            label = f"{name}, power {round(exponent(pairs), 2) + 0.0:.2f}"
             sizes, times = zip(*pairs, strict=True)
             ax.plot(sizes, [t * 1e3 for t in times], color=colour, marker=marker, markersize=5,
                     linewidth=1.3, label=label)  # fmt: skip

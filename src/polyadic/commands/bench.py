@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,12 @@ from rich.progress import Progress
 from polyadic.commands.app import app
 from polyadic.commands.parse import dtype_named
 
+_OF_A_RUN = ("quick", "only", "device", "threads", "dtype", "mode", "compiled")
+
 
 @app.command()
 def bench(
+    context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Nine cells, about a minute.")] = False,
     only: Annotated[
         str | None, typer.Option(help="Cells by name, or by a part of it.", metavar="PATTERN")
@@ -40,6 +44,10 @@ def bench(
     from polyadic.bench.report import write_report
     from polyadic.bench.show import show
 
+    if report:
+        _refuse_given(context, _OF_A_RUN, "is of a run, and --report measures nothing")
+    else:
+        _refuse_given(context, ("docs",), "is where --report writes to, which is not asked for")
     if report and importlib.util.find_spec("matplotlib") is None:
         print(
             "polyadic: --report draws with matplotlib: pip install 'polyadic[bench]'",
@@ -78,3 +86,11 @@ def _counts(text: str) -> list[int]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ValueError(f"--threads must be counts separated by commas, as in 1,2, got {text!r}")
     return [int(part) for part in text.split(",")]
+
+
+def _refuse_given(context: typer.Context, options: Sequence[str], why: str) -> None:
+    """Refuse options that would be ignored."""
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name} {why}")

@@ -92,7 +92,10 @@ def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]
     """
     if isinstance(inside, (str, bytes)) or not isinstance(inside, Sequence):
         raise TypeError(f"metric_groups must be a sequence of ints, got {inside!r}")
-    named = tuple(int(i) for i in inside)
+    for i in inside:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"metric_groups must be a sequence of ints, got {i!r} in it")
+    named = tuple(inside)
     if not named or len(set(named)) < len(named) or not set(named) <= set(range(len(shape))):
         raise ValueError(
             f"metric_groups must name each group of the input side once, by its index below "
