@@ -139,7 +139,7 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
 
     CP layers of an earlier conversion are loaded as such.
     """
-    from polyadic import register_transformers
+    from polyadic.pretrained import register_transformers
 
     try:
         import transformers
