@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +11,13 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread, for tensors this small; and no notes from torch about itself."""
+    """One thread, for tensors this small; a cache of its own; no notes from torch about itself."""
     torch.set_num_threads(1)
+    if not hasattr(config, "workerinput"):
+        # Plans rest on the built-in numbers, not on a calibration of whoever runs the tests.
+        folder = tempfile.TemporaryDirectory(prefix="polyadic-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")
 

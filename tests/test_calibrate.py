@@ -216,3 +216,10 @@ def test_wrong_options_are_refused(options, error, message) -> None:
 def test_an_absent_device_is_refused() -> None:
     with pytest.raises(ValueError, match="device 'cuda' is not there"):
         polyadic.calibrate("cuda")
+
+
+def test_the_tests_rest_on_the_built_in_numbers() -> None:
+    """Whoever runs them may have calibrated the machine."""
+    usual = Path.home() / ".cache" / "polyadic"
+    assert usual not in _machines.calibration_file("cpu", torch.float32, 1).parents
+    assert _machines.machine_for("cpu", torch.float32).source == "built-in"

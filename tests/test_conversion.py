@@ -636,7 +636,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
+# torch's own, of how these layers are made.
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor:UserWarning",
+    "ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning",
+    "ignore:Initializing zero-element tensors:UserWarning",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_layers(name: str) -> None:
     create, error, text = REFUSED[name]

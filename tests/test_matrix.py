@@ -27,7 +27,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("layer", "feature"), CELLS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_cell(layer: str, feature: str) -> None:
     found, error = matrix.found(layer, feature)
     if found != claimed(layer, feature) and error is not None:
@@ -116,7 +116,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("feature", [name for name, row in FEATURES.items() if row.check])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_a_cell_can_fail(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each check finds what is made wrong for it."""
     name = "CPConvTranspose2d" if "channels_last" in feature else "CPLinear"

@@ -103,7 +103,7 @@ ALLOWED = {
     "polyadic._format": set(),
     "polyadic._plan": set(),
     "polyadic._tracing": set(),
-    "polyadic._autocast": set(),
+    "polyadic._autocast": {"polyadic._tracing"},
     "polyadic._autograd": {"polyadic._tracing"},
     "polyadic.reference": set(),
 }

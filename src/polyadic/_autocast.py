@@ -7,6 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from polyadic._tracing import not_traced
+
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
@@ -19,9 +21,7 @@ def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
 
+@not_traced
 def _exists(device_type: str) -> bool:
+    # The compiler of torch 2.11 cannot look into this.
     return torch.amp.is_autocast_available(device_type)
-
-
-# Called while tracing, not traced: the compiler of torch 2.11 cannot look into it.
-_exists._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from polyadic._tracing import not_traced
 
+
+@not_traced
 def in_onednn(dtype: torch.dtype) -> bool:
     """Whether convolutions of this dtype run in oneDNN; torch's own depthwise ones are slow."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -20,6 +23,7 @@ def in_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+@not_traced
 def faster_products() -> bool:
     """Whether oneDNN multiplies large float32 matrices faster than torch's BLAS does.
 
@@ -47,8 +51,3 @@ def _vendor() -> str:
             if line.startswith("vendor_id"):
                 return line.partition(":")[2].strip()
     return platform.processor().rpartition(" ")[2]
-
-
-# Constants of the processor, which torch.compile need not look into.
-in_onednn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-faster_products._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ from polyadic._steps import (
     partials_steps,
     plan_steps,
 )
-from polyadic._tracing import UNKNOWN_BATCH, known
+from polyadic._tracing import UNKNOWN_BATCH, known, not_traced
 
 # Calls a function has checked and found a plan for; the function says by what key.
 settled = Memo()
@@ -92,12 +92,12 @@ def plan_rows(
     rows = UNKNOWN_BATCH
     if known(*shape):
         rows = bucket(math.prod(shape))
-    plan: LinearPlan = _constant_linear(
+    return _constant_linear(
         fmt.in_shape, fmt.out_shape, fmt.rank, rows, dtype, device_type, memory, rebuild
     )
-    return plan
 
 
+@not_traced
 def _constant_linear(
     in_shape: Shape,
     out_shape: Shape,
@@ -110,10 +110,6 @@ def _constant_linear(
 ) -> LinearPlan:
     fmt = LinearFormat(in_shape, out_shape, rank)
     return choose_linear(fmt, rows, dtype, device_type, memory, rebuild)
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-_constant_linear._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_linear(

@@ -15,7 +15,7 @@ from polyadic._machines import machine_for, threads_of
 from polyadic._plan import ConvPlan, ConvRoute, Memory
 from polyadic._planner import bucket, settled
 from polyadic._steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
-from polyadic._tracing import known
+from polyadic._tracing import known, not_traced
 from polyadic.kernels.stages import Geometry
 
 # As of a symbolic batch of rows: one plan for all numbers of images.
@@ -72,6 +72,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
+@not_traced
 def _constant_conv(
     numbers: tuple[Shape, Shape, Shape, int, int, bool],
     where: tuple[Shape, tuple[tuple[int, int], ...], Shape, Shape],
@@ -86,9 +87,6 @@ def _constant_conv(
     stride, padding, dilation, extra = where
     geometry = Geometry(fmt.kernel_size, stride, padding, dilation, fmt.transposed, extra)
     return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory, rebuild)
-
-
-_constant_conv._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_conv(

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
 UNKNOWN_BATCH = 256
 
 
+def not_traced(function: F) -> F:
+    """Have a compiler call a function while it traces, and keep the result as a constant.
+
+    What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@not_traced
 def exporting() -> bool:
     """Whether the graph being traced is to be exported."""
+    # Traced, the compiler of torch 2.11 takes this for true in each graph.
     return torch.compiler.is_exporting()
-
-
-# Called while tracing, not traced: the compiler of torch 2.11 takes it for true in each graph.
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def known(*sizes: int) -> bool:

@@ -71,7 +71,6 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
     from polyadic.bench.plots import save_figures
 
     runs = stored_runs(results)
-    docs.mkdir(parents=True, exist_ok=True)
     page, written = docs / "benchmarks.md", []
     text = page.read_text(encoding="utf-8") if page.exists() else _empty_page()
     sections = []
@@ -79,6 +78,7 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
         figures = save_figures(run, docs / "figures", device)
         sections.append(section(run, [f"figures/{path.name}" for path in figures]))
         written += figures
+    docs.mkdir(parents=True, exist_ok=True)
     page.write_text(between(text, MARK, "\n\n".join(sections)), encoding="utf-8")
     written.append(page)
     if readme is not None and readme.exists():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from polyadic.commands.app import app
-from polyadic.commands.parse import dtype_named
+from polyadic.commands.parse import dtype_named, refuse_given
 
 _OF_A_RUN = ("quick", "only", "device", "threads", "dtype", "mode", "compiled")
 
@@ -45,15 +43,9 @@ def bench(
     from polyadic.bench.show import show
 
     if report:
-        _refuse_given(context, _OF_A_RUN, "is of a run, and --report measures nothing")
+        refuse_given(context, _OF_A_RUN, "is of a run, and --report measures nothing")
     else:
-        _refuse_given(context, ("docs",), "is where --report writes to, which is not asked for")
-    if report and importlib.util.find_spec("matplotlib") is None:
-        print(
-            "polyadic: --report draws with matplotlib: pip install 'polyadic[bench]'",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1)
+        refuse_given(context, ("docs",), "is where --report writes to, which is not asked for")
     try:
         if report:
             for written in write_report(out, docs, docs.parent / "README.md"):
@@ -77,6 +69,9 @@ def bench(
             path = run_bench(options, out, tell)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
+    except ImportError as error:
+        print(f"polyadic: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
     show(Run.load(path), Console())
     print(f"records: {path}")
 
@@ -86,11 +81,3 @@ def _counts(text: str) -> list[int]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ValueError(f"--threads must be counts separated by commas, as in 1,2, got {text!r}")
     return [int(part) for part in text.split(",")]
-
-
-def _refuse_given(context: typer.Context, options: Sequence[str], why: str) -> None:
-    """Refuse options that would be ignored."""
-    for name in options:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"--{name} {why}")

@@ -1,8 +1,11 @@
-"""Values of options as they are written on the command line."""
+"""Options as they are written on the command line: their values, and which are given in vain."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import typer
 
 
 def two_sizes(option: str, text: str) -> tuple[int, int]:
@@ -17,3 +20,11 @@ def dtype_named(name: str) -> torch.dtype | str:
     """Find torch's dtype; where it has none the name itself is returned, to be refused."""
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else name
+
+
+def refuse_given(context: typer.Context, options: Sequence[str], why: str) -> None:
+    """Refuse options that would be ignored, where they stand on the command line."""
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name} {why}")

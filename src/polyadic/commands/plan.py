@@ -9,11 +9,12 @@ import torch
 import typer
 
 from polyadic.commands.app import app
-from polyadic.commands.parse import dtype_named, two_sizes
+from polyadic.commands.parse import dtype_named, refuse_given, two_sizes
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     in_features: Annotated[int, typer.Option("--in", help="Features or channels in.", metavar="M")],
     out_features: Annotated[
         int, typer.Option("--out", help="Features or channels out.", metavar="N")
@@ -28,13 +29,9 @@ def plan(
     kernel: Annotated[
         str | None, typer.Option(help="Plan a convolution with this kernel.", metavar="HxW")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Image of the convolution, 32x32.", metavar="HxW")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Of the convolution, 1.", min=1)] = None,
-    padding: Annotated[
-        str | None, typer.Option(help="Zeros on each side of the image, 0; same or valid.")
-    ] = None,
+    size: Annotated[str, typer.Option(help="Image of the convolution.", metavar="HxW")] = "32x32",
+    stride: Annotated[int, typer.Option(help="Of the convolution.", min=1)] = 1,
+    padding: Annotated[str, typer.Option(help="Zeros on each side, same or valid.")] = "0",
     dtype: Annotated[str, typer.Option(help="Of the layer.")] = "float32",
     memory: Annotated[str, typer.Option(help="fast, balanced or least.")] = "balanced",
     inference: Annotated[bool, typer.Option("--inference", help="Forward alone.")] = False,
@@ -63,18 +60,15 @@ def plan(
         if order is not None:
             shared["order"] = order
         if kernel is None:
-            for option, value in (("--size", size), ("--stride", stride), ("--padding", padding)):
-                if value is not None:
-                    raise ValueError(f"{option} is of a convolution, whose --kernel is missing")
+            of_conv = ("size", "stride", "padding")
+            refuse_given(context, of_conv, "is of a convolution, whose --kernel is missing")
             linear = CPLinear(in_features, out_features, **shared)
             found = explain(linear, batch=batch, training=not inference, device="cpu")
         else:
-            where: dict[str, Any] = {} if stride is None else {"stride": stride}
-            if padding is not None:
-                where["padding"] = int(padding) if padding.isdecimal() else padding
+            pad = int(padding) if padding.isdecimal() else padding
             window = two_sizes("--kernel", kernel)
-            conv = CPConv2d(in_features, out_features, window, **where, **shared)
-            image = two_sizes("--size", "32x32" if size is None else size)
+            conv = CPConv2d(in_features, out_features, window, stride, pad, **shared)
+            image = two_sizes("--size", size)
             found = explain(conv, batch=batch, size=image, training=not inference, device="cpu")
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from polyadic._onednn import faster_products
-from polyadic._tracing import UNKNOWN_BATCH, exporting, known
+from polyadic._tracing import UNKNOWN_BATCH, exporting, known, not_traced
 
 # Elements of an output up to which a pass over it costs less than calling an operation.
 SMALL = 2**14
@@ -122,12 +122,9 @@ def left_to_blas(rows: int, terms: int, columns: int, item: int) -> bool:
     return large and item == 4 and faster_products()
 
 
+@not_traced
 def _one_thread() -> bool:
     return torch.get_num_threads() == 1
-
-
-# A compiled graph keeps what held when it was made.
-_one_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _goes_to_operator(x: Tensor, matrix: Tensor, columns: int) -> bool:
