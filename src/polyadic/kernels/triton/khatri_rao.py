@@ -45,9 +45,14 @@ def khatri_rao_kernel(
     Args:
         factors: for each group, a tuple of pointers to its factors (m_d, RANK).
         matrices: pointer to K of each group.
-        MODES, RIGHT: for each group, the modes and how far a step in each moves.
+        MODES: for each group, (m_1, …, m_D).
+        RIGHT: for each group, by how many rows a step in each mode moves.
         ROWS: rows of each K.
         FIRST: the first program of each group, and the number of programs.
+        RANK: columns of a factor.
+        PADDED: columns of K.
+        BLOCK: rows that a program makes.
+        COLUMNS: columns that a program makes.
     """
     program = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

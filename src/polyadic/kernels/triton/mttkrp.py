@@ -57,11 +57,15 @@ def mttkrp_kernel(
         d_matrices: for each group a pointer to dK, (rows, RANK) or SPLIT of them to be added.
         factors: for each group, a tuple of pointers to its factors (m_d, RANK).
         gradients: pointers to their gradients, likewise.
-        MODES, RIGHT: for each group, the modes and how far a step in each moves.
+        MODES: for each group, (m_1, …, m_D).
+        RIGHT: for each group, by how many rows of dK a step in each mode moves.
         FIRST: for each group, the first program of each factor and the end of the last.
-        BLOCK, COLUMNS: for each group, the tile of each factor.
-        STRIDE: elements from one row of dK to the next, for each group.
-        SPLIT, SPLIT_STRIDE: number of pieces of dK and elements between two, for each group.
+        BLOCK: for each group and factor, rows of dK that a program reads at once.
+        COLUMNS: for each group and factor, columns that a program makes.
+        STRIDE: for each group, elements from one row of dK to the next.
+        SPLIT: for each group, the number of pieces of dK.
+        SPLIT_STRIDE: for each group, elements from one piece to the next.
+        RANK: columns of a factor.
     """
     program = tl.program_id(0)
     for g in tl.static_range(len(MODES)):
@@ -171,9 +175,7 @@ def form_of(
     return _Form((program, 1, 1), constants)
 
 
-def mttkrps(
-    d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]
-) -> list[list[Tensor]]:
+def mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Gradient of every factor of every group, in the factors' dtype.
 
     Args:
@@ -197,8 +199,12 @@ def mttkrps(
         (form.constants, leader.dtype, *[d_matrix.dtype for d_matrix in d_matrices]),
         form.grid,
         [*d_matrices, *flat],
-        (tuple(d_matrices), tuple(map(tuple, groups)), tuple(map(tuple, gradients)))
-        + form.constants,
+        (
+            tuple(d_matrices),
+            tuple(map(tuple, groups)),
+            tuple(map(tuple, gradients)),
+            *form.constants,
+        ),
         warps=WARPS,
     )
     return gradients
