@@ -206,6 +206,9 @@ def cp_conv(
         checks.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
         if cast is not None and bias is not None:
             bias = bias.to(cast)
+        # As tuples: an iterator was gone through when it was checked.
+        out_factors, in_factors = saved.out_factors, saved.in_factors
+        kernel_factors = saved.kernel_factors
         found = _conv_map(saved)
         if key is not None:
             settled[key] = found
