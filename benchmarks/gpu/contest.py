@@ -44,7 +44,7 @@ class Contestant:
         name: as records and tables know it.
         family: ``"ours"``, ``"dense"``, ``"pair"``, ``"tltorch"``, ``"aten"`` or ``"plan"``.
         build: makes one module on the device; raises NotApplicableError or ModuleNotFoundError.
-        inside: a context every call of it runs in.
+        inside: a context that it is built, captured and called in; entered outside what is timed.
         inference: whether it has no backward worth timing.
         copies: modules with weights of their own, None for as many as there are inputs.
         explained: a call (module, training) that returns the plan and its predicted seconds.
@@ -118,27 +118,21 @@ class Ready:
         return [partial(self.step, i, x, grad) for i, (x, grad) in enumerate(pairs)]
 
     def _forward(self, i: int, x: Tensor) -> Tensor:
-        with torch.no_grad(), self.contestant.inside():
+        with torch.no_grad():
             y: Tensor = self.modules[i % len(self.modules)](x)
             return y
 
     def step(self, i: int, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         """Output, gradient of x where it has one, gradients of all parameters."""
         module = self.modules[i % len(self.modules)]
-        return train(module, x, grad, self.contestant.inside)
+        return train(module, x, grad)
 
 
-def train(
-    module: nn.Module,
-    x: Tensor,
-    grad: Tensor,
-    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Tensor, ...]:
+def train(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """One training step of one module."""
     wanted = [p for p in (x, *module.parameters()) if p.requires_grad]
-    with inside():
-        y = module(x)
-        return (y.detach(), *torch.autograd.grad(y, wanted, grad))
+    y = module(x)
+    return (y.detach(), *torch.autograd.grad(y, wanted, grad))
 
 
 def compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> None:
@@ -162,7 +156,8 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
     grads = [cell.grad() for _ in range(count)] if "training" in cell.modes else []
     ready: dict[str, Ready] = {}
     for contestant in contestants:
-        prepared = _prepared(bench, cell, contestant, xs, grads)
+        with contestant.inside():
+            prepared = _prepared(bench, cell, contestant, xs, grads)
         if prepared is not None:
             ready[contestant.name] = prepared
     for mode in cell.modes:
@@ -192,9 +187,9 @@ def _prepared(
     try:
         modules = [contestant.build() for _ in range(contestant.copies or len(xs))]
         one = Ready(contestant, modules, {})
-        with contestant.inside():
-            exact = contestant.exact(modules[0])
-            error, of = _gate(modules[0], exact, xs[0], grads[0] if training else None)
+        exact = contestant.exact(modules[0])
+        error, of = _gate(modules[0], exact, xs[0], grads[0] if training else None)
+        del exact
         if not error <= TOLERANCE[bench.dtype]:
             reason = f"relative error {error:.1e} of {of} against float64"
             bench.writer.write(
@@ -282,7 +277,8 @@ def _timed(
     timings: dict[str, Timing] = {}
     if launch == "eager":
         try:
-            timings = bench.timer.eagers(calls)
+            inside = {name: ready[name].contestant.inside for name in calls}
+            timings = bench.timer.eagers(calls, inside)
         except Exception as error:
             _failed(bench, cell, mode, launch, [ready[name].contestant for name in calls], error)
     else:
@@ -310,7 +306,8 @@ def _captured(
     pieces = {}
     for name, some in calls.items():
         try:
-            pieces[name] = bench.timer.capture(some)
+            with ready[name].contestant.inside():
+                pieces[name] = bench.timer.capture(some)
         except Exception as error:  # noqa: PERF203
             _failed(bench, cell, mode, "graph", [ready[name].contestant], error)
     return pieces

@@ -12,13 +12,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 Call = Callable[[], Any]
+Context = Callable[[], AbstractContextManager[Any]]
 WARM_CALLS = 3
 LEAST_EAGER_CALLS = 16
 
@@ -175,29 +176,42 @@ class Timer:
         """Time calls by the wall clock."""
         return self.eagers({"": calls})[""]
 
-    def eagers(self, pieces: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
-        """Time lists of calls by the wall clock in turns."""
+    def eagers(
+        self, pieces: Mapping[str, Sequence[Call]], inside: Mapping[str, Context] | None = None
+    ) -> dict[str, Timing]:
+        """Time lists of calls by the wall clock in turns.
+
+        Args:
+            pieces: the calls of each.
+            inside: contexts that some run in, entered and left while no clock runs.
+        """
         turns: dict[str, tuple[Call, int]] = {}
         for name, calls in pieces.items():
             rounds = -(-LEAST_EAGER_CALLS // len(calls)) if self.on_gpu else 1
             turns[name] = (_repeat(list(calls) * rounds), rounds * len(calls))
-        return self._in_turns(turns, self._by_wall)
+        return self._in_turns(turns, self._by_wall, inside)
 
     def _in_turns(
-        self, turns: Mapping[str, tuple[Call, int]], clock: Callable[[Call, int], float]
+        self,
+        turns: Mapping[str, tuple[Call, int]],
+        clock: Callable[[Call, int], float],
+        inside: Mapping[str, Context] | None = None,
     ) -> dict[str, Timing]:
         """Sample everybody once a round, so that a warmer or slower chip disturbs all alike."""
         timings, inner = {}, {}
+        context = {name: (inside or {}).get(name, nullcontext) for name in turns}
         for name, (run, calls) in turns.items():
-            run()
-            seconds = clock(run, 1)
+            with context[name]():
+                run()
+                seconds = clock(run, 1)
             inner[name] = max(1, min(50, round(self.patience.block / max(seconds, 1e-9))))
             timings[name] = Timing(calls * inner[name])
         waiting = dict(turns)
         while waiting:
             for name, (run, _) in list(waiting.items()):
                 timing = timings[name]
-                timing.samples.append(clock(run, inner[name]) / timing.calls)
+                with context[name]():
+                    timing.samples.append(clock(run, inner[name]) / timing.calls)
                 enough = len(timing.samples) >= self.patience.samples
                 if enough and timing.elapsed >= self.patience.seconds:
                     del waiting[name]
