@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from polyadic.bench.records import check
 
 ROOT = Path(__file__).parents[1]

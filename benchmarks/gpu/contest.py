@@ -17,12 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from gpu import floors
 from gpu.bench import Bench, said
 from gpu.environment import TOLERANCE
 from gpu.timer import Call, Captured, Repeated, Timing
+from torch import Tensor, nn
 
 Build = Callable[[], nn.Module]
 

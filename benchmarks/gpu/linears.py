@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-import polyadic
 from gpu import floors
 from gpu.bench import Bench
 from gpu.contest import Cell, Contestant, NotApplicableError
 from gpu.switch import has_kernels, without_kernels
+from torch import Tensor, nn
+
+import polyadic
 from polyadic import functional
 from polyadic.nn import CPLinear
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
 from gpu.bench import Bench
 from gpu.contest import train
 from gpu.gpt import Size
@@ -27,6 +25,8 @@ from gpu.phases.layers import RANKS, SIZES
 from gpu.phases.network import RANK
 from gpu.records import Writer
 from gpu.subjects import step, subjects
+from torch import nn
+
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
 
 Job = Callable[[], Any]

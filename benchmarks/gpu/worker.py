@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-
 from gpu.bench import Bench, LostDeviceError, said
 from gpu.phases import PHASES, Phase
 from gpu.records import Writer

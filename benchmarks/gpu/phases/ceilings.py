@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from gpu.bench import Bench
 from gpu.switch import launcher
 from gpu.timer import Call

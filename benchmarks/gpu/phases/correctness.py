@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from gpu.bench import Bench, said
 from gpu.contest import relative_error
 from gpu.subjects import Leaves, Subject, step, subjects
+from torch import Tensor
+
 from polyadic.nn import CPConv2d, CPLinear
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from gpu.bench import Bench
 from gpu.contest import compete
 from gpu.linears import Makers, cell

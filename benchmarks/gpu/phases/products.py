@@ -11,9 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
-
 from gpu.bench import Bench
+from torch import Tensor
 
 RANKS = (64, 16, 96, 256, 89)
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
