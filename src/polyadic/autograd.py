@@ -173,7 +173,8 @@ class _Compiled(_Boundary):
         layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         y, kept = layer_map.forward(x, bias, factors)
-        return (_own(y.movedim(1, -1) if layer_map.innermost else y), *kept)
+        # Dynamo cannot ask whether it is a view; detaching costs compiled code nothing.
+        return ((y.movedim(1, -1) if layer_map.innermost else y).detach(), *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -252,17 +252,18 @@ class Stage:
         """
         channels, (height, width) = weight.shape[0], self.kernel_size
         if height == self.stride[0] == 1 and not self.padding[0] and not any(self.output_padding):
-            where = (self.stride[::-1], self.padding[::-1], self.dilation[::-1], channels)
+            where = self.stride[::-1], self.padding[::-1], self.dilation[::-1]
             pair = _rows_as_images(x), _rows_as_images(grad)
-            return _weight_gradient(*pair, weight.transpose(2, 3), *where).transpose(2, 3)
+            return _weight_gradient(*pair, weight.mT, *where, channels).mT
         x = self._read_by(x, grad.shape[2:])
         pieces = []
         for first in range(0, width, WIDEST):
             taps = weight[..., first : first + WIDEST]
             lacking = (width - first - taps.shape[3]) * self.dilation[1]
             part = x[..., first * self.dilation[1] : x.shape[3] - lacking]
-            where = (self.stride, (0, 0), self.dilation, channels)
-            pieces.append(_weight_gradient(part, grad, taps, *where))
+            stride, dilation = self.stride, self.dilation
+            piece = _weight_gradient(part, grad, taps, stride, (0, 0), dilation, channels)
+            pieces.append(piece)
         return torch.cat(pieces, 3)
 
 
