@@ -43,7 +43,6 @@ def test_the_poison_is_taken_back() -> None:
     with poisoned():
         pass
     assert not torch.are_deterministic_algorithms_enabled()
-    assert not torch.empty(100_000).isnan().any()
 
 
 def in_strides(x: Tensor, layout: str) -> Tensor:

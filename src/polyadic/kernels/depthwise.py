@@ -230,8 +230,8 @@ class Stage:
         if is_wide:
             return self._wide_weight_gradient(grad, x, weight)
         padding = self.padding
-        if len(padding) == 3:
-            x, padding = self._read_by(x, grad.shape[2:]), (0, 0, 0)
+        if len(padding) == 3 or any(self.output_padding):
+            x, padding = self._read_by(x, grad.shape[2:]), (0,) * len(padding)
         return _weight_gradient(x, grad, weight, self.stride, padding, self.dilation, groups)
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
