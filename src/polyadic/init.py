@@ -13,8 +13,8 @@ from torch import Tensor
 def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     """Fill factors so that each entry of their CP tensor has mean 0 and standard deviation ``std``.
 
-    Each factor (m, R) is filled with blocks of m orthonormal random columns (Haar distributed, the
-    last block cut), times √m: its entries have mean square exactly 1 and mean 0. Factors are
+    Each factor (m, R) is filled with blocks of min(m, 256) orthonormal random columns (Haar
+    distributed, the last block narrower), times √m: its entries have mean square 1 and mean 0. Factors are
     independent and so are the signs of their columns, so that an entry of the tensor
 
         W = Σ_r Π_k A_k[i_k, r]      has      E[W] = 0,   E[W²] = R · Π_k E[A_k²] = R,
@@ -37,17 +37,35 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
             factor.copy_(_orthonormal_columns(factor) * (scale * math.sqrt(factor.shape[0])))
 
 
+# A block of more columns costs more than drawing the dense weight would.
+WIDEST_BLOCK = 256
+
+
 def _orthonormal_columns(like: Tensor) -> Tensor:
-    """(m, R): Haar-random m×m blocks side by side, the last one cut; fp32 at least."""
+    """(m, R): blocks of Haar-random orthonormal columns side by side; fp32 at least."""
     size, rank = like.shape
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    blocks = -(-rank // size)
-    normal = torch.randn(blocks, size, size, device=like.device, dtype=dtype)
+    width = min(size, rank, WIDEST_BLOCK)
+    whole, rest = divmod(rank, width)
+    blocks = [(whole, width), (1, rest)] if rest else [(whole, width)]
+    columns = [
+        _haar(torch.randn(count, size, wide, device=like.device, dtype=dtype))
+        for count, wide in blocks
+    ]
+    parts = [q.transpose(0, 1).reshape(size, -1) for q in columns]
+    return torch.cat(parts, 1) if rest else parts[0]
+
+
+def _haar(normal: Tensor) -> Tensor:
+    """The orthonormal columns of the QR factors of Gaussian matrices (count, m, w), w ≤ m.
+
+    The first w columns of a Haar-random m×m matrix have the law of the Q of m×w Gaussian entries,
+    which costs m·w² where the square one costs m³.
+    """
     q, r = torch.linalg.qr(normal)
     # The sign of R's diagonal makes the QR factor unique, and Q Haar distributed (Mezzadri 2007).
-    q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    columns: Tensor = q.transpose(0, 1).reshape(size, blocks * size)[:, :rank]
-    return columns
+    signed: Tensor = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return signed
 
 
 def torch_std(fan_in: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,36 @@ from polyadic import _check
 from polyadic._format import positive_int, split_modes, tensorized_groups
 from polyadic.init import cp_orthonormal_
 from polyadic.kernels.modes import accumulate_dtype, khatri_rao
+
+Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
+
+
+class Factors(nn.ParameterList):
+    """The factors of a CP tensor: a list of parameters that is called for them.
+
+    Tools that move the parameters of a module in and out of memory, such as accelerate, or that
+    gather their shards, do so in hooks that run when that module is called. They attach them to
+    the module that holds the parameters, so that this one is called where a plain list is read.
+
+    Args:
+        values: (mode, R) each.
+        std: of an entry of the CP tensor, as ``reset_parameters`` draws it.
+    """
+
+    # ParameterList forbids the call.
+    __call__ = nn.Module.__call__
+
+    def __init__(self, values: Iterable[Tensor] | None = None, std: float = 1.0) -> None:
+        super().__init__(values)
+        self.std = std
+
+    def reset_parameters(self) -> None:
+        """Draw all factors anew."""
+        cp_orthonormal_(list(self), self.std)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return the factors in order."""
+        return tuple(self)
 
 
 class CPTensor(nn.Module):
@@ -34,15 +64,19 @@ class CPTensor(nn.Module):
             in front of the groups are modes that tell layers apart.
         rank: R, the number of rank-one components.
         weights: own a λ (R,), initialised to ones.
+        std: standard deviation of an entry of the tensor, as ``reset_parameters`` draws it;
+            1/√(number of rows of the matrix) by default.
         device: of the factors.
         dtype: of the factors, floating point.
 
     Attributes:
-        factors: ``nn.ParameterList`` of (mode, R) tensors.
+        factors: ``nn.ParameterList`` of (mode, R) tensors; one with a ``reset_parameters``.
         weights: λ (R,) as a parameter, or None for ones.
         tensorized_shape: the groups, as tuples of plain ints; an int as a group of one mode.
         layer_modes: how many groups in front tell layers apart; 0 for the weight of one layer.
         rank: R.
+        std: what ``reset_parameters`` draws an entry of the tensor with; a layer sets it to that
+            of the torch layer it stands in for.
 
     Raises:
         TypeError: sizes or rank are not integers, or dtype is not floating point.
@@ -58,34 +92,74 @@ class CPTensor(nn.Module):
         rank: int,
         *,
         weights: bool = False,
+        std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._allocate(tensorized_shape, rank, weights, std, device, dtype)
+        self.reset_parameters()
+
+    def _allocate(
+        self,
+        tensorized_shape: Sequence[int | Sequence[int]],
+        rank: int,
+        weights: bool,
+        std: float | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make the parameters without values."""
         super().__init__()
         self.tensorized_shape, self.layer_modes = tensorized_groups(tensorized_shape)
         ends = [0, *itertools.accumulate(map(len, self.tensorized_shape))]
         self._pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        self._names = tuple(map(str, range(ends[-1])))
         self.rank = positive_int(rank, "rank")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating point, got {dtype}")
-        self.factors = nn.ParameterList(
-            nn.Parameter(torch.empty(mode, self.rank, device=device, dtype=dtype))
-            for group in self.tensorized_shape
-            for mode in group
+        self.factors = Factors(
+            (
+                nn.Parameter(torch.empty(mode, self.rank, device=device, dtype=dtype))
+                for group in self.tensorized_shape
+                for mode in group
+            ),
+            1 / math.sqrt(self.shape[self.layer_modes]) if std is None else std,
         )
         scale = torch.empty(self.rank, device=device, dtype=dtype) if weights else None
         self.register_parameter("weights", None if scale is None else nn.Parameter(scale))
-        self.reset_parameters()
+
+    @classmethod
+    def _without_values(
+        cls,
+        tensorized_shape: Sequence[int | Sequence[int]],
+        rank: int,
+        std: float | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> CPTensor:
+        """Make one for a layer, whose own ``reset_parameters`` draws it."""
+        made = cls.__new__(cls)
+        made._allocate(tensorized_shape, rank, False, std, device, dtype)
+        return made
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of an entry, as ``reset_parameters`` draws it."""
+        rows = self.shape[self.layer_modes]
+        return getattr(self.factors, "std", 1 / math.sqrt(rows))
+
+    @std.setter
+    def std(self, value: float) -> None:
+        self.factors.std = value
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the factors anew so that the entries of the tensor have standard deviation ``std``.
 
         Args:
-            std: of an entry of the tensor, 1/√(number of rows of the matrix) by default.
+            std: of an entry of the tensor, the attribute ``std`` by default.
         """
-        rows = self.shape[self.layer_modes]
-        cp_orthonormal_(list(self.factors), 1 / math.sqrt(rows) if std is None else std)
+        cp_orthonormal_(list(self.factors), self.std if std is None else std)
         if self.weights is not None:
             nn.init.ones_(self.weights)
 
@@ -117,12 +191,35 @@ class CPTensor(nn.Module):
 
     def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
         """Return the factors, one tuple per group of ``tensorized_shape``."""
-        # The dicts skip a slow getattr each; parametrized factors are not in them.
-        factors = self._modules["factors"]
-        stored = factors._parameters  # type: ignore[union-attr]
-        complete = len(stored) == self._pieces[-1].stop
-        every = tuple(stored.values()) if complete else tuple(self.factors)
-        return tuple([every[piece] for piece in self._pieces])
+        return self.parts()[0]
+
+    def parts(self) -> Parts:
+        """Return the factors, one tuple per group of ``tensorized_shape``, and λ or None.
+
+        All that layers compute with comes from here: where a hook waits for a call of this module
+        or of the list of factors, such as one that loads offloaded parameters, it is called.
+        """
+        if self._forward_pre_hooks or self._forward_hooks:
+            found: Parts = self()
+            return found
+        return self.forward()
+
+    def forward(self) -> Parts:
+        """What ``parts`` returns; a CP tensor is no function of an input."""
+        factors: Any = self._modules["factors"]
+        if (
+            type(factors) is Factors
+            and len(factors._parameters) == len(self._names)
+            and not factors._forward_pre_hooks
+            and not factors._forward_hooks
+            and "forward" not in factors.__dict__
+        ):
+            # Without a call, and without the slow getattr of a module for each factor.
+            every = tuple(map(factors._parameters.__getitem__, self._names))
+        else:
+            every = factors() if isinstance(factors, Factors) else tuple(factors)
+        scale = self._parameters["weights"] if "weights" in self._parameters else self.weights
+        return tuple([every[piece] for piece in self._pieces]), scale
 
     def to_tensor(self) -> Tensor:
         """Build the full tensor, one dimension per mode; differentiable."""
@@ -134,10 +231,10 @@ class CPTensor(nn.Module):
 
         A layer mode is a dimension too.
         """
-        first, *rest = self.factor_groups()
+        (first, *rest), scale = self.parts()
         matrix = khatri_rao(first)
-        if self.weights is not None:
-            matrix = matrix * self.weights
+        if scale is not None:
+            matrix = matrix * scale
         if not rest:
             return matrix.sum(1)
         other = khatri_rao([factor for group in rest for factor in group])
@@ -185,7 +282,7 @@ class CPTensor(nn.Module):
         first = tensors[0]
         own = weights is not None
         cp = cls(tensorized_shape, rank, weights=own, device="meta", dtype=first.dtype)
-        cp.factors = nn.ParameterList(_own(factor) for factor in tensors)
+        cp.factors = Factors((_own(factor) for factor in tensors), cp.std)
         if weights is not None:
             cp.weights = _own(weights)
         return cp
@@ -337,26 +434,37 @@ class CPSlice(CPTensor):
     @property
     def weights(self) -> Tensor:  # type: ignore[override]
         """λ of this layer, formed in at least fp32 and rounded once."""
-        joint = self.joint
-        groups = joint.factor_groups()[: joint.layer_modes]
-        rows = [factor[i] for (factor,), i in zip(groups, self.index, strict=True)]
-        if joint.weights is not None:
-            rows.append(joint.weights)
-        first, *rest = rows
-        if not rest:
-            return first
-        wide = accumulate_dtype(first.dtype)
-        return math.prod([row.to(wide) for row in rest], start=first.to(wide)).to(first.dtype)
+        scale = self.parts()[1]
+        assert scale is not None
+        return scale
 
-    def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Return the shared factors, one tuple per group of ``tensorized_shape``."""
-        return self.joint.factor_groups()[self.joint.layer_modes :]
+    @property
+    def std(self) -> float:
+        """That of the joint tensor."""
+        return self.joint.std
+
+    @std.setter
+    def std(self, value: float) -> None:
+        self.joint.std = value
+
+    def forward(self) -> Parts:
+        """The shared factors by group, and λ of this layer."""
+        joint = self.joint
+        groups, scale = joint.parts()
+        rows = [factor[i] for (factor,), i in zip(groups, self.index, strict=False)]
+        if scale is not None:
+            rows.append(scale)
+        first, *rest = rows
+        if rest:
+            wide = accumulate_dtype(first.dtype)
+            first = math.prod([row.to(wide) for row in rest], start=first.to(wide)).to(first.dtype)
+        return groups[joint.layer_modes :], first
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the joint tensor anew, for all its layers.
 
         Args:
-            std: of an entry of each layer's tensor, 1/√(number of rows of its matrix) by default.
+            std: of an entry of each layer's tensor, the attribute ``std`` by default.
         """
         self.joint.reset_parameters(std)
 

@@ -182,9 +182,9 @@ class _CPConv(CPConvBase):
         """(B, Cin, *S) → (B, Cout, *S'), or both without B."""
         if self.frozen is not None:
             return self._forward_frozen(x)
-        out_factors, in_factors, kernel_factors = self.cp.factor_groups()
+        (out_factors, in_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv(
-            x, out_factors, in_factors, kernel_factors, self.bias, weights=self.cp.weights,
+            x, out_factors, in_factors, kernel_factors, self.bias, weights=scale,
             stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
             padding_mode=self.padding_mode, memory=self.memory,
         )  # fmt: skip

@@ -157,9 +157,9 @@ class _CPConvTranspose(CPConvBase):
             ValueError: no output padding gives ``output_size``.
         """
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
-        in_factors, out_factors, kernel_factors = self.cp.factor_groups()
+        (in_factors, out_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv_transpose(
-            x, in_factors, out_factors, kernel_factors, self.bias, weights=self.cp.weights,
+            x, in_factors, out_factors, kernel_factors, self.bias, weights=scale,
             stride=self.stride, padding=self.padding, output_padding=extra, groups=self.groups,
             dilation=self.dilation, memory=self.memory,
         )  # fmt: skip

@@ -112,13 +112,16 @@ class CPEmbedding(Exchangeable):
     def _unit(self) -> EmbeddingFormat:
         return EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
 
+    def _std(self) -> float:
+        return 1.0
+
     def reset_parameters(self) -> None:
         """Draw factors anew with mean 0 and variance 1 per entry of the table, as torch's N(0, 1).
 
         The entries are sums of R products of factor entries (``polyadic.init.cp_orthonormal_``):
         of the same two moments, not exactly normal.
         """
-        self.cp.reset_parameters(1.0)
+        self.cp.reset_parameters(self._std())
 
     @property
     def weight(self) -> Tensor:
@@ -131,9 +134,9 @@ class CPEmbedding(Exchangeable):
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) → (..., E)."""
-        in_factors, out_factors = self.cp.factor_groups()
+        (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
-            indices, in_factors, out_factors, weights=self.cp.weights,
+            indices, in_factors, out_factors, weights=scale,
             padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
         )  # fmt: skip
 
@@ -299,8 +302,8 @@ class CPTiedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) → (..., V)."""
-        rows, columns = self.cp.factor_groups()
-        logits = functional.cp_linear(x, columns, rows, weights=self.cp.weights, memory=self.memory)
+        (rows, columns), scale = self.cp.parts()
+        logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:
             logits = logits[..., : self.out_features]
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)

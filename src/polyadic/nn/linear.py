@@ -150,9 +150,9 @@ class CPLinear(Exchangeable):
             y: Tensor = frozen.forward(x, bias)
             return y
         cp: CPTensor = self._modules["cp"]  # type: ignore[assignment]
-        in_factors, out_factors = cp.factor_groups()
+        (in_factors, out_factors), scale = cp.parts()
         return functional.cp_linear(
-            x, in_factors, out_factors, bias, weights=parameter(cp, "weights"), memory=self.memory
+            x, in_factors, out_factors, bias, weights=scale, memory=self.memory
         )
 
     def extra_repr(self) -> str:
