@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,3 +39,8 @@ def known(*sizes: int) -> bool:
     for size in sizes:
         known = known and has_static_value(size)
     return known
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is active, or a level of forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

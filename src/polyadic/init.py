@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Factors(nn.ParameterList):
+    """The factors of a CP tensor: a list of parameters that is called for them.
+
+    Tools that move the parameters of a module in and out of memory, such as accelerate, or that
+    gather their shards, do so in hooks that run when that module is called. They attach them to
+    the module that holds the parameters, so that this one is called where a plain list is read.
+
+    Args:
+        values: (mode, R) each.
+        std: of an entry of the CP tensor, as ``reset_parameters`` draws it.
+    """
+
+    # ParameterList forbids the call.
+    __call__ = nn.Module.__call__
+
+    def __init__(self, values: Iterable[Tensor] | None = None, std: float = 1.0) -> None:
+        super().__init__(values)
+        self.std = std
+
+    def reset_parameters(self) -> None:
+        """Draw all factors anew."""
+        cp_orthonormal_(list(self), self.std)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return the factors in order."""
+        return tuple(self)
 
 
 @torch.no_grad()
@@ -14,8 +42,8 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     """Fill factors so that each entry of their CP tensor has mean 0 and standard deviation ``std``.
 
     Each factor (m, R) is filled with blocks of min(m, 256) orthonormal random columns (Haar
-    distributed, the last block narrower), times √m: its entries have mean square 1 and mean 0. Factors are
-    independent and so are the signs of their columns, so that an entry of the tensor
+    distributed, the last block narrower), times √m: its entries have mean square 1 and mean 0.
+    Factors are independent and so are the signs of their columns, so that an entry of the tensor
 
         W = Σ_r Π_k A_k[i_k, r]      has      E[W] = 0,   E[W²] = R · Π_k E[A_k²] = R,
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,41 +12,14 @@ from torch import Tensor, nn
 
 from polyadic import _check
 from polyadic._format import positive_int, split_modes, tensorized_groups
-from polyadic.init import cp_orthonormal_
+from polyadic.exchange import Exchanged, owned
+from polyadic.init import Factors, cp_orthonormal_
 from polyadic.kernels.modes import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 
 
-class Factors(nn.ParameterList):
-    """The factors of a CP tensor: a list of parameters that is called for them.
-
-    Tools that move the parameters of a module in and out of memory, such as accelerate, or that
-    gather their shards, do so in hooks that run when that module is called. They attach them to
-    the module that holds the parameters, so that this one is called where a plain list is read.
-
-    Args:
-        values: (mode, R) each.
-        std: of an entry of the CP tensor, as ``reset_parameters`` draws it.
-    """
-
-    # ParameterList forbids the call.
-    __call__ = nn.Module.__call__
-
-    def __init__(self, values: Iterable[Tensor] | None = None, std: float = 1.0) -> None:
-        super().__init__(values)
-        self.std = std
-
-    def reset_parameters(self) -> None:
-        """Draw all factors anew."""
-        cp_orthonormal_(list(self), self.std)
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """Return the factors in order."""
-        return tuple(self)
-
-
-class CPTensor(nn.Module):
+class CPTensor(Exchanged):
     """A tensor in CP (canonical polyadic) format whose modes come in groups.
 
         T[i_1, …, i_K] = Σ_r λ_r · Π_k factors[k][i_k, r]
@@ -151,7 +123,7 @@ class CPTensor(nn.Module):
 
     @std.setter
     def std(self, value: float) -> None:
-        self.factors.std = value
+        setattr(self.factors, "std", value)  # noqa: B010 - a module's own attribute, to mypy a part
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the factors anew so that the entries of the tensor have standard deviation ``std``.
@@ -215,10 +187,13 @@ class CPTensor(nn.Module):
             and "forward" not in factors.__dict__
         ):
             # Without a call, and without the slow getattr of a module for each factor.
-            every = tuple(map(factors._parameters.__getitem__, self._names))
+            stored: dict[str, Any] = factors._parameters
+            every = tuple(map(stored.__getitem__, self._names))
         else:
             every = factors() if isinstance(factors, Factors) else tuple(factors)
-        scale = self._parameters["weights"] if "weights" in self._parameters else self.weights
+        own = self._parameters
+        # Not get(), which would look up the default each time.
+        scale = own["weights"] if "weights" in own else self.weights  # noqa: SIM401
         return tuple([every[piece] for piece in self._pieces]), scale
 
     def to_tensor(self) -> Tensor:
@@ -231,14 +206,22 @@ class CPTensor(nn.Module):
 
         A layer mode is a dimension too.
         """
+        left, right = self._sides()
+        return left.sum(1) if right is None else (left @ right.t()).view(self.shape)
+
+    def _to_transposed(self) -> Tensor:
+        """Build the transpose (N, M) of the matrix of two groups, contiguous."""
+        left, right = self._sides()
+        assert right is not None
+        return right @ left.t()
+
+    def _sides(self) -> tuple[Tensor, Tensor | None]:
+        """The Khatri-Rao products of the first group, times λ, and of all others."""
         (first, *rest), scale = self.parts()
-        matrix = khatri_rao(first)
+        left = khatri_rao(first)
         if scale is not None:
-            matrix = matrix * scale
-        if not rest:
-            return matrix.sum(1)
-        other = khatri_rao([factor for group in rest for factor in group])
-        return (matrix @ other.t()).view(self.shape)
+            left = left * scale
+        return left, khatri_rao([f for group in rest for f in group]) if rest else None
 
     def layer(self, *index: int) -> CPSlice:
         """Return the weight of one of the layers that share this tensor.
@@ -282,93 +265,10 @@ class CPTensor(nn.Module):
         first = tensors[0]
         own = weights is not None
         cp = cls(tensorized_shape, rank, weights=own, device="meta", dtype=first.dtype)
-        cp.factors = Factors((_own(factor) for factor in tensors), cp.std)
+        cp.factors = Factors((owned(factor) for factor in tensors), cp.std)
         if weights is not None:
-            cp.weights = _own(weights)
+            cp.weights = owned(weights)
         return cp
-
-    def to_tensorly(self) -> Any:
-        """Copy to a ``tensorly.cp_tensor.CPTensor`` of torch tensors.
-
-        Raises:
-            ImportError: tensorly is not installed.
-        """
-        tensorly = _interop("tensorly")
-        first = self.factors[0]
-        weights = first.new_ones(self.rank) if self.weights is None else self.weights
-        factors = [factor.detach().clone() for factor in self.factors]
-        # for this call alone: the user's own setting is left as it is
-        with tensorly.backend_context("pytorch", local_threadsafe=True):
-            return tensorly.cp_tensor.CPTensor((weights.detach().clone(), factors))
-
-    @classmethod
-    def from_tensorly(
-        cls, cp_tensor: Any, tensorized_shape: Sequence[Sequence[int]] | None = None
-    ) -> CPTensor:
-        """Make a CPTensor with copies of a tensorly CP tensor's torch weights and factors.
-
-        Args:
-            cp_tensor: ``tensorly.cp_tensor.CPTensor`` or a pair (weights, factors).
-            tensorized_shape: groups of modes; by default each mode is a group.
-
-        Raises:
-            TypeError: its factors are not torch tensors.
-            ValueError: shapes do not fit.
-        """
-        weights, factors = cp_tensor
-        factors = _check.factor_group(factors, "factors of the tensorly CP tensor")
-        groups = tensorized_shape or [(factor.shape[0],) for factor in factors]
-        return cls.from_factors(groups, factors, weights)
-
-    def to_tltorch(self, *, tensorized: bool = True) -> Any:
-        """Copy to tltorch; λ is ones where there is none.
-
-        Args:
-            tensorized: make a ``CPTensorized``, as tltorch's linear and embedding layers own it,
-                layer modes as ints; False makes a ``CPTensor``, as its convolutions own it.
-
-        Raises:
-            ImportError: tltorch, or something it needs, is not installed.
-        """
-        tltorch = _interop("tltorch")
-        first = self.factors[0]
-        weights = first.new_ones(self.rank) if self.weights is None else self.weights
-        factors = [_own(factor) for factor in self.factors]
-        if not tensorized:
-            shape = tuple(mode for group in self.tensorized_shape for mode in group)
-            return tltorch.CPTensor(_own(weights), factors, shape, rank=self.rank)
-        joint, single = split_modes(self.tensorized_shape, self.layer_modes)
-        return tltorch.CPTensorized(_own(weights), factors, (*joint, *single), rank=self.rank)
-
-    @classmethod
-    def from_tltorch(
-        cls, tensor: Any, tensorized_shape: Sequence[int | Sequence[int]] | None = None
-    ) -> CPTensor:
-        """Make a CPTensor with copies of a tltorch CP tensor's weights λ and factors.
-
-        Args:
-            tensor: a ``CPTensorized`` (of a linear layer or an embedding), whose ints are modes of
-                layers that share it; or a ``CPTensor`` (of a convolution).
-            tensorized_shape: groups of the same modes; a ``CPTensorized``'s own by default. It has
-                to be given for a ``CPTensor``, such as (3, (6,), (4,), (3, 3)) for three layers.
-
-        Raises:
-            TypeError: ``tensor`` is neither, or it has no groups and none are given.
-            ValueError: the groups do not have its modes.
-        """
-        if not hasattr(tensor, "factors") or not hasattr(tensor, "weights"):
-            raise TypeError(
-                f"expected a tltorch CP tensor, got {type(tensor).__name__}; make one with "
-                f"tltorch.TensorizedTensor.new(tensorized_shape, rank, factorization='CP')"
-            )
-        groups = tensorized_shape or getattr(tensor, "tensorized_shape", None)
-        if groups is None:
-            raise TypeError(
-                f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} does not say which of "
-                f"its modes belong together; give tensorized_shape, for a convolution "
-                f"((out,), (in,), kernel)"
-            )
-        return cls.from_factors(groups, list(tensor.factors), tensor.weights)
 
     def extra_repr(self) -> str:
         """Shapes, rank and parameter counts."""
@@ -485,21 +385,3 @@ def _row(index: Any, size: int) -> int:
         raise IndexError(f"there are {size} layers, so that the index must lie in "
                          f"[{-size}, {size}), got {row}")  # fmt: skip
     return row % size
-
-
-def _own(tensor: Tensor) -> nn.Parameter:
-    """Copy into a parameter that keeps the requires_grad flag of a parameter."""
-    requires_grad = tensor.requires_grad if isinstance(tensor, nn.Parameter) else True
-    return nn.Parameter(
-        tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=requires_grad
-    )
-
-
-def _interop(name: str) -> Any:
-    """An optional package, or which extra brings it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'conversion to {name} needs it: pip install "polyadic[interop]" ({error})'
-        ) from error

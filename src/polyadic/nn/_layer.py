@@ -21,6 +21,7 @@ from polyadic._format import (
 from polyadic._plan import Memory
 from polyadic.init import torch_bias_, torch_std
 from polyadic.nn._frozen import Frozen
+from polyadic.nn.weight import Weighted
 from polyadic.tensor import CPTensor
 
 Rank = int | float | str
@@ -32,10 +33,9 @@ def parameter(module: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(module, name)
 
 
-class CPLayer(nn.Module):
+class CPLayer(Weighted):
     """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
 
-    cp: CPTensor
     bias: nn.Parameter | None
     memory: Memory
     frozen: Frozen | None
@@ -83,11 +83,6 @@ class CPLayer(nn.Module):
     def _std(self) -> float:
         """Standard deviation of an initial weight."""
         return torch_std(self._fan_in())
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in torch's layout, built anew at each access; read-only."""
-        raise NotImplementedError
 
     def _target(self, weight: Tensor) -> Tensor:
         """What the CP tensor is fitted to, for the weight of the torch layer."""

@@ -22,7 +22,7 @@ from polyadic._format import (
 from polyadic._plan import Memory
 from polyadic.nn._conversion import Exchangeable, Fitted, convert, dense, revert
 from polyadic.nn._layer import Rank
-from polyadic.tensor import CPTensor
+from polyadic.nn.weight import Weighted
 
 
 class CPEmbedding(Exchangeable):
@@ -53,6 +53,7 @@ class CPEmbedding(Exchangeable):
 
     Attributes:
         cp: the ``CPTensor`` of shape (Π in_shape, E), of which the first V rows are the table.
+        weight: the table (V, E) with the padding row zero, to read alone.
 
     Shape:
         (...) of int64 or int32 → (..., E).
@@ -123,9 +124,10 @@ class CPEmbedding(Exchangeable):
         """
         self.cp.reset_parameters(self._std())
 
-    @property
-    def weight(self) -> Tensor:
-        """The table (V, E) with the padding row zero, built anew at each access; read-only."""
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def _dense_weight(self) -> Tensor:
         table = self.cp.to_matrix()[: self.num_embeddings]
         if self.padding_idx is None:
             return table
@@ -237,7 +239,7 @@ def _warn_of_padding(embedding: nn.Embedding) -> None:
         )
 
 
-class CPTiedLinear(nn.Module):
+class CPTiedLinear(Weighted):
     """Output head y = x Wᵀ + b whose weight is the table of a ``CPEmbedding``; made by as_linear.
 
     Logits of all V indices by ``polyadic.functional.cp_linear`` on the embedding's own factors,
@@ -251,12 +253,12 @@ class CPTiedLinear(nn.Module):
     Attributes:
         cp: the embedding's own ``CPTensor``.
         bias: (V,) or None.
+        weight: the dense weight (V, E), to read alone.
 
     Shape:
         (..., E) → (..., V).
     """
 
-    cp: CPTensor
     bias: nn.Parameter | None
 
     def __init__(self, embedding: CPEmbedding, bias: bool | Tensor = False) -> None:
@@ -295,9 +297,10 @@ class CPTiedLinear(nn.Module):
         """Tensors (m_d, R): the embedding's in factors."""
         return self.cp.factor_groups()[0]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (V, E), built anew at each access; read-only."""
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _dense_weight(self) -> Tensor:
         return self.cp.to_matrix()[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
