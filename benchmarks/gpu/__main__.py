@@ -40,7 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             for name in waiting:
                 writer.write("phase", phase=name, status="skipped", reason="no time was left")
             break
+        known = len(Run.load(path).of("phase"))
         _work(path, waiting, left, options)
+        if len(Run.load(path).of("phase")) == known:
+            print("the worker ended before its first phase; its message stands above")
+            return 1
         waiting = _remaining(path, writer, waiting, attempts)
     writer.write("note", phase="", of="run", text=f"{time.monotonic() - start:.0f} s in all")
     print(short_table(Run.load(path)), flush=True)

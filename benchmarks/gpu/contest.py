@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,17 @@ Build = Callable[[], nn.Module]
 
 class NotApplicableError(Exception):
     """The contestant cannot do this cell; the message says why."""
+
+
+@contextmanager
+def cudnn_by_trial(on: bool) -> Iterator[None]:
+    """Whether cuDNN chooses its kernels by trying them all."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def in_double(module: nn.Module) -> nn.Module:
@@ -222,7 +233,7 @@ def _gate(module: nn.Module, exact: nn.Module, x: Tensor, grad: Tensor | None) -
     else:
         got = train(module, x, grad)
         # Trying all of cuDNN's ways in float64 would take longer than everything else.
-        with torch.backends.cudnn.flags(benchmark=False):
+        with cudnn_by_trial(False):
             right = train(exact, _double(x), grad.double())
     names = ["y"]
     if grad is not None:

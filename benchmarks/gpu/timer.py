@@ -21,7 +21,8 @@ import torch
 Call = Callable[[], Any]
 Context = Callable[[], AbstractContextManager[Any]]
 WARM_CALLS = 3
-LEAST_EAGER_CALLS = 16
+# An eager sample lasts so many blocks, as its one synchronisation takes some microseconds.
+EAGER_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -185,16 +186,14 @@ class Timer:
             pieces: the calls of each.
             inside: contexts that some run in, entered and left while no clock runs.
         """
-        turns: dict[str, tuple[Call, int]] = {}
-        for name, calls in pieces.items():
-            rounds = -(-LEAST_EAGER_CALLS // len(calls)) if self.on_gpu else 1
-            turns[name] = (_repeat(list(calls) * rounds), rounds * len(calls))
-        return self._in_turns(turns, self._by_wall, inside)
+        turns = {name: (_repeat(calls), len(calls)) for name, calls in pieces.items()}
+        return self._in_turns(turns, self._by_wall, EAGER_BLOCKS, inside)
 
     def _in_turns(
         self,
         turns: Mapping[str, tuple[Call, int]],
         clock: Callable[[Call, int], float],
+        blocks: int = 1,
         inside: Mapping[str, Context] | None = None,
     ) -> dict[str, Timing]:
         """Sample everybody once a round, so that a warmer or slower chip disturbs all alike."""
@@ -204,7 +203,7 @@ class Timer:
             with context[name]():
                 run()
                 seconds = clock(run, 1)
-            inner[name] = max(1, min(50, round(self.patience.block / max(seconds, 1e-9))))
+            inner[name] = max(1, min(50, round(blocks * self.patience.block / max(seconds, 1e-9))))
             timings[name] = Timing(calls * inner[name])
         waiting = dict(turns)
         while waiting:

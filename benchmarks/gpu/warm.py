@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpu import tables
 from gpu.bench import Bench
 from gpu.contest import train
 from gpu.gpt import Size
@@ -41,6 +42,8 @@ def jobs(bench: Bench) -> list[Job]:
             found.append(partial(_subject, bench, subject, dtype, seed))
     if bench.dry:
         return found[:2]
+    for name in tables.names():
+        found += [partial(_table, name, i) for i in range(len(tables.dtypes(tables.load(name))))]
     width = Size().width
     linears = {(M, N, R) for M, N in SIZES.values() for R in RANKS}
     linears |= {(width, n * width, RANK) for n in (1, 3, 4)} | {(4 * width, width, RANK)}
@@ -59,6 +62,12 @@ def jobs(bench: Bench) -> list[Job]:
 def _subject(bench: Bench, subject: Any, dtype: torch.dtype, seed: int) -> None:
     leaves, grad = correctness.placed(bench, subject, dtype, seed, integers=False)
     step(subject.ours, leaves, grad)
+
+
+def _table(name: str, i: int) -> None:
+    table = tables.load(name)
+    for _ in tables.rows(table, tables.dtypes(table)[i]):
+        pass
 
 
 def _linear(bench: Bench, M: int, N: int, R: int) -> None:

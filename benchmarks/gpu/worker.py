@@ -15,11 +15,12 @@ from gpu.bench import Bench, LostDeviceError, said
 from gpu.phases import PHASES, Phase
 from gpu.records import Writer
 
-LOST = 17
+# What this process returns where another must go on.
+LOST, RENEWED = 17, 18
 
 
 def main(arguments: list[str]) -> int:
-    """Run the phases named; returns LOST where the GPU must be started anew."""
+    """Run the phases named; returns LOST or RENEWED where another process must go on."""
     parser = argparse.ArgumentParser(prog="gpu.worker")
     parser.add_argument("records", type=Path)
     parser.add_argument("phases")
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cpu" if options.dry else "cuda")
     if options.dry:
         torch.set_num_threads(1)
+        # Read where a kernel is defined: there is no GPU to compile for.
+        os.environ["TRITON_INTERPRET"] = "1"
     torch.manual_seed(0)
     bench = Bench(device, getattr(torch, options.dtype), Writer(options.records), options.dry)
     # What was imported is no garbage, and is not to be searched at every collection.
@@ -43,6 +46,8 @@ def main(arguments: list[str]) -> int:
         limit = max(min(phase.seconds, end - time.monotonic()), share * (end - time.monotonic()))
         if not run(bench, phase, limit, end):
             return LOST
+        if phase.renews and waiting and not bench.dry:
+            return RENEWED
     return 0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 import polyadic
 from gpu import floors
 from gpu.bench import Bench
-from gpu.contest import Cell, Contestant, compete
+from gpu.contest import Cell, Contestant, compete, cudnn_by_trial
 from gpu.switch import has_kernels, without_kernels
 from polyadic import functional
 from polyadic.nn import CPConv2d
@@ -33,20 +31,10 @@ def run(bench: Bench) -> None:
     """Every stage with both batches, cuDNN choosing its kernels by trial."""
     sizes = [(2, 16, 6)] if bench.dry else [(B, C, S) for B in BATCHES for C, S in STAGES.items()]
     cells = {c.name: c for size in sizes for c in [_cell(bench, *size)]}
-    with _by_trial():
+    with cudnn_by_trial(True):
         for name in bench.fresh(cells):
             with bench.guarded(name):
                 compete(bench, cells[name], _contestants(bench, cells[name]))
-
-
-@contextmanager
-def _by_trial() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _cell(bench: Bench, B: int, C: int, S: int) -> Cell:

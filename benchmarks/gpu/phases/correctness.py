@@ -5,7 +5,7 @@
 - *exact*: on small integers, where nothing is rounded, every element is equal.
 - *repeats*: twenty runs give the same bits.
 - *graph*: the replay of a captured step gives the bits of the eager step.
-- *opcheck*, *compile*, *export*: operators and layers in torch's other modes.
+- *opcheck*, *export*, *compile*: operators and layers in torch's other modes.
 """
 
 from __future__ import annotations
@@ -43,10 +43,19 @@ def run(bench: Bench) -> None:
     with bench.guarded("opcheck"):
         opcheck(bench)
     with bench.guarded("export"):
-        _check(bench, "layers", bench.dtype, "export", partial(_export, bench))
-    if bench.left() > 20 or bench.dry:
-        with bench.guarded("compile"):
-            _check(bench, "layers", bench.dtype, "compile", partial(_compile, bench))
+        _check(
+            bench,
+            "a linear layer and a convolution",
+            bench.dtype,
+            "export",
+            partial(_export, bench),
+        )
+
+
+def compiled(bench: Bench) -> None:
+    """Apart from the rest, as compiling takes long."""
+    with bench.guarded("compile"):
+        _check(bench, "a linear layer", bench.dtype, "compile", partial(_compile, bench))
 
 
 def _check(
@@ -161,8 +170,15 @@ def _graph(bench: Bench, subject: Subject, leaves: Leaves, grad: Tensor) -> str:
 def opcheck(bench: Bench) -> None:
     """``torch.library.opcheck`` of every operator of the library that runs on this device."""
     x, w = bench.randn(7, 12), bench.randn(10, 12)
-    arguments: dict[str, tuple[Any, ...]] = {"linear": (x, w, bench.randn(10))}
+    factors = [bench.randn(mode, 5) for mode in (2, 3, 4, 6)]
+    arguments: dict[str, tuple[Any, ...]] = {
+        "linear": (x, w, bench.randn(10)),
+        "khatri_rao": (factors, [3, 1], torch.float32, 8),
+        "mttkrp": ([bench.randn(24, 8), bench.randn(6, 8)], factors, [3, 1]),
+    }
     for name, given in arguments.items():
+        if not hasattr(torch.ops.polyadic, name):
+            continue
         operator = getattr(torch.ops.polyadic, name).default
         key = "CUDA" if bench.device.type == "cuda" else "CPU"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key):
