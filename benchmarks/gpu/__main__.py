@@ -1,4 +1,4 @@
-"""``python -m gpu --out DIR --seconds N``: run the phases, then print the short table.
+"""``python -m benchmarks.gpu --out DIR --seconds N``: run the phases, then print the short table.
 
 A worker process runs the phases one after the other. Where it dies, loses the GPU or hangs, another
 goes on: once more with the phase at hand, leaving out the cells that were begun, and after a second
@@ -14,9 +14,9 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gpu.phases import PHASES
-from gpu.records import Run, Writer
-from gpu.table import short_table
+from benchmarks.gpu.phases import PHASES
+from benchmarks.gpu.records import Run, Writer
+from benchmarks.gpu.table import short_table
 
 ATTEMPTS = 2
 # Seconds a phase may overrun its limit, and seconds kept for the table and the end.
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--seconds", type=float, default=400, help="for everything")
     parser.add_argument(
@@ -74,7 +74,14 @@ def _phases(text: str) -> list[str]:
 
 def _work(path: Path, phases: list[str], seconds: float, options: argparse.Namespace) -> None:
     """One worker, killed where a phase goes far beyond its limit."""
-    command = [sys.executable, "-m", "gpu.worker", str(path), ",".join(phases), f"{seconds:.1f}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.worker",
+        str(path),
+        ",".join(phases),
+        f"{seconds:.1f}",
+    ]
     command += ["--dtype", options.dtype] + ["--dry"] * options.dry
     worker = subprocess.Popen(command)
     end = time.monotonic() + seconds

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.floors import Rates
-from gpu.records import Run, Writer
-from gpu.timer import Patience, Timer
+from benchmarks.gpu.floors import Rates
+from benchmarks.gpu.records import Run, Writer
+from benchmarks.gpu.timer import Patience, Timer
 
 # Seconds a cell may take at the most; no cell is begun with less left.
 LEAST_FOR_CELL = 2.0

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu import floors
-from gpu.bench import Bench, said
-from gpu.environment import TOLERANCE
-from gpu.timer import Call, Captured, Repeated, Timing
+from benchmarks.gpu import floors as least
+from benchmarks.gpu.bench import Bench, said
+from benchmarks.gpu.timer import Call, Captured, Repeated, Timing
+from benchmarks.records import TOLERANCE
 
 Build = Callable[[], nn.Module]
 
@@ -101,8 +101,8 @@ class Cell:
     rank: int
     inputs: Callable[[], Tensor]
     grad: Callable[[], Tensor]
-    floors: floors.Floors
-    modes: tuple[str, ...] = floors.MODES
+    floors: least.Floors
+    modes: tuple[str, ...] = least.MODES
     x_bytes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -160,7 +160,7 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
         "cell", cell=cell.name, title=cell.title, layer=cell.layer, group=cell.group,
         phase=bench.phase, x_shape=cell.x_shape, y_shape=cell.y_shape, rank=cell.rank,
         r_elements=cell.r_elements(), dtype=bench.dtype_name(),
-        floors=floors.records(cell.floors, bench.rates, threads), **cell.facts,
+        floors=least.records(cell.floors, bench.rates, threads), **cell.facts,
     )  # fmt: skip
     count = bench.rotations(cell.x_bytes)
     xs = [cell.inputs() for _ in range(count)]
@@ -227,6 +227,8 @@ def _prepared(
 
 def _gate(module: nn.Module, exact: nn.Module, x: Tensor, grad: Tensor | None) -> tuple[float, str]:
     """The largest relative L2 error against the module in float64, and of what."""
+    got: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
     if grad is None:
         with torch.no_grad():
             got, right = (module(x),), (exact(_double(x)),)

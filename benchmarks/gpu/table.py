@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpu.goals import ATEN, DENSE, OURS, goals
-from gpu.records import Record, Run
+from benchmarks.gpu.goals import ATEN, DENSE, OURS, goals
+from benchmarks.gpu.records import Run
+from benchmarks.records import Record
 
 MOST = 11_500
 PAIR = "low-rank pair"

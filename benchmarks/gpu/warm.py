@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpu import tables
-from gpu.bench import Bench
-from gpu.contest import train
-from gpu.gpt import Size
-from gpu.phases import conv, correctness
-from gpu.phases.layers import RANKS, SIZES
-from gpu.phases.network import RANK
-from gpu.records import Writer
-from gpu.subjects import step, subjects
+from benchmarks.gpu import tables
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import train
+from benchmarks.gpu.gpt import Size
+from benchmarks.gpu.phases import conv, correctness
+from benchmarks.gpu.phases.layers import RANKS, SIZES
+from benchmarks.gpu.phases.network import RANK
+from benchmarks.gpu.records import Writer
+from benchmarks.gpu.subjects import step, subjects
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
 
 Job = Callable[[], Any]
@@ -89,7 +89,7 @@ def _layer(build: Callable[[], nn.Module], inputs: Callable[[], torch.Tensor]) -
 def in_processes(seconds: float, dry: bool) -> int:
     """Start the processes and wait for them; returns how many did not end by themselves."""
     count = 1 if dry else max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
-    command = [sys.executable, "-m", "gpu.warm", str(count)]
+    command = [sys.executable, "-m", "benchmarks.gpu.warm", str(count)]
     running = [
         subprocess.Popen([*command, str(i), *["--dry"] * dry], stderr=subprocess.DEVNULL)
         for i in range(count)

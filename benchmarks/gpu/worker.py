@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from gpu.bench import Bench, LostDeviceError, said
-from gpu.phases import PHASES, Phase
-from gpu.records import Writer
+from benchmarks.gpu.bench import Bench, LostDeviceError, said
+from benchmarks.gpu.phases import PHASES, Phase
+from benchmarks.gpu.records import Writer
 
 # What this process returns where another must go on.
 LOST, RENEWED = 17, 18
@@ -21,7 +21,7 @@ LOST, RENEWED = 17, 18
 
 def main(arguments: list[str]) -> int:
     """Run the phases named; returns LOST or RENEWED where another process must go on."""
-    parser = argparse.ArgumentParser(prog="gpu.worker")
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.worker")
     parser.add_argument("records", type=Path)
     parser.add_argument("phases")
     parser.add_argument("seconds", type=float, help="until everything must have ended")

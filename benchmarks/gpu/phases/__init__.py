@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,9 @@ class Phase:
 
     def load(self) -> Callable[[Any], None]:
         """Import what runs it."""
-        import importlib
-
-        function = getattr(importlib.import_module(f"gpu.phases.{self.module}"), self.function)
+        function = getattr(
+            importlib.import_module(f"benchmarks.gpu.phases.{self.module}"), self.function
+        )
         return lambda bench: function(bench, *self.arguments)
 
 

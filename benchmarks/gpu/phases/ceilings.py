@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu.bench import Bench
-from gpu.switch import launcher
-from gpu.timer import Call
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.switch import launcher
+from benchmarks.gpu.timer import Call
 
 TINY_CALLS = 200
 MANY_ARGUMENTS = 12
@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
 
 
 def _clocks() -> dict[str, str] | None:
-    from gpu.environment import clocks
+    from benchmarks.gpu.environment import clocks
 
     return clocks()
 
@@ -111,7 +111,7 @@ def _triton(bench: Bench) -> None:
     """A Triton kernel started by Triton's own way, and through the library's launcher."""
     if bench.device.type != "cuda":
         return
-    from gpu.tiny_kernel import double_kernel, sum_kernel
+    from benchmarks.gpu.tiny_kernel import double_kernel, sum_kernel
 
     x = torch.randn(64, device=bench.device)
     y = torch.empty_like(x)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.bench import Bench, said
-from gpu.contest import relative_error
-from gpu.subjects import Leaves, Subject, step, subjects
+from benchmarks.gpu.bench import Bench, said
+from benchmarks.gpu.contest import relative_error
+from benchmarks.gpu.subjects import Leaves, Subject, step, subjects
 from polyadic.nn import CPConv2d, CPLinear
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -78,14 +78,14 @@ def poisoned() -> Iterator[None]:
     """Fill what ``torch.empty`` returns with NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fill = torch.utils.deterministic.fill_uninitialized_memory
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        switch: Any = torch.utils.deterministic
+        fill, switch.fill_uninitialized_memory = switch.fill_uninitialized_memory, True
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            switch.fill_uninitialized_memory = fill
 
 
 def _subject(bench: Bench, subject: Subject, dtype: torch.dtype, seed: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu import floors
-from gpu.bench import Bench
-from gpu.contest import Cell, Contestant, compete
-from gpu.linears import explained
-from gpu.switch import has_kernels, without_kernels
+from benchmarks.gpu import floors
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import Cell, Contestant, compete
+from benchmarks.gpu.linears import explained
+from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic.nn import CPEmbedding
 
 

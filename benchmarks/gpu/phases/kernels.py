@@ -11,9 +11,9 @@ from contextlib import closing
 
 import torch
 
-from gpu import tables
-from gpu.bench import Bench, said
-from gpu.switch import has_kernels
+from benchmarks.gpu import tables
+from benchmarks.gpu.bench import Bench, said
+from benchmarks.gpu.switch import has_kernels
 
 
 def run(bench: Bench) -> None:

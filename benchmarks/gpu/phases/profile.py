@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gpu.bench import Bench
-from gpu.contest import train
-from gpu.phases import conv
-from gpu.switch import has_kernels, without_kernels
-from gpu.timer import Call
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import train
+from benchmarks.gpu.phases import conv
+from benchmarks.gpu.switch import has_kernels, without_kernels
+from benchmarks.gpu.timer import Call
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
 
 STEPS = 5
@@ -51,11 +52,10 @@ def _layers(bench: Bench) -> Iterator[tuple[str, nn.Module, nn.Module, Tensor]]:
         nn.Linear(d, d, **where),
         bench.randn(T, d).requires_grad_(),
     )
-    last = torch.channels_last
     yield (
         f"conv {C} 3×3 {S}² B={B}",
         CPConv2d(C, C, 3, padding=1, rank=conv.rank(C), **where),
-        nn.Conv2d(C, C, 3, padding=1, **where).to(memory_format=last),
+        nn.Conv2d(C, C, 3, padding=1, **where).to(**conv.LAST),
         conv.image(bench, B, C, S, S).requires_grad_(),
     )
     yield (
@@ -93,7 +93,7 @@ def _profiled(bench: Bench, name: str, call: Call) -> None:
     for event in profiler.events():
         if event.name.startswith("polyadic."):
             continue  # a range of ours around kernels, not a kernel
-        if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+        if not on_gpu or event.device_type == DeviceType.CUDA:
             counts[event.name] += 1
             times[event.name] += event.device_time_total if on_gpu else event.cpu_time_total
     kernels = sorted(times, key=lambda kernel: -times[kernel])[:MOST_KERNELS]
