@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from polyadic import cli
 from polyadic.bench import Options, run_bench
 from polyadic.bench import run as bench_run
 from polyadic.bench.cases import all_cases, describe
@@ -17,6 +16,7 @@ from polyadic.bench.machine import Rates, work
 from polyadic.bench.records import Run
 from polyadic.bench.report import between, short_table, stored_runs, three_digits, write_report
 from polyadic.bench.summary import criteria, exponent, spearman
+from polyadic.cli.main import main
 
 
 def test_rank_correlation_and_exponent() -> None:
@@ -158,7 +158,7 @@ def test_a_wrong_argument_is_told_in_one_line(capsys: pytest.CaptureFixture[str]
         (["--only", ""], "the pattern of cells must not be empty"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(["bench", *arguments])
+            main(["bench", *arguments])
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
 
@@ -188,7 +188,7 @@ def test_damaged_records_are_refused_by_file_and_line(
     pytest.importorskip("matplotlib")
     docs = tmp_path / "docs"
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
+        main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not docs.exists()
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(
     taken = tmp_path / "taken"
     taken.write_text("a file")
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["bench", "--quick", "--out", str(taken)])
+        main(["bench", "--quick", "--out", str(taken)])
     assert exit_.value.code == 2
     assert "taken" in capsys.readouterr().err
 
@@ -239,7 +239,7 @@ def test_a_report_without_matplotlib_is_told_in_one_line(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     docs = tmp_path / "docs"
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
+        main(["bench", "--report", "--out", str(tmp_path), "--docs", str(docs)])
     assert exit_.value.code == 1
     told = capsys.readouterr().err
     assert "pip install 'polyadic[bench]'" in told
@@ -289,6 +289,6 @@ def test_no_option_of_the_command_is_ignored(
     capsys: pytest.CaptureFixture[str], given: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["bench", *given])
+        main(["bench", *given])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
-from polyadic.decompose import fit
+from polyadic.fitting import fit
 
 SHAPES = [
     ((4, 5), (3, 6)),

@@ -191,7 +191,7 @@ def commands(path: Path) -> list[list[str]]:
 @named(DOCS)
 def test_commands_exist(path: Path) -> None:
     typer = pytest.importorskip("typer")
-    from polyadic.commands import app
+    from polyadic.cli.commands import app
 
     group = typer.main.get_command(app)
     makefile = (ROOT / "Makefile").read_text()
@@ -210,7 +210,7 @@ def test_commands_exist(path: Path) -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     pytest.importorskip("typer")
-    from polyadic.commands import app
+    from polyadic.cli.commands import app
 
     named_there = {words[1] for words in commands(ROOT / "README.md") if words[0] == "polyadic"}
     assert named_there >= {(c.name or c.callback.__name__) for c in app.registered_commands}
@@ -265,7 +265,7 @@ def test_the_drawn_import_direction_is_the_codes() -> None:
 
 def test_the_fast_code_does_not_know_the_reference() -> None:
     users = {unit for unit, others in units().items() if "reference" in others}
-    assert users <= {"verify", "bench"}
+    assert users <= {"testing", "bench"}
 
 
 def test_importing_polyadic_brings_torch_alone() -> None:

@@ -16,10 +16,10 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 import polyadic
 from polyadic import CPTensor
 from polyadic import functional as PF
-from polyadic._plan import LinearPlan, LinearRoute
 from polyadic.functional import embedding as embedding_module
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.nn import CPEmbedding, CPTiedLinear
+from polyadic.plans import LinearPlan, LinearRoute
 from test_values import assert_close
 
 Shape = tuple[int, ...]

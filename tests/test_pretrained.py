@@ -25,7 +25,7 @@ from polyadic.nn import (
     CPLinear,
 )
 from polyadic.pretrained import from_pretrained, save_pretrained
-from polyadic.pretrained._layers import KINDS, kinds_of
+from polyadic.pretrained.layers import KINDS, kinds_of
 from pretrained_cases import Net, compressed, on_meta, refused, same
 
 
@@ -314,7 +314,7 @@ def test_a_failed_save_leaves_the_old_one(
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("polyadic.pretrained._files.save_file", half)
+    monkeypatch.setattr("polyadic.pretrained.files.save_file", half)
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(compressed(), folder)
     assert len(list(folder.iterdir())) == 2

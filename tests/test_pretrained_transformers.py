@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import polyadic
-from polyadic import _surgery
+from polyadic import surgery
 from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
 from polyadic.pretrained import attach, from_pretrained, save_pretrained
 from pretrained_cases import same
@@ -49,17 +49,17 @@ def exchange(model: nn.Module, embedding: str | None = None, head: str | None = 
     """CP layers for the queries and the first layers of the MLPs, and for a tied embedding."""
     targets = r".*(query|intermediate\.dense)"
     if any(name.endswith("query") for name, _ in model.named_modules()):
-        for name, layer in _surgery.find(model, target_modules=targets).layers.items():
+        for name, layer in surgery.find(model, target_modules=targets).layers.items():
             sizes = layer.in_features, layer.out_features
-            _surgery.replace(model, name, CPLinear(*sizes, rank=3, order=2))
+            surgery.replace(model, name, CPLinear(*sizes, rank=3, order=2))
     if embedding is not None:
         table = model.get_submodule(embedding)
         padding = table.padding_idx
         new = CPEmbedding(60, 16, padding_idx=padding, rank=5)
-        _surgery.replace(model, embedding, new)
+        surgery.replace(model, embedding, new)
     if head is not None:
         bias = model.get_submodule(head).bias is not None
-        _surgery.replace(model, head, new.as_linear(bias))
+        surgery.replace(model, head, new.as_linear(bias))
     nn.init.normal_(next(model.parameters()))
     return model.eval()
 
@@ -159,17 +159,17 @@ def t5() -> Any:
 
 def test_more_than_two_ties(tmp_path: Path) -> None:
     model = t5()
-    ((table, *others, head),) = _surgery.find(
+    ((table, *others, head),) = surgery.find(
         model, target_modules=r".*(shared|embed_.*|lm_head)"
     ).ties
     assert len(others) == 2
     new = CPEmbedding(60, 16, rank=5)
-    _surgery.replace(model, table, new)
+    surgery.replace(model, table, new)
     for name in others:
         again = CPEmbedding(60, 16, rank=5)
         again.cp = new.cp
-        _surgery.replace(model, name, again)
-    _surgery.replace(model, head, new.as_linear())
+        surgery.replace(model, name, again)
+    surgery.replace(model, head, new.as_linear())
     save_pretrained(model, tmp_path)
     restored = loaded(model, tmp_path)
     same(model, restored)
@@ -259,7 +259,7 @@ def test_ties_survive_tie_weights(tmp_path: Path) -> None:
 
 def test_conv1d_of_gpt2_is_left_alone() -> None:
     model = transformers.GPT2LMHeadModel(gpt2_config())
-    found = _surgery.find(model)
+    found = surgery.find(model)
     assert found.ties == (("transformer.wte", "lm_head"),)
     assert set(found.layers) == {"transformer.wte", "transformer.wpe", "lm_head"}
     assert all("Conv1D" in reason for reason in found.skipped.values())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from polyadic._surgery import EXCHANGEABLE, by_pattern, find, replace
+from polyadic.surgery import EXCHANGEABLE, by_pattern, find, replace
 
 
 class Block(nn.Module):

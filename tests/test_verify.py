@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from polyadic import cli, verify
-from polyadic.verify import Check, conv_problem, linear_problem, relative_error
+from polyadic.cli.main import main
+from polyadic.testing import verification as verify
+from polyadic.testing.verification import Check, conv_problem, linear_problem, relative_error
 
 LINEAR_QUANTITIES = [
     "y",
@@ -28,7 +29,7 @@ CONV_QUANTITIES = [
 def run(*arguments: str, capsys: Any) -> tuple[int, str, str]:
     """Run the command line; the exit code and what went to stdout and stderr."""
     with pytest.raises(SystemExit) as exit_:
-        cli.main(list(arguments))
+        main(list(arguments))
     code = exit_.value.code
     printed = capsys.readouterr()
     assert isinstance(code, int)
@@ -212,11 +213,11 @@ def test_without_the_extra_it_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in list(sys.modules):
-        if name.split(".")[0] == missing or name.startswith("polyadic.commands"):
+        if name.split(".")[0] == missing or name.startswith("polyadic.cli"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["verify"])
+        main(["verify"])
     assert "pip install 'polyadic[cli]'" in str(exit_.value.code)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic import _check
-from polyadic._format import positive_int, split_modes, tensorized_groups
+from polyadic import checks
+from polyadic.formats import positive_int, split_modes, tensorized_groups
 from polyadic.init import cp_orthonormal_
-from polyadic.kernels.modes import accumulate_dtype, khatri_rao
+from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 
 class CPTensor(nn.Module):
@@ -176,8 +176,8 @@ class CPTensor(nn.Module):
         """
         groups, _ = tensorized_groups(tensorized_shape)
         modes = tuple(mode for group in groups for mode in group)
-        tensors = _check.factor_group(factors, "factors")
-        sizes, (rank,) = _check.ranked(weights, factors=tensors)
+        tensors = checks.factor_group(factors, "factors")
+        sizes, (rank,) = checks.ranked(weights, factors=tensors)
         if sizes != modes:
             raise ValueError(
                 f"factors must have the modes {modes} of the tensorized shape, got {sizes}"
@@ -219,7 +219,7 @@ class CPTensor(nn.Module):
             ValueError: shapes do not fit.
         """
         weights, factors = cp_tensor
-        factors = _check.factor_group(factors, "factors of the tensorly CP tensor")
+        factors = checks.factor_group(factors, "factors of the tensorly CP tensor")
         groups = tensorized_shape or [(factor.shape[0],) for factor in factors]
         return cls.from_factors(groups, factors, weights)
 

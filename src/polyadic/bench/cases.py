@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from polyadic._format import ConvFormat, LinearFormat, Shape, tensorize
+from polyadic.formats import ConvFormat, LinearFormat, Shape, tensorize
 
 Group = Literal["grid", "scaling"]
 Mode = Literal["forward", "training"]

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic import functional, reference
-from polyadic._plan import Memory
 from polyadic.bench.cases import Case, ConvCase, LinearCase
 from polyadic.bench.plans import chosen_plan, forced_plans
 from polyadic.bench.problem import (
@@ -31,11 +30,12 @@ from polyadic.bench.problem import (
     in_channels_last,
     leaf,
 )
-from polyadic.freeze import freeze
-from polyadic.kernels.modes import khatri_rao
+from polyadic.interop.tltorch import accelerate_tltorch
+from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn import CPConv2d, CPLinear
+from polyadic.nn.freezing import freeze
+from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
-from polyadic.tltorch import accelerate_tltorch
 
 
 def _dense(problem: Problem, last: bool = False) -> Built:

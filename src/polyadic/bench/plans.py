@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from polyadic._machines import machine_for
-from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute, Memory
-from polyadic._planner import linear_plans, plan_linear, predict_linear
-from polyadic._planner_conv import conv_plans, plan_conv, predict_conv
 from polyadic.bench.cases import Case, ConvCase, LinearCase, Mode
-from polyadic.kernels.stages import Geometry
+from polyadic.kernels.depthwise import Geometry
+from polyadic.planner.calibrated import machine_for
+from polyadic.planner.conv import conv_plans, plan_conv, predict_conv
+from polyadic.planner.linear import linear_plans, plan_linear, predict_linear
+from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute, Memory
 
 
 def _route_name(route: LinearRoute | ConvRoute) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from polyadic._machines import settle
 from polyadic.bench import machine
 from polyadic.bench.cases import MODES, Case, Mode, describe, select
 from polyadic.bench.contestants import contestants
@@ -30,6 +29,7 @@ from polyadic.bench.measure import (
 from polyadic.bench.plans import predicted, rates_source
 from polyadic.bench.problem import Built, Contestant, NotApplicableError, Problem, plan_record
 from polyadic.bench.records import rounded
+from polyadic.planner.calibrated import settle
 
 Record = dict[str, Any]
 QUICK = Patience(seconds=0.06, repeats=5, limit=0.5)

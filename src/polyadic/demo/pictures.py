@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyadic._page import new_figure, png, style
+from polyadic.compression.html import new_figure, png, style
 from polyadic.nn import CPLinear
 
 if TYPE_CHECKING:

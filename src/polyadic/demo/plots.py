@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from polyadic._page import new_figure, png, style
+from polyadic.compression.html import new_figure, png, style
 from polyadic.demo.findings import families
 from polyadic.demo.training import ModelResult
 

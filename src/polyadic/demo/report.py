@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from polyadic._page import document, figure
+from polyadic.compression.html import document, figure
 from polyadic.demo.findings import families, findings
 from polyadic.demo.training import ModelResult, Settings
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from polyadic._plan import LinearPlan
-from polyadic.kernels.modes import (
+from polyadic.kernels.multilinear import (
     contract,
     expand,
     khatri_rao,
@@ -21,6 +20,7 @@ from polyadic.kernels.modes import (
     product_gradients,
 )
 from polyadic.kernels.products import linear, tall, times
+from polyadic.plans import LinearPlan
 
 
 @dataclass(frozen=True)

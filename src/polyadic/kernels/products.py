@@ -2,7 +2,7 @@
 
     times(x, K) = X K  (n, k), (k, m) → (n, m)      linear(z, K) = Z Kᵀ      tall(x, z) = Xᵀ Z
 
-On a CPU that ``_onednn`` names, large ones in float32 go to oneDNN where torch would take its BLAS;
+On a CPU that ``onednn`` names, large ones in float32 go to oneDNN where torch would take its BLAS;
 in a compiled graph through an operator of our own, as torch's compiler hands oneDNN none but
 products with constant weights.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from polyadic._onednn import faster_products
-from polyadic._tracing import UNKNOWN_BATCH, exporting, known, not_traced
+from polyadic._torch import UNKNOWN_BATCH, exporting, known, not_traced
+from polyadic.kernels.onednn import faster_products
 
 # Elements of an output up to which a pass over it costs less than calling an operation.
 SMALL = 2**14

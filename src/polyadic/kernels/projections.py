@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from polyadic.kernels.modes import accumulate_dtype
+from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.kernels.products import plus_bias, tall, times
 
 # Positions of an image from which a product for each is as fast as one of all rows.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic import _check, functional
-from polyadic._format import (
+from polyadic import checks, functional
+from polyadic.formats import (
     EmbeddingFormat,
     factored_shape,
     mode_sizes,
@@ -19,9 +19,9 @@ from polyadic._format import (
     positive_int,
     tensorize,
 )
-from polyadic._plan import Memory
-from polyadic.nn._conversion import Exchangeable, Fitted, convert, dense, revert
-from polyadic.nn._layer import Rank
+from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn.layer import Rank
+from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
 
@@ -97,16 +97,16 @@ class CPEmbedding(Exchangeable):
                 )
         self.num_embeddings = positive_int(num_embeddings, "num_embeddings")
         self.embedding_dim = positive_int(embedding_dim, "embedding_dim")
-        self.padding_idx = _check.padding_index(padding_idx, self.num_embeddings)
+        self.padding_idx = checks.padding_index(padding_idx, self.num_embeddings)
         self.norm_type = norm_type
         if in_shape is None:
             self.in_shape = padded_shape(self.num_embeddings, order)
         else:
             self.in_shape = mode_sizes(in_shape, "in_shape")
-            _check.table_rows(self.num_embeddings, self.in_shape)
+            checks.table_rows(self.num_embeddings, self.in_shape)
         default_out = tensorize(self.embedding_dim, self.embedding_dim, order)[0]
         self.out_shape = factored_shape(out_shape, self.embedding_dim, default_out, "out_shape")
-        self.memory = _check.memory(memory)
+        self.memory = checks.memory(memory)
         self._own((self.in_shape, self.out_shape), rank, None, device, dtype)
 
     def _unit(self) -> EmbeddingFormat:
@@ -265,7 +265,7 @@ class CPTiedLinear(nn.Module):
         self.cp = embedding.cp
         own: nn.Parameter | None = None
         if isinstance(bias, Tensor):
-            _check.vector(bias, self.out_features, self.cp.factors[0], cast=False)
+            checks.vector(bias, self.out_features, self.cp.factors[0], cast=False)
             trained = bias.requires_grad if isinstance(bias, nn.Parameter) else True
             own = nn.Parameter(bias.detach().clone(), requires_grad=trained)
         elif bias:

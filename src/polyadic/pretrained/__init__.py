@@ -1,6 +1,6 @@
 """Models with CP layers on disk: saved, loaded, merged into dense ones."""
 
-from polyadic.pretrained._store import (
+from polyadic.pretrained.store import (
     attach,
     from_pretrained,
     merge,

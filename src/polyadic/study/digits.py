@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import init
-from polyadic._surgery import replace
-from polyadic.decompose import second_moments
 from polyadic.demo import data, models, training
+from polyadic.fitting import second_moments
 from polyadic.nn import CPConv2d, CPLinear
 from polyadic.study import fits
 from polyadic.study.records import Store
+from polyadic.surgery import replace
 
 FILE = "study-digits.jsonl"
 FAMILIES = ("MLP", "CNN")

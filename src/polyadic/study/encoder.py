@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic.decompose import second_moments as input_moments
+from polyadic.fitting import second_moments as input_moments
 
 Batch = dict[str, Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic._format import tensorize
-from polyadic.compress import compress
+from polyadic.compression import compress
+from polyadic.formats import tensorize
 from polyadic.nn import CPConv2d, CPLinear
 from polyadic.tensor import CPTensor
 

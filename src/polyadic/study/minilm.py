@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic._surgery import replace
 from polyadic.finetune import Progress, Recovery, distill
 from polyadic.study import encoder, fits, texts
 from polyadic.study.agreement import Agreement, agreement
 from polyadic.study.records import Store
+from polyadic.surgery import replace
 
 FILE = "study-minilm.jsonl"
 # One batch in so many is shown to methods that run the whole model once for each layer.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyadic.decompose.problem import balanced
+from polyadic.fitting.problem import balanced
 from polyadic.study import minilm
 from polyadic.study.records import Store
 

@@ -1,0 +1,1 @@
+"""What authors of layers, our tests and our benchmarks check and count with."""
