@@ -110,9 +110,9 @@ def test_the_error_is_that_of_the_tensor_returned(rank: int, dtype: torch.dtype)
 
     A planted tensor is found to the last digits, so that the error is made of roundings alone.
     """
-    for seed in range(5):
+    for seed in range(2):
         weight = planted(((6, 7), (5, 8)), 4, seed).to(dtype)
-        found = decompose(weight, ((6, 7), (5, 8)), rank, iterations=60, tolerance=1e-6)
+        found = decompose(weight, ((6, 7), (5, 8)), rank, start="orthogonal", iterations=60)
         assert found.error == pytest.approx(relative(found, weight), rel=1e-6)
         assert found.frobenius_error == pytest.approx(found.error, rel=1e-12)
 
