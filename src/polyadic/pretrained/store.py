@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from polyadic import surgery
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig, dumps
 from polyadic.pretrained.dense import merge_layers
@@ -95,10 +96,12 @@ def from_pretrained(
         TypeError: ``model`` is not a module.
         FileNotFoundError: there is no such directory.
         ValueError: a file is missing, damaged, of another kind or written by a newer polyadic, or
-            what it holds does not fit the model: names, shapes, options, kinds of dtypes.
+            what it holds does not fit the model: names, shapes, options, kinds of dtypes; or the
+            model is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    surgery.check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     config = files.read_config(folder)
     exchange = prepare(model, config.layers)
@@ -192,10 +195,11 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: it holds no CP layer, one is of a class of its own, or has hooks that would be
-            lost.
+            lost; it is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    surgery.check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):
         _bridge().detach(model)
