@@ -194,8 +194,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it holds no CP layer, one is of a class of its own, or has hooks that would be
-            lost; it is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
+        ValueError: it holds no CP layer, one is of a class of its own, has hooks that would be
+            lost, or is kept in a plain list or the like too; it is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
