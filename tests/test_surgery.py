@@ -313,5 +313,5 @@ def test_stacks_of_matrices_are_named() -> None:
     (reason,) = found.skipped.values()
     assert "stacks of matrices such as gate_up (3, 6, 8) and down (3, 4, 6)" in reason
     assert "positions" not in reason
-    with pytest.raises(ValueError, match="experts is Experts .*no CP layer yet"):
+    with pytest.raises(ValueError, match=r"experts is Experts .*no CP layer yet"):
         find(model, target_modules=["experts"])

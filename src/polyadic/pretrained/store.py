@@ -17,6 +17,7 @@ from polyadic.pretrained.config import ModelConfig, dumps
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import Exchange, fill, prepare, refuse
 from polyadic.pretrained.layers import describe
+from polyadic.pretrained.vocabulary import resize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -195,7 +196,8 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: it holds no CP layer, one is of a class of its own, has hooks that would be
-            lost, or is kept in a plain list or the like too; it is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
+            lost, or is kept in a plain list or the like too; it is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -218,6 +220,37 @@ def register_transformers() -> None:
         ImportError: transformers is not installed.
     """
     _bridge().register()
+
+
+def resize_token_embeddings(model: nn.Module, new_num_tokens: int) -> nn.Module:
+    """Give a model of transformers another number of tokens, where its table is in CP format.
+
+    For its own ``resize_token_embeddings``, which takes a dense table alone. Tokens that stay keep
+    their vectors and logits. Those added have the mean of others (see ``CPEmbedding.resize``), in
+    a dense head the mean of its rows, and a bias of zero. To be called before an optimizer is made.
+
+    Args:
+        model: of transformers. Where its table is dense its own method is called.
+        new_num_tokens: of the vocabulary from now on.
+
+    Returns:
+        The table, as transformers' own method does.
+
+    Raises:
+        TypeError: ``model`` is not a model of transformers, or the number is not an int.
+        ValueError: the number is below 1 or not above the padding index, the table is a layer of a
+            joint tensor, the head is in CP format with a weight of its own, or the model is
+            wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
+    """
+    if not isinstance(model, nn.Module) or not _is_transformers(model):
+        raise TypeError(
+            f"model must be a model of transformers, got {type(model).__name__}; a table alone has "
+            f"CPEmbedding.resize"
+        )
+    surgery.check_unwrapped(model, "resize_token_embeddings")
+    table = resize(model, new_num_tokens)
+    attach(model)
+    return table
 
 
 def _bridge() -> ModuleType:
