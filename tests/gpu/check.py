@@ -3,7 +3,7 @@
     python tests/gpu/check.py [NAME …]
 
 Needs torch, Triton and this project alone. Prints a line for each table and fails with the first
-row that does not hold. A table is a module ``table_<name>.py`` in this folder with ``check()``,
+row that does not hold. A table is a module ``kernel_<name>.py`` in this folder with ``check()``,
 which yields the name of each row that holds, and ``forms()``, which ``test_compiled.py`` compiles.
 """
 
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 
 def names() -> list[str]:
     """All tables."""
-    return sorted(path.stem.removeprefix("table_") for path in FOLDER.glob("table_*.py"))
+    return sorted(path.stem.removeprefix("kernel_") for path in FOLDER.glob("kernel_*.py"))
 
 
 def check(name: str) -> int:
@@ -33,7 +33,7 @@ def check(name: str) -> int:
     """
     torch.manual_seed(0)
     with torch.no_grad():
-        return sum(1 for _ in importlib.import_module(f"table_{name}").check())
+        return sum(1 for _ in importlib.import_module(f"kernel_{name}").check())
 
 
 def check_all(wanted: list[str] | None = None) -> None:
