@@ -13,18 +13,19 @@ import pytest
 import torch
 
 import polyadic
-from polyadic import _machines, _planner
-from polyadic._cost import built_in
+from polyadic.planner import calibrated
+from polyadic.planner import linear as linear_planner
+from polyadic.planner.machine import built_in
 
-calibration = sys.modules["polyadic.calibrate"]
+calibration = sys.modules["polyadic.calibration"]
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _machines._machine.cache_clear()
+    calibrated._machine.cache_clear()
     yield tmp_path / "polyadic"
-    _machines._machine.cache_clear()
+    calibrated._machine.cache_clear()
 
 
 def _default():
@@ -32,7 +33,7 @@ def _default():
 
 
 def test_rates_are_measured_stored_and_found_again(cache: Path) -> None:
-    assert _machines.machine_for("cpu", torch.float32) == _default()
+    assert calibrated.machine_for("cpu", torch.float32) == _default()
     state = torch.get_rng_state()
     machine = polyadic.calibrate()
     assert torch.equal(torch.get_rng_state(), state)
@@ -41,8 +42,8 @@ def test_rates_are_measured_stored_and_found_again(cache: Path) -> None:
         if field.name != "source":
             assert getattr(machine, field.name) > 0, field.name
     assert len(list(cache.iterdir())) == 1
-    assert _machines.machine_for("cpu", torch.float32) == machine
-    assert _machines.machine_for("cpu", torch.float64).source == "built-in"
+    assert calibrated.machine_for("cpu", torch.float32) == machine
+    assert calibrated.machine_for("cpu", torch.float64).source == "built-in"
     found = polyadic.explain(polyadic.nn.CPLinear(8, 8, rank=2), batch=4)
     assert "calibrated machine numbers" in str(found)
 
@@ -51,22 +52,22 @@ def test_plans_follow_a_new_calibration(cache: Path, monkeypatch: pytest.MonkeyP
     """A choice made before is made anew by the numbers just measured."""
     fmt = polyadic.LinearFormat((16, 16, 16), (16, 16, 16), 256)
     place = (fmt, 1, torch.float32, "cpu", "balanced")
-    before = _planner.choose_linear(*place)
+    before = linear_planner.choose_linear(*place)
     assert len(before.forward.in_groups) > 1
     slow = {"launch": 1.0, "call": 1.0, "dense_call": 1.0}
     monkeypatch.setattr(calibration, "_calls", lambda *given: slow)
     polyadic.calibrate()
     try:
-        assert _planner.choose_linear(*place) != before
+        assert linear_planner.choose_linear(*place) != before
     finally:
-        _planner.forget()
+        linear_planner.forget()
 
 
 def _store(change) -> None:
-    path = _machines.store(_default(), "cpu", torch.float32, torch.get_num_threads())
+    path = calibrated.store(_default(), "cpu", torch.float32, torch.get_num_threads())
     content = json.loads(path.read_text())
     path.write_text(change(content))
-    _machines._machine.cache_clear()
+    calibrated._machine.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -91,17 +92,17 @@ def _store(change) -> None:
 def test_a_bad_store_is_ignored_with_a_warning(cache: Path, change) -> None:
     _store(change)
     with pytest.warns(RuntimeWarning, match=r"ignoring the calibration.*polyadic\.calibrate"):
-        assert _machines.machine_for("cpu", torch.float32) == _default()
+        assert calibrated.machine_for("cpu", torch.float32) == _default()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _machines.machine_for("cpu", torch.float32)
+        calibrated.machine_for("cpu", torch.float32)
 
 
 def test_a_good_store_is_taken_without_a_warning(cache: Path) -> None:
     _store(json.dumps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _machines.machine_for("cpu", torch.float32) == _default()
+        assert calibrated.machine_for("cpu", torch.float32) == _default()
 
 
 def test_an_integer_dtype_is_refused() -> None:
@@ -124,11 +125,11 @@ def test_an_integer_dtype_is_refused() -> None:
     ids=["not text", "deep", "huge", "source"],
 )
 def test_garbage_is_ignored_with_a_warning_too(cache: Path, change) -> None:
-    path = _machines.store(_default(), "cpu", torch.float32, torch.get_num_threads())
+    path = calibrated.store(_default(), "cpu", torch.float32, torch.get_num_threads())
     path.write_bytes(change(json.loads(path.read_text())))
-    _machines._machine.cache_clear()
+    calibrated._machine.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"ignoring the calibration.*polyadic\.calibrate"):
-        assert _machines.machine_for("cpu", torch.float32) == _default()
+        assert calibrated.machine_for("cpu", torch.float32) == _default()
 
 
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,13 +147,13 @@ def test_a_calibration_that_cannot_be_stored_holds_for_the_process(
     cache.write_text("no folder")
     with pytest.warns(RuntimeWarning, match="holds for this process alone"):
         machine = polyadic.calibrate()
-    assert _machines.machine_for("cpu", torch.float32) == machine
+    assert calibrated.machine_for("cpu", torch.float32) == machine
     cache.unlink()
     polyadic.calibrate()
     assert [path.suffix for path in cache.iterdir()] == [".json"]
     next(cache.iterdir()).unlink()
-    _machines._machine.cache_clear()
-    assert _machines.machine_for("cpu", torch.float32) == _default()
+    calibrated._machine.cache_clear()
+    assert calibrated.machine_for("cpu", torch.float32) == _default()
 
 
 def test_no_home_folder_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,15 +163,15 @@ def test_no_home_folder_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     _quick(monkeypatch)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    _machines._machine.cache_clear()
+    calibrated._machine.cache_clear()
     try:
-        assert _machines.machine_for("cpu", torch.float32) == _default()
+        assert calibrated.machine_for("cpu", torch.float32) == _default()
         with pytest.warns(RuntimeWarning, match="Set XDG_CACHE_HOME"):
             machine = polyadic.calibrate()
-        assert _machines.machine_for("cpu", torch.float32) == machine
+        assert calibrated.machine_for("cpu", torch.float32) == machine
     finally:
-        _machines._unwritten.clear()
-        _machines._machine.cache_clear()
+        calibrated._unwritten.clear()
+        calibrated._machine.cache_clear()
 
 
 def test_a_relative_cache_folder_is_ignored(
@@ -178,7 +179,7 @@ def test_a_relative_cache_folder_is_ignored(
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
-    assert _machines.calibration_file("cpu", torch.float32, 1).parent == (
+    assert calibrated.calibration_file("cpu", torch.float32, 1).parent == (
         tmp_path / ".cache" / "polyadic"
     )
 
@@ -188,7 +189,7 @@ def test_calibrations_at_once_are_each_written_whole(cache: Path) -> None:
 
     def store(machine) -> None:
         for _ in range(30):
-            assert _machines.store(machine, "cpu", torch.float32, 1) is not None
+            assert calibrated.store(machine, "cpu", torch.float32, 1) is not None
 
     with ThreadPoolExecutor(len(machines)) as pool:
         list(pool.map(store, machines))
@@ -221,5 +222,5 @@ def test_an_absent_device_is_refused() -> None:
 def test_the_tests_rest_on_the_built_in_numbers() -> None:
     """Whoever runs them may have calibrated the machine."""
     usual = Path.home() / ".cache" / "polyadic"
-    assert usual not in _machines.calibration_file("cpu", torch.float32, 1).parents
-    assert _machines.machine_for("cpu", torch.float32).source == "built-in"
+    assert usual not in calibrated.calibration_file("cpu", torch.float32, 1).parents
+    assert calibrated.machine_for("cpu", torch.float32).source == "built-in"

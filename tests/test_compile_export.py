@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounter
 
 from cases import BY_ID, Case, params, truth
 from polyadic import CPTensor, functional
-from polyadic._plan import ConvPlan, ConvRoute
 from polyadic.nn import CPConv2d
+from polyadic.plans import ConvPlan, ConvRoute
 from test_values import assert_close
 
 REPRESENTATIVE = [

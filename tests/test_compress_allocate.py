@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from polyadic.compress.allocate import UnreachableError, allocate
+from polyadic.compression.allocate import UnreachableError, allocate
 
 
 def drawn(seed: int, layers: int) -> list[list[tuple[float, float]]]:

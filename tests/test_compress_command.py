@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
-from polyadic import Report, cli, register_transformers  # noqa: E402
+from polyadic import Report, register_transformers  # noqa: E402
+from polyadic.cli.main import main  # noqa: E402
 from polyadic.nn import CPLinear  # noqa: E402
 
 WORDS = [
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: Any) -> Path:
 
 def run(*arguments: object, capsys: Any) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["compress", *map(str, arguments)])
+        main(["compress", *map(str, arguments)])
     captured = capsys.readouterr()
     code = exit_.value.code
     return (code if isinstance(code, int) else 1), captured.out, captured.err

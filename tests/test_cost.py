@@ -12,15 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
-from polyadic._check import geometry, transposed_geometry
-from polyadic._cost import Machine, Step, built_in
-from polyadic._format import EmbeddingFormat
-from polyadic._planner import bucket, choose_linear, compositions, linear_plans, predict_linear
-from polyadic._planner_conv import conv_plans
-from polyadic._planner_embedding import plan_embedding
-from polyadic._steps import gemm, plan_steps
-from polyadic._steps_conv import conv_plan_steps
-from polyadic._steps_embedding import embedding_backward_steps, embedding_forward_steps
+from polyadic.checks import geometry, transposed_geometry
+from polyadic.formats import EmbeddingFormat
 from polyadic.functional import (
     cp_conv,
     cp_conv_forward,
@@ -30,6 +23,19 @@ from polyadic.functional import (
     cp_linear_forward,
 )
 from polyadic.kernels import products
+from polyadic.planner.conv import conv_plans
+from polyadic.planner.embedding import plan_embedding
+from polyadic.planner.linear import (
+    bucket,
+    choose_linear,
+    compositions,
+    linear_plans,
+    predict_linear,
+)
+from polyadic.planner.machine import Machine, Step, built_in
+from polyadic.planner.steps import gemm, plan_steps
+from polyadic.planner.steps_conv import conv_plan_steps
+from polyadic.planner.steps_embedding import embedding_backward_steps, embedding_forward_steps
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from polyadic import CPTensor, Decomposition, decompose
-from polyadic.decompose.problem import make_problem
-from polyadic.decompose.starts import random_factors
-from polyadic.decompose.sweep import Sweeper
+from polyadic.fitting.problem import make_problem
+from polyadic.fitting.starts import random_factors
+from polyadic.fitting.sweep import Sweeper
 
-METRIC = sys.modules["polyadic.decompose.metric"]
+METRIC = sys.modules["polyadic.fitting.metric"]
 
 
 def moment(size: int, rows: int = 50, seed: int = 0) -> Tensor:

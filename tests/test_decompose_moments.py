@@ -44,7 +44,7 @@ def test_linear_is_the_mean_of_outer_products() -> None:
 def test_convolution_moment_gives_the_mean_squared_output(
     name: str, unfolded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["polyadic.decompose.moments"], "UNFOLDED", unfolded)
+    monkeypatch.setattr(sys.modules["polyadic.fitting.moments"], "UNFOLDED", unfolded)
     layer, shape = CONVS[name]
     x = torch.randn(shape)
     y = layer(x).detach().double()

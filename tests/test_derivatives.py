@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from cases import BY_ID, CASES, Case, Leaves, every_case, params
-from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute, _autograd
+from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute, autograd
 from polyadic.nn import CPLinear
 from test_values import assert_close
 
@@ -132,7 +132,7 @@ def test_double_backward_sees_kept_intermediates(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the backward did not recompute what the forward kept, the test above would fail."""
-    monkeypatch.setattr(_autograd, "_differentiated", lambda inputs: False)
+    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: False)
     ours = second_derivatives(case, keeping(case))
     with pytest.raises(AssertionError, match="off by"):
         assert_trees_close(ours, second_derivatives(case, case.expected))
@@ -167,7 +167,7 @@ def test_forward_over_reverse(case: Case) -> None:
 def test_forward_over_reverse_sees_kept_intermediates(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_autograd, "_differentiated", lambda inputs: torch.is_grad_enabled())
+    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: torch.is_grad_enabled())
     with pytest.raises(AssertionError, match="off by"):
         assert_trees_close(
             forward_over_reverse(case, keeping(case), "x"),

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import polyadic
-from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute, cli
-from polyadic._format import EmbeddingFormat
-from polyadic._machines import machine_for
+from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute
+from polyadic.cli.main import main
+from polyadic.formats import EmbeddingFormat
 from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
+from polyadic.planner.calibrated import machine_for
 from polyadic.reference import dense
 
 
@@ -318,7 +319,7 @@ def test_the_command_ignores_no_option(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["plan", "--in", "64", "--out", "64", "--rank", "4", *arguments])
+        main(["plan", "--in", "64", "--out", "64", "--rank", "4", *arguments])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -329,7 +330,7 @@ def test_the_command_takes_what_is_left_out_as_the_layers_do(
     printed = []
     for more in ([], ["--size", "32x32", "--stride", "1", "--padding", "0", "--order", "2"]):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(["plan", "--in", "8", "--out", "8", "--rank", "4", "--kernel", "3x3", *more])
+            main(["plan", "--in", "8", "--out", "8", "--rank", "4", "--kernel", "3x3", *more])
         assert exit_.value.code == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cases import CASES, Case, every_case
 from polyadic import CPTensor, tensorize
-from polyadic._format import ConvFormat, LinearFormat, resolve_rank
+from polyadic.formats import ConvFormat, LinearFormat, resolve_rank
 from polyadic.nn import CPConv2d, CPLinear
 
 SIZES = [*range(1, 65), 96, 97, 100, 128, 243, 256, 384, 500, 512, 768, 1000, 1024, 3072, 4096]

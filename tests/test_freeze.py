@@ -10,7 +10,7 @@ from torch import nn
 
 import polyadic
 from polyadic.nn import CPConv2d, CPLinear
-from polyadic.nn._frozen import FrozenKernel, FrozenPair, FrozenWeight
+from polyadic.nn.frozen import FrozenKernel, FrozenPair, FrozenWeight
 
 
 def _model() -> nn.Module:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BY_ID, params
-from polyadic import LinearPlan, LinearRoute, _planner
+from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
-from polyadic.bench.measure import LiveBytes
 from polyadic.functional import linear as linear_module
-from polyadic.kernels import modes
+from polyadic.kernels import multilinear
 from polyadic.nn import CPLinear
+from polyadic.planner import linear as linear_planner
+from polyadic.testing import LiveBytes
 from test_counting import largest_allocation
 from test_derivatives import assert_trees_close, second_derivatives
 from test_plans import check_plan
@@ -112,7 +113,7 @@ def test_a_small_layer_makes_few_calls(
         return lambda: torch.autograd.grad(y, wanted, grad_y)
 
     # A call settled by an equal plan of another test compares the two, each time.
-    _planner.settled.clear()
+    linear_planner.settled.clear()
     back(call())()
     assert operations(call) <= forward[0]
     assert python_calls(call) <= forward[1]
@@ -143,7 +144,7 @@ def test_a_second_call_checks_and_plans_nothing(monkeypatch: pytest.MonkeyPatch)
     for other in (longer, x.double(), x.to("meta"), x[..., :12]):
         with pytest.raises(AssertionError):
             layer(other)
-    _planner.forget()
+    linear_planner.forget()
     with pytest.raises(AssertionError):
         layer(x)
 
@@ -226,8 +227,8 @@ LARGE = [
 @pytest.mark.parametrize("case", params(LARGE))
 def test_gradients_made_in_pieces(case: Any, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done to large dK only, done to small ones: the same gradients, also of gradients."""
-    monkeypatch.setattr(modes, "WHOLE", 0)
-    monkeypatch.setattr(modes, "PIECE", piece)
+    monkeypatch.setattr(multilinear, "WHOLE", 0)
+    monkeypatch.setattr(multilinear, "PIECE", piece)
     ins, outs = case.tensorized_shape
     for kind in ("factorized", "dense"):
         route = LinearRoute((len(ins),), (len(outs),), kind)
@@ -245,17 +246,17 @@ def test_a_large_gradient_never_exists_whole(monkeypatch: pytest.MonkeyPatch) ->
     ins, outs = case.tensorized_shape
     route = LinearRoute((len(ins),), (len(outs),))
     made: list[int] = []
-    plain = modes._mttkrp
+    plain = multilinear._mttkrp
 
     def note(d_matrix: Tensor, *rest: Any) -> list[Tensor]:
         made.append(d_matrix.numel())
         return plain(d_matrix, *rest)
 
-    monkeypatch.setattr(modes, "_mttkrp", note)
+    monkeypatch.setattr(multilinear, "_mttkrp", note)
     largest_allocation(case, plan=LinearPlan(route, route))
     whole = max(made)
     made.clear()
-    monkeypatch.setattr(modes, "WHOLE", 0)
-    monkeypatch.setattr(modes, "PIECE", 1)
+    monkeypatch.setattr(multilinear, "WHOLE", 0)
+    monkeypatch.setattr(multilinear, "PIECE", 1)
     largest_allocation(case, plan=LinearPlan(route, route))
     assert 0 < max(made) < whole

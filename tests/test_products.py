@@ -11,8 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyadic import _onednn
-from polyadic.kernels import products
+from polyadic.kernels import onednn, products
 from polyadic.nn import CPLinear
 
 POINTWISE = hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -240,13 +239,13 @@ def test_exported_graphs_hold_torch_s_operators_alone(calls: Calls, strict: bool
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
 def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
     """MKL is slower than oneDNN on AMD's processors."""
-    monkeypatch.setattr(_onednn, "_vendor", lambda: vendor)
-    _onednn._beside_mkl_on_amd.cache_clear()
+    monkeypatch.setattr(onednn, "_vendor", lambda: vendor)
+    onednn._beside_mkl_on_amd.cache_clear()
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     try:
-        assert _onednn.faster_products() == (both and POINTWISE and vendor == "AuthenticAMD")
+        assert onednn.faster_products() == (both and POINTWISE and vendor == "AuthenticAMD")
     finally:
-        _onednn._beside_mkl_on_amd.cache_clear()
+        onednn._beside_mkl_on_amd.cache_clear()
 
 
 @pytest.mark.parametrize("rank", [16, 17, 64, 100, 128])

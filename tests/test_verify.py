@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from polyadic import cli, verify
-from polyadic.verify import Check, conv_problem, linear_problem, relative_error
+from polyadic.cli.main import main
+from polyadic.testing import verification as verify
+from polyadic.testing.verification import Check, conv_problem, linear_problem, relative_error
 
 LINEAR_QUANTITIES = [
     "y",
@@ -28,7 +29,7 @@ CONV_QUANTITIES = [
 def run(*arguments: str, capsys: Any) -> tuple[int, str, str]:
     """Run the command line; the exit code and what went to stdout and stderr."""
     with pytest.raises(SystemExit) as exit_:
-        cli.main(list(arguments))
+        main(list(arguments))
     code = exit_.value.code
     printed = capsys.readouterr()
     assert isinstance(code, int)
@@ -203,8 +204,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("polyadic 0.")
     code, out, _ = run(capsys=capsys)
     assert code == 0
-    assert "verify" in out
-    assert "demo" in out
+    assert all(name in out for name in ("verify", "plan", "compress"))
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
@@ -212,30 +212,9 @@ def test_without_the_extra_it_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in list(sys.modules):
-        if name.split(".")[0] == missing or name.startswith("polyadic.commands"):
+        if name.split(".")[0] == missing or name.startswith("polyadic.cli"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["verify"])
+        main(["verify"])
     assert "pip install 'polyadic[cli]'" in str(exit_.value.code)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(NotADirectoryError("out must be a folder"), 2), (ImportError("install the extra"), 1)],
-)
-def test_demo_says_in_one_line_why_it_cannot_run(
-    error: Exception,
-    code: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def refuse(**arguments: Any) -> None:
-        assert set(arguments) == {"out", "seed", "quick", "threads"}
-        raise error
-
-    monkeypatch.setattr("polyadic.demo.run_demo", refuse)
-    got, out, err = run("demo", "--quick", capsys=capsys)
-    assert (got, out) == (code, "")
-    assert err.count("\n") == 1
-    assert str(error) in err

@@ -1,22 +1,22 @@
 """CP-factorized layers for PyTorch whose forward and backward stay factorized."""
 
 from polyadic import finetune, functional, init, nn, reference
-from polyadic._explanation import Explanation
-from polyadic._format import ConvFormat, LinearFormat, padded_shape, tensorize
-from polyadic._plan import ConvPlan, ConvRoute, LinearPlan, LinearRoute
-from polyadic.calibrate import calibrate
-from polyadic.compress import Report, compress
-from polyadic.decompose import (
+from polyadic.calibration import calibrate
+from polyadic.compression import Report, compress
+from polyadic.explaining import explain
+from polyadic.fitting import (
     DecomposeInterrupted,
     Decomposition,
     decompose,
     second_moments,
 )
-from polyadic.explain import explain
-from polyadic.freeze import freeze, unfreeze
+from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
+from polyadic.interop.tltorch import accelerate_tltorch
+from polyadic.nn.freezing import freeze, unfreeze
+from polyadic.planner.report import Explanation
+from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
-from polyadic.tltorch import accelerate_tltorch
 
 __version__ = "0.1.0"
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from polyadic import _check
-from polyadic._format import Shape, split_modes
+from polyadic import checks
+from polyadic.formats import Shape, split_modes
 
-if TYPE_CHECKING:
-    from polyadic.tensor import CPTensor
+Own = TypeVar("Own", bound="Exchanged")
 
 
 class Exchanged(nn.Module):
@@ -31,7 +30,7 @@ class Exchanged(nn.Module):
         tensorized_shape: Sequence[int | Sequence[int]],
         factors: Sequence[Tensor],
         weights: Tensor | None = None,
-    ) -> CPTensor:
+    ) -> Any:
         """Make a CPTensor with copies of the given factors as its parameters."""
         raise NotImplementedError
 
@@ -51,8 +50,8 @@ class Exchanged(nn.Module):
 
     @classmethod
     def from_tensorly(
-        cls, cp_tensor: Any, tensorized_shape: Sequence[Sequence[int]] | None = None
-    ) -> CPTensor:
+        cls: type[Own], cp_tensor: Any, tensorized_shape: Sequence[Sequence[int]] | None = None
+    ) -> Own:
         """Make a CPTensor with copies of a tensorly CP tensor's torch weights and factors.
 
         Args:
@@ -64,9 +63,10 @@ class Exchanged(nn.Module):
             ValueError: shapes do not fit.
         """
         weights, factors = cp_tensor
-        factors = _check.factor_group(factors, "factors of the tensorly CP tensor")
+        factors = checks.factor_group(factors, "factors of the tensorly CP tensor")
         groups = tensorized_shape or [(factor.shape[0],) for factor in factors]
-        return cls.from_factors(groups, factors, weights)
+        made: Own = cls.from_factors(groups, factors, weights)
+        return made
 
     def to_tltorch(self, *, tensorized: bool = True) -> Any:
         """Copy to tltorch; λ is ones where there is none.
@@ -90,8 +90,8 @@ class Exchanged(nn.Module):
 
     @classmethod
     def from_tltorch(
-        cls, tensor: Any, tensorized_shape: Sequence[int | Sequence[int]] | None = None
-    ) -> CPTensor:
+        cls: type[Own], tensor: Any, tensorized_shape: Sequence[int | Sequence[int]] | None = None
+    ) -> Own:
         """Make a CPTensor with copies of a tltorch CP tensor's weights λ and factors.
 
         Args:
@@ -116,7 +116,8 @@ class Exchanged(nn.Module):
                 f"its modes belong together; give tensorized_shape, for a convolution "
                 f"((out,), (in,), kernel)"
             )
-        return cls.from_factors(groups, list(tensor.factors), tensor.weights)
+        made: Own = cls.from_factors(groups, list(tensor.factors), tensor.weights)
+        return made
 
 
 def owned(tensor: Tensor) -> nn.Parameter:

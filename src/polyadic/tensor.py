@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic import _check
-from polyadic._format import positive_int, split_modes, tensorized_groups
+from polyadic import checks
 from polyadic.exchange import Exchanged, owned
+from polyadic.formats import positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
-from polyadic.kernels.modes import accumulate_dtype, khatri_rao
+from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 
@@ -56,6 +56,7 @@ class CPTensor(Exchanged):
     """
 
     weights: Tensor | None
+    ties_declared = False
     _version = 1  # of the names and shapes in a state dict
 
     def __init__(
@@ -150,6 +151,16 @@ class CPTensor(Exchanged):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers asks every module for: parameters that may be another module's too.
+
+        Several layers can hold one tensor, or slices of it. It is asked when a state dict is
+        written, so that what is shared is stored once; the name of what is not shared does no
+        harm. Empty once the model as a whole says under which name (``polyadic.pretrained``).
+        """
+        return {} if self.ties_declared else {name: name for name, _ in self.named_parameters()}
 
     @property
     def order(self) -> int:
@@ -256,8 +267,8 @@ class CPTensor(Exchanged):
         """
         groups, _ = tensorized_groups(tensorized_shape)
         modes = tuple(mode for group in groups for mode in group)
-        tensors = _check.factor_group(factors, "factors")
-        sizes, (rank,) = _check.ranked(weights, factors=tensors)
+        tensors = checks.factor_group(factors, "factors")
+        sizes, (rank,) = checks.ranked(weights, factors=tensors)
         if sizes != modes:
             raise ValueError(
                 f"factors must have the modes {modes} of the tensorized shape, got {sizes}"

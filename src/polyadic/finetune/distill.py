@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic.finetune import _models
-from polyadic.finetune._loop import Loop, Recovery
-from polyadic.finetune._settings import (
+from polyadic import surgery
+from polyadic.finetune import models
+from polyadic.finetune.loop import Loop, Recovery
+from polyadic.finetune.settings import (
     MakeOptimizer,
     Progress,
     Schedule,
@@ -57,8 +58,8 @@ def distill(
     steps: int | None = None,
     epochs: int | None = None,
     loss: Loss = "mse",
-    forward: _models.Forward | None = None,
-    trainable: _models.Trainable = "cp",
+    forward: models.Forward | None = None,
+    trainable: models.Trainable = "cp",
     lr: float = 1e-3,
     optimizer: MakeOptimizer = torch.optim.Adam,
     schedule: Schedule = "cosine",
@@ -124,27 +125,29 @@ def distill(
     Raises:
         TypeError: an argument is of the wrong type; batches that can be walked only once.
         ValueError: an argument does not fit, the teacher would be trained too, outputs differ in
-            shape, or the checkpoint is damaged or of another training.
+            shape, or the checkpoint is damaged or of another training; the student is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or without validation those before that step.
     """
-    _models.require_module(student, "student")
-    _models.require_module(teacher, "teacher")
-    _models.require_batches(batches, "batches")
+    models.require_module(student, "student")
+    models.require_module(teacher, "teacher")
+    surgery.check_unwrapped(student, "distill", "student")
+    models.require_batches(batches, "batches")
     compare = _comparison(loss)
-    trained = _models.select(student, trainable)
-    _models.refuse_shared(trained, teacher)
+    trained = models.select(student, trainable)
+    models.refuse_shared(trained, teacher)
     optional_function(forward, "forward")
-    run_model = forward or _models.output_tensor
-    device = _models.device_of(student)
+    run_model = forward or models.output_tensor
+    device = models.device_of(student)
     settings = Settings(
         total_steps(steps, epochs, batches), lr, schedule, warmup, optimizer, clip, validate_every,
         patience, as_path(checkpoint), checkpoint_every, resume, callback, seed,
     )  # fmt: skip
 
     def batch_loss(batch: Any) -> Tensor:
-        batch = _models.moved(batch, device)
+        batch = models.moved(batch, device)
         with torch.no_grad():
             theirs = run_model(teacher, batch)
         return _checked(compare, run_model(student, batch), theirs)
@@ -156,7 +159,7 @@ def distill(
         "batches": batch_count(batches),
     }
     buffers = dict(student.named_buffers()) if train_mode else {}
-    with _models.prepared(student, teacher, trained, train_mode):
+    with models.prepared(student, teacher, trained, train_mode):
         return Loop(trained, buffers, batches, batch_loss, settings, record, validate).run()
 
 
@@ -199,7 +202,7 @@ def _validator(
         def measure() -> float:
             return float(validation(student))
     else:
-        _models.require_batches(validation, "validation")
+        models.require_batches(validation, "validation")
 
         def measure() -> float:
             values = [batch_loss(batch).item() for batch in validation]

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic.finetune import _models
-from polyadic.finetune._loop import Loop
-from polyadic.finetune._settings import (
+from polyadic import surgery
+from polyadic.finetune import models
+from polyadic.finetune.loop import Loop
+from polyadic.finetune.settings import (
     MakeOptimizer,
     Progress,
     Schedule,
@@ -100,13 +101,15 @@ def match_layers(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument does not fit; a layer is missing, is not converted, is never called
-            or puts out another shape; training would change the teacher.
+            or puts out another shape; training would change the teacher; the student is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: a loss is not finite.
     """
-    _models.require_module(student, "student")
-    _models.require_module(teacher, "teacher")
-    _models.require_batches(batches, "batches")
+    models.require_module(student, "student")
+    models.require_module(teacher, "teacher")
+    surgery.check_unwrapped(student, "match_layers", "student")
+    models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
     optional_function(callback, "callback")
@@ -114,11 +117,11 @@ def match_layers(
     trained = {
         f"{name}.{own}": parameter
         for name, layer in layers.items()
-        for own, parameter in _models.select(layer, "cp").items()
+        for own, parameter in models.select(layer, "cp").items()
     }
-    _models.refuse_shared(trained, teacher)
+    models.refuse_shared(trained, teacher)
     number = total_steps(steps, epochs, batches)
-    device = _models.device_of(student)
+    device = models.device_of(student)
 
     def settings(name: str) -> Settings:
         tell = None if callback is None else (lambda progress: callback(name, progress))
@@ -128,7 +131,7 @@ def match_layers(
         )  # fmt: skip
 
     settings("")
-    with _models.prepared(student, teacher, trained, False):
+    with models.prepared(student, teacher, trained, False):
         called = _order(teacher, layers, batches, device)
         if mode == "joint":
             return _joint(teacher, layers, called, batches, settings(""), device)
@@ -148,7 +151,7 @@ def _layers(
     converted = {
         name: module
         for name, module in ours.items()
-        if _models.is_cp_layer(module) and name in theirs and not _models.is_cp_layer(theirs[name])
+        if models.is_cp_layer(module) and name in theirs and not models.is_cp_layer(theirs[name])
     }
     if names is None:
         if not converted:
@@ -207,7 +210,7 @@ def _order(
     """The layers in the order of their first call on the first batch."""
     for batch in batches:
         with torch.no_grad(), _recorded(teacher, layers) as calls:
-            _models.call(teacher, _models.moved(batch, device))
+            models.call(teacher, models.moved(batch, device))
         idle = [name for name in layers if name not in calls]
         if idle:
             raise ValueError(
@@ -227,11 +230,11 @@ def _sequential_calls(
 ) -> Iterator[dict[str, list[_Call]]]:
     """The student's inputs of a layer with the teacher's outputs, batch by batch."""
     for batch in batches:
-        batch = _models.moved(batch, device)
+        batch = models.moved(batch, device)
         with torch.no_grad(), _recorded(teacher, [name]) as theirs:
-            _models.call(teacher, batch)
+            models.call(teacher, batch)
         with torch.no_grad(), _recorded(student, [name]) as ours:
-            _models.call(student, batch)
+            models.call(student, batch)
         pairs = zip(ours.get(name, []), theirs.get(name, []), strict=True)
         yield {name: [_Call(own.args, own.kwargs, other.output) for own, other in pairs]}
 
@@ -246,7 +249,7 @@ def _joint(
 ) -> dict[str, LayerMatch]:
     def capture(batch: Any) -> dict[str, list[_Call]]:
         with torch.no_grad(), _recorded(teacher, layers) as calls:
-            _models.call(teacher, _models.moved(batch, device))
+            models.call(teacher, models.moved(batch, device))
         return calls
 
     return _train({name: layers[name] for name in called}, batches, capture, settings)
@@ -262,7 +265,7 @@ def _train(
     start = time.perf_counter()
     trained: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        trained |= {f"{name}.{own}": p for own, p in _models.select(layer, "cp").items()}
+        trained |= {f"{name}.{own}": p for own, p in models.select(layer, "cp").items()}
     initial = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def loss(batch: Any) -> Tensor:

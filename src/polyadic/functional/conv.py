@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyadic import _check
-from polyadic._autograd import run
-from polyadic._format import ConvFormat, Shape
-from polyadic._plan import ConvPlan, Memory
-from polyadic._planner import settled
-from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import (
+from polyadic import checks
+from polyadic.autograd import run
+from polyadic.formats import ConvFormat, Shape
+from polyadic.functional.boundary import (
     autocast,
     call_key,
     gradient_like,
@@ -26,8 +23,11 @@ from polyadic.functional._boundary import (
     nbytes,
 )
 from polyadic.kernels.conv import ConvMap
+from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.projections import in_layout
-from polyadic.kernels.stages import Geometry
+from polyadic.planner.conv import plan_conv
+from polyadic.planner.linear import settled
+from polyadic.plans import ConvPlan, Memory
 
 
 @dataclass(frozen=True)
@@ -80,32 +80,32 @@ def _conv(
 
     x is returned padded where the padding is not of zeros: what pads it is no part of the map.
     """
-    outs = _check.factor_group(groups[0], "out_factors")
-    ins = _check.factor_group(groups[1], "in_factors")
-    kernels = _check.factor_group(groups[2], "kernel_factors")
-    _check.not_sharded(kernels, "kernel_factors")
+    outs = checks.factor_group(groups[0], "out_factors")
+    ins = checks.factor_group(groups[1], "in_factors")
+    kernels = checks.factor_group(groups[2], "kernel_factors")
+    checks.not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
-    out_shape, in_shape, kernel_size, (rank,) = _check.ranked(
+    out_shape, in_shape, kernel_size, (rank,) = checks.ranked(
         weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
-    n_groups = _check.channel_groups(n_groups, out_channels=math.prod(out_shape))
+    n_groups = checks.channel_groups(n_groups, out_channels=math.prod(out_shape))
     fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups)
-    _check.same_place(x, ins[0], "x", cast=cast)
-    geometry = _check.geometry(kernel_size, *where)
-    _check.conv_input(x, fmt, geometry)
-    if _check.padding_mode(padding_mode) != "zeros":
+    checks.same_place(x, ins[0], "x", cast=cast)
+    geometry = checks.geometry(kernel_size, *where)
+    checks.conv_input(x, fmt, geometry)
+    if checks.padding_mode(padding_mode) != "zeros":
         x, geometry = padded(x, geometry, padding_mode)
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
-        plan = _check.conv_plan(plan)
+        plan = checks.conv_plan(plan)
     return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
 
 
 def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     """Pad x by its own entries, and the geometry that is left to do."""
-    _check.padding_fits(x, where, mode)
+    checks.padding_fits(x, where, mode)
     widths = [width for pair in reversed(where.padding) for width in pair]
     none = ((0, 0),) * len(where.padding)
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
@@ -203,7 +203,7 @@ def cp_conv(
             padding_mode,
         )  # fmt: skip
         x = saved.x
-        _check.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
+        checks.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
         if cast is not None and bias is not None:
             bias = bias.to(cast)
         found = _conv_map(saved)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polyadic import _check
-from polyadic._autograd import run
-from polyadic._format import ConvFormat
-from polyadic._plan import ConvPlan, Memory
-from polyadic._planner_conv import plan_conv
-from polyadic.functional._boundary import autocast, memory_now
+from polyadic import checks
+from polyadic.autograd import run
+from polyadic.formats import ConvFormat
+from polyadic.functional.boundary import autocast, memory_now
 from polyadic.kernels.conv import ConvMap
+from polyadic.planner.conv import plan_conv
+from polyadic.plans import ConvPlan, Memory
 
 
 def cp_conv_transpose(
@@ -64,23 +64,23 @@ def cp_conv_transpose(
         ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
     """
     x, cast = autocast(x)
-    ins = _check.factor_group(in_factors, "in_factors")
-    outs = _check.factor_group(out_factors, "out_factors")
-    kernels = _check.factor_group(kernel_factors, "kernel_factors")
-    _check.not_sharded(kernels, "kernel_factors")
+    ins = checks.factor_group(in_factors, "in_factors")
+    outs = checks.factor_group(out_factors, "out_factors")
+    kernels = checks.factor_group(kernel_factors, "kernel_factors")
+    checks.not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
-    in_shape, out_shape, kernel_size, (rank,) = _check.ranked(
+    in_shape, out_shape, kernel_size, (rank,) = checks.ranked(
         weights, in_factors=ins, out_factors=outs, kernel_factors=kernels
     )
-    groups = _check.channel_groups(groups, in_channels=math.prod(in_shape))
+    groups = checks.channel_groups(groups, in_channels=math.prod(in_shape))
     fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, groups, transposed=True)
-    _check.same_place(x, ins[0], "x", cast=cast is not None)
-    where = _check.transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
-    _check.conv_input(x, fmt, where)
-    _check.vector(bias, fmt.channels[1], ins[0], cast=cast is not None)
+    checks.same_place(x, ins[0], "x", cast=cast is not None)
+    where = checks.transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
+    checks.conv_input(x, fmt, where)
+    checks.vector(bias, fmt.channels[1], ins[0], cast=cast is not None)
     memory = memory_now(memory)
-    plan = plan_conv(fmt, where, x, memory) if plan is None else _check.conv_plan(plan)
+    plan = plan_conv(fmt, where, x, memory) if plan is None else checks.conv_plan(plan)
     if cast is not None and bias is not None:
         bias = bias.to(cast)
     scale = [] if weights is None else [weights.unsqueeze(0)]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyadic import _check
-from polyadic._autograd import run
-from polyadic._format import LinearFormat
-from polyadic._plan import Memory
-from polyadic._planner_embedding import plan_embedding
+from polyadic import checks
+from polyadic.autograd import run
+from polyadic.formats import LinearFormat
 from polyadic.kernels.embedding import EmbeddingMap
+from polyadic.planner.embedding import plan_embedding
+from polyadic.plans import Memory
 
 # Below this many indices a lookup costs no more than finding the distinct ones.
 FEWEST_TO_COUNT = 512
@@ -86,17 +86,17 @@ def cp_embedding(
         ValueError: shapes, ranks or devices do not fit together.
         IndexError: an index is outside [0, V).
     """
-    ins = _check.factor_group(in_factors, "in_factors")
-    outs = _check.factor_group(out_factors, "out_factors")
-    in_shape, out_shape, (rank,) = _check.ranked(weights, in_factors=ins, out_factors=outs)
+    ins = checks.factor_group(in_factors, "in_factors")
+    outs = checks.factor_group(out_factors, "out_factors")
+    in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
     fmt = LinearFormat(in_shape, out_shape, rank)
-    _check.indices(indices, ins[0])
-    size = _check.table_rows(num_embeddings, in_shape)
-    padding_idx = _check.padding_index(padding_idx, size)
-    memory = _check.memory(memory)
+    checks.indices(indices, ins[0])
+    size = checks.table_rows(num_embeddings, in_shape)
+    padding_idx = checks.padding_index(padding_idx, size)
+    memory = checks.memory(memory)
     flat = indices.reshape(math.prod(indices.shape))
     if not torch.compiler.is_compiling():
-        _check.within(flat, size)
+        checks.within(flat, size)
     inverse = None
     if unique:
         flat, inverse = torch.unique(flat, return_inverse=True)
@@ -104,7 +104,7 @@ def cp_embedding(
         flat, inverse = _distinct(flat, size) or (flat, None)
     plan = plan_embedding(fmt, flat.shape[0], ins[0].dtype, ins[0].device.type, memory)
     if weights is not None:
-        ins, plan = (weights.unsqueeze(0), *ins), _check.with_scale(plan)
+        ins, plan = (weights.unsqueeze(0), *ins), checks.with_scale(plan)
     y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])
     if inverse is not None:
         y = F.embedding(inverse, y)

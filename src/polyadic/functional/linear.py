@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyadic import _check
-from polyadic._autograd import run
-from polyadic._format import LinearFormat
-from polyadic._plan import LinearPlan, Memory
-from polyadic._planner import plan_linear, settled
-from polyadic.functional._boundary import autocast, call_key, gradient_like, nbytes
+from polyadic import checks
+from polyadic.autograd import run
+from polyadic.formats import LinearFormat
+from polyadic.functional.boundary import autocast, call_key, gradient_like, nbytes
 from polyadic.kernels.linear import LinearMap
+from polyadic.planner.linear import plan_linear, settled
+from polyadic.plans import LinearPlan, Memory
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ def _linear(
     rebuild: bool = True,
 ) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Validate the arguments of a linear map and settle its plan."""
-    ins = _check.factor_group(in_factors, "in_factors")
-    outs = _check.factor_group(out_factors, "out_factors")
-    in_shape, out_shape, (rank,) = _check.ranked(weights, in_factors=ins, out_factors=outs)
+    ins = checks.factor_group(in_factors, "in_factors")
+    outs = checks.factor_group(out_factors, "out_factors")
+    in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
     fmt = LinearFormat(in_shape, out_shape, rank)
-    _check.same_place(x, ins[0], "x", cast=cast)
-    _check.last_dimension(x, fmt.in_features, "x")
-    memory = _check.memory(memory)
+    checks.same_place(x, ins[0], "x", cast=cast)
+    checks.last_dimension(x, fmt.in_features, "x")
+    memory = checks.memory(memory)
     if plan is None:
         plan = plan_linear(fmt, x, memory, rebuild)
     else:
-        plan = _check.linear_plan(plan, fmt)
+        plan = checks.linear_plan(plan, fmt)
     return fmt, plan, ins, outs
 
 
@@ -79,7 +79,7 @@ def _linear_map(
     """The map a plan stands for and its factors, λ in front as one more in factor."""
     if weights is None:
         return LinearMap(plan, len(in_factors)), [*in_factors, *out_factors]
-    scaled = LinearMap(_check.with_scale(plan), len(in_factors) + 1)
+    scaled = LinearMap(checks.with_scale(plan), len(in_factors) + 1)
     return scaled, [weights.unsqueeze(0), *in_factors, *out_factors]
 
 
@@ -149,7 +149,7 @@ def _cp_linear(
     fmt, plan, ins, outs = _linear(
         x, in_factors, out_factors, weights, plan, memory, cast is not None
     )
-    _check.vector(bias, fmt.out_features, ins[0], cast=cast is not None)
+    checks.vector(bias, fmt.out_features, ins[0], cast=cast is not None)
     if cast is not None and bias is not None:
         bias = bias.to(cast)
     layer_map, factors = _linear_map(plan, ins, outs, weights)

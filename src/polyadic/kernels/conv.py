@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyadic._plan import ConvPlan
-from polyadic.kernels.modes import khatri_rao, khatri_rao_backward
+from polyadic.kernels.depthwise import Geometry, Ints, Stage, Stages, stages
+from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
 from polyadic.kernels.projections import in_layout, outer, project, project_back
-from polyadic.kernels.stages import Geometry, Ints, Stage, Stages, stages
+from polyadic.plans import ConvPlan
 
 
 def _strided(x: Tensor, skip: Ints) -> Tensor:

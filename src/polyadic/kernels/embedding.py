@@ -21,9 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyadic._autocast import no_autocast
-from polyadic._plan import LinearPlan
-from polyadic.kernels.modes import (
+from polyadic._torch import no_autocast
+from polyadic.kernels.multilinear import (
     Groups,
     accumulate_dtype,
     expand,
@@ -31,6 +30,7 @@ from polyadic.kernels.modes import (
     khatri_rao_backward,
     partials,
 )
+from polyadic.plans import LinearPlan
 
 
 def _digits(indices: Tensor, modes: Sequence[int]) -> list[Tensor]:

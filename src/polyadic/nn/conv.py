@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic import _check, functional
-from polyadic._format import (
+from polyadic import checks, functional
+from polyadic.formats import (
     ConvFormat,
     Shape,
     factored_shape,
@@ -18,11 +18,11 @@ from polyadic._format import (
     positive_int,
     tensorize,
 )
-from polyadic._plan import Memory
 from polyadic.functional.conv import padded
-from polyadic.kernels.stages import Geometry
-from polyadic.nn._conversion import Exchangeable, Fitted, convert, revert
-from polyadic.nn._layer import Rank
+from polyadic.kernels.depthwise import Geometry
+from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
+from polyadic.nn.layer import Rank
+from polyadic.plans import Memory
 
 
 class CPConvBase(Exchangeable):
@@ -97,18 +97,18 @@ class _CPConv(CPConvBase):
         super().__init__()
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
-        self.groups = _check.channel_groups(
+        self.groups = checks.channel_groups(
             groups, in_channels=self.in_channels, out_channels=self.out_channels
         )
-        self.padding_mode = _check.padding_mode(padding_mode)
+        self.padding_mode = checks.padding_mode(padding_mode)
         self.kernel_size = self._kernel_size(kernel_size)
-        where = _check.geometry(self.kernel_size, stride, padding, dilation)
+        where = checks.geometry(self.kernel_size, stride, padding, dilation)
         self.stride, self.dilation = where.stride, where.dilation
         self.padding = padding if isinstance(padding, str) else tuple(p for p, _ in where.padding)
         self._factor(
             (self.out_channels, self.in_channels // self.groups), order, out_shape, in_shape
         )
-        self.memory = _check.memory(memory)
+        self.memory = checks.memory(memory)
         self._own(
             (self.out_shape, self.in_shape, self.kernel_size), rank,
             self.out_channels if bias else None, device, dtype,
@@ -120,7 +120,7 @@ class _CPConv(CPConvBase):
     @property
     def geometry(self) -> Geometry:
         """Kernel size, stride, padding and dilation."""
-        return _check.geometry(self.kernel_size, self.stride, self.padding, self.dilation)
+        return checks.geometry(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)

@@ -9,13 +9,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic import _check, functional
-from polyadic._format import ConvFormat, Shape, positive_int
-from polyadic._plan import Memory
-from polyadic.kernels.stages import Geometry
-from polyadic.nn._conversion import Fitted, convert, revert
-from polyadic.nn._layer import Rank
+from polyadic import checks, functional
+from polyadic.formats import ConvFormat, Shape, positive_int
+from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
+from polyadic.nn.convert import Fitted, convert, revert
+from polyadic.nn.layer import Rank
+from polyadic.plans import Memory
 
 Transposed = TypeVar("Transposed", bound="_CPConvTranspose")
 
@@ -57,12 +57,12 @@ class _CPConvTranspose(CPConvBase):
             )
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
-        self.groups = _check.channel_groups(
+        self.groups = checks.channel_groups(
             groups, in_channels=self.in_channels, out_channels=self.out_channels
         )
         self.padding_mode = padding_mode
         self.kernel_size = self._kernel_size(kernel_size)
-        where = _check.transposed_geometry(
+        where = checks.transposed_geometry(
             self.kernel_size, stride, padding, output_padding, dilation
         )
         self.stride, self.dilation = where.stride, where.dilation
@@ -71,7 +71,7 @@ class _CPConvTranspose(CPConvBase):
         self._factor(
             (self.out_channels // self.groups, self.in_channels), order, out_shape, in_shape
         )
-        self.memory = _check.memory(memory)
+        self.memory = checks.memory(memory)
         self._own(
             (self.in_shape, self.out_shape, self.kernel_size), rank,
             self.out_channels if bias else None, device, dtype,
@@ -85,7 +85,7 @@ class _CPConvTranspose(CPConvBase):
     @property
     def geometry(self) -> Geometry:
         """Kernel size, stride, padding, output padding and dilation."""
-        return _check.transposed_geometry(
+        return checks.transposed_geometry(
             self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation
         )
 
@@ -167,7 +167,7 @@ class _CPConvTranspose(CPConvBase):
 
     def _extra(self, x: Tensor, output_size: Sequence[int]) -> Shape:
         """The output padding that gives a wanted size."""
-        plain = _check.transposed_geometry(
+        plain = checks.transposed_geometry(
             self.kernel_size, self.stride, self.padding, 0, self.dilation
         )
         least = plain.output_size(x.shape[-self._dims :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic import _check, functional
-from polyadic._format import (
+from polyadic import checks, functional
+from polyadic.formats import (
     EmbeddingFormat,
     factored_shape,
     mode_sizes,
@@ -19,10 +20,11 @@ from polyadic._format import (
     positive_int,
     tensorize,
 )
-from polyadic._plan import Memory
-from polyadic.nn._conversion import Exchangeable, Fitted, convert, dense, revert
-from polyadic.nn._layer import Rank
+from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn.layer import Rank
 from polyadic.nn.weight import Weighted
+from polyadic.plans import Memory
+from polyadic.tensor import CPSlice
 
 
 class CPEmbedding(Exchangeable):
@@ -98,16 +100,16 @@ class CPEmbedding(Exchangeable):
                 )
         self.num_embeddings = positive_int(num_embeddings, "num_embeddings")
         self.embedding_dim = positive_int(embedding_dim, "embedding_dim")
-        self.padding_idx = _check.padding_index(padding_idx, self.num_embeddings)
+        self.padding_idx = checks.padding_index(padding_idx, self.num_embeddings)
         self.norm_type = norm_type
         if in_shape is None:
             self.in_shape = padded_shape(self.num_embeddings, order)
         else:
             self.in_shape = mode_sizes(in_shape, "in_shape")
-            _check.table_rows(self.num_embeddings, self.in_shape)
+            checks.table_rows(self.num_embeddings, self.in_shape)
         default_out = tensorize(self.embedding_dim, self.embedding_dim, order)[0]
         self.out_shape = factored_shape(out_shape, self.embedding_dim, default_out, "out_shape")
-        self.memory = _check.memory(memory)
+        self.memory = checks.memory(memory)
         self._own((self.in_shape, self.out_shape), rank, None, device, dtype)
 
     def _unit(self) -> EmbeddingFormat:
@@ -141,6 +143,44 @@ class CPEmbedding(Exchangeable):
             indices, in_factors, out_factors, weights=scale,
             padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
         )  # fmt: skip
+
+    def resize(self, num_embeddings: int) -> None:
+        """Make it a table of another number of rows, in place: those that stay keep their values.
+
+        The first mode is the most significant digit of an index, so that rows are added and cut
+        off at the end by rows of the first factor. New ones are the mean of those present. What
+        was padding of the table before may become rows of it, which have the values that all
+        others gave them; they are to be trained, as added rows are.
+
+        An optimizer has to be made anew, and a tied head too, by ``as_linear``;
+        ``polyadic.pretrained.resize_token_embeddings`` does so in a model of transformers.
+
+        Args:
+            num_embeddings: V from now on, above ``padding_idx``.
+
+        Raises:
+            TypeError: it is not an int.
+            ValueError: it is below 1 or not above ``padding_idx``, or the table is a layer of a
+                joint tensor, whose other layers would change with it.
+        """
+        num_embeddings = positive_int(num_embeddings, "num_embeddings")
+        checks.padding_index(self.padding_idx, num_embeddings)
+        if isinstance(self.cp, CPSlice):
+            raise ValueError(
+                "a layer of a joint tensor cannot be resized alone; give it a tensor of its own: "
+                "CPEmbedding.from_embedding(layer.to_embedding(), rank=...)"
+            )
+        rest = self.in_shape[1:]
+        rows = -(-num_embeddings // math.prod(rest))
+        self.num_embeddings, self.in_shape = num_embeddings, (rows, *rest)
+        # Of layers that share the tensor, the first has changed it.
+        if (size := len(self.cp.factors[0])) != rows:
+            first = self.cp.factors[0]
+            with torch.no_grad():
+                more = first.mean(0, keepdim=True).expand(max(0, rows - size), -1)
+                values = torch.cat([first[:rows], more])
+            self.cp.factors[0] = nn.Parameter(values, requires_grad=first.requires_grad)
+            self.cp.tensorized_shape = (self.in_shape, *self.cp.tensorized_shape[1:])
 
     def as_linear(self, bias: bool | Tensor = False) -> CPTiedLinear:
         """Return an output head (..., E) → (..., V) that shares this layer's factors.
@@ -270,7 +310,7 @@ class CPTiedLinear(Weighted):
         self.cp = embedding.cp
         own: nn.Parameter | None = None
         if isinstance(bias, Tensor):
-            _check.vector(bias, self.out_features, self.cp.factors[0], cast=False)
+            checks.vector(bias, self.out_features, self.cp.factors[0], cast=False)
             trained = bias.requires_grad if isinstance(bias, nn.Parameter) else True
             own = nn.Parameter(bias.detach().clone(), requires_grad=trained)
         elif bias:

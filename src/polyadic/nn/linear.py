@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import functional
-from polyadic._check import memory as check_memory
-from polyadic._format import LinearFormat, factored_shape, positive_int, tensorize
-from polyadic._plan import Memory
-from polyadic.nn._conversion import Exchangeable, Fitted, convert, revert
-from polyadic.nn._layer import Rank, parameter
+from polyadic.checks import memory as check_memory
+from polyadic.formats import LinearFormat, factored_shape, positive_int, tensorize
+from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
+from polyadic.nn.layer import Rank, parameter
+from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
 

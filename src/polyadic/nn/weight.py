@@ -31,8 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from polyadic._autocast import no_autocast
-from polyadic._tracing import transformed
+from polyadic._torch import in_transform, no_autocast
 from polyadic.tensor import CPTensor
 
 T = TypeVar("T")
@@ -325,7 +324,7 @@ class Weighted(nn.Module):
         the values would be lost. Compiled code and transforms of torch.func get the dense tensor
         itself.
         """
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling() or in_transform():
             return self._built_weight()
         shape = self._weight_shape()
         strides = [*itertools.accumulate(shape[:0:-1], operator.mul, initial=1)][::-1]

@@ -1,11 +1,19 @@
 """Models with CP layers on disk: saved, loaded, merged into dense ones."""
 
-from polyadic.pretrained._store import (
+from polyadic.pretrained.store import (
     attach,
     from_pretrained,
     merge,
     register_transformers,
+    resize_token_embeddings,
     save_pretrained,
 )
 
-__all__ = ["attach", "from_pretrained", "merge", "register_transformers", "save_pretrained"]
+__all__ = [
+    "attach",
+    "from_pretrained",
+    "merge",
+    "register_transformers",
+    "resize_token_embeddings",
+    "save_pretrained",
+]

@@ -1,0 +1,382 @@
+"""Validation at the public boundary: each rule stated once, with what was expected and got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyadic._torch import memoized
+from polyadic.formats import ConvFormat, LinearFormat, Shape, positive_int
+from polyadic.kernels.depthwise import Geometry
+from polyadic.plans import MEMORY, ConvPlan, LinearPlan, LinearRoute, Memory
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
+    """Return one group of factors as a tuple of tensors; ``ranked`` looks at their shapes.
+
+    Raises:
+        TypeError: not a sequence of tensors.
+        ValueError: empty.
+    """
+    if isinstance(factors, Tensor) or not isinstance(factors, Iterable):
+        raise TypeError(
+            f"{name} must be a sequence of tensors (mode, rank), got {type(factors).__name__}"
+        )
+    group = tuple(factors)
+    if not group:
+        raise ValueError(f"{name} must hold at least one factor, got none")
+    for i, factor in enumerate(group):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(factor).__name__}")
+    return group
+
+
+def ranked(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
+    """Check that all factors belong together, and return each group's modes and then (rank,).
+
+    Args:
+        weights: λ (R,) or None.
+        groups: factors by the name of their group.
+
+    Raises:
+        TypeError: dtypes are not floating point or differ.
+        ValueError: a factor is not 2-D, ranks or devices differ, a size is 0, λ is not (R,).
+    """
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+    seen = tuple(
+        [
+            (name, tuple([(tuple(f.shape), f.dtype, f.device) for f in group]))
+            for name, group in groups.items()
+        ]
+    )
+    scale = None if weights is None else (tuple(weights.shape), weights.dtype, weights.device)
+    return _ranked(seen, scale)
+
+
+_Seen = tuple[Shape, torch.dtype, torch.device]
+
+
+@memoized
+def _ranked(
+    groups: tuple[tuple[str, tuple[_Seen, ...]], ...], scale: _Seen | None
+) -> tuple[Shape, ...]:
+    (first_name, (first, *_)), *_ = groups
+    for name, group in groups:
+        for i, (shape, dtype, device) in enumerate(group):
+            if len(shape) != 2:
+                raise ValueError(f"{name}[{i}] must have shape (mode, rank), got {shape}")
+            if not dtype.is_floating_point:
+                raise TypeError(
+                    f"factors must be of a floating-point dtype, {name}[{i}] is {dtype}; cast it"
+                )
+            if shape[0] == 0 or shape[1] == 0:
+                raise ValueError(
+                    f"modes and rank must be at least 1, {name}[{i}] has shape {shape}"
+                )
+            if shape[1] != first[0][1]:
+                raise ValueError(
+                    f"all factors must have the same rank (second dimension): {first_name}[0] has "
+                    f"{first[0][1]}, {name}[{i}] has {shape[1]}"
+                )
+            if dtype != first[1]:
+                raise TypeError(
+                    f"all factors must have one dtype: {first_name}[0] is {first[1]}, "
+                    f"{name}[{i}] is {dtype}"
+                )
+            if device != first[2]:
+                raise ValueError(
+                    f"all factors must be on one device: {first_name}[0] is on {first[2]}, "
+                    f"{name}[{i}] on {device}"
+                )
+    (_, rank), dtype, device = first
+    if scale is not None:
+        if scale[0] != (rank,):
+            raise ValueError(f"weights must have shape ({rank},), got {scale[0]}")
+        if scale[1:] != (dtype, device):
+            raise ValueError(
+                f"weights must be {dtype} on {device} like the factors, got {scale[1]} on "
+                f"{scale[2]}"
+            )
+    return (*(tuple([shape[0] for shape, _, _ in group]) for _, group in groups), (rank,))
+
+
+def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> None:
+    """Check that ``tensor`` is a floating tensor of the factors' dtype and device.
+
+    Args:
+        tensor: what the user gave.
+        like: a factor.
+        name: of the argument, for the message.
+        cast: autocast will change the dtype, so that it need not match.
+
+    Raises:
+        RuntimeError: under torch.jit.trace, where no size is a number to plan by.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "CP layers do not support torch.jit.trace, which torch has deprecated; use "
+            "torch.export or torch.compile, or polyadic.freeze a linear layer first"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"
+        )
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; cast it first")
+    if not cast and tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype}, the factors {like.dtype}; cast one of them or use autocast"
+        )
+
+
+def last_dimension(x: Tensor, size: int, name: str) -> None:
+    """Check that ``x`` is (..., size)."""
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise ValueError(f"{name} must have shape (..., {size}), got {tuple(x.shape)}")
+
+
+def vector(bias: Tensor | None, size: int, like: Tensor, *, cast: bool) -> None:
+    """Check that a bias is None or (size,)."""
+    if bias is None:
+        return
+    same_place(bias, like, "bias", cast=cast)
+    if bias.shape != (size,):
+        raise ValueError(f"bias must have shape ({size},), got {tuple(bias.shape)}")
+
+
+def memory(value: Any) -> Memory:
+    """Return ``memory=`` if it is a known level."""
+    for level in MEMORY:
+        if value == level:
+            return level
+    raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
+
+
+def linear_plan(plan: Any, fmt: LinearFormat) -> LinearPlan:
+    """Check that a given plan is a LinearPlan whose groups cover the modes of ``fmt``."""
+    if not isinstance(plan, LinearPlan):
+        raise TypeError(f"plan must be a polyadic.LinearPlan, got {type(plan).__name__}")
+    for route in (plan.forward, plan.backward):
+        for groups, modes, name in (
+            (route.in_groups, fmt.in_shape, "in_groups"),
+            (route.out_groups, fmt.out_shape, "out_groups"),
+        ):
+            if sum(groups) != len(modes):
+                raise ValueError(
+                    f"the plan's {name} {groups} cover {sum(groups)} modes, but the layer has "
+                    f"{len(modes)}: {modes}"
+                )
+    return plan
+
+
+def conv_plan(plan: Any) -> ConvPlan:
+    """Check that a given plan is a ConvPlan."""
+    if not isinstance(plan, ConvPlan):
+        raise TypeError(f"plan must be a polyadic.ConvPlan, got {type(plan).__name__}")
+    return plan
+
+
+def with_scale(plan: LinearPlan) -> LinearPlan:
+    """Return the plan for λ passed as one more in factor, in front."""
+
+    def shift(route: LinearRoute) -> LinearRoute:
+        first, *rest = route.in_groups
+        return LinearRoute((first + 1, *rest), route.out_groups, route.kind)
+
+    return LinearPlan(shift(plan.forward), shift(plan.backward), plan.keep)
+
+
+def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
+    if any(isinstance(v, bool) or not hasattr(v, "__index__") for v in values):
+        raise TypeError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
+    if len(values) != dims:
+        raise ValueError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return tuple(int(v) for v in values)
+
+
+def geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
+    """Check stride, padding ('same' and 'valid' too) and dilation, one entry per dimension.
+
+    Raises:
+        TypeError: not ints, tuples of ints or (padding) a string.
+        ValueError: wrong length, too small, an unknown string, or 'same' with a stride.
+    """
+
+    def hashable(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    given = (hashable(stride), hashable(padding), hashable(dilation))
+    # The memo takes (1.0, 1) for (1, 1), so that the types inside tuples have to be told apart.
+    kinds = tuple([tuple(map(type, v)) if isinstance(v, tuple) else type(v) for v in given])
+    return _geometry(kernel_size, *given, kinds)
+
+
+@memoized
+def _geometry(
+    kernel_size: Shape, stride: Any, padding: Any, dilation: Any, kinds: tuple[Any, ...]
+) -> Geometry:
+    dims = len(kernel_size)
+    strides = _per_dimension(stride, dims, "stride", 1)
+    dilations = _per_dimension(dilation, dims, "dilation", 1)
+    if padding == "valid":
+        pairs = ((0, 0),) * dims
+    elif padding == "same":
+        if any(s != 1 for s in strides):
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
+        totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
+        pairs = tuple((total // 2, total - total // 2) for total in totals)
+    elif isinstance(padding, str):
+        raise ValueError(f"padding must be an int, a tuple, 'same' or 'valid', got {padding!r}")
+    else:
+        pairs = tuple((p, p) for p in _per_dimension(padding, dims, "padding", 0))
+    return Geometry(kernel_size, strides, pairs, dilations)
+
+
+def transposed_geometry(
+    kernel_size: Shape, stride: Any, padding: Any, output_padding: Any, dilation: Any
+) -> Geometry:
+    """Check a transposed convolution's options, one entry per dimension.
+
+    Raises:
+        TypeError: not ints or tuples of ints.
+        ValueError: wrong length, too small, or an output padding as large as stride and dilation.
+    """
+    dims = len(kernel_size)
+    strides = _per_dimension(stride, dims, "stride", 1)
+    dilations = _per_dimension(dilation, dims, "dilation", 1)
+    pairs = tuple([(p, p) for p in _per_dimension(padding, dims, "padding", 0)])
+    extra = _per_dimension(output_padding, dims, "output_padding", 0)
+    for e, s, d in zip(extra, strides, dilations, strict=True):
+        if e >= max(s, d):
+            raise ValueError(
+                f"output_padding must be smaller than the stride or the dilation, got "
+                f"{output_padding!r} with stride {strides} and dilation {dilations}"
+            )
+    return Geometry(kernel_size, strides, pairs, dilations, True, extra)
+
+
+def channel_groups(value: Any, **channels: int) -> int:
+    """Return ``groups`` if it divides every number of channels."""
+    groups = positive_int(value, "groups")
+    for name, number in channels.items():
+        if number % groups:
+            raise ValueError(f"{name} must be divisible by groups={groups}, got {number}")
+    return groups
+
+
+def padding_mode(value: Any) -> str:
+    """Return ``padding_mode`` if torch knows it."""
+    if value not in PADDING_MODES:
+        known = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode must be one of {known}, got {value!r}")
+    return str(value)
+
+
+def padding_fits(x: Tensor, where: Geometry, mode: str) -> None:
+    """Check that an input is large enough to be padded by its own entries."""
+    if torch.compiler.is_compiling() or mode in ("zeros", "replicate"):
+        return
+    for size, pair in zip(x.shape[-len(where.padding) :], where.padding, strict=True):
+        most = size - 1 if mode == "reflect" else size
+        if max(pair) > most:
+            raise ValueError(
+                f"padding_mode={mode!r} can pad a dimension of size {size} by at most {most}, got "
+                f"padding {where.padding}"
+            )
+
+
+def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
+    """Check that x is (B, Cin, *S) or (Cin, *S) and that the kernel fits into it."""
+    dims, channels = len(fmt.kernel_size), fmt.channels[0]
+    spatial = ", ".join(f"S{i + 1}" for i in range(dims))
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != channels:
+        raise ValueError(
+            f"x must have shape (B, {channels}, {spatial}) or ({channels}, "
+            f"{spatial}), got {tuple(x.shape)}"
+        )
+    size = x.shape[-dims:]
+    if not torch.compiler.is_compiling() and min(where.output_size(size)) < 1:
+        raise ValueError(
+            f"the kernel {fmt.kernel_size} with dilation {where.dilation} does not fit into an "
+            f"input of spatial size {tuple(size)} with padding {where.padding}"
+        )
+
+
+def indices(value: Any, like: Tensor) -> None:
+    """Check that ``value`` is a tensor of indices on the factors' device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"indices must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be int64 or int32, got {value.dtype}; cast them")
+    if value.device != like.device:
+        raise ValueError(
+            f"indices are on {value.device}, the factors on {like.device}; move one of them"
+        )
+
+
+def table_rows(num_embeddings: Any, in_shape: Shape) -> int:
+    """Return V, by default all Π m_d rows of the table, after a check that they are enough."""
+    rows = math.prod(in_shape)
+    if num_embeddings is None:
+        return rows
+    size = positive_int(num_embeddings, "num_embeddings")
+    if size > rows:
+        raise ValueError(
+            f"the in modes {in_shape} make {rows} rows, fewer than num_embeddings={size}; give "
+            f"modes whose product is at least {size}"
+        )
+    return size
+
+
+def padding_index(value: Any, num_embeddings: int) -> int | None:
+    """Return ``padding_idx`` counted from the front, or None.
+
+    Raises:
+        TypeError: not an int or None.
+        ValueError: outside the table.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"padding_idx must be an int or None, got {value!r}")
+    index = int(value.__index__())
+    if not -num_embeddings <= index < num_embeddings:
+        raise ValueError(
+            f"padding_idx must lie in [{-num_embeddings}, {num_embeddings}), got {index}"
+        )
+    return index % num_embeddings
+
+
+def not_sharded(factors: Sequence[Any], name: str) -> None:
+    """Refuse sharded DTensors, for which torch convolves each component by itself wrongly."""
+    for factor in factors:
+        if any(placement.is_shard() for placement in getattr(factor, "placements", ())):
+            raise ValueError(
+                f"{name} must not be sharded (DTensors): torch's rule for a convolution with as "
+                f"many groups as channels splits the channels and not the groups; use "
+                f"torch.distributed.fsdp.fully_shard, which hands a layer whole factors"
+            )
+
+
+def within(flat: Tensor, size: int) -> None:
+    """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
+
+    Raises:
+        IndexError: one is outside (on a CPU; a CUDA device reports it asynchronously).
+    """
+    try:
+        torch.zeros((), device=flat.device).expand(size).index_select(0, flat)
+    except IndexError:
+        raise IndexError(f"every index must lie in [0, {size}), one of them does not") from None

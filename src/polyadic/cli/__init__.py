@@ -1,0 +1,1 @@
+"""The command line; only ``main`` can be imported without typer and rich."""

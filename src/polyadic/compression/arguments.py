@@ -1,0 +1,75 @@
+"""Validation of what ``compress`` is given, but for the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import Tensor
+
+from polyadic.fitting import decompose
+from polyadic.formats import Shape, mode_sizes, positive_int
+
+_NOT_OPTIONS = ("metric", "metric_groups", "callback", "seed")
+
+
+def batches_of(calibration: Any, forward: Any, weights: Any) -> list[Any] | None:
+    """The batches in a list, since they are run several times."""
+    for name, value in (("forward", forward), ("weights", weights)):
+        if value is not None and calibration is None:
+            raise ValueError(f"{name} says how to run calibration batches; give calibration= too")
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+    if calibration is None:
+        return None
+    if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration must be an iterable of batches such as a list or a DataLoader, got "
+            f"{type(calibration).__name__}; for one batch give a list of one"
+        )
+    batches = list(calibration)
+    if not batches:
+        raise ValueError("calibration must have at least one batch, got none")
+    return batches
+
+
+def check_options(orders: Any, seed: Any, callback: Any, fit: Mapping[str, Any]) -> None:
+    """Refuse options of a wrong type, and such as ``polyadic.decompose`` does not have.
+
+    Raises:
+        TypeError: a value is of the wrong type, or a name unknown.
+        ValueError: an order below 1.
+    """
+    if orders is not None:
+        if isinstance(orders, (str, bytes)) or not isinstance(orders, Sequence) or not orders:
+            raise TypeError(f"orders must be a sequence of ints such as (1, 2), got {orders!r}")
+        for order in orders:
+            positive_int(order, "each of orders")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+    wrong = [name for name in fit if name in _NOT_OPTIONS or name not in _options()]
+    if wrong:
+        raise TypeError(
+            f"compress has no option {wrong[0]!r}; those of polyadic.decompose that may be given "
+            f"are {', '.join(sorted(_options() - set(_NOT_OPTIONS)))}"
+        )
+
+
+def _options() -> set[str]:
+    parameters = signature(decompose).parameters
+    return {n for n, p in parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
+
+
+def pairs_of(value: Any) -> list[tuple[Shape, Shape]]:
+    """(in modes, out modes), or several."""
+    pairs = list(value) if isinstance(value, list) else [value]
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                f"shapes must be (in modes, out modes) such as ((8, 8), (4, 16)), or a list of "
+                f"such pairs, got {value!r}"
+            )
+    return [(mode_sizes(i, "in modes"), mode_sizes(o, "out modes")) for i, o in pairs]

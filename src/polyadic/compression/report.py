@@ -1,0 +1,193 @@
+"""What ``compress`` did or would do: layer by layer, in sum, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyadic.compression.layer_report import LayerReport, layer_from, modes_text
+from polyadic.compression.page import html
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``polyadic.compress`` found; ``str()`` of it is a table.
+
+    Attributes:
+        budget: in words.
+        layers: converted, kept and skipped ones, in the model's order.
+        dry_run: whether the model was left as it was.
+        calibrated: whether errors are weighed by calibration batches.
+        seed: of the fits.
+        model_parameters: of the whole model before.
+        predicted_error: √Σ importance · error², the relative error of the whole by the curves.
+        error: the same with the errors as fitted; None in a dry run.
+        output_error: relative change of the model's outputs on the calibration batches, measured;
+            None without calibration and in a dry run.
+        machine: where the rates behind predicted times come from.
+        notes: what speaks against trusting these numbers.
+    """
+
+    budget: str
+    layers: tuple[LayerReport, ...]
+    dry_run: bool
+    calibrated: bool
+    seed: int
+    model_parameters: int
+    predicted_error: float
+    error: float | None
+    output_error: float | None
+    machine: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weighed(self) -> tuple[LayerReport, ...]:
+        """Layers that could be exchanged: what ratios are counted over."""
+        return tuple(layer for layer in self.layers if layer.decision != "skipped")
+
+    @property
+    def converted(self) -> tuple[LayerReport, ...]:
+        """Layers that are in CP format."""
+        return tuple(layer for layer in self.layers if layer.decision == "converted")
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries of the weights of the layers weighed."""
+        return sum(layer.dense_parameters for layer in self.weighed)
+
+    @property
+    def parameters(self) -> int:
+        """The same afterwards."""
+        return sum(layer.parameters for layer in self.weighed)
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer parameters the layers weighed have."""
+        return self.dense_parameters / self.parameters
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """How many times fewer FLOPs; None where they are not known."""
+        return _ratio([(layer.dense_flops, layer.flops) for layer in self.weighed])
+
+    @property
+    def speed_ratio(self) -> float | None:
+        """How many times as fast by prediction; None where a layer has none."""
+        return _ratio([(layer.dense_seconds, layer.seconds) for layer in self.weighed])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(self),
+            "totals": {
+                "dense_parameters": self.dense_parameters,
+                "parameters": self.parameters,
+                "ratio": self.ratio,
+                "flops_ratio": self.flops_ratio,
+                "speed_ratio": self.speed_ratio,
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Make the report again from ``to_dict``, or from JSON of it.
+
+        Raises:
+            ValueError: ``data`` is not of a report, or of a newer version.
+        """
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"expected a report of polyadic.compress of format_version {FORMAT_VERSION}, got "
+                f"{version!r}"
+            )
+        fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        layers = tuple(layer_from(layer) for layer in data["layers"])
+        return cls(**{**fields, "layers": layers, "notes": tuple(data["notes"])})
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write ``to_dict`` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with tables and plots that refers to nothing outside itself.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        how = "weighed by calibration batches" if self.calibrated else "of the weights alone"
+        state = "plan of a dry run" if self.dry_run else "done"
+        lead = f"Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
+        Path(path).write_text(html(lead, self.summary(), self.layers), encoding="utf-8")
+
+    def summary(self) -> list[str]:
+        """The sums, a sentence each."""
+        lines = [
+            f"{self.parameters:,} parameters of {self.dense_parameters:,} in the layers weighed: "
+            f"{self.ratio:.2f} times fewer ({len(self.converted)} of {len(self.weighed)} converted)"
+        ]
+        after = self.model_parameters - self.dense_parameters + self.parameters
+        lines.append(
+            f"{after:,} of {self.model_parameters:,} in the whole model: "
+            f"{self.model_parameters / max(1, after):.2f} times fewer"
+        )
+        if self.flops_ratio is not None:
+            lines.append(f"{self.flops_ratio:.2f} times fewer FLOPs in these layers")
+        if self.speed_ratio is not None:
+            lines.append(
+                f"these layers are predicted to be {self.speed_ratio:.2f} times as fast "
+                f"({self.machine} machine numbers)"
+            )
+        what = "of the outputs" if self.calibrated else "of all weights taken together"
+        lines.append(f"relative error {what}, predicted from single layers: "
+                     f"{self.predicted_error:.3g}")  # fmt: skip
+        if self.error is not None:
+            lines.append(f"the same with the errors as fitted: {self.error:.3g}")
+        if self.output_error is not None:
+            lines.append(
+                f"relative change of the model's outputs on the calibration batches, measured: "
+                f"{self.output_error:.3g}"
+            )
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+    def __str__(self) -> str:
+        done = "plan" if self.dry_run else "done"
+        rows: list[tuple[str, ...]] = [
+            ("layer", "weight", "format", "rank", "parameters", "times", "error", "")
+        ]
+        rows += [_row(layer) for layer in self.layers]
+        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        lines = [f"budget: {self.budget} ({done})", ""]
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2])]
+            cells += [row[i].rjust(widths[i]) for i in range(3, 7)]
+            lines.append("  ".join([*cells, row[7]]).rstrip())
+        return "\n".join([*lines, "", *self.summary()])
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    name = " = ".join(layer.names)
+    shape = "x".join(map(str, layer.weight_shape))
+    if layer.decision != "converted":
+        return (name, shape, layer.decision, "", f"{layer.parameters:,}", "", "", layer.reason)
+    errors = (layer.output_error, layer.weight_error, layer.predicted_error)
+    error = next(error for error in errors if error is not None)
+    times = f"{layer.dense_parameters / layer.parameters:.2f}"
+    return (name, shape, modes_text(layer.modes), str(layer.rank), f"{layer.parameters:,}", times,
+            f"{error:.3g}", layer.reason)  # fmt: skip
+
+
+def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    if any(before is None or after is None for before, after in pairs):
+        return None
+    total = [math.fsum(p[i] for p in pairs if p[i] is not None) for i in (0, 1)]  # type: ignore[misc]
+    return total[0] / total[1] if total[1] > 0 else None

@@ -1,0 +1,229 @@
+"""What is converted as one, a layer or layers tied by one weight; the formats it could have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from polyadic.formats import ConvFormat, LinearFormat, Shape
+from polyadic.nn import (
+    CPConv1d,
+    CPConv2d,
+    CPConv3d,
+    CPConvTranspose1d,
+    CPConvTranspose2d,
+    CPConvTranspose3d,
+    CPEmbedding,
+    CPLinear,
+)
+from polyadic.nn.convert import shaped
+from polyadic.nn.layer import CPLayer
+from polyadic.nn.source import weight_of
+from polyadic.surgery import Found
+from polyadic.tensor import CPTensor
+
+# Of each torch layer what stands in for it, and the method that makes it.
+STANDS_IN: dict[type[nn.Module], tuple[Any, str]] = {
+    nn.Linear: (CPLinear, "from_linear"),
+    nn.Embedding: (CPEmbedding, "from_embedding"),
+    nn.Conv1d: (CPConv1d, "from_conv"),
+    nn.Conv2d: (CPConv2d, "from_conv"),
+    nn.Conv3d: (CPConv3d, "from_conv"),
+    nn.ConvTranspose1d: (CPConvTranspose1d, "from_conv_transpose"),
+    nn.ConvTranspose2d: (CPConvTranspose2d, "from_conv_transpose"),
+    nn.ConvTranspose3d: (CPConvTranspose3d, "from_conv_transpose"),
+}
+ORDERS = {"linear": (1, 2, 3), "conv": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A format whose rank is still free.
+
+    Attributes:
+        order: modes per side.
+        probe: the CP layer at rank 1, without values.
+    """
+
+    order: int
+    probe: CPLayer
+
+    @property
+    def modes(self) -> tuple[Shape, ...]:
+        """The tensorized shape."""
+        return self.probe.cp.tensorized_shape
+
+    @property
+    def per_rank(self) -> int:
+        """Parameters of one component."""
+        return self.at(1).parameters
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it has a mode on each side, so that the best fit is known: a low-rank matrix."""
+        sides = {True: 0, False: 0}
+        for i, group in enumerate(self.modes):
+            sides[i in self.probe._metric_groups] += sum(mode > 1 for mode in group)
+        return max(sides.values()) <= 1
+
+    def at(self, rank: int) -> LinearFormat | ConvFormat:
+        """The format at a rank."""
+        return dataclasses.replace(self.probe.format, rank=rank)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer, or several that are tied by one weight.
+
+    Attributes:
+        names: of the layers; the first is what the CP weight is fitted for.
+        layers: the torch layers.
+        forms: formats it could have.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+    forms: tuple[Form, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the first layer."""
+        return self.names[0]
+
+    @property
+    def layer(self) -> Any:
+        """The first layer."""
+        return self.layers[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, in torch's layout."""
+        found: Tensor = self.layer.weight.detach()
+        return found
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries of the weight."""
+        return self.weight.numel()
+
+    def target(self, form: Form) -> Tensor:
+        """What a CP tensor of a format is fitted to."""
+        return form.probe._target(self.weight)
+
+    def made(self, cp: CPTensor) -> dict[str, nn.Module]:
+        """The layers in CP format with a fitted weight, by name; tied ones share its factors."""
+        cls, method = STANDS_IN[type(self.layer)]
+        first = getattr(cls, method)(self.layer, cp=cp)
+        found: dict[str, nn.Module] = {self.name: first}
+        for name, layer in zip(self.names[1:], self.layers[1:], strict=True):
+            if isinstance(first, CPEmbedding) and isinstance(layer, nn.Linear):
+                found[name] = first.as_linear(False if layer.bias is None else layer.bias)
+                continue
+            other = getattr(cls, method)(layer, cp=cp)
+            other.cp = first.cp
+            found[name] = other
+        return found
+
+
+def sites(
+    found: Found, orders: Sequence[int] | None, shapes: dict[str, list[tuple[Shape, Shape]]]
+) -> tuple[list[Site], dict[str, str]]:
+    """Arrange the layers of a model, those of one weight together.
+
+    Args:
+        found: what can be exchanged.
+        orders: modes per side to be weighed; None for 1 to 3, and for convolutions 1 and 2.
+        shapes: by name the (in, out) modes to be weighed in place of the orders' own.
+
+    Returns:
+        The sites, and by name why a layer cannot be one.
+
+    Raises:
+        ValueError: shapes do not fit their layer, or are given for another of tied layers than the
+            one whose weight is fitted.
+    """
+    tied = {name: group for group in found.ties for name in group}
+    made, refused = [], dict(found.skipped)
+    done: set[str] = set()
+    for name in found.layers:
+        if name in done:
+            continue
+        names = _in_order(tied.get(name, (name,)), found.layers)
+        done.update(names)
+        layers = tuple(found.layers[n] for n in names)
+        reason = _mixed(layers)
+        forms: tuple[Form, ...] = ()
+        if reason is None:
+            try:
+                for layer in layers:
+                    weight_of(layer, type(layer), "compress")
+                forms = _forms(layers[0], orders, [])
+            except (TypeError, ValueError) as error:
+                reason = str(error)
+        if reason is None and not bool(layers[0].weight.isfinite().all()):  # type: ignore[operator]
+            reason = "has NaN or infinity in its weight"
+        if reason is None and (asked := _asked(names, shapes)):
+            try:
+                forms = _forms(layers[0], orders, asked)
+            except ValueError as error:
+                raise ValueError(f"shapes: those of {names[0]} do not fit: {error}") from error
+        if reason is not None:
+            refused.update(dict.fromkeys(names, reason))
+        else:
+            made.append(Site(names, layers, forms))
+    return made, refused
+
+
+def _asked(
+    names: Sequence[str], shapes: dict[str, list[tuple[Shape, Shape]]]
+) -> list[tuple[Shape, Shape]]:
+    """The shapes that are asked for, of tied layers by the first."""
+    first = shapes.get(names[0], [])
+    for name in names[1:]:
+        if shapes.get(name, first) != first:
+            raise ValueError(
+                f"shapes: {name} has the weight of {names[0]}, in whose modes both are fitted; "
+                f"give the shapes of {names[0]} alone"
+            )
+    return first
+
+
+def _in_order(names: Sequence[str], layers: dict[str, nn.Module]) -> tuple[str, ...]:
+    """The embedding of a tie in front: its head is made from it."""
+    return tuple(sorted(names, key=lambda name: not isinstance(layers[name], nn.Embedding)))
+
+
+def _mixed(layers: Sequence[nn.Module]) -> str | None:
+    """Why tied layers cannot share factors, or None."""
+    first = layers[0]
+    for layer in layers[1:]:
+        head = isinstance(first, nn.Embedding) and isinstance(layer, nn.Linear)
+        if type(layer) is not type(first) and not head:
+            kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in layers))
+            return f"shares its weight among {kinds}, which have no CP weight in common"
+    return None
+
+
+def _forms(
+    layer: nn.Module, orders: Sequence[int] | None, shapes: Sequence[tuple[Shape, Shape]]
+) -> tuple[Form, ...]:
+    """The formats to be weighed, each once."""
+    cls = STANDS_IN[type(layer)][0]
+    weighed: list[tuple[int, dict[str, Any]]] = [
+        (max(len(ins), len(outs)), {"in_shape": ins, "out_shape": outs}) for ins, outs in shapes
+    ]
+    if not shapes:
+        linear = isinstance(layer, (nn.Linear, nn.Embedding))
+        chosen = orders or ORDERS["linear" if linear else "conv"]
+        weighed += [(order, {"order": order}) for order in chosen]
+    made: dict[tuple[Shape, ...], Form] = {}
+    for order, how in weighed:
+        form = Form(order, shaped(cls, layer, **how))
+        # Modes of size 1 change nothing but the number of parameters.
+        key = tuple(tuple(mode for mode in group if mode > 1) for group in form.modes)
+        made.setdefault(key, form)
+    return tuple(made.values())

@@ -1,0 +1,178 @@
+"""How to train: validated settings, and what a callback is told."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyadic.formats import positive_int
+
+Schedule = str | Callable[[float], float]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after each step.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps in all.
+        loss: Loss of the step's batch, before the step.
+        learning_rate: Of the step, of the first group of parameters.
+        validation: Validation after this step, None where there was none.
+        best: Best validation so far, infinite where there is none.
+        seconds: Time spent so far, over all resumed parts.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    validation: float | None
+    best: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; ``distill`` says what each means."""
+
+    steps: int
+    lr: float
+    schedule: Schedule
+    warmup: int
+    optimizer: MakeOptimizer
+    clip: float | None
+    validate_every: int
+    patience: int | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: bool
+    callback: Callable[[Progress], object] | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "validate_every", "checkpoint_every"):
+            positive_int(getattr(self, name), name)
+        if self.patience is not None:
+            positive_int(self.patience, "patience")
+        for name, least in (("warmup", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        positive(self.lr, "lr")
+        if self.clip is not None:
+            positive(self.clip, "clip")
+        if not callable(self.optimizer):
+            raise TypeError(
+                f"optimizer must be a class such as torch.optim.Adam or a function (parameters, "
+                f"lr=...) that makes one, got {type(self.optimizer).__name__}"
+            )
+        if not callable(self.schedule) and self.schedule not in tuple(SCHEDULES):
+            known = ", ".join(map(repr, SCHEDULES))
+            raise ValueError(
+                f"schedule must be one of {known} or a function of the part done, got "
+                f"{self.schedule!r}"
+            )
+        optional_function(self.callback, "callback")
+        if self.checkpoint is None and self.resume:
+            raise ValueError("resume=True needs checkpoint=, the file to continue from")
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied with at a step, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        return float(schedule(done))
+
+    def record(self) -> dict[str, Any]:
+        """What must be the same when a training is continued."""
+        return {
+            "steps": self.steps, "lr": float(self.lr), "schedule": _name(self.schedule),
+            "warmup": self.warmup, "optimizer": _name(self.optimizer),
+            "clip": None if self.clip is None else float(self.clip),
+            "validate_every": self.validate_every, "patience": self.patience, "seed": self.seed,
+        }  # fmt: skip
+
+
+def positive(value: Any, name: str) -> float:
+    """Return a positive finite number.
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: it is not positive and finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def optional_function(value: Any, name: str) -> None:
+    """Raise a TypeError for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r}")
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)
+
+
+def total_steps(steps: int | None, epochs: int | None, batches: Iterable[Any]) -> int:
+    """Steps in all, from the one of ``steps`` and ``epochs`` that is given.
+
+    Raises:
+        ValueError: both or none are given, or the batches cannot be counted.
+    """
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"give one of steps and epochs, got steps={steps!r}, epochs={epochs!r}")
+    if steps is not None:
+        return positive_int(steps, "steps")
+    count = positive_int(epochs, "epochs")
+    number = batch_count(batches)
+    if number is None:
+        raise ValueError(
+            f"epochs needs batches with a length, got {type(batches).__name__}; give steps"
+        )
+    if number < 1:
+        raise ValueError("batches must hold at least one batch, got none")
+    return count * number
+
+
+def batch_count(batches: Iterable[Any]) -> int | None:
+    """Number of batches, None where it is not known before they are walked."""
+    return len(batches) if isinstance(batches, Sized) else None
+
+
+def as_path(checkpoint: Any) -> Path | None:
+    """The checkpoint's path.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: its folder does not exist.
+    """
+    if checkpoint is None:
+        return None
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
+    path = Path(checkpoint)
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of checkpoint {path} does not exist; make it first")
+    return path

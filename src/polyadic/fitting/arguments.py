@@ -1,0 +1,207 @@
+"""Validation of what ``decompose`` is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from polyadic.fitting.result import Decomposition
+from polyadic.formats import Shape, mode_sizes, positive_int
+from polyadic.tensor import CPTensor
+
+Start: TypeAlias = "str | CPTensor | Decomposition"
+STARTS = ("orthogonal", "random")
+
+
+def groups(value: Any) -> tuple[Shape, ...]:
+    """The tensorized shape as tuples of plain ints.
+
+    Raises:
+        TypeError: not groups of integers.
+        ValueError: no group, an empty one, or a size below 1.
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"tensorized_shape must be a sequence of groups of mode sizes such as "
+            f"((4, 4, 16), (4, 4, 8)), got {value!r}"
+        )
+    found = tuple(mode_sizes(group, f"tensorized_shape[{i}]") for i, group in enumerate(value))
+    if not found:
+        raise ValueError("tensorized_shape must have at least one group of modes, got none")
+    return found
+
+
+def weight(value: Any, shape: tuple[Shape, ...]) -> None:
+    """A finite floating tensor whose dimensions are products of adjacent modes.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: its shape does not fit, it is not finite, or a process holds a part of it alone.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"weight must be of a floating-point dtype, got {value.dtype}; cast it")
+    if value.is_meta:
+        raise ValueError("weight must hold values, got a meta tensor; load the model first")
+    if hasattr(value, "placements"):
+        raise ValueError("weight must be whole, got a DTensor; give weight.full_tensor()")
+    modes = tuple(mode for group in shape for mode in group)
+    if not _joins(tuple(value.shape), modes):
+        matrix = tuple(math.prod(group) for group in shape)
+        raise ValueError(
+            f"weight must have the modes {modes} of the tensorized shape or products of adjacent "
+            f"ones, such as {matrix}, as its dimensions, got {tuple(value.shape)}; a linear "
+            f"layer's weight is given as linear.weight.t()"
+        )
+    if not bool(value.isfinite().all()):
+        raise ValueError("weight must be finite, got NaN or infinity among its entries")
+
+
+def _joins(dims: Shape, modes: Shape) -> bool:
+    """Whether ``dims`` are products of runs of ``modes``, sizes of 1 left out."""
+    left = [mode for mode in modes if mode > 1]
+    for dim in (d for d in dims if d != 1):
+        product = 1
+        while left and product < dim:
+            product *= left.pop(0)
+        if product != dim:
+            return False
+    return not left
+
+
+def rank(value: Any) -> int:
+    """A positive int.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below 1.
+    """
+    return positive_int(value, "rank")
+
+
+def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]:
+    """The groups of the input side, with a metric that fits them.
+
+    Raises:
+        TypeError: the metric is not a floating-point tensor, or the groups are not ints.
+        ValueError: the groups do not exist or are named twice; the metric has another size, is
+            not finite, not symmetric, not positive semidefinite, or zero.
+    """
+    if isinstance(inside, (str, bytes)) or not isinstance(inside, Sequence):
+        raise TypeError(f"metric_groups must be a sequence of ints, got {inside!r}")
+    for i in inside:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"metric_groups must be a sequence of ints, got {i!r} in it")
+    named = tuple(inside)
+    if not named or len(set(named)) < len(named) or not set(named) <= set(range(len(shape))):
+        raise ValueError(
+            f"metric_groups must name each group of the input side once, by its index below "
+            f"{len(shape)}, got {tuple(inside)}"
+        )
+    if value is None:
+        return named
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"metric must be a floating-point tensor (P, P) or (P,), got {kind}")
+    size = math.prod(mode for i in named for mode in shape[i])
+    if tuple(value.shape) not in ((size,), (size, size)):
+        raise ValueError(
+            f"metric must have shape ({size}, {size}) or ({size},) for the groups {named} of "
+            f"{shape}, got {tuple(value.shape)}"
+        )
+    if not bool(value.isfinite().all()):
+        raise ValueError("metric must be finite, got NaN or infinity among its entries")
+    diagonal = value if value.dim() == 1 else value.diagonal()
+    largest = float(diagonal.max())
+    if largest <= 0 or float(diagonal.min()) < 0:
+        raise ValueError(
+            f"metric must be positive semidefinite and not zero, got diagonal entries from "
+            f"{float(diagonal.min()):.3g} to {largest:.3g}"
+        )
+    if value.dim() == 2:
+        _semidefinite(value, largest)
+    return named
+
+
+def _semidefinite(value: Tensor, largest: float) -> None:
+    asymmetry = float((value - value.t()).abs().max())
+    if asymmetry > 1e-4 * largest:
+        raise ValueError(
+            f"metric must be symmetric, entries differ from their mirror images by up to "
+            f"{asymmetry:.3g}; give (metric + metric.t()) / 2 if that is rounding"
+        )
+    wide = value.double()
+    wide = (wide + wide.t()) / 2
+    wide.diagonal().add_(1e-4 * float(wide.diagonal().mean()))
+    if int(torch.linalg.cholesky_ex(wide)[1]) != 0:
+        raise ValueError(
+            "metric must be positive semidefinite, it has an eigenvalue below -1e-4 times its "
+            "mean diagonal; a second moment XᵀX of any inputs has none"
+        )
+
+
+def options(
+    damping: Any, iterations: Any, tolerance: Any, regularization: Any, max_growth: Any,
+    seed: Any, callback: Any,
+) -> None:  # fmt: skip
+    """The numbers.
+
+    Raises:
+        TypeError: of the wrong type.
+        ValueError: out of range.
+    """
+    positive_int(iterations, "iterations")
+    _number(damping, "damping", above=0.0)
+    _number(tolerance, "tolerance")
+    _number(regularization, "regularization")
+    if max_growth is not None:
+        _number(max_growth, "max_growth", least=1.0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+
+
+def _number(value: Any, name: str, least: float = 0.0, above: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < least or (above is not None and value <= above):
+        bound = f"above {above:g}" if above is not None else f"at least {least:g}"
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+
+
+def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:
+    """The starts to be raced.
+
+    Raises:
+        TypeError: a start is neither a name nor factors.
+        ValueError: an unknown name, no start, or factors of another shape or not finite.
+    """
+    if isinstance(value, str) and value == "auto":
+        return list(STARTS)
+    single = isinstance(value, (str, CPTensor, Decomposition))
+    if not single and not isinstance(value, Sequence):
+        raise TypeError(f"start must be a name, factors or a sequence of these, got {value!r}")
+    found: list[Start] = [value] if single else list(value)
+    if not found:
+        raise ValueError("start must name at least one start, got an empty sequence")
+    for start in found:
+        if isinstance(start, str):
+            if start not in STARTS:
+                raise ValueError(f"start must be 'auto' or one of {STARTS}, got {start!r}")
+            continue
+        if not isinstance(start, (CPTensor, Decomposition)):
+            raise TypeError(f"start must be a name or factors, got {type(start).__name__}")
+        cp = start.cp if isinstance(start, Decomposition) else start
+        if cp.tensorized_shape != shape:
+            raise ValueError(
+                f"a start must have the tensorized shape {shape}, got {cp.tensorized_shape}"
+            )
+        if not all(bool(factor.isfinite().all()) for factor in cp.parameters()):
+            raise ValueError("a start must have finite factors, got some with NaN or infinity")
+    return found

@@ -1,0 +1,102 @@
+"""Accelerated alternating least squares: sweeps from extrapolated points, restarted on a rise.
+
+Each sweep begins at A + β (A − A_before) in place of A, A and A_before being what the last two
+sweeps ended with; where the objective rises, the point is given up and A is swept plainly (in the
+manner of Mitchell, Ye & De Sterck, Numerical Linear Algebra with Applications 2020, and of Ang,
+Cohen, Gillis & Hien 2021). So the objective never rises, as under plain sweeps, and falls faster.
+
+The penalty τ follows the error, τ = ρ · max(ε², 1e-6) with ε the relative error: components are
+held together while the fit is rough, and a weight that has a CP is still found to many digits. It
+is renewed where it is off by a quarter.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from polyadic.fitting.problem import Problem
+from polyadic.fitting.sweep import Sweeper
+
+MOMENTUM = 0.9
+LEAST_SQUARED_ERROR = 1e-6
+# How far below its bound the growth may be before ρ is relaxed.
+SLACK = 0.9
+
+
+class Descent:
+    """A fit under way.
+
+    Args:
+        problem: what is fitted.
+        factors: where it begins, (n_d, R) per fitted mode.
+        regularization: ρ.
+        max_growth: bound on √(Σ ‖w_r‖²) / ‖W‖; ρ is raised as long as it is exceeded.
+
+    Attributes:
+        factors: the present ones.
+        tau: the present weight of the penalty.
+        errors: relative error after each step.
+        steady: steps since the bound on the growth last changed ρ.
+    """
+
+    def __init__(
+        self, problem: Problem, factors: list[Tensor], regularization: float,
+        max_growth: float | None = None,
+    ) -> None:  # fmt: skip
+        self.errors: list[float] = []
+        self.tau, self.steady = regularization, 0
+        self._rho = self._least_rho = regularization
+        self._max_growth = max_growth
+        self._sweeper = Sweeper(problem, factors)
+        self._norm = math.sqrt(problem.frobenius_power())
+        self.factors = self._sweeper.factors
+        self._before: list[Tensor] | None = None
+        self._objective = math.inf
+
+    def step(self) -> float:
+        """One sweep from an extrapolated point, and a plain one from the present if that failed.
+
+        Returns:
+            The relative error.
+        """
+        sweeper, present = self._sweeper, self.factors
+        if self._before is not None:
+            ahead = zip(present, self._before, strict=True)
+            sweeper.factors = [now + MOMENTUM * (now - then) for now, then in ahead]
+        objective = sweeper.sweep(self.tau)
+        failed = self._before is not None and not objective <= self._objective
+        if failed:
+            sweeper.factors = list(present)
+            objective = sweeper.sweep(self.tau)
+        self._objective, self._before = objective, None if failed else present
+        self.factors = sweeper.factors
+        squared = sweeper.squared_error()
+        self.errors.append(math.sqrt(squared))
+        self._renew_penalty(squared)
+        return self.errors[-1]
+
+    def growth(self) -> float:
+        """√(Σ ‖w_r‖²) / ‖W‖."""
+        return math.sqrt(self._sweeper.component_power()) / self._norm
+
+    def too_large(self) -> bool:
+        """Whether the growth exceeds its bound."""
+        return self._max_growth is not None and self.growth() > self._max_growth
+
+    def _renew_penalty(self, squared: float) -> None:
+        self.steady += 1
+        rho = self._rho
+        if self._max_growth is not None:
+            growth = self.growth()
+            if growth > self._max_growth:
+                rho = max(1.5 * rho, 1e-4)
+            elif growth < SLACK * self._max_growth:
+                rho = max(rho / 1.2, self._least_rho)
+        if rho != self._rho:
+            self._rho, self.steady = rho, 0
+        wanted = rho * max(squared, LEAST_SQUARED_ERROR)
+        if not 0.8 * wanted <= self.tau <= 1.25 * wanted:
+            self.tau = wanted
+            self._objective = self._sweeper.objective(wanted)

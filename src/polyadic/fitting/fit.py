@@ -1,0 +1,330 @@
+"""``decompose``: check the arguments, race the starts, sweep until nothing is gained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from polyadic.fitting import arguments
+from polyadic.fitting.arguments import Start
+from polyadic.fitting.descent import Descent
+from polyadic.fitting.problem import Problem, make_problem
+from polyadic.fitting.result import DecomposeInterrupted, Decomposition, fragility
+from polyadic.fitting.starts import exact_rank, low_rank, orthogonal_terms, random_factors
+from polyadic.formats import Shape
+from polyadic.kernels.multilinear import khatri_rao
+from polyadic.tensor import CPTensor
+
+RACE_SWEEPS = 5
+WINDOW = 5
+# Multiplications that all fits of "auto" may come to, what a small sweep costs besides in such, and
+# the most fits: a second or two in all.
+CHEAP, SWEEP, MOST_FITS = 6 * 10**9, 5 * 10**6, 10
+STOPPED = (False, "stopped by the callback")
+# Roundings of the norm up to which an expansion or a fit counts as exact.
+EXACT = 100
+
+Callback = Callable[[int, float], object]
+
+
+@torch.no_grad()
+def decompose(
+    weight: Tensor,
+    tensorized_shape: Sequence[Sequence[int]],
+    rank: int,
+    *,
+    metric: Tensor | None = None,
+    metric_groups: Sequence[int] = (0,),
+    damping: float = 1e-3,
+    start: Start | Sequence[Start] = "auto",
+    iterations: int = 200,
+    tolerance: float = 1e-4,
+    regularization: float = 1e-2,
+    max_growth: float | None = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> Decomposition:
+    """Fit a CP tensor to a weight by alternating least squares.
+
+    Minimises ‖Σ^½(W − Ŵ)‖² + τ Σ_r ‖w_r‖² over Ŵ = Σ_r w_r of rank one each, by accelerated
+    sweeps that never raise it. The second term keeps components from growing against each other:
+    of all fits with no larger error, a minimiser has the smallest components, which is what the
+    error-preserving correction of Phan et al. (ECCV 2020) asks for. Where two modes are left after
+    those of size 1 (plain low rank), the result is the optimum, by an SVD of Σ^½W. From rank
+    Π n / max n on, and below where the orthogonal start is exact, an exact expansion is returned.
+
+    Args:
+        weight: W, whose dimensions are the modes of the tensorized shape in order, or products
+            of adjacent ones: (M, N) for a linear layer, which is ``linear.weight.t()``; (Cout,
+            Cin, *kernel) for a convolution. Computed in float32, or float64 if it is.
+        tensorized_shape: groups of mode sizes, as ``CPTensor`` takes them.
+        rank: R.
+        metric: second moment Σ of the layer's input over the input side, (P, P), or its diagonal
+            (P,) such as token frequencies; None for the Frobenius norm. Only its shape matters,
+            not its scale. ``polyadic.second_moments`` gathers it.
+        metric_groups: the groups of ``tensorized_shape`` that make up the input side, in the
+            order of the metric: (0,) for a linear layer, an embedding or a transposed convolution,
+            (1, 2) for a convolution.
+        damping: added to the diagonal of Σ, relative to its mean; makes it definite.
+        start: ``"orthogonal"`` (largest terms of an orthogonal rank-one expansion), ``"random"``,
+            a ``CPTensor`` or ``Decomposition`` to go on from, or a sequence of these, which are
+            raced; ``"auto"`` races one of each name, and where fits are cheap makes more from
+            random starts and returns the best. One of another rank is cut to its largest
+            components, or filled up with the largest terms of an expansion of its residual.
+        iterations: most sweeps over all factors, of each fit.
+        tolerance: stop when the error falls by less than this fraction in five sweeps; with 0,
+            only ``iterations`` and the callback end the fit.
+        regularization: τ relative to the squared error, which it follows: a larger one gives
+            smaller components, less fragile under training and rounding.
+        max_growth: bound on the growth of the result (see ``Decomposition``), at least 1; the
+            regularization is raised until it holds. None for no bound beyond what it sets.
+        seed: of all that is drawn; the same seed gives the same result on one machine.
+        callback: called as ``callback(iteration, error)`` after each sweep, in a race after those
+            of the first start and then of the winner; in further fits with the number of all
+            sweeps and the least error. Returning True ends the fit with the best so far.
+
+    Returns:
+        A ``Decomposition`` with the CP tensor, its errors and its fragility.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, shape or value does not fit; the weight is not finite; the metric is
+            not symmetric positive semidefinite.
+        DecomposeInterrupted: on Ctrl-C; a KeyboardInterrupt with the result so far.
+    """
+    began = time.perf_counter()
+    groups = arguments.groups(tensorized_shape)
+    arguments.weight(weight, groups)
+    rank = arguments.rank(rank)
+    inside = arguments.metric(metric, metric_groups, groups)
+    arguments.options(damping, iterations, tolerance, regularization, max_growth, seed, callback)
+    starts = arguments.starts(start, groups)
+    # A caller's autocast would round every product of the fit.
+    with torch.autocast(weight.device.type, enabled=False):
+        problem = make_problem(weight, groups, metric, inside, damping)
+        fit = _Fit(problem, groups, rank, weight, regularization, max_growth, began)
+        generator = torch.Generator().manual_seed(seed)
+        known = fit.closed_form(generator, expand="orthogonal" in starts)
+        if known is not None:
+            return known
+        try:
+            stopped = fit.race(starts, generator, iterations, callback)
+            ended = stopped or fit.run(iterations, tolerance, callback)
+            if start == "auto" and ended is not STOPPED:
+                ended = fit.again(generator, iterations, tolerance, callback, ended)
+        except KeyboardInterrupt:
+            if fit.descent is None:
+                raise
+            raise DecomposeInterrupted(fit.result(False, "interrupted")) from None
+        return fit.result(*ended)
+
+
+def name(start: Start) -> str:
+    """A start as it is reported."""
+    return start if isinstance(start, str) else "the given factors"
+
+
+class _Fit:
+    """The state of one fit."""
+
+    def __init__(
+        self, problem: Problem, groups: tuple[Shape, ...], rank: int, weight: Tensor, tau: float,
+        max_growth: float | None, began: float,
+    ) -> None:  # fmt: skip
+        self.problem, self.groups, self.rank, self.weight = problem, groups, rank, weight
+        self.tau, self.max_growth, self.began = tau, max_growth, began
+        self.norm = math.sqrt(problem.frobenius_power())
+        self.raced: tuple[tuple[str, float], ...] = ()
+        self.further: tuple[float, ...] = ()
+        self.start = ""
+        self.terms: list[Tensor] = []
+        self.descent: Descent | None = None
+
+    def closed_form(self, generator: torch.Generator, expand: bool) -> Decomposition | None:
+        """The optimum where it is known: two modes, an exact expansion, a weight of zeros.
+
+        Args:
+            generator: for randomized range finding.
+            expand: look for an exact expansion where the rank does not promise one, too.
+        """
+        problem, rank = self.problem, self.rank
+        if self.norm == 0:
+            factors = random_factors(problem, rank, generator)
+            return self._finished([*factors[:-1], factors[-1] * 0], "zeros", "the weight is zero")
+        if len(problem.sizes) == 2:
+            reason = "the optimum in closed form"
+            return self._finished(low_rank(problem, rank), "the SVD", reason)
+        if not expand and rank < exact_rank(problem.sizes):
+            return None
+        self.terms = orthogonal_terms(problem, rank, generator)
+        left_out = problem.residual(self.terms)[1]
+        if left_out <= (self.norm * EXACT * torch.finfo(problem.matrix.dtype).eps) ** 2:
+            reason = "an exact expansion at this rank"
+            return self._finished(self.terms, "an orthogonal expansion", reason)
+        return None
+
+    def _finished(self, factors: list[Tensor], start: str, reason: str) -> Decomposition:
+        self.start, self.descent = start, self._descent(factors)
+        return self.result(True, reason)
+
+    def begin(self, start: Start, generator: torch.Generator) -> list[Tensor]:
+        """Factors of the fitted modes."""
+        if start == "orthogonal":
+            return self.terms
+        if start == "random":
+            return random_factors(self.problem, self.rank, generator)
+        cp = start.cp if isinstance(start, Decomposition) else start
+        assert isinstance(cp, CPTensor)
+        every = list(cp.factors)
+        if cp.weights is not None:
+            every[0] = every[0] * cp.weights
+        return self._of_rank(self.problem.taken(every), generator)
+
+    def _of_rank(self, factors: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """Cut to the largest components, or filled up from the residual."""
+        present = factors[0].shape[1]
+        if present > self.rank:
+            norms = torch.stack([factor.double().norm(dim=0) for factor in factors]).prod(0)
+            keep = norms.argsort(descending=True, stable=True)[: self.rank].sort()[0]
+            return [factor[:, keep] for factor in factors]
+        if present < self.rank:
+            left, right = self.problem.split(factors)
+            rest = self.problem.matrix - khatri_rao(left) @ khatri_rao(right).t()
+            more = orthogonal_terms(
+                replace(self.problem, matrix=rest), self.rank - present, generator
+            )
+            return [torch.cat(pair, 1) for pair in zip(factors, more, strict=True)]
+        return factors
+
+    def race(
+        self, starts: Sequence[Start], generator: torch.Generator, iterations: int,
+        callback: Callback | None,
+    ) -> tuple[bool, str] | None:  # fmt: skip
+        """A few sweeps from every start; the fit goes on from the best.
+
+        Returns:
+            How the fit ended if the callback, which sees the first start's sweeps, ended it.
+        """
+        for start in starts:
+            descent = self._descent(self.begin(start, generator))
+            first = self.descent is None
+            best = self.descent or descent
+            if first:
+                self.start, self.descent = name(start), descent
+            if len(starts) == 1:
+                return None
+            for _ in range(min(RACE_SWEEPS, iterations)):
+                error = descent.step()
+                if first and callback is not None and callback(len(descent.errors), error) is True:
+                    return STOPPED
+            self.raced += ((name(start), descent.errors[-1]),)
+            if descent.errors[-1] < best.errors[-1]:
+                self.start, self.descent = name(start), descent
+        return None
+
+    def _descent(self, factors: list[Tensor]) -> Descent:
+        return Descent(self.problem, factors, self.tau, self.max_growth)
+
+    def run(self, iterations: int, tolerance: float, callback: Callback | None) -> tuple[bool, str]:
+        """Sweep on; whether it converged, and why it ended."""
+        assert self.descent is not None
+        return self._to_end(self.descent, iterations, tolerance, callback)
+
+    def again(
+        self, generator: torch.Generator, iterations: int, tolerance: float,
+        callback: Callback | None, ended: tuple[bool, str],
+    ) -> tuple[bool, str]:  # fmt: skip
+        """Whole fits from more random starts, as many as are cheap; the best of all is kept.
+
+        Args:
+            generator: draws the starts.
+            iterations: most sweeps of each.
+            tolerance: where each ends.
+            callback: sees the sweeps of all, and the least error.
+            ended: how the first fit ended; returned if it stays the best.
+        """
+        assert self.descent is not None
+        size = self.problem.matrix.numel() * self.rank + SWEEP
+        sweeps, fits = len(self.descent.errors), 1
+        least = self.descent.errors[-1]
+
+        def follow(iteration: int, error: float) -> object:
+            nonlocal least
+            least = min(least, error)
+            return None if callback is None else callback(sweeps + iteration, least)
+
+        exact = EXACT * torch.finfo(self.problem.matrix.dtype).eps
+        while fits < MOST_FITS and size * sweeps * (fits + 1) <= CHEAP * fits and least > exact:
+            other = self._descent(random_factors(self.problem, self.rank, generator))
+            how = self._to_end(other, iterations, tolerance, follow)
+            self.further += (other.errors[-1],)
+            if other.errors[-1] < self.descent.errors[-1]:
+                self.start, self.descent, ended = "random", other, how
+            if how is STOPPED:
+                return STOPPED
+            fits, sweeps = fits + 1, sweeps + len(other.errors)
+        return ended
+
+    def _to_end(
+        self, descent: Descent, iterations: int, tolerance: float, callback: Callback | None
+    ) -> tuple[bool, str]:
+        """Sweep until an end is reached, and then until the growth is within its bound."""
+        ended = self._sweep(descent, iterations, tolerance, callback)
+        while descent.too_large():
+            descent.step()
+        return ended
+
+    def _sweep(
+        self, descent: Descent, iterations: int, tolerance: float, callback: Callback | None
+    ) -> tuple[bool, str]:
+        errors = descent.errors
+        while len(errors) < iterations:
+            error = descent.step()
+            if callback is not None and callback(len(errors), error) is True:
+                return STOPPED
+            if tolerance > 0 and descent.steady > WINDOW:
+                before = errors[-1 - WINDOW]
+                if before - error <= tolerance * before:
+                    return True, f"the error fell by less than {tolerance:g} in {WINDOW} sweeps"
+        return False, f"reached the limit of {iterations} sweeps"
+
+    def result(self, converged: bool, reason: str) -> Decomposition:
+        """Measure the present factors and wrap them up."""
+        assert self.descent is not None
+        problem, factors = self.problem, self.descent.factors
+        full = problem.restored(factors)
+        found = fragility(full, self.norm)
+        cp = CPTensor.from_factors(self.groups, [f.to(self.weight.dtype) for f in full])
+        # Of the very factors returned, with the rounding to their dtype.
+        returned = problem.taken(list(cp.factors), torch.float64)
+        in_metric, frobenius = problem.residual(returned)
+        return Decomposition(
+            cp=cp,
+            error=_relative(in_metric, problem.power()),
+            frobenius_error=_relative(frobenius, self.norm**2),
+            growth=found.growth,
+            sensitivity=found.sensitivity,
+            congruence=found.congruence,
+            mean_congruence=found.mean_congruence,
+            start=self.start,
+            raced=self.raced,
+            further=self.further,
+            regularization=self.descent.tau,
+            iterations=len(self.descent.errors),
+            history=tuple(self.descent.errors),
+            seconds=time.perf_counter() - self.began,
+            converged=converged,
+            reason=reason,
+        )
+
+
+def _relative(squared: float, power: float) -> float:
+    """√(squared / power); the error of a zero weight is 0 where it is met."""
+    if power == 0:
+        return 0.0 if squared == 0 else math.inf
+    return math.sqrt(max(squared, 0.0) / power)

@@ -1,0 +1,147 @@
+"""Updates of the factors on the side that has a metric.
+
+For a mode d of the input side the normal equations couple its rows, because Σ does:
+
+    Σ_{i',r'} H[(i,r),(i',r')] X[i',r'] + τ D[r] X[i,r] = Y[i,r],
+    H[(i,r),(i',r')] = (Σ_{j,j'} K[j,r] Σ[(i,j),(i',j')] K[j',r']) · GC[r,r']
+
+with K the Khatri-Rao product of the side's other factors and GC the Gram matrix of the other side.
+A diagonal Σ decouples the rows: one (R, R) system each. Otherwise H is built and solved directly
+where it is small, and left to preconditioned conjugate gradients where it is not: H is applied
+without being built, and the preconditioner is the Kronecker product S ⊗ (KᵀK ∘ GC), S being the
+mean of Σ over j = j'. Any number of steps lowers the objective, so a few suffice in a sweep.
+
+Axes: i own mode (m), j other modes of the side (J), r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from polyadic.fitting.normal import contract_but, corrected, factorized, gram
+from polyadic.kernels.multilinear import khatri_rao
+
+DIRECT_UNKNOWNS = 768
+CG_STEPS = 3
+
+
+def solve_in_metric(
+    metric: Tensor, factors: Sequence[Tensor], d: int, rhs: Tensor, outer: Tensor,
+    penalty: Tensor,
+) -> Tensor:  # fmt: skip
+    """The factor of mode d that minimises the objective, or lowers it where that is cheaper.
+
+    Args:
+        metric: Σ (P, P) or (P,).
+        factors: of all modes of the side, (m_e, R).
+        d: the mode.
+        rhs: Y (m_d, R).
+        outer: GC (R, R), float64.
+        penalty: τ D (R,), float64.
+    """
+    size, rank = factors[d].shape
+    if metric.dim() == 1:
+        return _row_by_row(metric, factors, d, rhs, outer, penalty)
+    if size * rank <= DIRECT_UNKNOWNS:
+        system = _built(metric, factors, d) * outer.view(1, rank, 1, rank)
+        return corrected(
+            factors[d].reshape(1, -1), rhs.reshape(1, -1), system.reshape(size * rank, -1),
+            penalty.repeat(size),
+        ).view(size, rank)  # fmt: skip
+    return _iterated(metric, factors, d, rhs, outer, penalty)
+
+
+def _others(factors: Sequence[Tensor], d: int) -> Tensor:
+    """K (J, R); a row of ones where the side has one mode."""
+    rest = [factor for e, factor in enumerate(factors) if e != d]
+    return khatri_rao(rest) if rest else factors[d].new_ones(1, factors[d].shape[1])
+
+
+def _row_by_row(
+    metric: Tensor, factors: Sequence[Tensor], d: int, rhs: Tensor, outer: Tensor,
+    penalty: Tensor,
+) -> Tensor:  # fmt: skip
+    weights = metric.view([len(f) for f in factors]).movedim(d, 0).reshape(len(factors[d]), -1)
+    kernel, result = _others(factors, d), torch.empty_like(factors[d])
+    for i, row in enumerate(weights):
+        system = (kernel.t() @ (row.unsqueeze(1) * kernel)).double() * outer
+        system = (system + system.t()) / 2
+        result[i] = corrected(factors[d][i : i + 1], rhs[i : i + 1], system, penalty)
+    return result
+
+
+def _built(metric: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
+    """Σ contracted with K on both sides: (m, R, m, R), float64."""
+    sizes = [len(f) for f in factors]
+    before, size, after = math.prod(sizes[:d]), sizes[d], math.prod(sizes[d + 1 :])
+    rank = factors[d].shape[1]
+    kernel = _others(factors, d).view(before, after, rank)
+    once = torch.einsum("aibp,abr->irp", metric.view(before, size, after, -1), kernel)
+    twice = torch.einsum("paib,abr->pir", once.reshape(-1, before, size, after), kernel)
+    square = twice.reshape(size * rank, size * rank).double()
+    return ((square + square.t()) / 2).view(size, rank, size, rank)
+
+
+def _iterated(
+    metric: Tensor, factors: Sequence[Tensor], d: int, rhs: Tensor, outer: Tensor,
+    penalty: Tensor,
+) -> Tensor:  # fmt: skip
+    coupling, pull = outer.to(rhs.dtype), penalty.to(rhs.dtype)
+    own = list(factors)
+
+    def apply(x: Tensor) -> Tensor:
+        own[d] = x
+        return contract_but(metric @ khatri_rao(own) @ coupling, own, d) + pull * x
+
+    precondition = _preconditioner(metric, factors, d, outer, penalty)
+    return conjugate_gradients(apply, rhs, factors[d], precondition, CG_STEPS)
+
+
+def _preconditioner(
+    metric: Tensor, factors: Sequence[Tensor], d: int, outer: Tensor, penalty: Tensor
+) -> Callable[[Tensor], Tensor]:
+    sizes = [len(f) for f in factors]
+    before, size, after = math.prod(sizes[:d]), sizes[d], math.prod(sizes[d + 1 :])
+    blocks = metric.view(before, size, after, before, size, after)
+    mean = blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((2, 3)).double()
+    values, vectors = torch.linalg.eigh(mean)
+    values = values.clamp_min(float(values.max()) * 1e-6)
+    system = outer.clone()
+    for e, factor in enumerate(factors):
+        if e != d:
+            system *= gram(factor)
+    lower, scale = factorized(system, penalty, factors[d].dtype)
+
+    def precondition(x: Tensor) -> Tensor:
+        rows = vectors @ ((vectors.t() @ (x.double() * scale)) / values.unsqueeze(1))
+        return (torch.cholesky_solve(rows.t(), lower).t() * scale).to(x.dtype)
+
+    return precondition
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor,
+    precondition: Callable[[Tensor], Tensor], steps: int,
+) -> Tensor:  # fmt: skip
+    """Some preconditioned steps towards H x = rhs from ``start``; H is symmetric and definite."""
+    x, residual = start, rhs - apply(start)
+    z = precondition(residual)
+    direction, rho = z, float((residual * z).sum(dtype=torch.float64))
+    first = rho
+    for _ in range(steps):
+        if not rho > 1e-14 * first or first == 0:
+            break
+        image = apply(direction)
+        curvature = float((direction * image).sum(dtype=torch.float64))
+        if not curvature > 0:
+            break
+        x = x + (rho / curvature) * direction
+        residual = residual - (rho / curvature) * image
+        z = precondition(residual)
+        rho, before = float((residual * z).sum(dtype=torch.float64)), rho
+        direction = z + (rho / before) * direction
+    return x

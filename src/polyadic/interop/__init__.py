@@ -1,0 +1,1 @@
+"""Tensors and layers of other libraries: tltorch and tensorly."""

@@ -1,0 +1,309 @@
+"""Where a convolution's kernel goes, and the depthwise stages it is split into.
+
+A 1-D convolution is lifted to 2-D with one row, so that stages always have two or more spatial
+dimensions and the channels_last layout exists for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyadic._torch import memoized
+from polyadic.kernels.onednn import in_onednn
+
+Ints = tuple[int, ...]
+
+# Columns of the widest depthwise kernel whose weight gradient is fast on a CPU; its rows are free.
+WIDEST = 3
+# Entries of one image below which the slow way costs less than the calls of the fast one.
+LEAST_FOR_WIDE = 8192
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding and dilation, one entry per spatial dimension.
+
+    Args:
+        kernel_size: taps.
+        stride: step.
+        padding: zeros in front and behind, as (low, high) pairs with low <= high; of a transposed
+            convolution positions cut off, low == high.
+        dilation: distance of taps.
+        transposed: the adjoint: a convolution of these numbers maps its output to its input.
+        output_padding: of a transposed convolution, positions added behind.
+    """
+
+    kernel_size: Ints
+    stride: Ints
+    padding: tuple[tuple[int, int], ...]
+    dilation: Ints
+    transposed: bool = False
+    output_padding: Ints = ()
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Spatial size of the output for an input of spatial size ``size``."""
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * low + d * (k - 1) + extra + 1
+                for n, k, s, (low, _), d, extra in zip(
+                    size, self.kernel_size, self.stride, self.padding, self.dilation,
+                    self.output_padding, strict=True,
+                )
+            )  # fmt: skip
+        return tuple(
+            (n + low + high - d * (k - 1) - 1) // s + 1
+            for n, k, s, (low, high), d in zip(
+                size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution, dense or depthwise, along some of the spatial dimensions.
+
+    Padding is symmetric; what 'same' needs more at the end (``excess``) is padded beforehand.
+
+    Args:
+        held: positions, among the kernel factors, of those this stage's taps are made of.
+        transposed: a transposed convolution.
+        output_padding: of a transposed convolution, positions added behind.
+    """
+
+    kernel_size: Ints
+    stride: Ints
+    padding: Ints
+    excess: Ints
+    dilation: Ints
+    held: Ints = field(default=())
+    transposed: bool = False
+    output_padding: Ints = field(default=())
+
+    def _where(self) -> tuple[Any, ...]:
+        """Stride, padding and what else torch's convolution takes before the groups."""
+        extra = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, extra
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Zeros behind each spatial dimension where the padding is asymmetric."""
+        if not any(self.excess):
+            return x
+        return F.pad(x, [width for e in reversed(self.excess) for width in (0, e)])
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Spatial size of the output for an input of spatial size ``size``."""
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+                for n, k, s, p, e, d in zip(
+                    size, self.kernel_size, self.stride, self.padding, self.output_padding,
+                    self.dilation, strict=True,
+                )
+            )  # fmt: skip
+        return tuple(
+            (n + 2 * p + e - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, e, d in zip(
+                size, self.kernel_size, self.stride, self.padding, self.excess, self.dilation,
+                strict=True,
+            )
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
+        stride, padding, dilation, transposed, extra = self._where()
+        if _in_float32(x, groups):
+            y = self.forward(x.float(), weight.float(), _float(bias), groups)
+            return y.to(x.dtype)
+        return torch.convolution(
+            self.padded(x), weight, bias, stride, padding, dilation, transposed, extra, groups
+        )
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x and of weight, where ``wrt`` asks for them."""
+        if _in_float32(x, groups):
+            wide = self.backward(grad.float(), x.float(), weight.float(), groups, wrt)
+            half_x, half_weight = (None if d is None else d.to(x.dtype) for d in wide)
+            return half_x, half_weight
+        x, size = self.padded(x), x.shape
+        d_weight = None
+        if wrt[1] and self._is_wide(x, groups):
+            d_weight, wrt = self._wide_weight_gradient(grad, x, weight), (wrt[0], False)
+        d_x = None
+        if torch.compiler.is_compiling() and wrt == (True, True) and not self.transposed:
+            d_x, wrt = self._input_gradient(grad, x, weight, groups), (False, True)
+        if any(wrt):
+            through, narrow, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, *self._where(), groups, [*wrt, False]
+            )
+            d_x = through if wrt[0] else d_x
+            d_weight = narrow if wrt[1] else d_weight
+        if d_x is None:
+            return None, d_weight
+        for dim, excess in enumerate(self.excess, start=2):
+            if excess:
+                d_x = d_x.narrow(dim, 0, size[dim])
+        return d_x, d_weight
+
+    def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Gradient of x alone, as a transposed convolution; x is padded already.
+
+        The compiler decides layouts by the convolutions it sees, and a backward is none to it.
+        """
+        none = (0,) * len(self.stride)
+        adjoint = replace(self, transposed=True, excess=none, output_padding=none)
+        sizes = zip(x.shape[2:], adjoint.output_size(grad.shape[2:]), strict=True)
+        extra = tuple(size - made for size, made in sizes)
+        return replace(adjoint, output_padding=extra).forward(grad, weight, None, groups)
+
+    def _is_wide(self, x: Tensor, groups: int) -> bool:
+        """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
+        return (
+            groups == x.shape[1]
+            and len(self.kernel_size) == 2
+            and self.kernel_size[1] > WIDEST
+            and x.device.type == "cpu"
+            and x.shape[1] * x.shape[2] * x.shape[3] >= LEAST_FOR_WIDE
+        )
+
+    def _wide_weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Weight gradient (r, 1, h, w) of a depthwise stage in two dimensions with many columns.
+
+        By a few columns of taps at a time, each from x shifted to where they begin. Where there is
+        one row of taps, every row of x is an image of its own, and the columns become rows.
+        """
+        if self.transposed:
+            # Of the adjoint, which has input and output exchanged.
+            grad, x = x, grad
+        (height, width), (low, left) = self.kernel_size, self.padding
+        if height == self.stride[0] == 1 and not low and not any(self.output_padding):
+            where = (self.stride[::-1], self.padding[::-1], self.dilation[::-1])
+            pair = _rows_as_images(x), _rows_as_images(grad)
+            return _weight_gradient(*pair, weight.transpose(2, 3), *where).transpose(2, 3)
+        rows, columns = (
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip(
+                grad.shape[2:], self.stride, self.kernel_size, self.dilation, strict=True
+            )
+        )
+        below, right = max(0, rows - low - x.shape[2]), max(0, columns - left - x.shape[3])
+        x = F.pad(x, (left, right, low, below))[:, :, :rows]
+        pieces = []
+        for first in range(0, width, WIDEST):
+            taps = weight[..., first : first + WIDEST]
+            lacking = (width - first - taps.shape[3]) * self.dilation[1]
+            part = x[..., first * self.dilation[1] : columns - lacking]
+            pieces.append(_weight_gradient(part, grad, taps, self.stride, (0, 0), self.dilation))
+        return torch.cat(pieces, 3)
+
+
+def _in_float32(x: Tensor, groups: int) -> bool:
+    """Whether a depthwise stage is computed in float32: a half precision oneDNN cannot do.
+
+    torch's own depthwise convolutions are slow, and round each sum of taps to the half precision.
+    """
+    half = x.dtype.itemsize == 2 and x.device.type == "cpu" and groups == x.shape[1]
+    return half and not in_onednn(x.dtype)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _rows_as_images(x: Tensor) -> Tensor:
+    """(b, c, h, w) → (b·h, c, w, 1), a view where the channels are innermost."""
+    b, c, h, w = x.shape
+    return x.movedim(2, 1).reshape(b * h, c, w, 1)
+
+
+def _weight_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    """Weight gradient alone of a depthwise convolution."""
+    where = (stride, padding, dilation, False, (0, 0), weight.shape[0])
+    d_weight: Tensor = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *where, [False, True, False]
+    )[1]
+    return d_weight
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How the kernel of a CP convolution is applied.
+
+    Args:
+        skip: strides taken on the input, where the kernel has one tap and no padding.
+        depthwise: the depthwise convolutions one after the other; none where the kernel is 1×1.
+        dense: the one convolution of the rebuilt kernel, stride and all.
+    """
+
+    skip: Ints
+    depthwise: tuple[Stage, ...]
+    dense: Stage
+
+
+@memoized
+def stages(geometry: Geometry, form: str, n_kernel: int) -> Stages:
+    """Split a kernel into depthwise stages.
+
+    Args:
+        geometry: kernel size, stride, padding, dilation.
+        form: ``"merged"`` for one stage with all taps, ``"separable"`` for one per dimension.
+        n_kernel: number of kernel factors; those before the spatial ones (λ) go to the first stage.
+    """
+    if len(geometry.kernel_size) == 1:
+        g = Geometry(
+            (1, *geometry.kernel_size),
+            (1, *geometry.stride),
+            ((0, 0), *geometry.padding),
+            (1, *geometry.dilation),
+            geometry.transposed,
+            (0, *geometry.output_padding),
+        )
+    else:
+        g = geometry
+    dims = range(len(g.kernel_size))
+    skip = tuple(
+        g.stride[d] if g.kernel_size[d] == 1 and not any(g.padding[d]) and not g.transposed else 1
+        for d in dims
+    )
+
+    def along(chosen: Sequence[int], held: Sequence[int], strides: Ints) -> Stage:
+        def pick(values: Sequence[int], neutral: int) -> Ints:
+            return tuple(values[d] if d in chosen else neutral for d in dims)
+
+        return Stage(
+            pick(g.kernel_size, 1),
+            pick(strides, 1),
+            pick([low for low, _ in g.padding], 0),
+            pick([high - low for low, high in g.padding], 0),
+            pick(g.dilation, 1),
+            tuple(held),
+            g.transposed,
+            pick(g.output_padding, 0) if g.transposed else (),
+        )
+
+    dense = along(dims, range(n_kernel), g.stride)
+    remaining = tuple(s // q for s, q in zip(g.stride, skip, strict=True))
+    acting = [d for d in dims if g.kernel_size[d] > 1]
+    moved = g.transposed and (max(g.stride) > 1 or any(g.output_padding))
+    if not acting and not any(map(any, g.padding)) and not moved:
+        return Stages(skip, (), dense)
+    if form == "merged" or len(acting) < 2:
+        return Stages(skip, (along(dims, range(n_kernel), remaining),), dense)
+    first_spatial = n_kernel - len(g.kernel_size)
+    alone = {first_spatial + d: d for d in acting[1:]}
+    first = along(
+        [d for d in dims if d not in acting[1:]],
+        [i for i in range(n_kernel) if i not in alone],
+        remaining,
+    )
+    rest = tuple(along([d], [i], remaining) for i, d in alone.items())
+    return Stages(skip, (first, *rest), dense)

@@ -1,0 +1,194 @@
+"""What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyadic.formats import (
+    ConvFormat,
+    JointFormat,
+    LinearFormat,
+    Shape,
+    positive_int,
+    resolve_rank,
+)
+from polyadic.init import torch_bias_, torch_std
+from polyadic.nn.frozen import Frozen
+from polyadic.nn.weight import Weighted
+from polyadic.plans import Memory
+from polyadic.tensor import CPTensor
+
+Rank = int | float | str
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """A module's parameter; the dict is faster than getattr, which a parametrized one needs."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+class CPLayer(Weighted):
+    """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
+
+    bias: nn.Parameter | None
+    memory: Memory
+    frozen: Frozen | None
+    _in_group, _out_group = 0, 1
+    # Groups of the tensorized shape over which the input of the layer has its second moment.
+    _metric_groups: tuple[int, ...] = (0,)
+    _stands_for: type[nn.Module]
+    # Arguments of the constructor that are attributes, here and in torch's layer.
+    _kept: tuple[str, ...]
+
+    def _own(
+        self,
+        tensorized_shape: Sequence[Shape],
+        rank: Rank,
+        bias: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Create the parameters and fill them; ``bias`` is its length, or None."""
+        self.frozen = None
+        # Made without values: reset_parameters draws them, once.
+        resolved = resolve_rank(rank, self._unit())
+        self.cp = CPTensor._without_values(tensorized_shape, resolved, None, device, dtype)
+        values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+        self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Tell a CP tensor that becomes the weight how this layer draws it.
+
+        Whoever calls ``reset_parameters`` of every module, in whatever order, ends with weights
+        of the layer's distribution.
+        """
+        super().__setattr__(name, value)
+        if name == "cp" and isinstance(value, CPTensor):
+            value.std = self._std()
+
+    def _unit(self) -> LinearFormat | ConvFormat:
+        """The layer's format at rank 1."""
+        raise NotImplementedError
+
+    def _fan_in(self) -> int:
+        raise NotImplementedError
+
+    def _std(self) -> float:
+        """Standard deviation of an initial weight."""
+        return torch_std(self._fan_in())
+
+    def _target(self, weight: Tensor) -> Tensor:
+        """What the CP tensor is fitted to, for the weight of the torch layer."""
+        return weight
+
+    def _metric(self, metric: Tensor | None) -> Tensor | None:
+        """The metric of the fit, for that of the torch layer's input or none."""
+        return metric
+
+    @property
+    def format(self) -> LinearFormat | ConvFormat:
+        """Modes and rank of the layer."""
+        return dataclasses.replace(self._unit(), rank=self.rank)
+
+    @classmethod
+    def joint(
+        cls, layers: int | Sequence[Mapping[str, Any]], *args: Any, **options: Any
+    ) -> nn.ModuleList:
+        """Make layers that share one CP tensor, with a mode in front that tells them apart.
+
+        W_l = Σ_r L[l, r] · ⊗_k A_k[:, r]: the factors A are shared, and row l of L scales the
+        components of layer l, so that each layer costs what it would alone. Each has a bias and
+        options of its own and may be put anywhere in a model; the parameters exist once, gradients
+        add up, and a state dict names them in each layer, as it does tied weights.
+
+        Args:
+            layers: how many; or for each of them a mapping of arguments that differ, such as
+                ``[{}, {"stride": 2}]``.
+            args: arguments of one layer, as the class takes them.
+            options: likewise. A rank given as a float is the fraction of the parameters of all
+                dense layers together.
+
+        Returns:
+            A list of layers; ``layer.cp.joint`` of each is the tensor they share.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ValueError: there are no layers, their shapes, dtypes or devices differ, or an argument
+                does not fit.
+        """
+        each = _differences(layers)
+        first = cls(*args, **{**options, **each[0], "device": "meta"})
+        rank = resolve_rank(options["rank"], JointFormat(first._unit(), len(each)))
+        made = [cls(*args, **{**options, **own, "rank": rank}) for own in each]
+        kinds = dict.fromkeys(layer._kind() for layer in made)
+        if len(kinds) > 1:
+            raise ValueError(
+                f"layers of a joint weight must have one tensorized shape, dtype and device, got "
+                f"{' and '.join(map(str, kinds))}"
+            )
+        ((shape, dtype, device),) = kinds
+        joint = CPTensor._without_values((len(made), *shape), rank, None, device, dtype)
+        for i, layer in enumerate(made):
+            layer.cp = joint.layer(i)
+        made[0].reset_parameters()
+        return nn.ModuleList(made)
+
+    def _kind(self) -> tuple[tuple[Shape, ...], torch.dtype, torch.device]:
+        factor = self.cp.factors[0]
+        return self.cp.tensorized_shape, factor.dtype, factor.device
+
+    def reset_parameters(self) -> None:
+        """Draw factors and bias anew with the output variance of the torch layer replaced.
+
+        For inputs of independent entries with mean square q, Var(y) = fan_in · Var(W) · q + Var(b).
+        torch draws W from U(−1/√fan_in, 1/√fan_in), so Var(W) = 1/(3 fan_in); the factors are drawn
+        such that the entries of their CP tensor have that very variance
+        (``polyadic.init.cp_orthonormal_``), and the bias as torch draws it.
+        """
+        self.cp.reset_parameters(self._std())
+        if self.bias is not None:
+            torch_bias_(self.bias, self._fan_in())
+
+    @property
+    def in_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (m_d, R) of the in modes."""
+        return self.cp.factor_groups()[self._in_group]
+
+    @property
+    def out_factors(self) -> tuple[Tensor, ...]:
+        """Tensors (n_d, R) of the out modes."""
+        return self.cp.factor_groups()[self._out_group]
+
+    @property
+    def rank(self) -> int:
+        """R, the number of rank-one components."""
+        return self.cp.rank
+
+    def _dense_parameters(self) -> int:
+        """Number of entries of the dense weight this layer stands for."""
+        return math.prod(self.cp.shape)
+
+    def _ratio(self) -> str:
+        own, dense = sum(f.numel() for f in self.cp.factors), self._dense_parameters()
+        return f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
+
+
+def _differences(layers: Any) -> list[Mapping[str, Any]]:
+    """For each of some layers the arguments in which it differs."""
+    if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
+        for i, own in enumerate(layers):
+            if not isinstance(own, Mapping):
+                raise TypeError(f"layers[{i}] must be a mapping of arguments, got {own!r}")
+            if "rank" in own:
+                raise ValueError(f"layers[{i}] must not have a rank of its own: all share one")
+        if not layers:
+            raise ValueError("layers must be at least one, got an empty sequence")
+        return list(layers)
+    return [{}] * positive_int(layers, "layers")

@@ -1,0 +1,1 @@
+"""Which plan a layer follows, what each plan costs, and why one was chosen."""

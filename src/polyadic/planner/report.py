@@ -1,0 +1,191 @@
+"""What ``polyadic.explain`` found: plans with their costs, and the report of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polyadic.planner.machine import Machine, Step
+from polyadic.plans import ConvPlan, LinearPlan
+
+Plan = LinearPlan | ConvPlan
+
+
+@dataclass(frozen=True)
+class Costed:
+    """A plan with what it costs.
+
+    Attributes:
+        plan: the plan; None for the dense layer.
+        forward: steps of the forward pass.
+        backward: steps of the backward pass; empty for inference.
+        kept_bytes: what stays for the backward beside parameters: the input and intermediates.
+        seconds: predicted time, per-call overhead included.
+    """
+
+    plan: Plan | None
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    kept_bytes: int
+    seconds: float
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of GEMMs and convolutions, as torch counts them."""
+        return sum(step.flops for step in (*self.forward, *self.backward))
+
+    @property
+    def nbytes(self) -> int:
+        """Least bytes read and written by the steps."""
+        return sum(step.nbytes for step in (*self.forward, *self.backward))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor a step writes."""
+        return max(step.elements for step in (*self.forward, *self.backward))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; ``str()`` of it is the report.
+
+    Attributes:
+        title: the format and the input in words.
+        chosen: the plan that will run.
+        dense: the dense layer beside it.
+        rejected: other plans, cheapest first, each with the reason.
+        break_even_rank: largest rank whose FLOPs do not exceed the dense layer's.
+        rank: the layer's rank.
+        machine: the rates the predictions rest on.
+    """
+
+    title: str
+    chosen: Costed
+    dense: Costed
+    rejected: tuple[tuple[Costed, str], ...]
+    break_even_rank: int
+    rank: int
+    machine: Machine
+
+    @property
+    def dense_is_faster(self) -> bool:
+        """Whether the dense layer is predicted to be faster than the chosen plan."""
+        return self.dense.seconds < self.chosen.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+
+        def plain(c: Costed) -> dict[str, Any]:
+            return {
+                "plan": "dense layer" if c.plan is None else str(c.plan),
+                "seconds": c.seconds,
+                "flops": c.flops,
+                "bytes": c.nbytes,
+                "kept_bytes": c.kept_bytes,
+                "largest_elements": c.largest,
+                "steps": [
+                    {
+                        "pass": name,
+                        "step": step.name,
+                        "flops": step.flops,
+                        "bytes": step.nbytes,
+                        "seconds": self.machine.seconds(step),
+                    }
+                    for name, steps in (("forward", c.forward), ("backward", c.backward))
+                    for step in steps
+                ],
+            }
+
+        return {
+            "title": self.title,
+            "rank": self.rank,
+            "break_even_rank": self.break_even_rank,
+            "dense_is_faster": self.dense_is_faster,
+            "machine": self.machine.source,
+            "chosen": plain(self.chosen),
+            "dense": plain(self.dense),
+            "rejected": [{**plain(c), "reason": reason} for c, reason in self.rejected],
+        }
+
+    def __str__(self) -> str:
+        chosen, dense = self.chosen, self.dense
+        lines = [self.title, f"plan     {chosen.plan}", ""]
+        lines.append(f"{'step':<44}{'FLOPs':>10}{'bytes':>10}{'time':>10}")
+        for name, steps in (("forward", chosen.forward), ("backward", chosen.backward)):
+            if steps:
+                lines.append(name)
+            for step in steps:
+                time = _seconds(self.machine.seconds(step))
+                work = _count(step.flops) if step.flops else "-"
+                lines.append(f"  {step.name:<42}{work:>10}{_count(step.nbytes):>10}{time:>10}")
+        lines += ["", f"{'':<22}{'this plan':>12}{'dense layer':>14}"]
+        for label, ours, theirs in (
+            ("FLOPs", _count(chosen.flops), _count(dense.flops)),
+            ("bytes moved", _count(chosen.nbytes), _count(dense.nbytes)),
+            ("kept for backward, B", _count(chosen.kept_bytes), _count(dense.kept_bytes)),
+            ("largest tensor", _count(chosen.largest), _count(dense.largest)),
+            ("predicted time", _seconds(chosen.seconds), _seconds(dense.seconds)),
+        ):
+            lines.append(f"{label:<22}{ours:>12}{theirs:>14}")
+        head = "" if dense.flops else ", as an output head: a lookup has none"
+        lines += ["", f"rank {self.rank}, break-even rank {self.break_even_rank} (in FLOPs{head})"]
+        ratio = chosen.seconds / dense.seconds
+        if self.dense_is_faster:
+            lines.append(f"dense is faster here: the plan takes {ratio:.2f} times as long")
+        else:
+            lines.append(f"the plan is predicted {1 / ratio:.2f} times as fast as dense")
+        lines += ["", f"rejected, by predicted time ({self.machine.source} machine numbers)"]
+        for other, reason in self.rejected:
+            lines.append(f"  {_seconds(other.seconds):>9}  {_route(other.plan)}: {reason}")
+        return "\n".join(lines)
+
+
+def _route(plan: Plan | None) -> str:
+    return "" if plan is None else str(plan.forward)
+
+
+def _count(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000 or unit == "T":
+            return f"{value:.4g} {unit}".rstrip()
+        value /= 1000
+    raise AssertionError
+
+
+def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} us"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def costed(
+    plan: Plan | None,
+    steps: tuple[Sequence[Step], Sequence[Step]],
+    kept: int,
+    machine: Machine,
+) -> Costed:
+    """A plan (None: the dense layer) of some forward and backward steps, keeping some bytes."""
+    forward, backward = steps
+    call = machine.dense_call if plan is None else machine.call
+    left = isinstance(plan, LinearPlan) and plan.keep == 2
+    back = machine.dense_call if left else call
+    seconds = machine.total(forward) + machine.total(backward) + call + (back if backward else 0)
+    return Costed(plan, tuple(forward), tuple(backward), kept if backward else 0, seconds)
+
+
+def rejected(
+    others: list[Costed], chosen: Costed, machine: Machine
+) -> tuple[tuple[Costed, str], ...]:
+    """The other plans, cheapest first, each with the step that makes it dearer."""
+    found = []
+    for other in sorted(others, key=lambda c: c.seconds):
+        if other.plan == chosen.plan:
+            continue
+        dearest = max((*other.forward, *other.backward), key=machine.seconds)
+        reason = (
+            f"{other.seconds / chosen.seconds:.2f} times the chosen plan's time, "
+            f"{_seconds(machine.seconds(dearest))} of it in '{dearest.name}'"
+        )
+        found.append((other, reason))
+    return tuple(found)

@@ -1,0 +1,59 @@
+"""CP layers of a model back to torch layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyadic import surgery
+from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
+from polyadic.pretrained.exchange import refuse
+from polyadic.pretrained.layers import KINDS, describe
+
+
+def merge_layers(model: nn.Module) -> nn.Module:
+    """Put torch layers with the dense weights in the place of all CP layers of a model.
+
+    Layers that share a CP tensor share the dense weight, as far as it is the same.
+
+    Returns:
+        The model, or the torch layer in the place of a model that is a CP layer.
+
+    Raises:
+        ValueError: there is no CP layer, or something attached to one would be lost.
+    """
+    layers = {name: model.get_submodule(name) for name in describe(model)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no CP layer to merge")
+    elsewhere = surgery.kept_elsewhere(model)
+    lost = [
+        f"{name!r} {why}"
+        for name, layer in layers.items()
+        if (why := surgery.losses(layer) or elsewhere.get(id(layer)))
+    ]
+    refuse("layers cannot be merged", lost)
+    made: dict[int, list[Any]] = {}
+    for name, layer in layers.items():
+        dense = _dense(layer)
+        for other in made.setdefault(id(layer.cp), []):
+            # An embedding's row of padding_idx is zero where that of its head is not.
+            if torch.equal(other.weight, dense.weight):
+                dense.weight = other.weight
+                break
+        made[id(layer.cp)].append(dense)
+        if name == "":
+            merged: nn.Module = dense
+            return merged
+        surgery.replace(model, name, dense)
+    return model
+
+
+def _dense(layer: Any) -> Any:
+    if isinstance(layer, (CPLinear, CPTiedLinear)):
+        return layer.to_linear()
+    if isinstance(layer, CPEmbedding):
+        return layer.to_embedding()
+    transposed = issubclass(KINDS[type(layer).__name__][1], surgery.TRANSPOSED)
+    return layer.to_conv_transpose() if transposed else layer.to_conv()

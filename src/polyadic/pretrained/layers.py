@@ -1,0 +1,299 @@
+"""What is written down of a CP layer, and the layer made from it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyadic.formats import Shape
+from polyadic.nn import (
+    CPConv1d,
+    CPConv2d,
+    CPConv3d,
+    CPConvTranspose1d,
+    CPConvTranspose2d,
+    CPConvTranspose3d,
+    CPEmbedding,
+    CPLinear,
+    CPTiedLinear,
+)
+from polyadic.nn.layer import CPLayer
+from polyadic.tensor import CPSlice, CPTensor
+
+_CP = {"in_shape": "modes", "out_shape": "modes", "rank": "size", "memory": "text"}
+_LINEAR = {"in_features": "size", "out_features": "size", "bias": "flag"}
+_EMBEDDING = {"num_embeddings": "size", "embedding_dim": "size", "padding_idx": "index"}
+_CONV = {
+    "in_channels": "size",
+    "out_channels": "size",
+    "kernel_size": "sizes",
+    "stride": "sizes",
+    "padding": "padding",
+    "dilation": "sizes",
+    "groups": "size",
+    "bias": "flag",
+    "padding_mode": "text",
+}
+_TRANSPOSED = {**_CONV, "output_padding": "sizes"}
+
+# Of each class the torch layer it stands in for, and what both have, with the kind of its value.
+KINDS: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, str]]] = {
+    "CPLinear": (CPLinear, nn.Linear, _LINEAR),
+    "CPConv1d": (CPConv1d, nn.Conv1d, _CONV),
+    "CPConv2d": (CPConv2d, nn.Conv2d, _CONV),
+    "CPConv3d": (CPConv3d, nn.Conv3d, _CONV),
+    "CPConvTranspose1d": (CPConvTranspose1d, nn.ConvTranspose1d, _TRANSPOSED),
+    "CPConvTranspose2d": (CPConvTranspose2d, nn.ConvTranspose2d, _TRANSPOSED),
+    "CPConvTranspose3d": (CPConvTranspose3d, nn.ConvTranspose3d, _TRANSPOSED),
+    "CPEmbedding": (CPEmbedding, nn.Embedding, _EMBEDDING),
+    "CPTiedLinear": (CPTiedLinear, nn.Linear, _LINEAR),
+}
+_NAMES = {cls: name for name, (cls, _, _) in KINDS.items()}
+DTYPES = {str(d).split(".")[1]: d
+          for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """A CP layer without its values.
+
+    Attributes:
+        kind: name of its class, a key of ``KINDS``.
+        arguments: of its constructor, all but device and dtype.
+        dtype: of its factors.
+        weights: whether its tensor owns a λ.
+        joint: of one of several layers that share a tensor, how many there are and which it is, an
+            int per layer mode.
+        tied_to: name of the layer whose tensor it shares, None for one with a tensor of its own.
+    """
+
+    kind: str
+    arguments: dict[str, Any]
+    dtype: torch.dtype
+    weights: bool = False
+    joint: tuple[Shape, Shape] | None = None
+    tied_to: str | None = None
+
+    @property
+    def dense(self) -> type[nn.Module]:
+        """The torch layer it stands in for."""
+        return KINDS[self.kind][1]
+
+
+def kinds_of(kind: str) -> dict[str, str]:
+    """The constructor arguments of a class by name, with the kind of their value."""
+    shared = KINDS[kind][2]
+    return shared if kind == "CPTiedLinear" else {**shared, **_CP}
+
+
+def describe(model: nn.Module) -> dict[str, LayerConfig]:
+    """Write down every CP layer of a model by name; one in several places by its first.
+
+    Raises:
+        ValueError: a layer cannot be made again from what is written down.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (CPLayer, CPTiedLinear))}
+    for name, layer in layers.items():
+        if type(layer) not in _NAMES:
+            raise ValueError(
+                f"{name or 'the model'} is {type(layer).__name__}, a class of its own; CP layers "
+                f"that can be saved are polyadic's {', '.join(KINDS)}"
+            )
+    owners = _owners(layers)
+    configs = {name: _describe(name, layer, owners) for name, layer in layers.items()}
+    for name, config in configs.items():
+        if config.kind == "CPTiedLinear":
+            _check_head(name, config, configs)
+    return configs
+
+
+def _tensor(layer: Any) -> CPTensor:
+    """The tensor that owns a layer's parameters."""
+    cp: CPTensor = layer.cp
+    return cp.joint if isinstance(cp, CPSlice) else cp
+
+
+def _owners(layers: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The layer that is made first, of those that share a tensor: an embedding, if there is one."""
+    owners: dict[int, str] = {}
+    for first in (CPEmbedding, CPLayer):
+        for name, layer in layers.items():
+            if isinstance(layer, first):
+                owners.setdefault(id(_tensor(layer)), name)
+    return owners
+
+
+def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
+    kind = _NAMES[type(layer)]
+    tensor = _tensor(layer)
+    arguments = {key: _plain(getattr(layer, key)) for key in kinds_of(kind) if key != "bias"}
+    if "bias" in kinds_of(kind):
+        arguments["bias"] = layer.bias is not None
+    owner = owners.get(id(tensor))
+    dtypes = {factor.dtype for factor in tensor.factors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES.values()):
+        raise ValueError(
+            f"the factors of {name or 'the model'} must have one dtype of {', '.join(DTYPES)}, got "
+            f"{', '.join(sorted(map(str, dtypes)))}"
+        )
+    joint = None
+    if isinstance(layer.cp, CPSlice):
+        modes = tensor.tensorized_shape[: tensor.layer_modes]
+        joint = tuple(mode for (mode,) in modes), layer.cp.index
+    return LayerConfig(
+        kind, arguments, dtypes.pop(), tensor.weights is not None, joint,
+        None if owner == name else owner,
+    )  # fmt: skip
+
+
+def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]) -> None:
+    """Heads are made from an embedding of their size that shares their tensor."""
+    owner = None if head.tied_to is None else configs[head.tied_to]
+    if (
+        owner is None
+        or owner.kind != "CPEmbedding"
+        or _head_sizes(owner) != {key: head.arguments[key] for key in _head_sizes(owner)}
+    ):
+        raise ValueError(
+            f"{name or 'the model'} shares the factors of a CPEmbedding that is not in the model; "
+            f"save a model that holds both"
+        )
+
+
+def _head_sizes(embedding: LayerConfig) -> dict[str, int]:
+    """Sizes of the output head of an embedding."""
+    of = embedding.arguments
+    return {"in_features": of["embedding_dim"], "out_features": of["num_embeddings"]}
+
+
+def head_of(embedding: LayerConfig, name: str, bias: bool) -> LayerConfig:
+    """The output head tied to an embedding of that name."""
+    return LayerConfig(
+        "CPTiedLinear", {**_head_sizes(embedding), "bias": bias}, embedding.dtype,
+        embedding.weights, embedding.joint, embedding.tied_to or name,
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (tuple, list)) else value
+
+
+def build(
+    configs: Mapping[str, LayerConfig], present: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Make the layers, on the meta device, those that share a tensor sharing it again.
+
+    Args:
+        configs: layers by name.
+        present: those of them that are there already and stay.
+
+    Raises:
+        ValueError: a layer cannot be made of what is written down.
+    """
+    made = dict(present)
+    # Owners of tensors first.
+    for name, config in sorted(configs.items(), key=lambda item: item[1].tied_to is not None):
+        if name not in made:
+            owner = None if config.tied_to is None else made[config.tied_to]
+            made[name] = _made(name, config, owner)
+    return {name: made[name] for name in configs if name not in present}
+
+
+def _made(name: str, config: LayerConfig, owner: nn.Module | None) -> nn.Module:
+    try:
+        return _build(config, owner)
+    # Sizes that overflow are RuntimeErrors of torch's.
+    except (TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"layer {name!r:.80} cannot be made: {error}") from error
+
+
+def _build(config: LayerConfig, owner: Any) -> nn.Module:
+    cls: Any = KINDS[config.kind][0]
+    if cls is CPTiedLinear:
+        head = CPTiedLinear(owner, config.arguments["bias"])
+        sizes = {key: getattr(head, key) for key in ("in_features", "out_features")}
+        if any(config.arguments[key] != size for key, size in sizes.items()):
+            raise ValueError(f"the embedding it is tied to makes it a layer of {sizes}")
+        if config.joint is not None:
+            head.cp = _tensor(owner).layer(*config.joint[1])
+        return head
+    layer: CPLayer = cls(**config.arguments, device="meta", dtype=config.dtype)
+    modes = () if config.joint is None else config.joint[0]
+    shape: list[int | Shape] = [*modes, *layer.cp.tensorized_shape]
+    tensor = CPTensor(shape, layer.rank, weights=config.weights, device="meta", dtype=config.dtype)
+    if owner is not None:
+        shared = _tensor(owner)
+        has, wants = _sizes(shared), _sizes(tensor)
+        if has != wants:
+            raise ValueError(
+                f"it needs a tensor of {wants}, and {config.tied_to!r} has one of {has}"
+            )
+        tensor = shared
+    layer.cp = tensor if config.joint is None else tensor.layer(*config.joint[1])
+    return layer
+
+
+def _sizes(tensor: CPTensor) -> dict[str, Any]:
+    return {
+        "tensorized_shape": tensor.tensorized_shape,
+        "layer_modes": tensor.layer_modes,
+        "rank": tensor.rank,
+        "weights": tensor.weights is not None,
+        "dtype": tensor.factors[0].dtype,
+    }
+
+
+def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None) -> list[str]:
+    """How a module of a skeleton differs from the layer that shall stand in its place.
+
+    A torch layer has to have the same sizes and options, a CP layer the same factors too; how it
+    is computed (``memory``) may differ, and stays as it is.
+
+    Args:
+        config: of the layer.
+        module: what stands there.
+        own: what ``describe`` says of it, if it is a CP layer.
+    """
+    if own is not None:
+        wants, has = _facts(config), _facts(own)
+    elif type(module) is config.dense:
+        wants, has = _arguments_of_both(config, module)
+    else:
+        return [f"it is {type(module).__name__}, not {config.dense.__name__} or {config.kind}"]
+    return [f"{key} is {has.get(key)!r}, not {value!r}"
+            for key, value in wants.items() if has.get(key) != value]  # fmt: skip
+
+
+def of_another_size(config: LayerConfig, module: nn.Module) -> bool:
+    """Whether a torch layer differs from what was saved in numbers of features or rows alone."""
+    if type(module) is not config.dense:
+        return False
+    wants, has = _arguments_of_both(config, module)
+    differing = {key for key, value in wants.items() if has.get(key) != value}
+    sizes = {key for key, kind in KINDS[config.kind][2].items() if kind == "size"}
+    return bool(differing) and differing <= sizes - {"groups"}
+
+
+def _arguments_of_both(
+    config: LayerConfig, module: nn.Module
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor's arguments a layer needs in its place, and those of what stands there."""
+    wants = {key: config.arguments[key] for key in KINDS[config.kind][2]}
+    has = {key: _plain(getattr(module, key)) for key in wants if key != "bias"}
+    if "bias" in wants:
+        has["bias"] = module.bias is not None
+    if isinstance(module, nn.Embedding):
+        refused = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+        wants |= refused
+        has |= {key: getattr(module, key) for key in refused}
+    return wants, has
+
+
+def _facts(config: LayerConfig) -> dict[str, Any]:
+    arguments = {key: value for key, value in config.arguments.items() if key != "memory"}
+    facts = {key: getattr(config, key) for key in ("kind", "dtype", "weights", "joint", "tied_to")}
+    return facts | arguments

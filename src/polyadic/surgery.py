@@ -1,0 +1,422 @@
+"""Which layers of a model can be exchanged, and their exchange: the surgery of conversions.
+
+Names are matched as PEFT does: a string is a regular expression for a whole name, a list holds
+names or their last parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+Value = TypeVar("Value")
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+EXCHANGEABLE = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+
+# An optimizer is made anew for another model in any case.
+_PASSED_BY = (type, ModuleType, Optimizer)
+# Where torch registers what belongs to a module; hooks are asked for apart.
+_REGISTRIES = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Layers of a model that can be exchanged, and those that cannot.
+
+    Attributes:
+        layers: by name, in the model's order; an instance in several places has its first name.
+        aliases: all names of an instance that is in several places, by its first.
+        ties: groups of names in ``layers`` whose weight is one parameter, such as an embedding and
+            its output head: exchanged together or not at all.
+        skipped: by name, why a layer that was selected is not in ``layers``.
+    """
+
+    layers: dict[str, nn.Module]
+    aliases: dict[str, tuple[str, ...]]
+    ties: tuple[tuple[str, ...], ...]
+    skipped: dict[str, str]
+
+
+def find(
+    model: nn.Module,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> Found:
+    """Find the layers of a model that can be exchanged for CP layers.
+
+    Layers are the modules with a matrix among their parameters, or a stack of matrices, as the
+    experts of a mixture are. Exchangeable are the exact types Linear, ConvNd, ConvTransposeNd and
+    Embedding of torch, since a subclass may compute something else. Skipped, with the reason, are
+    others, layers whose ``forward`` their parent passes by, which are kept in a plain list or a
+    function too, whose weight is computed (weight norm, pruning), which have hooks, or whose weight
+    is also a parameter of something that stays.
+
+    Args:
+        model: any module.
+        target_modules: a regular expression for whole names, or names or last parts of names; all
+            layers by default.
+        exclude_modules: likewise, what to leave out.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a regular expression is none, a target selects no layer that can be exchanged,
+            or an exclusion matches no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    targets = _patterns(target_modules, "target_modules")
+    exclusions = _patterns(exclude_modules, "exclude_modules")
+    names = _names(model)
+    present = {n: m for n, m in model.named_modules() if _is_layer(m)}
+
+    def matched(pattern: re.Pattern[str]) -> list[str]:
+        return [n for n, m in present.items() if any(pattern.fullmatch(a) for a in names[id(m)])]
+
+    by_target = {written: matched(pattern) for written, pattern in targets.items()}
+    by_exclusion = {written: matched(pattern) for written, pattern in exclusions.items()}
+    excluded = {name for found in by_exclusion.values() for name in found}
+    wanted = {name for found in by_target.values() for name in found}
+    chosen = {n: m for n, m in present.items() if target_modules is None or n in wanted}
+    chosen = {n: m for n, m in chosen.items() if n not in excluded}
+
+    bypassed, elsewhere = _bypassed(model), kept_elsewhere(model)
+    reasons = {
+        n: bypassed.get(id(m)) or _unfit(n, m) or elsewhere.get(id(m)) for n, m in chosen.items()
+    }
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    layers = {n: m for n, m in chosen.items() if n not in skipped}
+    ties = _untangle(model, layers, skipped)
+
+    for written, found in by_target.items():
+        if not any(name in layers for name in found):
+            why = [f"{n} {skipped.get(n, 'is excluded')}" for n in found]
+            _selects_nothing("target_modules", written, why, present)
+    for written, found in by_exclusion.items():
+        if not found:
+            _selects_nothing("exclude_modules", written, [], present)
+    aliases = {n: names[id(m)] for n, m in layers.items() if len(names[id(m)]) > 1}
+    return Found(layers, aliases, ties, skipped)
+
+
+def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
+    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
+
+    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
+    that take their places later are never synchronised, and the processes part without an error;
+    DataParallel and sharded parameters are no places to put a whole factor into.
+
+    Args:
+        model: any module.
+        function: what would change the model, for the message.
+        argument: the model's name among its arguments, for the message.
+
+    Raises:
+        ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
+    """
+    for name, module in model.named_modules():
+        place = f"{argument}.{name}" if name else argument
+        wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
+        if wrapper is not None:
+            raise ValueError(
+                f"{function} expects {argument} without a wrapper around its layers, but {place} "
+                f"is in {wrapper}, which holds the parameters it found when it was made and not "
+                f"those that are changed now; call {function} on the plain model, in every process "
+                f"with the same arguments, and wrap it afterwards"
+            )
+        for key, parameter in module._parameters.items():
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"{function} expects {argument} with whole parameters, but {place}.{key} is a "
+                    f"DTensor, of which each process holds a part; call {function} on the plain "
+                    f"model, in every process with the same arguments, and shard it afterwards"
+                )
+
+
+def _wraps(base: type) -> bool:
+    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
+    if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return True
+    names = ("FullyShardedDataParallel", "FSDPModule", "DDP")
+    return base.__name__ in names and base.__module__.startswith("torch.distributed.")
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where a layer stands, in every place that holds the same instance.
+
+    The new module takes over the training flag. Where the old layer's bias is a parameter of other
+    modules too, they get the new one's, so that it stays one parameter.
+
+    Args:
+        model: the model, changed in place.
+        name: of the layer, one of ``model.named_modules()``.
+        module: what to put there.
+
+    Raises:
+        ValueError: no module has this name, or it is the model itself.
+    """
+    places: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    old = places.get(name)
+    if old is None:
+        raise ValueError(f"{type(model).__name__} has no module named {name!r}")
+    if old is model:
+        raise ValueError("a model cannot be replaced within itself; put it into another module")
+    module.train(old.training)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = module
+    bias, new = old._parameters.get("bias"), module._parameters.get("bias")
+    if bias is not None and new is not None and bias is not new:
+        for owner in model.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is bias:
+                    owner._parameters[key] = new
+
+
+def by_pattern(patterns: Mapping[str, Value], names: Iterable[str], what: str) -> dict[str, Value]:
+    """Look up a value for each name, as PEFT does in ``rank_pattern``.
+
+    A key is a regular expression for a whole name or its last parts; the first key that matches
+    counts.
+
+    Args:
+        patterns: values by key.
+        names: of layers.
+        what: name of the argument, for messages.
+
+    Returns:
+        The value of each name that a key matches.
+
+    Raises:
+        TypeError: ``patterns`` is not a dict with strings for keys.
+        ValueError: a key is no regular expression or matches none of the names.
+    """
+    if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
+        raise TypeError(f"{what} must be a dict with patterns of names for keys, got {patterns!r}")
+    names = list(names)
+    compiled = {key: _compile(rf"(?:.*\.)?(?:{key})", key, what) for key in patterns}
+    for key, pattern in compiled.items():
+        if not any(pattern.fullmatch(name) for name in names):
+            _selects_nothing(what, key, [], names)
+    found: dict[str, Value] = {}
+    for name in names:
+        matching = [key for key, pattern in compiled.items() if pattern.fullmatch(name)]
+        if matching:
+            found[name] = patterns[matching[0]]
+    return found
+
+
+def _patterns(value: Any, what: str) -> dict[str, re.Pattern[str]]:
+    """Patterns for whole names by what was written; none for None."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {value: _compile(value, value, what)}
+    if not isinstance(value, (Sequence, set, frozenset)) or isinstance(value, (bytes, bytearray)):
+        raise TypeError(f"{what} must be a string or a list of strings, got {value!r}")
+    if not all(isinstance(one, str) for one in value):
+        raise TypeError(f"{what} must hold strings alone, got {value!r}")
+    if not value and what == "target_modules":
+        raise ValueError("target_modules is empty, so that it selects no layer; None selects all")
+    return {one: re.compile(rf"(?:.*\.)?{re.escape(one)}") for one in value}
+
+
+def _compile(expression: str, written: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{what}: {written!r} is no regular expression: {error}") from error
+
+
+def _selects_nothing(what: str, written: str, why: list[str], names: Iterable[str]) -> None:
+    if why:
+        raise ValueError(
+            f"{what}: {written!r} selects no layer that can be exchanged: {'; '.join(why)}"
+        )
+    some = list(names)
+    shown = ", ".join(some[:8]) + (", ..." if len(some) > 8 else "")
+    raise ValueError(
+        f"{what}: {written!r} matches none of the layers ({shown or 'there is none'}); a string is "
+        f"a regular expression for a whole name, a list holds names or their last parts"
+    )
+
+
+def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names of every module instance."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)] = (*names.get(id(module), ()), name)
+    return names
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is to be exchanged or skipped with a reason."""
+    return isinstance(module, EXCHANGEABLE) or bool(matrices(module))
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own weights of two or more modes, and stacks of matrices under any name.
+
+    Tables of positions and the like, which have two modes and are not called weights, are none.
+    """
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not is_lazy(parameter)
+        and (("weight" in name and parameter.dim() >= 2) or is_stack(parameter))
+    }
+
+
+def is_stack(parameter: Tensor) -> bool:
+    """Whether it has three or more modes that are not 1."""
+    return sum(size != 1 for size in parameter.shape) >= 3
+
+
+def _bypassed(model: nn.Module) -> dict[int, str]:
+    """Layers whose parent reads their weight and does not call them."""
+    found = {}
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            found[id(parent.out_proj)] = "is not called: nn.MultiheadAttention reads its weight"
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            for layer in (parent.linear1, parent.linear2):
+                found[id(layer)] = (
+                    "is not called in evaluation: the fast path of nn.TransformerEncoderLayer "
+                    "reads its weight"
+                )
+    return found
+
+
+def _unfit(name: str, layer: nn.Module) -> str | None:
+    """Why a layer cannot be exchanged, or None."""
+    kind = type(layer)
+    if kind not in EXCHANGEABLE:
+        bases = [base.__name__ for base in EXCHANGEABLE if isinstance(layer, base)]
+        of = f"a subclass of {bases[0]}" if bases else "not Linear, ConvNd or Embedding"
+        stacks = [
+            f"{key} {tuple(parameter.shape)}"
+            for key, parameter in matrices(layer).items()
+            if not bases and is_stack(parameter)
+        ]
+        if stacks:
+            of += f"; stacks of matrices such as {' and '.join(stacks)} have no CP layer yet"
+        return f"is {kind.__name__} of {kind.__module__}, {of}"
+    if name == "":
+        return "is the model itself, not a part of it"
+    if layer._parameters.get("weight") is None:
+        return "has no weight of its own: it is computed (weight norm, pruning)"
+    return losses(layer)
+
+
+def kept_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Modules that a part of a model keeps outside its registry of modules, and why that matters.
+
+    A module put in the place of such a one would not be the one that is called. Looked for in the
+    attributes of all modules: in lists, tuples, sets and dicts, in partial functions, bound
+    methods and what functions close over, and in objects one level deep.
+
+    Returns:
+        By ``id`` of the module, a reason as ``find`` gives it.
+    """
+    owners = {id(module): module for module in model.modules()}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), module)
+    found: dict[int, str] = {}
+    for name, parent in model.named_modules():
+        attributes = {k: v for k, v in vars(parent).items() if k not in _REGISTRIES}
+        for key, value in attributes.items():
+            for kept in _reached(value, set(), 1):
+                # What a module knows of itself, such as its own bound method, goes with it.
+                if (owner := owners.get(id(kept))) is not None and owner is not parent:
+                    place = f"{name}.{key}" if name else key
+                    found.setdefault(
+                        id(owner),
+                        f"is kept in {place} too, where a module put in its place would not be; "
+                        f"keep it in a module's own attributes or an nn.ModuleList alone",
+                    )
+    return found
+
+
+def _reached(value: Any, seen: set[int], objects: int) -> Iterator[Any]:
+    """Modules and parameters that a value leads to, through containers and functions."""
+    if isinstance(value, (nn.Module, nn.Parameter)):
+        yield value
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, functools.partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        inner = (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        inner = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        inner = (*inner, *(value.__defaults__ or ()))
+    elif objects and hasattr(value, "__dict__") and not isinstance(value, _PASSED_BY):
+        inner, objects = vars(value).values(), objects - 1
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for part in tuple(inner):
+        if not isinstance(part, (str, bytes, int, float, bool, type(None))):
+            yield from _reached(part, seen, objects)
+
+
+def _is_filled(cell: CellType) -> bool:
+    """Whether a variable that a function closes over has a value yet."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def losses(layer: nn.Module) -> str | None:
+    """What is attached to a layer and would be lost with it, or None."""
+    if any(getattr(layer, hooks, None) for hooks in _HOOKS):
+        return "has hooks, which would be lost"
+    if "forward" in vars(layer):
+        return "has a forward of its own, which would be lost"
+    return None
+
+
+def _untangle(
+    model: nn.Module, layers: dict[str, nn.Module], skipped: dict[str, str]
+) -> tuple[tuple[str, ...], ...]:
+    """Group layers with one weight; move those tied to something that stays to ``skipped``."""
+    owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, key, module))
+    ties: list[tuple[str, ...]] = []
+    for name, layer in list(layers.items()):
+        group = owners[id(layer._parameters["weight"])]
+        if len(group) == 1 or name not in layers:
+            continue
+        stays = [f"{n}.{key}" for n, key, _ in group if n not in layers or key != "weight"]
+        if stays:
+            for n, _, _ in group:
+                if layers.pop(n, None) is not None:
+                    skipped[n] = f"shares its weight with {', '.join(stays)}, which stays"
+        elif (members := tuple(n for n, _, _ in group)) not in ties:
+            ties.append(members)
+    return tuple(ties)
