@@ -65,6 +65,7 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
         "factorization": plots.png(6.2, plots.factorization, layer),
     }
     where, images = environment(("polyadic", "scikit-learn")), [*map(len, digits[1::2])]
+    where |= where.pop("versions")
     (out / "report.html").write_text(report.html(grouped, settings, images, where, drawn), "utf-8")
     for name, png in drawn.items():
         (out / f"{name}.png").write_bytes(png)

@@ -65,6 +65,7 @@ def band(axis: Any, runs: Sequence[Sequence[float]], result: Result) -> None:
     low, high = [*map(min, by_epoch)], [*map(max, by_epoch)]
     axis.fill_between(epochs, low, high, color=color, alpha=0.13, lw=0)
     axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(True)
 
 
@@ -79,6 +80,8 @@ def accuracy(figure: Figure, grouped: Grouped) -> None:
             errors = [[mean - low], [high - mean]]
             axis.errorbar(result.parameters, mean, yerr=errors, capsize=4, **how)
         axis.set(xscale="log", title=family, xlabel="parameters of the whole model")
+        axis.set_xticks([3e3, 1e4, 3e4, 1e5], ["3,000", "10,000", "30,000", "100,000"])
+        axis.minorticks_off()
         axis.grid(True)
         axis.legend(loc="lower right")
     axes[0].set_ylabel("test accuracy (%)")

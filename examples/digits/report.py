@@ -44,7 +44,8 @@ CAPTIONS = {
 def cells(result: Result) -> list[str]:
     """A row of the table."""
     label, accuracy = result.contestant.label, fmean(result.accuracies)
-    cost = f"{1e3 * result.step[1]:.2f}", f"{result.kept / 1024:,.0f}"
+    ms = 1e3 * result.step[1]
+    cost = f"{ms:.2f}" if ms < 100 else f"{ms:,.0f}", f"{result.kept / 1024:,.0f}"
     sizes = f"{result.parameters:,}", f"{result.converted:,}", f"{result.ratio:.1f}"
     return [label, *sizes, f"{accuracy:.1f}", *cost]
 
