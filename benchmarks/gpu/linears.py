@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu import floors
-from gpu.bench import Bench
-from gpu.contest import Cell, Contestant, NotApplicableError
-from gpu.switch import has_kernels, without_kernels
 from torch import Tensor, nn
 
 import polyadic
+from benchmarks.gpu import floors
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import Cell, Contestant, NotApplicableError
+from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic import functional
 from polyadic.nn import CPLinear
 
@@ -22,7 +22,7 @@ from polyadic.nn import CPLinear
 def explained(batch: int) -> Any:
     """The plan of a layer and its predicted seconds."""
 
-    def explain(module: nn.Module, training: bool) -> tuple[str, float]:
+    def explain(module: Any, training: bool) -> tuple[str, float]:
         chosen = polyadic.explain(module, batch=batch, training=training).chosen
         return str(chosen.plan), chosen.seconds
 

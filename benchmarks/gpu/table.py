@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpu.goals import ATEN, DENSE, OURS, goals
-from gpu.records import Record, Run
+from benchmarks.gpu.goals import ATEN, DENSE, OURS, goals
+from benchmarks.gpu.records import Run
+from benchmarks.records import Record
 
 MOST = 11_500
 PAIR = "low-rank pair"
@@ -13,7 +14,18 @@ PAIR = "low-rank pair"
 
 def short_table(run: Run) -> str:
     """All sections, the later ones cut where they are too long."""
-    sections = [_head, _goals, _failures, _rates, _products, _linear, _decode, _others, _networks]
+    sections = [
+        _head,
+        _goals,
+        _failures,
+        _rates,
+        _products,
+        _linear,
+        _decode,
+        _others,
+        _networks,
+        _profiles,
+    ]
     lines: list[str] = []
     room = MOST
     for section in sections:
@@ -174,6 +186,16 @@ def _networks(run: Run) -> Iterator[str]:
                 words.append(f"{who} {launch} {1e3 * r['median']:.1f} ms{_gigabytes(r)}")
         if words:
             yield f"== {cell['title']}: {'; '.join(words)}"
+
+
+def _profiles(run: Run) -> Iterator[str]:
+    """How many kernels a call starts, and the three that take longest."""
+    records = run.of("profile")
+    if records:
+        yield "== kernels a call: how many, µs of all; the longest"
+    for r in records:
+        longest = "; ".join(f"{name[:40]} {n:g}× {t:.1f}" for name, n, t in r["kernels"][:3])
+        yield f"{r['of']}: {r['launches']:g}, {r['microseconds']:.1f}; {longest}"
 
 
 def _gigabytes(record: Record) -> str:

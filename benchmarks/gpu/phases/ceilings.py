@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu.bench import Bench
-from gpu.switch import launcher
-from gpu.timer import Call
+
+from benchmarks.gpu.bench import Bench, said
+from benchmarks.gpu.switch import launcher
+from benchmarks.gpu.timer import Call
 
 TINY_CALLS = 200
 MANY_ARGUMENTS = 12
@@ -34,7 +35,7 @@ def run(bench: Bench) -> None:
 
 
 def _clocks() -> dict[str, str] | None:
-    from gpu.environment import clocks
+    from benchmarks.gpu.environment import clocks
 
     return clocks()
 
@@ -43,7 +44,10 @@ def _cost_model(bench: Bench) -> str:
     import polyadic
 
     fmt = polyadic.LinearFormat((4, 4), (4, 4), 2)
-    found = polyadic.explain(fmt, batch=8, device=bench.device.type, dtype=bench.dtype)
+    try:
+        found = polyadic.explain(fmt, batch=8, device=bench.device.type, dtype=bench.dtype)
+    except Exception as error:
+        return said(error)
     return found.machine.source
 
 
@@ -110,7 +114,7 @@ def _triton(bench: Bench) -> None:
     """A Triton kernel started by Triton's own way, and through the library's launcher."""
     if bench.device.type != "cuda":
         return
-    from gpu.tiny_kernel import double_kernel, sum_kernel
+    from benchmarks.gpu.tiny_kernel import double_kernel, sum_kernel
 
     x = torch.randn(64, device=bench.device)
     y = torch.empty_like(x)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gpu.bench import Bench
-from gpu.contest import compete
-from gpu.linears import Makers, cell
-from gpu.phases.layers import SIZES
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import compete
+from benchmarks.gpu.linears import Makers, cell
+from benchmarks.gpu.phases.layers import SIZES
 
 
 def run(bench: Bench) -> None:
