@@ -16,7 +16,8 @@ PAIR = "low-rank pair"
 def short_table(run: Run) -> str:
     """All sections, the later ones cut where they are too long."""
     sections = [
-        _head, _goals, _failures, _rates, _networks, _linear, _others, _products, _decode, _profiles,
+        _head, _goals, _failures, _rates, _networks, _linear, _others, _products, _decode,
+        _profiles,
     ]  # fmt: skip
     lines: list[str] = []
     room = MOST
