@@ -3,7 +3,7 @@
     y[b] = z[b] KCᵀ        z[b] = A_1[i_1] ∘ … ∘ A_D[i_D]        (i_1, …, i_D) the digits of index b
 
 Three kernels: the lookup as a whole; the rows z together with KC, which products of the backward
-need; and the gradients of the in factors from G = dY KC (b, r). A fourth adds partial sums.
+need; and the gradients of the in factors from G = dY KC (b, r), in partial sums.
 
     dA_d[a] = Σ_{b: i_d(b) = a} G[b] ∘ Π_{e≠d} A_e[i_e(b)]
 
@@ -38,6 +38,7 @@ from polyadic.kernels.triton.numerics import (
     rounded,
     up_to_power_of_two,
 )
+from polyadic.kernels.triton.sums import add_up
 
 # Programs that fill a large GPU twice over (an H100 has 132 multiprocessors).
 ENOUGH_PROGRAMS = 256
@@ -219,49 +220,9 @@ def scatter_kernel(
             tl.store(at, total, mask=(a < MODES[0][d])[:, None] & ranked)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def add_kernel(
-    partial,
-    sums,
-    splits,
-    MODES: tl.constexpr,
-    BASE: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Add partial (splits, BASE[D], RANK) over the splits, a row a program, into (m_d, RANK) each.
-
-    Args:
-        partial: in float32.
-        sums: pointers to one matrix (MODES[d], RANK) for each d.
-        splits: number of splits.
-        MODES: rows of each matrix.
-        BASE: the first row of each matrix in ``partial``, and the number of rows.
-        RANK: columns.
-        BLOCK: splits read at a time.
-        COLUMNS: columns a program sums.
-    """
-    row = tl.program_id(1)
-    r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    ranked = r < RANK
-    rows: tl.constexpr = BASE[len(MODES)]
-    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for start in range(0, splits, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        at = partial + (s.to(tl.int64) * rows + row)[:, None] * RANK + r[None, :]
-        total += tl.load(at, mask=(s < splits)[:, None] & ranked[None, :], other=0.0)
-    result = tl.sum(total, 0)
-    for d in tl.static_range(len(MODES)):
-        if (row >= BASE[d]) & (row < BASE[d + 1]):
-            at = sums[d] + (row - BASE[d]) * RANK + r
-            tl.store(at, rounded(result, sums[d].dtype.element_ty), mask=ranked)
-
-
 LOOKUP = Launcher(lookup_kernel)
 ROWS = Launcher(rows_kernel)
 SCATTER = Launcher(scatter_kernel)
-ADD = Launcher(add_kernel)
 # No index is this one.
 NO_PADDING = -1
 # Rows, and most columns, that a program makes of z or KC; and what the shares of indices are
@@ -388,13 +349,11 @@ def rows(
 
 
 class _Scatter(NamedTuple):
-    """Programs across columns and down all factors' rows; those rows; constants of both kernels."""
+    """Programs across columns and down all factors' rows, and the kernel's constants."""
 
     across: int
     down: int
-    rows: int
     constants: tuple[Any, ...]
-    added: tuple[Any, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -414,9 +373,7 @@ def scatter_form(
     block, parts = 64 if plain else 32, 3 if dtype == torch.float32 else 2
     sizes = ((modes,), (right_of(modes),), first, base, math.prod(modes), rank, padded)
     constants = (*sizes, OWNED_ROWS, block, columns, parts)
-    return _Scatter(
-        -(-rank // columns), first[-1], base[-1], constants, (modes, base, rank, 16, columns)
-    )
+    return _Scatter(-(-rank // columns), first[-1], constants)
 
 
 @functools.lru_cache(maxsize=64)
@@ -442,7 +399,7 @@ def scatter(
     shares = min(MOST_SHARES, max(1, ENOUGH_PROGRAMS // (form.across * form.down)))
     share = -(-count // (shares * SHARE_UNIT)) * SHARE_UNIT
     shares = -(-count // share)
-    partial = leader.new_empty((shares, form.rows, rank), dtype=torch.float32)
+    partial = leader.new_empty((shares, sum(modes), rank), dtype=torch.float32)
     factors = tuple(in_factors)
     SCATTER(
         (form.constants, leader.dtype, indices.dtype),
@@ -450,11 +407,4 @@ def scatter(
         (g, indices, *factors, partial),
         (g, indices, factors, partial, count, share, _padding(padding_idx), *form.constants),
     )
-    gradients = tuple([factor.new_empty(factor.shape) for factor in factors])
-    ADD(
-        (form.added, leader.dtype),
-        (form.across, form.rows, 1),
-        (partial, *gradients),
-        (partial, gradients, shares, *form.added),
-    )
-    return list(gradients)
+    return add_up(partial, modes, leader.dtype)
