@@ -1,4 +1,4 @@
-"""Tables of the kernels of a convolution's depthwise stage, with its projection and its gradients."""
+"""Tables of the kernels of a convolution's depthwise stage, and of layers that stand on them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from compiled import Form, pointers_to
-from data import DTYPES, draw, judge, poisoned, short
+from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from pretend import counted, fused_kernels, judge_together
 from torch import Tensor
 
+from polyadic.functional import cp_conv
+from polyadic.kernels.conv import ConvMap
+from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.triton import conv as subject
 from polyadic.kernels.triton.conv import Where
+from polyadic.plans import ConvPlan, ConvRoute
 
 Three = tuple[int, int, int]
 ONE, NONE = (1, 1, 1), (0, 0, 0)
@@ -66,6 +71,8 @@ def check() -> Iterator[str]:
                 _check_forward(name, *shape, dtype, integers)
                 _check_backward(name, *shape, dtype, integers)
                 yield name
+    yield from _layers()
+    yield _launches()
 
 
 def _check_forward(
@@ -97,7 +104,9 @@ def _check_forward(
     exact, torchs = way(torch.float64, torch.float64), way(torch.float32, dtype)
     # Integers stay exact only if what is rounded on the way does.
     small = integers and exact[0].abs().max() <= 2**8
-    for what, numbers, wanted, given in zip(("z2", "y", "bare"), (z2, y, bare), exact, torchs):
+    for what, numbers, wanted, given in zip(
+        ("z2", "y", "bare"), (z2, y, bare), exact, torchs, strict=True
+    ):
         judge(f"{name} {what}", numbers, wanted, given, small)
 
 
@@ -135,6 +144,79 @@ def _check_backward(
         assert numbers is not None
         assert torch.equal(numbers, again), f"{name}: {what} differs from run to run"
         judge(f"{name} {what}", numbers, wanted, given_by_torch, integers)
+
+
+# Input (b, c, *s), groups, geometry, and how many maps are kept, of whole layers: strides of a 1×1
+# kernel and of one with one row, one dimension and three, padding behind alone.
+LAYERS: tuple[tuple[tuple[int, ...], int, Geometry, int], ...] = (
+    ((2, 6, 7, 8), 1, Geometry((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)), 1),
+    ((2, 6, 7, 8), 1, Geometry((1, 3), (2, 2), ((0, 0), (0, 1)), (1, 1)), 2),
+    ((2, 6, 7, 8), 2, Geometry((3, 2), (1, 1), ((2, 2), (0, 1)), (2, 1)), 0),
+    ((2, 6, 9), 1, Geometry((4,), (1,), ((1, 2),), (1,)), 1),
+    ((2, 6, 4, 5, 6), 1, Geometry((3, 2, 3), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1)), 1),
+    ((2, 6, 7, 8), 2, Geometry((1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1)), 1),
+)
+
+
+def _layers() -> Iterator[str]:
+    """Whole layers on the kernels, against the same on torch's operations."""
+    for shape, groups, geometry, keep in LAYERS:
+        for dtype in DTYPES:
+            name = f"layer {short(dtype)} {shape} {groups=} {geometry} {keep=}"
+            # The last group of factors is led by a scale.
+            modes = ((2, 4), (3, 2 // groups), (1, *geometry.kernel_size))
+            sides = draw_groups(modes, 10, dtype, False)
+            factors = [factor for side in sides for factor in side]
+            route = ConvRoute("channels_last", "merged")
+            layer_map = ConvMap(ConvPlan(route, route, keep), geometry, 2, 2, groups)
+            x = draw(shape, dtype, False)
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+            bias = draw((8,), dtype, False)
+            grad_y = draw((2, 8, *geometry.output_size(shape[2:])), dtype, False)
+            with fused_kernels():
+                found = _step(layer_map, x, bias, factors, grad_y)
+                for needs in (True, False, False), (False, True, True), (True, True, False):
+                    parts = _step(layer_map, x, bias, factors, grad_y, needs)
+                    for part, whole in zip(parts, found, strict=True):
+                        assert part is None or torch.equal(part, whole), f"{name} {needs}"
+            there = x.cpu(), bias.cpu(), [f.cpu() for f in factors], grad_y.cpu()
+            torchs = _step(layer_map, *there)
+            wide = x.cpu().double(), bias.cpu().double(), [f.double() for f in there[2]]
+            exact = _step(layer_map, *wide, grad_y.cpu().double())
+            judge_together(name, found, exact, torchs)
+            yield name
+
+
+def _step(
+    layer_map: ConvMap,
+    x: Tensor,
+    bias: Tensor,
+    factors: list[Tensor],
+    grad_y: Tensor,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> list[Tensor | None]:
+    """Output and gradients, None where they are not needed: of x, the out factors, the others."""
+    y, kept = layer_map.forward(x, bias, factors)
+    cut = layer_map.n_out
+    wanted = [needs[0], *[needs[1]] * cut, *[needs[2]] * (len(factors) - cut)]
+    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
+    return [y, d_x, *d_factors]
+
+
+def _launches() -> str:
+    """A training step launches twelve kernels at most, the gradient of the bias among them."""
+    sides = draw_groups(((4, 2), (3, 2), (3, 3)), 8, torch.bfloat16, False)
+    x = draw((2, 6, 5, 5), torch.bfloat16, False).contiguous(memory_format=torch.channels_last)
+    bias = draw((8,), torch.bfloat16, False)
+    leaves = [t.requires_grad_() for t in (x, bias, *[f for side in sides for f in side])]
+    route = ConvRoute("channels_last", "merged")
+    plan = ConvPlan(route, route, 1)
+    with torch.enable_grad(), counted() as launches:
+        y = cp_conv(x, *sides, bias, padding=1, plan=plan)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    names = [name for name in launches.names if name != "ones_like"]
+    assert len(names) <= 12, names
+    return f"{len(names)} launches"
 
 
 def forms() -> Iterator[Form]:
