@@ -248,7 +248,8 @@ def _factor_gradients(
     rank = z.shape[1]
     whole = not x.is_cpu or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE
     if not prefixes or whole:
-        return _mttkrp(tall_unrounded(x, z), factors, prefixes, dtype)
+        d_matrix = tall_unrounded(x, z) if x.is_cuda else tall(x, z)
+        return _mttkrp(d_matrix, factors, prefixes, dtype)
     last, left = factors[-1], prefixes[-1].reshape(-1, 1, rank)
     size, step = last.shape[0], max(1, PIECE // (last.shape[0] * rank))
     tops, sums = [], []
