@@ -117,7 +117,7 @@ class FusedConv:
     @staticmethod
     def _where(stage: Stage, size: Ints) -> tuple[Any, Ints, Ints]:
         """The stage in three dimensions, and the spatial sizes in front of and behind it."""
-        from polyadic.kernels.triton.conv import Where
+        from polyadic.kernels.triton.depthwise import Where
 
         where = Where(
             _three(stage.kernel_size, 1),
@@ -154,7 +154,7 @@ class FusedConv:
         z1 = kept[0] if kept else project(taken, ka, layout, groups)
         last, d_taps = z1, None
         if self.stage is not None:
-            from polyadic.kernels.triton.conv import depthwise_backward
+            from polyadic.kernels.triton.depthwise import depthwise_backward
 
             where, size, out = self._where(self.stage, taken.shape[2:])
             rows, d_taps, again = depthwise_backward(

@@ -16,7 +16,8 @@ from polyadic.functional import cp_conv
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.triton import conv as subject
-from polyadic.kernels.triton.conv import Where
+from polyadic.kernels.triton import depthwise
+from polyadic.kernels.triton.depthwise import Where
 from polyadic.plans import ConvPlan, ConvRoute
 
 Three = tuple[int, int, int]
@@ -32,7 +33,7 @@ SHAPES: tuple[tuple[int, Three, int, int, int, Where, Three], ...] = (
 )
 
 
-def depthwise(
+def by_torch(
     z1: Tensor, taps: Tensor, where: Where, more: Three, groups: int, dtype: torch.dtype
 ) -> Tensor:
     """Z2 (b, g·r, *s') of z1 (b, g·r, *s), computed in a dtype by torch."""
@@ -95,7 +96,7 @@ def _check_forward(
     def way(wide: torch.dtype, low: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Z2, Y and Y without bias, Z2 rounded once on the way."""
         maps = channels_first(z1.cpu(), images, size)
-        middle = rows_of(depthwise(maps, taps.cpu(), where, more, groups, wide)).to(low)
+        middle = rows_of(by_torch(maps, taps.cpu(), where, more, groups, wide)).to(low)
         by_group = middle.to(wide).view(-1, groups, rank).transpose(0, 1)
         matrices = kc.cpu().to(wide).view(groups, channels, rank)
         plain = (by_group @ matrices.mT).transpose(0, 1).reshape(middle.shape[0], -1)
@@ -120,9 +121,9 @@ def _check_backward(
     taps = draw((math.prod(where.kernel), rank), dtype, integers)
     given = z1, d_z2, taps, where, size, out, groups
     with poisoned():
-        once = subject.depthwise_backward(*given, wrt_taps=True, again=True)
-        twice = subject.depthwise_backward(*given, wrt_taps=True, again=True)
-        alone = subject.depthwise_backward(*given, wrt_taps=False, again=False)
+        once = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
+        twice = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
+        alone = depthwise.depthwise_backward(*given, wrt_taps=False, again=False)
     assert alone[1] is None
     assert alone[2] is None
     assert torch.equal(once[0], alone[0]), f"{name}: dZ1 depends on what else is wanted"
@@ -132,7 +133,7 @@ def _check_backward(
         maps = channels_first(z1.cpu(), images, size).to(wide).requires_grad_()
         leaves = taps.cpu().to(wide).requires_grad_()
         with torch.enable_grad():
-            z2 = depthwise(maps, leaves, where, more, groups, wide)
+            z2 = by_torch(maps, leaves, where, more, groups, wide)
             gradient = channels_first(d_z2.cpu(), images, out).to(wide)
             d_maps, d_taps = torch.autograd.grad(z2, (maps, leaves), gradient)
         return rows_of(d_maps).to(low), d_taps, rows_of(z2.detach()).to(low)
@@ -160,8 +161,9 @@ LAYERS: tuple[tuple[tuple[int, ...], int, Geometry, int], ...] = (
 
 def _layers() -> Iterator[str]:
     """Whole layers on the kernels, against the same on torch's operations."""
-    for shape, groups, geometry, keep in LAYERS:
-        for dtype in DTYPES:
+    for number, (shape, groups, geometry, keep) in enumerate(LAYERS):
+        # The kernels' own rows are of every dtype; these are dear.
+        for dtype in (DTYPES[number % 3],):
             name = f"layer {short(dtype)} {shape} {groups=} {geometry} {keep=}"
             # The last group of factors is led by a scale.
             modes = ((2, 4), (3, 2 // groups), (1, *geometry.kernel_size))
@@ -253,8 +255,8 @@ def _forms(
         )
     yield Form(
         f"backward {name}",
-        subject.depthwise_backward_kernel,
+        depthwise.depthwise_backward_kernel,
         (*pointers[:5], "*fp32", *("i32",) * 10),
-        subject.backward_constants(where, groups, padded, True),
-        wide_loads=math.prod(where.kernel) <= subject.MOST_SUMS,
+        depthwise.backward_constants(where, groups, padded, True),
+        wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
     )
