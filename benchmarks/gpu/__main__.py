@@ -8,6 +8,7 @@ failure with the next phase.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -84,7 +85,9 @@ def _work(path: Path, phases: list[str], seconds: float, options: argparse.Names
         f"{seconds:.1f}",
     ]
     command += ["--dtype", options.dtype] + ["--dry"] * options.dry
-    worker = subprocess.Popen(command)
+    # Without a GPU kernels are interpreted, which Triton must know when it is imported.
+    interpreted = {"TRITON_INTERPRET": "1"} if options.dry else {}
+    worker = subprocess.Popen(command, env={**os.environ, **interpreted})
     end = time.monotonic() + seconds
     while worker.poll() is None:
         time.sleep(0.2)

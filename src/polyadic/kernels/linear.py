@@ -135,8 +135,12 @@ class LinearMap:
 
         KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
         """
-        wants_g, wants_z = wrt_x or wrt_in, wrt_out and not kept
-        wanted = [in_factors] * (wrt_x or wants_z) + [out_factors] * wants_g
+        wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
+        wanted: list[Sequence[Tensor]] = []
+        if wants_ka:
+            wanted.append(in_factors)
+        if wants_g:
+            wanted.append(out_factors)
         matrices = khatri_rao_pair(wanted, x.dtype) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []
