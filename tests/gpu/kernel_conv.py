@@ -231,7 +231,8 @@ def forms() -> Iterator[Form]:
         (Where((1, 5, 5), ONE, (0, 2, 2), ONE), 2, 128, 64),
         (Where((3, 3, 3), ONE, ONE, ONE), 1, 64, 48),
     ):
-        for dtype in DTYPES:
+        # Half precisions make the same code but for the names of instructions.
+        for dtype in (torch.bfloat16, *((torch.float32,) if channels == 64 else ())):
             yield from _forms(where, groups, channels, padded, dtype)
 
 

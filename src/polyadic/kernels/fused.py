@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic._torch import is_plain, observed, transformed
+from polyadic._torch import is_fake, is_plain, observed, transformed
 from polyadic.kernels.backend import triton_serves
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +37,7 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
         and not observed()
         and is_plain(x)
         and all(map(is_plain, factors))
+        and not is_fake(x)
         and triton_serves(x.device.index)
     )
 
