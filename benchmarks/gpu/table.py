@@ -81,7 +81,12 @@ def _rates(run: Run) -> Iterator[str]:
         else f"{r['name']} {r['value'] / 1e12:.1f} TFLOP/s"
         for r in large
     )
-    yield "µs: " + "; ".join(f"{r['name']} {_us(r['value'])}" for r in rates if r["unit"] == "s")
+    small = {r["name"]: _us(r["value"]) for r in rates if r["unit"] == "s"}
+    apart = "overhead: "
+    yield "µs: " + "; ".join(f"{k} {v}" for k, v in small.items() if not k.startswith(apart))
+    pieces = [f"{k.removeprefix(apart)} {v}" for k, v in small.items() if k.startswith(apart)]
+    if pieces:
+        yield "eager pieces, µs: " + "; ".join(pieces)
 
 
 def _products(run: Run) -> Iterator[str]:
