@@ -1,4 +1,4 @@
-"""``python -m gpu --out DIR --seconds N``: run the phases, then print the short table.
+"""``python -m benchmarks.gpu --out DIR --seconds N``: run the phases, then print the short table.
 
 A worker process runs the phases one after the other. Where it dies, loses the GPU or hangs, another
 goes on: once more with the phase at hand, leaving out the cells that were begun, and after a second
@@ -8,15 +8,16 @@ failure with the next phase.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gpu.phases import PHASES
-from gpu.records import Run, Writer
-from gpu.table import short_table
+from benchmarks.gpu.phases import PHASES
+from benchmarks.gpu.records import Run, Writer
+from benchmarks.gpu.table import short_table
 
 ATTEMPTS = 2
 # Seconds a phase may overrun its limit, and seconds kept for the table and the end.
@@ -28,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    stamp = f"{datetime.now(timezone.utc):%Y-%m-%d}"
-    path = options.out / f"gpu-{stamp}{'-dry' if options.dry else ''}.jsonl"
+    name = options.name or f"{datetime.now(timezone.utc):%Y-%m-%d}{'-dry' if options.dry else ''}"
+    path = options.out / f"gpu-{name}.jsonl"
     if not options.again:
         path.unlink(missing_ok=True)
     writer = Writer(path)
@@ -40,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
             for name in waiting:
                 writer.write("phase", phase=name, status="skipped", reason="no time was left")
             break
+        known = len(Run.load(path).of("phase"))
         _work(path, waiting, left, options)
+        if len(Run.load(path).of("phase")) == known:
+            print("the worker ended before its first phase; its message stands above")
+            return 1
         waiting = _remaining(path, writer, waiting, attempts)
     writer.write("note", phase="", of="run", text=f"{time.monotonic() - start:.0f} s in all")
     print(short_table(Run.load(path)), flush=True)
@@ -48,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--seconds", type=float, default=400, help="for everything")
     parser.add_argument(
@@ -56,6 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--name", help="records go to gpu-NAME.jsonl; the day by default")
     parser.add_argument("--again", action="store_true", help="add to the records that are there")
     return parser.parse_args(arguments)
 
@@ -70,9 +76,18 @@ def _phases(text: str) -> list[str]:
 
 def _work(path: Path, phases: list[str], seconds: float, options: argparse.Namespace) -> None:
     """One worker, killed where a phase goes far beyond its limit."""
-    command = [sys.executable, "-m", "gpu.worker", str(path), ",".join(phases), f"{seconds:.1f}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.worker",
+        str(path),
+        ",".join(phases),
+        f"{seconds:.1f}",
+    ]
     command += ["--dtype", options.dtype] + ["--dry"] * options.dry
-    worker = subprocess.Popen(command)
+    # Without a GPU kernels are interpreted, which Triton must know when it is imported.
+    interpreted = {"TRITON_INTERPRET": "1"} if options.dry else {}
+    worker = subprocess.Popen(command, env={**os.environ, **interpreted})
     end = time.monotonic() + seconds
     while worker.poll() is None:
         time.sleep(0.2)

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu.floors import Rates
-from gpu.records import Run, Writer
-from gpu.timer import Patience, Timer
 from torch import Tensor
+
+from benchmarks.gpu.floors import Rates
+from benchmarks.gpu.records import Run, Writer
+from benchmarks.gpu.timer import Patience, Timer
 
 # Seconds a cell may take at the most; no cell is begun with less left.
 LEAST_FOR_CELL = 2.0

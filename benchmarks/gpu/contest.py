@@ -10,24 +10,39 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from gpu import floors
-from gpu.bench import Bench, said
-from gpu.environment import TOLERANCE
-from gpu.timer import Call, Captured, Repeated, Timing
 from torch import Tensor, nn
 
+from benchmarks.gpu import floors as least
+from benchmarks.gpu.bench import Bench, said
+from benchmarks.gpu.timer import Call, Captured, Repeated, Timing
+from benchmarks.records import TOLERANCE
+
 Build = Callable[[], nn.Module]
+# Inputs and weights that take turns at the most; small ones stay in the L2 cache all the same.
+MOST_INPUTS, MOST_WEIGHTS = 32, 80
 
 
 class NotApplicableError(Exception):
     """The contestant cannot do this cell; the message says why."""
+
+
+@contextmanager
+def cudnn_by_trial(on: bool) -> Iterator[None]:
+    """Whether cuDNN chooses its kernels by trying them all."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def in_double(module: nn.Module) -> nn.Module:
@@ -77,6 +92,7 @@ class Cell:
         floors: least bytes and FLOPs by mode and route.
         modes: what is timed.
         x_bytes: bytes of one input and its output, by which inputs rotate.
+        weight_bytes: of the dense weight, by which they rotate where there are few rows.
         facts: what else the record should say.
     """
 
@@ -89,9 +105,10 @@ class Cell:
     rank: int
     inputs: Callable[[], Tensor]
     grad: Callable[[], Tensor]
-    floors: floors.Floors
-    modes: tuple[str, ...] = floors.MODES
+    floors: least.Floors
+    modes: tuple[str, ...] = least.MODES
     x_bytes: int = 0
+    weight_bytes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def r_elements(self) -> int:
@@ -148,9 +165,11 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
         "cell", cell=cell.name, title=cell.title, layer=cell.layer, group=cell.group,
         phase=bench.phase, x_shape=cell.x_shape, y_shape=cell.y_shape, rank=cell.rank,
         r_elements=cell.r_elements(), dtype=bench.dtype_name(),
-        floors=floors.records(cell.floors, bench.rates, threads), **cell.facts,
+        floors=least.records(cell.floors, bench.rates, threads), **cell.facts,
     )  # fmt: skip
-    count = bench.rotations(cell.x_bytes)
+    count = bench.rotations(cell.x_bytes, MOST_INPUTS)
+    if cell.x_bytes < cell.weight_bytes:
+        count = max(count, bench.rotations(cell.weight_bytes, MOST_WEIGHTS))
     xs = [cell.inputs() for _ in range(count)]
     grads = [cell.grad() for _ in range(count)] if "training" in cell.modes else []
     ready: dict[str, Ready] = {}
@@ -183,6 +202,7 @@ def _prepared(
     """A contestant built and found right; else its record says why not."""
     fields = _fields(cell, contestant, bench)
     training = "training" in cell.modes and not contestant.inference
+    start = time.perf_counter()
     try:
         modules = [contestant.build() for _ in range(contestant.copies or len(xs))]
         one = Ready(contestant, modules, {})
@@ -202,6 +222,7 @@ def _prepared(
         }
         if training:
             one.found["peak_bytes"] = _peak(bench, one, xs[0], grads[0])
+        one.found["prepare_seconds"] = time.perf_counter() - start
     except (NotApplicableError, ModuleNotFoundError) as missing:
         bench.writer.write("measurement", **fields, status="skipped", reason=str(missing))
         return None
@@ -215,13 +236,15 @@ def _prepared(
 
 def _gate(module: nn.Module, exact: nn.Module, x: Tensor, grad: Tensor | None) -> tuple[float, str]:
     """The largest relative L2 error against the module in float64, and of what."""
+    got: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
     if grad is None:
         with torch.no_grad():
             got, right = (module(x),), (exact(_double(x)),)
     else:
         got = train(module, x, grad)
         # Trying all of cuDNN's ways in float64 would take longer than everything else.
-        with torch.backends.cudnn.flags(benchmark=False):
+        with cudnn_by_trial(False):
             right = train(exact, _double(x), grad.double())
     names = ["y"]
     if grad is not None:

@@ -8,31 +8,11 @@ records of the benchmark on a CPU have; a measurement has ``launch`` besides (``
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
-DONE = ("done", "failed", "skipped", "out of time", "crashed")
-
-
-def rounded(value: Any) -> Any:
-    """Plain data with five digits of every float, and None for those that JSON cannot hold."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def read(path: Path) -> list[Record]:
-    """The records of a file that may still be growing: a last line cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.strip() and line.endswith("\n")]
+from benchmarks.records import Record, append, read
 
 
 class Writer:
@@ -45,9 +25,8 @@ class Writer:
 
     def write(self, kind: str, **fields: Any) -> Record:
         """Append one record and return it."""
-        record = {"kind": kind, **rounded(fields)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        record = {"kind": kind, **fields}
+        append(self.path, record)
         return record
 
 
@@ -79,8 +58,8 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Read a file of JSON lines."""
-        return cls(read(path))
+        """Read a file of JSON lines, which may still be growing or not be there yet."""
+        return cls(read(path, growing=True) if path.exists() else [])
 
     def _backwards(self, kind: str) -> Iterator[Record]:
         return (r for r in reversed(self.records) if r["kind"] == kind)

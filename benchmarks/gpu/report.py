@@ -1,6 +1,6 @@
 """Writes what stored GPU records say into ``docs/benchmarks.md``; nothing is measured here.
 
-    python -m gpu.report [RESULTS [PAGE]]
+    python -m benchmarks.gpu.report [RESULTS [PAGE]]
 
 reads the newest ``gpu-*.jsonl`` of each GPU in a folder, ``benchmarks/results`` by default, and
 replaces what stands between the markers ``gpu:begin`` and ``gpu:end`` of the page.
@@ -12,14 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu.goals import ATEN, DENSE, OURS, Goal, goals
-from gpu.records import Record, Run
-from gpu.table import PAIR
+from benchmarks.gpu.goals import ATEN, DENSE, OURS, Goal, goals
+from benchmarks.gpu.records import Run
+from benchmarks.gpu.table import PAIR
+from benchmarks.pages import between, markdown_rows
+from benchmarks.records import Record
 
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+MARK = "gpu"
 NOTHING = (
     "No run on a GPU is stored yet. `benchmarks/gpu.sh --out benchmarks/results` makes one, and "
-    "`python -m gpu.report` writes it here."
+    "`python -m benchmarks.gpu.report` writes it here."
 )
 WHO = {OURS: "polyadic", ATEN: "no kernels", PAIR: "low-rank pair", DENSE: "dense"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,11 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def stored_runs(folder: Path) -> list[Run]:
     """The newest run on each GPU, dry runs left out; their order is that of the GPUs' names."""
-    newest: dict[str, Run] = {}
-    for path in sorted(folder.glob("gpu-*.jsonl")):
-        run = Run.load(path)
-        if run.environment and not run.environment.get("dry"):
-            newest[str(run.environment.get("gpu", "GPU"))] = run
+    runs = [Run.load(path) for path in sorted(folder.glob("gpu-*.jsonl"))]
+    whole = [run for run in runs if run.environment and not run.environment.get("dry")]
+    newest = {
+        str(run.environment.get("gpu", "GPU")): run
+        for run in sorted(whole, key=lambda run: str(run.environment["date"]))
+    }
     return [newest[name] for name in sorted(newest)]
 
 
@@ -47,20 +50,7 @@ def write_report(results: Path, page: Path) -> None:
         ValueError: it lacks the markers.
     """
     text = page.read_text(encoding="utf-8")
-    page.write_text(between(text, pages(stored_runs(results))), encoding="utf-8")
-
-
-def between(text: str, content: str) -> str:
-    """Replace what stands between the markers.
-
-    Raises:
-        ValueError: they are missing.
-    """
-    before, found_begin, rest = text.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not found_begin or not found_end:
-        raise ValueError(f"the page must hold the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    page.write_text(between(text, MARK, pages(stored_runs(results))), encoding="utf-8")
 
 
 def section(run: Run) -> str:
@@ -123,7 +113,7 @@ def _environment(run: Run) -> str:
 def _goals(judged: Sequence[Goal]) -> str:
     rows = [["goal", "met", "furthest from it", "verdict"]]
     rows += [[g.text, f"{g.met} of {g.of}" if g.of else "-", g.worst, g.verdict] for g in judged]
-    text = _table(rows, "lrll")
+    text = markdown_rows(rows, "lrll")
     for goal in judged:
         if goal.misses:
             count = f"{len(goal.misses)} {'miss' if len(goal.misses) == 1 else 'misses'}"
@@ -145,7 +135,7 @@ def _products(run: Run) -> str:
     for (d, R, T), found in sorted(rows.items()):
         shares = [f"{100 * found[name]:.0f} %" if name in found else "-" for name in names]
         table.append([f"d={d} R={R} T={T}", *shares])
-    return _table(table, "l" + "r" * len(names))
+    return markdown_rows(table, "l" + "r" * len(names))
 
 
 def _cells(run: Run, group: str) -> list[Record]:
@@ -169,19 +159,19 @@ def _steps(run: Run, group: str) -> str:
             _time(eager.get(OURS)), _time(eager.get(DENSE)),
             f"{_mebibytes(eager.get(OURS))} ({_mebibytes(eager.get(DENSE))})",
         ])  # fmt: skip
-    return _table(rows, "l" + "r" * 9) if cells else ""
+    return markdown_rows(rows, "l" + "r" * 9) if cells else ""
 
 
 def _forwards(run: Run) -> str:
-    return _forward_table(run, _cells(run, "linear"), WHO)
+    return _forwardmarkdown_rows(run, _cells(run, "linear"), WHO)
 
 
 def _decode(run: Run) -> str:
     who = {OURS: "polyadic", "polyadic, frozen": "frozen", **WHO}
-    return _forward_table(run, _cells(run, "decode"), who)
+    return _forwardmarkdown_rows(run, _cells(run, "decode"), who)
 
 
-def _forward_table(run: Run, cells: Sequence[Record], who: dict[str, str]) -> str:
+def _forwardmarkdown_rows(run: Run, cells: Sequence[Record], who: dict[str, str]) -> str:
     rows = [["cell, µs", *(f"{name}, graph" for name in who.values()), "dense over ours",
              "ours, eager", "dense, eager"]]  # fmt: skip
     for cell in cells:
@@ -192,7 +182,7 @@ def _forward_table(run: Run, cells: Sequence[Record], who: dict[str, str]) -> st
             _ratio(timed.get(DENSE), timed.get(OURS)), _time(eager.get(OURS)),
             _time(eager.get(DENSE)),
         ])  # fmt: skip
-    return _table(rows, "l" + "r" * (len(who) + 3)) if cells else ""
+    return markdown_rows(rows, "l" + "r" * (len(who) + 3)) if cells else ""
 
 
 def _both(run: Run, group: str) -> str:
@@ -211,7 +201,7 @@ def _both(run: Run, group: str) -> str:
                 _ratio(timed.get(DENSE), timed.get(OURS)), _over(timed.get(OURS), floor),
                 _time(eager.get(OURS)), _time(eager.get(DENSE)),
             ])  # fmt: skip
-    return _table(rows, "ll" + "r" * 7) if cells else ""
+    return markdown_rows(rows, "ll" + "r" * 7) if cells else ""
 
 
 def _networks(run: Run) -> str:
@@ -225,7 +215,7 @@ def _networks(run: Run) -> str:
                     cell["title"], launch, name, f"{1e3 * r['median']:.1f}",
                     f"{r['tokens_per_second']:.0f}", _mebibytes(r),
                 ])  # fmt: skip
-    return _table(rows, "lllrrr") if len(rows) > 1 else ""
+    return markdown_rows(rows, "lllrrr") if len(rows) > 1 else ""
 
 
 def _failures(run: Run) -> str:
@@ -269,15 +259,6 @@ def _over(record: Record | None, floor: float) -> str:
 def _mebibytes(record: Record | None) -> str:
     peak = None if record is None else record.get("peak_bytes")
     return "-" if peak is None else f"{peak / 2**20:.0f}"
-
-
-def _table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """A Markdown table whose first row is the head; ``align`` has l or r for each column."""
-    rule = ["---:" if a == "r" else "---" for a in align]
-    lines = [rows[0], rule, *rows[1:]]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
 
 
 if __name__ == "__main__":

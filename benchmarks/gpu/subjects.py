@@ -98,12 +98,12 @@ class Subject:
         out = math.prod(self.groups[sides[self.kind]])
         return out * groups if self.kind == "transposed" else out
 
-    def _sorted(self, leaves: Leaves) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    def _sorted(self, leaves: Leaves) -> tuple[list[list[Tensor]], Tensor | None]:
         groups = [
             [leaves[f"factor {g}.{d}"] for d in range(len(group))]
             for g, group in enumerate(self.groups)
         ]
-        return groups, {"weights": leaves.get("weights")}
+        return groups, leaves.get("weights")
 
     def placed(self, leaves: Leaves, device: torch.device, dtype: torch.dtype) -> Leaves:
         """Leaves on a device in a dtype that require gradients, x in the layout asked for."""
@@ -123,21 +123,22 @@ class Subject:
     def ours(self, leaves: Leaves) -> Tensor:
         """By the library."""
         groups, scale = self._sorted(leaves)
-        x, bias = leaves["x"], leaves.get("bias")
-        if self.kind == "embedding":
-            return functional.cp_embedding(x, *groups, **scale, **self.options)
+        arguments: list[Any] = [leaves["x"], *groups]
+        if self.kind != "embedding":
+            arguments.append(leaves.get("bias"))
         called: dict[str, Callable[..., Tensor]] = {
             "linear": functional.cp_linear,
             "conv": functional.cp_conv,
             "transposed": functional.cp_conv_transpose,
+            "embedding": functional.cp_embedding,
         }
-        return called[self.kind](x, *groups, bias, **scale, **self.options)
+        return called[self.kind](*arguments, weights=scale, **self.options)
 
     def plain(self, leaves: Leaves) -> Tensor:
         """By the dense weight."""
         groups, scale = self._sorted(leaves)
         x, bias = leaves["x"], leaves.get("bias")
-        dense = weight(groups, scale["weights"], 2)
+        dense = weight(groups, scale, 2)
         if self.kind == "linear":
             return F.linear(x, dense.t(), bias)
         if self.kind == "embedding":

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpu.goals import ATEN, DENSE, OURS, goals
-from gpu.records import Record, Run
+from benchmarks.gpu.goals import ATEN, DENSE, OURS, goals
+from benchmarks.gpu.records import Run
+from benchmarks.records import Record
 
 MOST = 11_500
+MOST_FAILURES = 16
 PAIR = "low-rank pair"
 
 
 def short_table(run: Run) -> str:
     """All sections, the later ones cut where they are too long."""
-    sections = [_head, _goals, _failures, _rates, _products, _linear, _decode, _others, _networks]
+    sections = [
+        _head, _goals, _failures, _rates, _networks, _linear, _others, _products, _decode,
+        _profiles,
+    ]  # fmt: skip
     lines: list[str] = []
     room = MOST
     for section in sections:
@@ -46,7 +51,7 @@ def _goals(run: Run) -> Iterator[str]:
 
 
 def _failures(run: Run) -> Iterator[str]:
-    """Failed checks and measurements, and notes, each in one line; at most thirty."""
+    """Failed checks and measurements, and notes, each in one line."""
     checks = run.of("check")
     failed = [r for r in checks if r["status"] != "passed"]
     if checks:
@@ -59,9 +64,9 @@ def _failures(run: Run) -> Iterator[str]:
         if r["status"] in ("failed", "refused")
     ]
     lines += [f"note: {r['of']}: {r['text']}" for r in run.of("note")]
-    yield from (line[:170] for line in lines[:25])
-    if len(lines) > 25:
-        yield f"… and {len(lines) - 25} more in the records"
+    yield from (line[:160] for line in lines[:MOST_FAILURES])
+    if len(lines) > MOST_FAILURES:
+        yield f"… and {len(lines) - MOST_FAILURES} more in the records"
 
 
 def _rates(run: Run) -> Iterator[str]:
@@ -76,7 +81,12 @@ def _rates(run: Run) -> Iterator[str]:
         else f"{r['name']} {r['value'] / 1e12:.1f} TFLOP/s"
         for r in large
     )
-    yield "µs: " + "; ".join(f"{r['name']} {_us(r['value'])}" for r in rates if r["unit"] == "s")
+    small = {r["name"]: _us(r["value"]) for r in rates if r["unit"] == "s"}
+    apart = "overhead: "
+    yield "µs: " + "; ".join(f"{k} {v}" for k, v in small.items() if not k.startswith(apart))
+    pieces = [f"{k.removeprefix(apart)} {v}" for k, v in small.items() if k.startswith(apart)]
+    if pieces:
+        yield "eager pieces, µs: " + "; ".join(pieces)
 
 
 def _products(run: Run) -> Iterator[str]:
@@ -174,6 +184,16 @@ def _networks(run: Run) -> Iterator[str]:
                 words.append(f"{who} {launch} {1e3 * r['median']:.1f} ms{_gigabytes(r)}")
         if words:
             yield f"== {cell['title']}: {'; '.join(words)}"
+
+
+def _profiles(run: Run) -> Iterator[str]:
+    """How many kernels a call starts, and the three that take longest."""
+    records = run.of("profile")
+    if records:
+        yield "== kernels a call: how many, µs of all; the longest"
+    for r in records:
+        longest = "; ".join(f"{name[:40]} {n:g}× {t:.1f}" for name, n, t in r["kernels"][:3])
+        yield f"{r['of']}: {r['launches']:g}, {r['microseconds']:.1f}; {longest}"
 
 
 def _gigabytes(record: Record) -> str:

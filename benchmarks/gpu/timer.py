@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 Call = Callable[[], Any]
 Context = Callable[[], AbstractContextManager[Any]]
 WARM_CALLS = 3
-LEAST_EAGER_CALLS = 16
+# An eager sample lasts so many blocks, as its one synchronisation takes some microseconds.
+EAGER_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Timing:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep Python's collector from freeing another graph in the middle of a capture."""
+    """Keep Python's collector from a sample, and from freeing a graph while another is captured."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -117,8 +118,12 @@ class Captured:
             self._graph.capture_begin()
             try:
                 self.outputs = [call() for call in calls]
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                # The end of a broken capture raises too, and says less.
+                with suppress(RuntimeError):
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
         self.replay()
         torch.cuda.synchronize()
@@ -185,16 +190,14 @@ class Timer:
             pieces: the calls of each.
             inside: contexts that some run in, entered and left while no clock runs.
         """
-        turns: dict[str, tuple[Call, int]] = {}
-        for name, calls in pieces.items():
-            rounds = -(-LEAST_EAGER_CALLS // len(calls)) if self.on_gpu else 1
-            turns[name] = (_repeat(list(calls) * rounds), rounds * len(calls))
-        return self._in_turns(turns, self._by_wall, inside)
+        turns = {name: (_repeat(calls), len(calls)) for name, calls in pieces.items()}
+        return self._in_turns(turns, self._by_wall, EAGER_BLOCKS, inside)
 
     def _in_turns(
         self,
         turns: Mapping[str, tuple[Call, int]],
         clock: Callable[[Call, int], float],
+        blocks: int = 1,
         inside: Mapping[str, Context] | None = None,
     ) -> dict[str, Timing]:
         """Sample everybody once a round, so that a warmer or slower chip disturbs all alike."""
@@ -204,13 +207,13 @@ class Timer:
             with context[name]():
                 run()
                 seconds = clock(run, 1)
-            inner[name] = max(1, min(50, round(self.patience.block / max(seconds, 1e-9))))
+            inner[name] = max(1, min(50, round(blocks * self.patience.block / max(seconds, 1e-9))))
             timings[name] = Timing(calls * inner[name])
         waiting = dict(turns)
         while waiting:
             for name, (run, _) in list(waiting.items()):
                 timing = timings[name]
-                with context[name]():
+                with context[name](), _no_collection():
                     timing.samples.append(clock(run, inner[name]) / timing.calls)
                 enough = len(timing.samples) >= self.patience.samples
                 if enough and timing.elapsed >= self.patience.seconds:

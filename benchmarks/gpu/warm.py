@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.bench import Bench
-from gpu.contest import train
-from gpu.gpt import Size
-from gpu.phases import conv, correctness
-from gpu.phases.layers import RANKS, SIZES
-from gpu.phases.network import RANK
-from gpu.records import Writer
-from gpu.subjects import step, subjects
 from torch import nn
 
+from benchmarks.gpu import tables
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import train
+from benchmarks.gpu.gpt import Size
+from benchmarks.gpu.phases import conv, correctness
+from benchmarks.gpu.phases.layers import RANKS, SIZES
+from benchmarks.gpu.phases.network import RANK
+from benchmarks.gpu.records import Writer
+from benchmarks.gpu.subjects import step, subjects
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
 
 Job = Callable[[], Any]
@@ -41,6 +42,8 @@ def jobs(bench: Bench) -> list[Job]:
             found.append(partial(_subject, bench, subject, dtype, seed))
     if bench.dry:
         return found[:2]
+    for name in tables.names():
+        found += [partial(_table, name, i) for i in range(len(tables.dtypes(tables.load(name))))]
     width = Size().width
     linears = {(M, N, R) for M, N in SIZES.values() for R in RANKS}
     linears |= {(width, n * width, RANK) for n in (1, 3, 4)} | {(4 * width, width, RANK)}
@@ -59,6 +62,12 @@ def jobs(bench: Bench) -> list[Job]:
 def _subject(bench: Bench, subject: Any, dtype: torch.dtype, seed: int) -> None:
     leaves, grad = correctness.placed(bench, subject, dtype, seed, integers=False)
     step(subject.ours, leaves, grad)
+
+
+def _table(name: str, i: int) -> None:
+    table = tables.load(name)
+    for _ in tables.rows(table, tables.dtypes(table)[i]):
+        pass
 
 
 def _linear(bench: Bench, M: int, N: int, R: int) -> None:
@@ -80,7 +89,7 @@ def _layer(build: Callable[[], nn.Module], inputs: Callable[[], torch.Tensor]) -
 def in_processes(seconds: float, dry: bool) -> int:
     """Start the processes and wait for them; returns how many did not end by themselves."""
     count = 1 if dry else max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
-    command = [sys.executable, "-m", "gpu.warm", str(count)]
+    command = [sys.executable, "-m", "benchmarks.gpu.warm", str(count)]
     running = [
         subprocess.Popen([*command, str(i), *["--dry"] * dry], stderr=subprocess.DEVNULL)
         for i in range(count)

@@ -10,16 +10,18 @@ import time
 from pathlib import Path
 
 import torch
-from gpu.bench import Bench, LostDeviceError, said
-from gpu.phases import PHASES, Phase
-from gpu.records import Writer
 
-LOST = 17
+from benchmarks.gpu.bench import Bench, LostDeviceError, said
+from benchmarks.gpu.phases import PHASES, Phase
+from benchmarks.gpu.records import Writer
+
+# What this process returns where another must go on.
+LOST, RENEWED = 17, 18
 
 
 def main(arguments: list[str]) -> int:
-    """Run the phases named; returns LOST where the GPU must be started anew."""
-    parser = argparse.ArgumentParser(prog="gpu.worker")
+    """Run the phases named; returns LOST or RENEWED where another process must go on."""
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.worker")
     parser.add_argument("records", type=Path)
     parser.add_argument("phases")
     parser.add_argument("seconds", type=float, help="until everything must have ended")
@@ -42,6 +44,8 @@ def main(arguments: list[str]) -> int:
         limit = max(min(phase.seconds, end - time.monotonic()), share * (end - time.monotonic()))
         if not run(bench, phase, limit, end):
             return LOST
+        if phase.renews and waiting and not bench.dry:
+            return RENEWED
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ class Phase:
         module: file of this folder, imported by the worker alone.
         function: what to call with the worker's means.
         arguments: behind them.
+        renews: whether what comes behind it needs a process of its own.
     """
 
     name: str
@@ -24,12 +26,13 @@ class Phase:
     module: str
     function: str = "run"
     arguments: tuple[str, ...] = ()
+    renews: bool = False
 
     def load(self) -> Callable[[Any], None]:
         """Import what runs it."""
-        import importlib
-
-        function = getattr(importlib.import_module(f"gpu.phases.{self.module}"), self.function)
+        function = getattr(
+            importlib.import_module(f"benchmarks.gpu.phases.{self.module}"), self.function
+        )
         return lambda bench: function(bench, *self.arguments)
 
 
@@ -45,9 +48,12 @@ PHASES = {
         Phase("layers-4096", 25, "layers", "grid", ("4096",)),
         Phase("decode", 20, "decode"),
         Phase("layers-8192", 25, "layers", "grid", ("8192",)),
+        Phase("compile", 25, "correctness", "compiled"),
         Phase("embedding", 8, "embedding"),
         Phase("conv", 20, "conv"),
         Phase("network", 20, "network"),
+        Phase("overhead", 8, "overhead"),
+        Phase("profile", 8, "profile", renews=True),
         Phase("layers-1024", 15, "layers", "grid", ("1024",)),
         Phase("layers-11008", 20, "layers", "grid", ("11008",)),
         Phase("variants", 8, "layers", "variants"),

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from gpu import floors
-from gpu.bench import Bench
-from gpu.contest import Cell, Contestant, compete
-from gpu.switch import has_kernels, without_kernels
 from torch import Tensor, nn
 
 import polyadic
+from benchmarks.gpu import floors
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import Cell, Contestant, compete, cudnn_by_trial
+from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic import functional
 from polyadic.nn import CPConv2d
 
 STAGES = {128: 28, 256: 14, 64: 56, 512: 7}
 BATCHES = (32, 256)
+LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 TAPS, FEWER_FLOPS = 9, 3.0
 
 
@@ -33,20 +32,10 @@ def run(bench: Bench) -> None:
     """Every stage with both batches, cuDNN choosing its kernels by trial."""
     sizes = [(2, 16, 6)] if bench.dry else [(B, C, S) for B in BATCHES for C, S in STAGES.items()]
     cells = {c.name: c for size in sizes for c in [_cell(bench, *size)]}
-    with _by_trial():
+    with cudnn_by_trial(True):
         for name in bench.fresh(cells):
             with bench.guarded(name):
                 compete(bench, cells[name], _contestants(bench, cells[name]))
-
-
-@contextmanager
-def _by_trial() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _cell(bench: Bench, B: int, C: int, S: int) -> Cell:
@@ -75,7 +64,7 @@ def _cell(bench: Bench, B: int, C: int, S: int) -> Cell:
 
 def image(bench: Bench, *shape: int) -> Tensor:
     """Random numbers in channels_last."""
-    return bench.randn(*shape).contiguous(memory_format=torch.channels_last)
+    return bench.randn(*shape).contiguous(**LAST)
 
 
 class Forced(nn.Module):
@@ -97,10 +86,9 @@ def _contestants(bench: Bench, cell: Cell) -> list[Contestant]:
     build = partial(CPConv2d, C, C, 3, padding=1, bias=False, rank=cell.rank, **where)
 
     def dense() -> nn.Module:
-        layer = nn.Conv2d(C, C, 3, padding=1, bias=False, **where)
-        return layer.to(memory_format=torch.channels_last)
+        return nn.Conv2d(C, C, 3, padding=1, bias=False, **where).to(**LAST)
 
-    def explained(module: nn.Module, training: bool) -> tuple[str, float]:
+    def explained(module: Any, training: bool) -> tuple[str, float]:
         chosen = polyadic.explain(module, batch=B, size=S, training=training).chosen
         return str(chosen.plan), chosen.seconds
 

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu import floors
-from gpu.bench import Bench
-from gpu.contest import Cell, Contestant, compete
-from gpu.linears import explained
-from gpu.switch import has_kernels, without_kernels
 from torch import Tensor, nn
 
+from benchmarks.gpu import floors
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import Cell, Contestant, compete
+from benchmarks.gpu.linears import explained
+from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic.nn import CPEmbedding
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gpu.bench import Bench
-from gpu.environment import describe
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.environment import describe
 
 
 def run(bench: Bench) -> None:

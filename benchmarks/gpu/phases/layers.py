@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from gpu.bench import Bench
-from gpu.contest import compete
-from gpu.linears import Makers, cell
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import compete
+from benchmarks.gpu.linears import Makers, cell
 
 # Sizes by importance.
 SIZES = {"4096": (4096, 4096), "8192": (8192, 8192), "1024": (1024, 1024), "11008": (4096, 11008)}

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu.bench import Bench, said
-from gpu.gpt import Make, Size, Training
-from gpu.switch import has_kernels, without_kernels
 from torch import nn
 
+from benchmarks.gpu.bench import Bench, said
+from benchmarks.gpu.gpt import Make, Size, Training
+from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic.nn import CPLinear
 
 DRY = Size(blocks=1, width=16, heads=2, vocabulary=40, context=8, batch=2)

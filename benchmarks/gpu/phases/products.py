@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu.bench import Bench
 from torch import Tensor
+
+from benchmarks.gpu.bench import Bench
 
 RANKS = (64, 16, 96, 256, 89)
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -20,16 +21,12 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def run(bench: Bench) -> None:
     """Every product at every size; another order of operands and other routes beside them."""
-    ranks, rows, widths = (RANKS, (2048, 8192), (4096, 8192))
-    if bench.dry:
-        ranks, rows, widths = (8,), (32,), (48,)
-    for R in ranks:
-        for d in widths:
-            for T in rows:
-                if bench.left() < 1:
-                    raise TimeoutError(f"stopped before R={R}, d={d}, T={T}")
-                with bench.guarded(f"R={R} d={d} T={T}"):
-                    _size(bench, R, d, T)
+    sizes = [(R, d, T) for R in RANKS for d in (4096, 8192) for T in (2048, 8192)]
+    for R, d, T in [(8, 48, 32)] if bench.dry else sizes:
+        if bench.left() < 1:
+            raise TimeoutError(f"stopped before R={R}, d={d}, T={T}")
+        with bench.guarded(f"R={R} d={d} T={T}"):
+            _size(bench, R, d, T)
 
 
 def products(bench: Bench, R: int, T: int) -> dict[str, Product]:

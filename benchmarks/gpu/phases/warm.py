@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from gpu.bench import Bench
-from gpu.switch import has_kernels
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.switch import has_kernels
 
 
 def run(bench: Bench) -> None:
     """Nothing where the library has no kernels to compile."""
     if not (has_kernels() or bench.dry):
         return
-    from gpu.warm import in_processes
+    from benchmarks.gpu.warm import in_processes
 
     late = in_processes(bench.left(), bench.dry)
     if late:

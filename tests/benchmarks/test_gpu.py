@@ -6,20 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from polyadic.bench.records import check
 
-ROOT = Path(__file__).parents[1]
+import benchmarks.gpu.__main__ as command
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import Contestant, compete
+from benchmarks.gpu.floors import Rates, linear
+from benchmarks.gpu.goals import goals
+from benchmarks.gpu.linears import Makers, cell
+from benchmarks.gpu.phases import PHASES
+from benchmarks.gpu.records import Run, Writer
+from benchmarks.gpu.report import pages, section, stored_runs
+from benchmarks.gpu.table import short_table
+from benchmarks.gpu.timer import Patience, Timer
+from benchmarks.pages import between
+from benchmarks.records import check, read
 
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package ``gpu`` stands in ``benchmarks``."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +43,6 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_every_phase_ends_well(dry: tuple[Path, str]) -> None:
-    from gpu.phases import PHASES
-    from gpu.records import Run
-
     run = Run.load(dry[0])
     assert {name: r["status"] for name, r in run.phases().items()} == dict.fromkeys(PHASES, "done")
     wrong = [r for r in run.of("check") if r["status"] != "passed"]
@@ -59,9 +65,6 @@ def test_records_are_the_benchmarks_own(dry: tuple[Path, str]) -> None:
 
 
 def test_the_table_is_last_and_short(dry: tuple[Path, str]) -> None:
-    from gpu.records import Run
-    from gpu.table import short_table
-
     table = short_table(Run.load(dry[0]))
     assert dry[1].endswith(table + "\n")
     assert len(table) <= 12_000
@@ -70,16 +73,11 @@ def test_the_table_is_last_and_short(dry: tuple[Path, str]) -> None:
 
 
 def test_the_page_is_made_from_the_records() -> None:
-    from gpu.report import between, pages, stored_runs
-
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert between(page, pages(stored_runs(ROOT / "benchmarks" / "results"))) == page
+    assert between(page, "gpu", pages(stored_runs(ROOT / "benchmarks" / "results"))) == page
 
 
 def test_a_page_of_a_run(dry: tuple[Path, str]) -> None:
-    from gpu.records import Run
-    from gpu.report import section
-
     text = section(Run.load(dry[0]))
     for title in ("Goals", "Thin products", "Few rows, forward", "Embedding", "A whole training"):
         assert f"### {title}" in text
@@ -89,8 +87,6 @@ def test_a_page_of_a_run(dry: tuple[Path, str]) -> None:
 
 def test_floors_of_a_linear_layer() -> None:
     """Against counts by hand: 4096², R = 64, 8192 rows, 2 bytes an element."""
-    from gpu.floors import Rates, linear
-
     T, d, R = 8192, 4096, 64
     found = linear(T, d, d, R, parameters=0, size=2)
     unit = 2 * T * d
@@ -128,9 +124,6 @@ def stored(ours: float, dense: float, **changes: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_goals_are_judged(ours: float, dense: float, floor: str, gain: str) -> None:
-    from gpu.goals import goals
-    from gpu.records import Run
-
     by_text = {goal.text: goal for goal in goals(Run(stored(ours, dense)))}
     verdicts = {text: goal.verdict for text, goal in by_text.items()}
     assert next(v for t, v in verdicts.items() if "1.6 × the byte floor" in t) == floor
@@ -139,9 +132,6 @@ def test_goals_are_judged(ours: float, dense: float, floor: str, gain: str) -> N
 
 
 def test_a_failed_check_is_a_miss() -> None:
-    from gpu.goals import goals
-    from gpu.records import Run
-
     failed = {"kind": "check", "check": "repeats", "subject": "a layer", "dtype": "bfloat16",
               "status": "failed", "reason": "not the same bits: y"}  # fmt: skip
     goal = next(g for g in goals(Run([failed])) if "20 runs" in g.text)
@@ -149,11 +139,9 @@ def test_a_failed_check_is_a_miss() -> None:
 
 
 def test_a_cut_line_is_left_out_and_cut_off(tmp_path: Path) -> None:
-    from gpu.records import Writer, read
-
     path = tmp_path / "records.jsonl"
     path.write_text('{"kind": "note", "of": "a"}\n{"kind": "no', encoding="utf-8")
-    assert [r["of"] for r in read(path)] == ["a"]
+    assert [r["of"] for r in read(path, growing=True)] == ["a"]
     Writer(path).write("note", of="b", value=float("nan"))
     assert [(r["of"], r.get("value")) for r in read(path)] == [("a", None), ("b", None)]
 
@@ -162,9 +150,6 @@ def test_a_lost_worker_is_followed_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A phase is tried twice, then left; what comes behind it still runs."""
-    import gpu.__main__ as command
-    from gpu.records import Run, Writer
-
     ran: list[list[str]] = []
 
     def work(path: Path, phases: list[str], seconds: float, options: Any) -> None:
@@ -185,10 +170,6 @@ def test_a_lost_worker_is_followed_by_another(
 
 def test_a_failing_cell_spoils_no_other(tmp_path: Path) -> None:
     """Records say who failed and why; a wrong contestant is refused, not timed."""
-    from gpu.bench import Bench
-    from gpu.contest import Contestant, compete
-    from gpu.linears import Makers, cell
-    from gpu.records import Run, Writer
 
     class Wrong(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,9 +196,6 @@ def test_a_failing_cell_spoils_no_other(tmp_path: Path) -> None:
 
 
 def test_a_cell_once_begun_is_not_begun_again(tmp_path: Path) -> None:
-    from gpu.bench import Bench
-    from gpu.records import Writer
-
     writer = Writer(tmp_path / "records.jsonl")
     writer.write("cell", cell="a")
     bench = Bench(torch.device("cpu"), torch.bfloat16, writer, True)
@@ -225,3 +203,97 @@ def test_a_cell_once_begun_is_not_begun_again(tmp_path: Path) -> None:
     bench.deadline = 0.0
     with pytest.raises(TimeoutError, match="stopped before b"):
         list(bench.fresh(["a", "b"]))
+
+
+class PretendGraph:
+    """A CUDA graph that records nothing."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture_begin(self) -> None:
+        """Begin."""
+
+    def capture_end(self) -> None:
+        """End; of a broken capture torch's raises."""
+
+    def replay(self) -> None:
+        """Count."""
+        self.replays += 1
+
+
+class PretendEvent:
+    """An event that takes a millisecond."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        """Nothing."""
+
+    def synchronize(self) -> None:
+        """Nothing."""
+
+    def elapsed_time(self, other: PretendEvent) -> float:
+        """Milliseconds."""
+        return 1.0
+
+
+class PretendStream:
+    """A stream that waits for others."""
+
+    def wait_stream(self, other: PretendStream) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Timer:
+    """A timer that believes it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "Event", PretendEvent)
+    return Timer(torch.device("cuda"), Patience(seconds=0.0, samples=3, block=5e-3))
+
+
+def test_graphs_are_timed_by_events(pretend_gpu: Timer) -> None:
+    """A sample lasts a block: five replays of a millisecond, each of two calls."""
+    ran: list[int] = []
+    piece = pretend_gpu.capture([lambda: ran.append(0), lambda: ran.append(1)])
+    assert ran == [0, 1, 0, 1], "warmed up, then captured"
+    timing = pretend_gpu.graphs({"piece": piece})["piece"]
+    assert timing.calls == 10
+    # An event says a millisecond for five replays.
+    assert timing.median == pytest.approx(1e-4)
+    assert len(timing.samples) == 3
+
+
+def test_a_broken_capture_says_what_broke_it(pretend_gpu: Timer) -> None:
+    calls = iter(range(10))
+
+    def breaks_at_last() -> None:
+        if next(calls) == 3:
+            raise ValueError("the host waits for the GPU here")
+
+    with pytest.raises(ValueError, match="the host waits"):
+        pretend_gpu.capture([breaks_at_last] * 3)
+
+
+def test_contexts_are_entered_outside_of_what_is_timed(pretend_gpu: Timer) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    timings = pretend_gpu.eagers({"a": [lambda: seen.append("call")]}, {"a": inside})
+    assert len(timings["a"].samples) == 3
+    # Whatever is called is called between "in" and "out".
+    depth = 0
+    for word in seen:
+        depth += {"in": 1, "out": -1}.get(word, 0)
+        assert word != "call" or depth == 1
