@@ -16,7 +16,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def main() -> None:
     """Make the runs; stop at any time and start again to go on."""
-    parser = argparse.ArgumentParser(description="Train dense, low-rank and CP models side by side.")
+    parser = argparse.ArgumentParser(
+        description="Train dense, low-rank and CP models side by side."
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")

@@ -66,7 +66,7 @@ def language_entries(width: int, blocks: int) -> list[Entry]:
         Entry("cp:o3:r256", width, blocks, FACTOR_RATES),
         Entry("cp:o2:r64", width, blocks, FACTOR_RATES),
         Entry("cp:o2:r64", width, blocks, RECIPE_RATES, groups=True),
-        Entry("lowrank:r64", width, blocks, RECIPE_RATES[1:], groups=True),
+        Entry("cp:o1:r64", width, blocks, RECIPE_RATES, groups=True),
         Entry("cp:o3:r256", width, blocks, RECIPE_RATES, groups=True),
         Entry("dense", width // 4, blocks, (1e-3, 2e-3, 4e-3, 8e-3)),
         Entry("dense", width // 2, blocks, DENSE_RATES),

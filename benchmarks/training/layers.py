@@ -1,11 +1,11 @@
 """The linear layers that are compared: a name such as ``cp:o3:r64`` to a function that makes one.
 
-    dense             nn.Linear
-    lowrank:r64       two matrices, x A B
-    cp:o3:r64         CPLinear with three modes a side
-    tltorch-cp:o3:r64 tltorch's FactorizedLinear as it initialises and contracts it; also
-    tltorch-tucker:o3:p52992, tltorch-btt:o3:p52992, of about so many parameters in all blocks
-    paired:o2:r4      W = Σ_r A_1[:, :, r] ⊗ … ⊗ A_D[:, :, r], in plain torch
+dense             nn.Linear
+lowrank:r64       two matrices, x A B
+cp:o3:r64         CPLinear with three modes a side
+tltorch-cp:o3:r64 tltorch's FactorizedLinear as it initialises and contracts it; also
+tltorch-tucker:o3:p52992, tltorch-btt:o3:p52992, of about so many parameters in all blocks
+paired:o2:r4      W = Σ_r A_1[:, :, r] ⊗ … ⊗ A_D[:, :, r], in plain torch
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Paired(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, order: int, rank: int) -> None:
         super().__init__()
-        self.ins, self.outs = tensorize(in_features, order), tensorize(out_features, order)
+        self.ins, self.outs = tensorize(in_features, out_features, order)
         std = (torch_std(in_features) / math.sqrt(rank)) ** (1 / order)
         self.factors = nn.ParameterList(
             nn.Parameter(torch.randn(rank, m, n) * std)
@@ -93,13 +93,15 @@ def maker(name: str) -> Make:
         return lambda m, n: Paired(m, n, options["o"], options["r"])
     if kind.startswith("tltorch-"):
         return lambda m, n: _tltorch(kind.removeprefix("tltorch-"), m, n, options)
-    raise ValueError(f"the layers compared are dense, lowrank, cp, paired and tltorch-…; got {name!r}")
+    raise ValueError(
+        f"the layers compared are dense, lowrank, cp, paired and tltorch-…; got {name!r}"
+    )
 
 
 def _tltorch(kind: str, m: int, n: int, options: dict[str, int]) -> nn.Module:
     import tltorch
 
-    shapes = tensorize(m, options["o"]), tensorize(n, options["o"])
+    shapes = tensorize(m, n, options["o"])
     factorization = {"cp": "cp", "tucker": "tucker", "btt": "blocktt"}[kind]
     # A fraction of the dense parameters, or a rank.
     rank: Any = options["r"] if "r" in options else options["f"] / 1000

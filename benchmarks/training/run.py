@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.study.store import Store
 from benchmarks.training import images, language, texts
 from benchmarks.training.jobs import Job, repeats
 from benchmarks.training.layers import maker
 from benchmarks.training.loop import Recipe, train
-from benchmarks.study.store import Store
 
 LENGTH, SEQUENCES, IMAGES = 128, 16, 64
 HELD_OUT_BATCHES = 40
@@ -127,7 +127,9 @@ def run_all(
 ) -> None:
     """Make every run that is not in the store yet, several at once; stop starting after a while."""
     began = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_one_thread
+    ) as pool:
         running: dict[Future[dict[str, Any]], Job] = {}
         failed: set[Job] = set()
         while True:

@@ -54,7 +54,9 @@ def standard_library(root: Path | None = None) -> Texts:
     held_out, train = b"".join(parts[True]), b"".join(parts[False])
     if not held_out or not train:
         raise ValueError(f"{root} must hold Python files for both parts, got {len(files)}")
-    return Texts(_tensor(train), _tensor(held_out), hashlib.sha256(train + held_out).hexdigest()[:16])
+    return Texts(
+        _tensor(train), _tensor(held_out), hashlib.sha256(train + held_out).hexdigest()[:16]
+    )
 
 
 def _tensor(content: bytes) -> Tensor:
