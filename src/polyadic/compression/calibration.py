@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polyadic.batches import Forward, call, evaluating
 from polyadic.compression.costs import Call
 from polyadic.fitting import second_moments
 from polyadic.fitting.moments import check_weights
 from polyadic.surgery import CONVOLUTIONS, TRANSPOSED
 
-Forward = Callable[[nn.Module, Any], Any]
 Weights = Callable[[Any], Tensor]
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)``, ``model(*batch)`` of a tuple or list, ``model(**batch)`` of a mapping."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode, restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 class _Called(nn.Module):
@@ -69,7 +48,7 @@ class Calibration:
         weights: Weights | None,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.weights = model, batches, weights
-        self.forward = forward or call_model
+        self.forward = forward or call
         self.calls: dict[str, list[Call]] = {}
         self.outputs: list[list[Tensor]] = []
         self._leading: dict[str, tuple[int, ...]] = {}

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyadic import surgery
+from polyadic.batches import Forward
 from polyadic.compression import choose
 from polyadic.compression.budget import Budget
-from polyadic.compression.calibration import Calibration, Forward, Weights
+from polyadic.compression.calibration import Calibration, Weights
 from polyadic.compression.choose import Option, Weighed
 from polyadic.compression.costs import Call, Calls
 from polyadic.compression.curves import (

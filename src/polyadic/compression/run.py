@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from polyadic import surgery
+from polyadic.batches import Forward
 from polyadic.compression import choose
 from polyadic.compression.arguments import batches_of, check_options, pairs_of
 from polyadic.compression.budget import budget
-from polyadic.compression.calibration import Forward, Weights
+from polyadic.compression.calibration import Weights
 from polyadic.compression.job import Callback, Job
 from polyadic.compression.report import Report
 from polyadic.compression.targets import sites
