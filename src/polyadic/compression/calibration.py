@@ -13,7 +13,7 @@ from polyadic.batches import Forward, call, evaluating
 from polyadic.compression.costs import Call
 from polyadic.fitting import second_moments
 from polyadic.fitting.moments import check_weights
-from polyadic.surgery import CONVOLUTIONS, TRANSPOSED
+from polyadic.nn.kinds import family_of
 
 Weights = Callable[[Any], Tensor]
 
@@ -93,15 +93,16 @@ class Calibration:
             ) from error
 
     def _noting(self, name: str) -> Callable[..., None]:
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
+            family = family_of(layer)
+            if family in ("conv", "conv_transpose"):
                 dims = len(layer.kernel_size)
                 images = x.shape[0] if x.dim() == dims + 2 else 1
                 call = Call(images, tuple(x.shape[-dims:]))
                 self._leading[name] = (images,)
             else:
-                leading = x.shape if isinstance(layer, nn.Embedding) else x.shape[:-1]
+                leading = x.shape if family == "embedding" else x.shape[:-1]
                 call = Call(math.prod(leading))
                 self._leading[name] = tuple(leading)
             self.calls.setdefault(name, []).append(call)

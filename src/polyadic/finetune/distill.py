@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic import surgery
+from polyadic import checks
 from polyadic.batches import keeping_modes, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop, Recovery
@@ -134,7 +134,7 @@ def distill(
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
-    surgery.check_unwrapped(student, "distill", "student")
+    checks.check_unwrapped(student, "distill", "student")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic import surgery
+from polyadic import checks
 from polyadic.batches import call, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
@@ -109,7 +109,7 @@ def match_layers(
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
-    surgery.check_unwrapped(student, "match_layers", "student")
+    checks.check_unwrapped(student, "match_layers", "student")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
