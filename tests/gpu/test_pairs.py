@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyadic.kernels import backend, pairs
+from polyadic.kernels import backend, linear, pairs
 from polyadic.kernels.linear import LinearMap
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
 from polyadic.plans import LinearPlan, LinearRoute
@@ -121,6 +121,37 @@ def test_large_gradients_of_matrices_are_made_whole_on_a_gpu(gpu: None) -> None:
     kept = layer_map.forward(x, None, factors)[1]
     split = launches(lambda: layer_map.backward(grad_y, x, kept, factors, (True,) * 5))
     assert split["aten.mm.dtype"] == 2
+
+
+@torch.no_grad()
+def test_a_step_that_rebuilds_w_takes_ten_launches(gpu: None) -> None:
+    """KA and KC, W, Y; KA and KC, W, dX, dW, dKA, dKC, all factors' gradients."""
+    factors = [on_gpu(16, 64) for _ in range(4)]
+    route = LinearRoute((2,), (2,), "dense")
+    layer_map = LinearMap(LinearPlan(route, route, 0), 2)
+    x, grad_y, bias = on_gpu(512, 256), on_gpu(512, 256), on_gpu(256)
+    assert launches(lambda: layer_map.forward(x, bias, factors)).total() == 3
+    assert launches(lambda: layer_map.backward(grad_y, x, (), factors, (True,) * 5)).total() == 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [8, 5])
+def test_every_plan_runs_on_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """No plan calls what only a CPU has, and padded intermediates pass from route to route."""
+    # Without a GPU torch refuses to index such tensors, but not the operation that indexing calls.
+    columns = torch.ops.aten.slice.Tensor
+    monkeypatch.setattr(linear, "_unpadded", lambda z, rank: columns(z, 1, 0, rank))
+    factors = [on_gpu(m, rank) for m in (4, 6, 3, 5)]
+    x, grad_y, bias = on_gpu(7, 24), on_gpu(7, 15), on_gpu(15)
+    routes = [LinearRoute(i, o) for i in ((2,), (1, 1)) for o in ((2,), (1, 1))]
+    routes.append(LinearRoute((2,), (2,), "dense"))
+    for forward in routes:
+        for backward in routes:
+            layer_map = LinearMap(LinearPlan(forward, backward), 2)
+            y, kept = layer_map.forward(x, bias, factors)
+            d_x, gradients = layer_map.backward(grad_y, x, kept, factors, (True,) * 5)
+            assert (y.shape, d_x.shape) == (grad_y.shape, x.shape)
+            assert [g.shape for g in gradients] == [f.shape for f in factors]
 
 
 @torch.no_grad()
