@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from polyadic import surgery
+from polyadic import checks, surgery
+from polyadic.batches import Forward
 from polyadic.compression import choose
 from polyadic.compression.arguments import batches_of, check_options, pairs_of
 from polyadic.compression.budget import budget
-from polyadic.compression.calibration import Forward, Weights
+from polyadic.compression.calibration import Weights
 from polyadic.compression.job import Callback, Job
 from polyadic.compression.report import Report
 from polyadic.compression.targets import sites
@@ -90,11 +91,12 @@ def compress(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: no budget or several, one that cannot be met (the message says what can), a
-            pattern that matches nothing, a model without layers to convert, or batches that do not
-            fit it.
+            pattern that matches nothing, a model without layers to convert, one that is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded, or batches that do not fit it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.check_unwrapped(model, "compress")
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyadic import checks
+from polyadic.batches import keeping_modes, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop, Recovery
 from polyadic.finetune.settings import (
@@ -124,13 +126,15 @@ def distill(
     Raises:
         TypeError: an argument is of the wrong type; batches that can be walked only once.
         ValueError: an argument does not fit, the teacher would be trained too, outputs differ in
-            shape, or the checkpoint is damaged or of another training.
+            shape, or the checkpoint is damaged or of another training; the student is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or without validation those before that step.
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
+    checks.check_unwrapped(student, "distill", "student")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)
@@ -144,7 +148,7 @@ def distill(
     )  # fmt: skip
 
     def batch_loss(batch: Any) -> Tensor:
-        batch = models.moved(batch, device)
+        batch = moved(batch, device)
         with torch.no_grad():
             theirs = run_model(teacher, batch)
         return _checked(compare, run_model(student, batch), theirs)
@@ -209,12 +213,8 @@ def _validator(
 
     def evaluate() -> float:
         """As in use: without dropout, and without a trace in batch statistics."""
-        modes = [(module, module.training) for module in student.modules()]
-        student.eval()
-        try:
+        with keeping_modes(student):
+            student.eval()
             return measure()
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     return evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,8 +22,9 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
 from polyadic.nn.layer import Rank
+from polyadic.nn.weight import Weighted
 from polyadic.plans import Memory
-from polyadic.tensor import CPTensor
+from polyadic.tensor import CPSlice
 
 
 class CPEmbedding(Exchangeable):
@@ -53,6 +55,7 @@ class CPEmbedding(Exchangeable):
 
     Attributes:
         cp: the ``CPTensor`` of shape (Π in_shape, E), of which the first V rows are the table.
+        weight: the table (V, E) with the padding row zero, to read alone.
 
     Shape:
         (...) of int64 or int32 → (..., E).
@@ -112,17 +115,21 @@ class CPEmbedding(Exchangeable):
     def _unit(self) -> EmbeddingFormat:
         return EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
 
+    def _std(self) -> float:
+        return 1.0
+
     def reset_parameters(self) -> None:
         """Draw factors anew with mean 0 and variance 1 per entry of the table, as torch's N(0, 1).
 
         The entries are sums of R products of factor entries (``polyadic.init.cp_orthonormal_``):
         of the same two moments, not exactly normal.
         """
-        self.cp.reset_parameters(1.0)
+        self.cp.reset_parameters(self._std())
 
-    @property
-    def weight(self) -> Tensor:
-        """The table (V, E) with the padding row zero, built anew at each access; read-only."""
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def _dense_weight(self) -> Tensor:
         table = self.cp.to_matrix()[: self.num_embeddings]
         if self.padding_idx is None:
             return table
@@ -131,11 +138,49 @@ class CPEmbedding(Exchangeable):
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) → (..., E)."""
-        in_factors, out_factors = self.cp.factor_groups()
+        (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
-            indices, in_factors, out_factors, weights=self.cp.weights,
+            indices, in_factors, out_factors, weights=scale,
             padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
         )  # fmt: skip
+
+    def resize(self, num_embeddings: int) -> None:
+        """Make it a table of another number of rows, in place: those that stay keep their values.
+
+        The first mode is the most significant digit of an index, so that rows are added and cut
+        off at the end by rows of the first factor. New ones are the mean of those present. What
+        was padding of the table before may become rows of it, which have the values that all
+        others gave them; they are to be trained, as added rows are.
+
+        An optimizer has to be made anew, and a tied head too, by ``as_linear``;
+        ``polyadic.pretrained.resize_token_embeddings`` does so in a model of transformers.
+
+        Args:
+            num_embeddings: V from now on, above ``padding_idx``.
+
+        Raises:
+            TypeError: it is not an int.
+            ValueError: it is below 1 or not above ``padding_idx``, or the table is a layer of a
+                joint tensor, whose other layers would change with it.
+        """
+        num_embeddings = positive_int(num_embeddings, "num_embeddings")
+        checks.padding_index(self.padding_idx, num_embeddings)
+        if isinstance(self.cp, CPSlice):
+            raise ValueError(
+                "a layer of a joint tensor cannot be resized alone; give it a tensor of its own: "
+                "CPEmbedding.from_embedding(layer.to_embedding(), rank=...)"
+            )
+        rest = self.in_shape[1:]
+        rows = -(-num_embeddings // math.prod(rest))
+        self.num_embeddings, self.in_shape = num_embeddings, (rows, *rest)
+        # Of layers that share the tensor, the first has changed it.
+        if (size := len(self.cp.factors[0])) != rows:
+            first = self.cp.factors[0]
+            with torch.no_grad():
+                more = first.mean(0, keepdim=True).expand(max(0, rows - size), -1)
+                values = torch.cat([first[:rows], more])
+            self.cp.factors[0] = nn.Parameter(values, requires_grad=first.requires_grad)
+            self.cp.tensorized_shape = (self.in_shape, *self.cp.tensorized_shape[1:])
 
     def as_linear(self, bias: bool | Tensor = False) -> CPTiedLinear:
         """Return an output head (..., E) → (..., V) that shares this layer's factors.
@@ -234,7 +279,7 @@ def _warn_of_padding(embedding: nn.Embedding) -> None:
         )
 
 
-class CPTiedLinear(nn.Module):
+class CPTiedLinear(Weighted):
     """Output head y = x Wᵀ + b whose weight is the table of a ``CPEmbedding``; made by as_linear.
 
     Logits of all V indices by ``polyadic.functional.cp_linear`` on the embedding's own factors,
@@ -248,12 +293,12 @@ class CPTiedLinear(nn.Module):
     Attributes:
         cp: the embedding's own ``CPTensor``.
         bias: (V,) or None.
+        weight: the dense weight (V, E), to read alone.
 
     Shape:
         (..., E) → (..., V).
     """
 
-    cp: CPTensor
     bias: nn.Parameter | None
 
     def __init__(self, embedding: CPEmbedding, bias: bool | Tensor = False) -> None:
@@ -292,15 +337,16 @@ class CPTiedLinear(nn.Module):
         """Tensors (m_d, R): the embedding's in factors."""
         return self.cp.factor_groups()[0]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (V, E), built anew at each access; read-only."""
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _dense_weight(self) -> Tensor:
         return self.cp.to_matrix()[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) → (..., V)."""
-        rows, columns = self.cp.factor_groups()
-        logits = functional.cp_linear(x, columns, rows, weights=self.cp.weights, memory=self.memory)
+        (rows, columns), scale = self.cp.parts()
+        logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:
             logits = logits[..., : self.out_features]
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from polyadic import surgery
-from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
+from polyadic.nn.kinds import BY_CP
 from polyadic.pretrained.exchange import refuse
-from polyadic.pretrained.layers import KINDS, describe
+from polyadic.pretrained.layers import describe
 
 
 def merge_layers(model: nn.Module) -> nn.Module:
@@ -27,11 +27,16 @@ def merge_layers(model: nn.Module) -> nn.Module:
     layers = {name: model.get_submodule(name) for name in describe(model)}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer to merge")
-    lost = [f"{name!r} {why}" for name, layer in layers.items() if (why := surgery.losses(layer))]
+    elsewhere = surgery.kept_elsewhere(model)
+    lost = [
+        f"{name!r} {why}"
+        for name, layer in layers.items()
+        if (why := surgery.losses(layer) or elsewhere.get(id(layer)))
+    ]
     refuse("layers cannot be merged", lost)
     made: dict[int, list[Any]] = {}
     for name, layer in layers.items():
-        dense = _dense(layer)
+        dense = BY_CP[type(layer)].unmake(layer)
         for other in made.setdefault(id(layer.cp), []):
             # An embedding's row of padding_idx is zero where that of its head is not.
             if torch.equal(other.weight, dense.weight):
@@ -43,12 +48,3 @@ def merge_layers(model: nn.Module) -> nn.Module:
             return merged
         surgery.replace(model, name, dense)
     return model
-
-
-def _dense(layer: Any) -> Any:
-    if isinstance(layer, (CPLinear, CPTiedLinear)):
-        return layer.to_linear()
-    if isinstance(layer, CPEmbedding):
-        return layer.to_embedding()
-    transposed = issubclass(KINDS[type(layer).__name__][1], surgery.TRANSPOSED)
-    return layer.to_conv_transpose() if transposed else layer.to_conv()
