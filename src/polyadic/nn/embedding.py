@@ -251,7 +251,7 @@ class CPEmbedding(Exchangeable):
         # Rows that pad the vocabulary weigh nothing: they may be whatever suits the others.
         more = self.cp.shape[0] - self.num_embeddings
         if metric is None:
-            return F.pad(torch.ones(self.num_embeddings), (0, more)) if more else None
+            return F.pad(torch.ones(self.num_embeddings, device="cpu"), (0, more)) if more else None
         if isinstance(metric, Tensor) and metric.shape == (self.num_embeddings,):
             return F.pad(metric, (0, more))
         return metric
