@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
 from polyadic.fitting import fit
+from polyadic.nn import CPEmbedding
 
 SHAPES = [
     ((4, 5), (3, 6)),
@@ -205,6 +206,33 @@ def test_autocast_does_not_round_the_fit() -> None:
         cast = decompose(weight, shape, 9, iterations=10)
     for x, y in zip(plain.cp.factors, cast.cp.factors, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("power", [66, -66, 120, -120])
+@pytest.mark.parametrize("start", ["auto", "random"])
+def test_the_scale_of_the_weight_changes_nothing(power: int, start: Any) -> None:
+    """A weight near 1e20 has squares that overflow in float32; one near 1e-36 has none left."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 20, generator=generator)
+    want = decompose(weight, ((3, 4), (4, 5)), 6, start=start)
+    scaled = weight * 2.0 ** (power // 2) * 2.0 ** (power // 2)
+    got = decompose(scaled, ((3, 4), (4, 5)), 6, start=start)
+    assert got.error == pytest.approx(want.error, rel=1e-4)
+    back = got.cp.double().to_matrix() * 2.0**-power
+    assert (back - weight).norm() / weight.norm() == pytest.approx(want.error, rel=1e-4)
+    again = decompose(scaled, ((3, 4), (4, 5)), 6, start=got, iterations=3)
+    assert again.history[0] <= got.error * 1.001
+
+
+def test_a_default_device_does_not_matter() -> None:
+    """Draws and their generators stay on the CPU, the fit where the weight is."""
+    weight = torch.randn(64, 72, generator=torch.Generator().manual_seed(0))
+    want = decompose(weight, ((8, 8), (8, 9)), 4)
+    with torch.device("meta"):
+        got = decompose(weight, ((8, 8), (8, 9)), 4)
+        table = CPEmbedding.from_embedding(torch.nn.Embedding(23, 6, device="cpu"), rank=3)
+    assert got.error == want.error
+    assert all(factor.device.type == "cpu" for factor in (*got.cp.factors, *table.cp.factors))
 
 
 def test_zero_weight() -> None:

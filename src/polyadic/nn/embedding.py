@@ -21,6 +21,7 @@ from polyadic.formats import (
     tensorize,
 )
 from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.layer import Rank
 from polyadic.nn.weight import Weighted
 from polyadic.plans import Memory
@@ -137,7 +138,12 @@ class CPEmbedding(Exchangeable):
         return table.masked_fill((rows == self.padding_idx).unsqueeze(1), 0)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """(...) → (..., E)."""
+        """(...) → (..., E); of a jagged nested tensor a jagged one."""
+        if not isinstance(indices, Tensor):
+            if (recorded := call_recorded(self, indices)) is not None:
+                return recorded
+        elif indices.is_nested:
+            return by_rows(self, indices)
         (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
             indices, in_factors, out_factors, weights=scale,
@@ -344,7 +350,12 @@ class CPTiedLinear(Weighted):
         return self.cp.to_matrix()[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., E) → (..., V)."""
+        """(..., E) → (..., V); of a jagged nested tensor a jagged one."""
+        if not isinstance(x, Tensor):
+            if (recorded := call_recorded(self, x)) is not None:
+                return recorded
+        elif x.is_nested:
+            return by_rows(self, x)
         (rows, columns), scale = self.cp.parts()
         logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:
