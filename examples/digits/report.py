@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -211,6 +212,12 @@ def _accuracy_cell(result: ModelResult) -> str:
     return f"{100 * result.accuracy:.1f}{spread}"
 
 
+def _milliseconds(seconds: float) -> str:
+    """In three digits, so that a slow machine's column is no wider than a fast one's."""
+    digits = max(0, 2 - math.floor(math.log10(max(1.0, 1e3 * seconds))))
+    return f"{1e3 * seconds:.{digits}f}"
+
+
 def table(results: Sequence[ModelResult]) -> Table:
     """Make the table for the terminal, 80 columns wide.
 
@@ -233,7 +240,7 @@ def table(results: Sequence[ModelResult]) -> Table:
         "step\n(ms)",
         "kept\n(KiB)",
     ):
-        made.add_column(heading, justify="right", no_wrap=True)
+        made.add_column(heading, justify="right", overflow="fold")
     for family, members in families(results).items():
         made.add_row(family, style="bold")
         for result in members:
@@ -243,7 +250,7 @@ def table(results: Sequence[ModelResult]) -> Table:
                 f"{result.converted_parameters:,}",
                 f"{result.compression:.1f}",
                 f"{100 * result.accuracy:.1f}",
-                f"{1e3 * result.time.median:.2f}",
+                _milliseconds(result.time.median),
                 f"{result.kept_bytes / 1024:,.0f}",
             )
         made.add_section()

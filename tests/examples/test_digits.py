@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from examples.digits import DemoResult, run_demo
+from examples.digits import DemoResult, report, run_demo
 from examples.digits.data import Digits, load
 from examples.digits.findings import difference, findings
 from examples.digits.measure import StepTime, kept_by_training_batch, kept_bytes, time_steps
@@ -108,6 +109,21 @@ def test_table_is_printed_uncut(quick: tuple[DemoResult, str]) -> None:
     assert str(result.report) in printed
     for model in result.models:
         assert model.contestant.label in printed
+
+
+@pytest.mark.parametrize("seconds", [3e-5, 0.0123, 0.4567, 89.0])
+def test_no_number_is_cut_on_a_slow_machine(quick: tuple[DemoResult, str], seconds: float) -> None:
+    slow = [replace(m, time=StepTime(*[seconds] * 4)) for m in quick[0].models]
+    printed = StringIO()
+    Console(file=printed, width=80).print(report.table(slow))
+    assert "…" not in printed.getvalue()
+    lines = printed.getvalue().splitlines()
+    for model in slow:
+        label = f"{model.contestant.label}  "
+        (row,) = (line for line in lines if line.strip().startswith(label))
+        *_, milliseconds, kept = row.split()
+        assert float(milliseconds) == pytest.approx(1e3 * seconds, rel=0.01)
+        assert kept == f"{model.kept_bytes / 1024:,.0f}"
 
 
 def test_json_holds_all_numbers(quick: tuple[DemoResult, str]) -> None:
