@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "gpu"
+PREFIX = "kernel_"
 
 
 def names() -> list[str]:
     """All tables; none where the tests are not there."""
-    return sorted(path.stem.removeprefix("kernel_") for path in FOLDER.glob("kernel_*.py"))
+    return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
 
 
 def load(name: str) -> Any:
     """Import a table; its neighbours are imported by their bare names."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
-    return importlib.import_module(f"kernel_{name}")
+    return importlib.import_module(PREFIX + name)
 
 
 def dtypes(table: Any) -> Sequence[torch.dtype | None]:

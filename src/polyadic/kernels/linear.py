@@ -3,6 +3,10 @@
     Y = X KA KCᵀ,   KA = A_1 ⊙ … ⊙ A_D (M, R),   KC = C_1 ⊙ … ⊙ C_E (N, R)
 
 A weight vector λ (R,) enters as one more in factor with a mode of size 1.
+
+On a GPU, where each operation costs its launch, both Khatri-Rao matrices of the explicit route come
+from one launch and the gradients of all factors from another (see ``pairs``); their columns, and
+those of Z and G, are padded with zeros to R' ≥ R.
 """
 
 from __future__ import annotations
@@ -15,12 +19,17 @@ from torch import Tensor
 from polyadic.kernels.multilinear import (
     contract,
     expand,
-    khatri_rao,
     partials,
     product_gradients,
 )
-from polyadic.kernels.products import linear, tall, times
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
+from polyadic.kernels.products import linear, tall, tall_unrounded, times
 from polyadic.plans import LinearPlan
+
+
+def _unpadded(z: Tensor, rank: int) -> Tensor:
+    """The columns of a Z or G that are no padding."""
+    return z if z.shape[1] == rank else z[:, :rank]
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,15 @@ class LinearMap:
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         route = self.plan.forward
         if route.kind == "dense":
-            weight = linear(khatri_rao(out_factors, x.dtype), khatri_rao(in_factors, x.dtype))
-            return linear(x, weight, bias), ()
-        z = contract(x, in_factors, route.in_groups)
-        y = expand(z, out_factors, route.out_groups, bias)
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype)
+            return linear(x, linear(kc, ka), bias), ()
+        if x.is_cuda and route.is_khatri_rao:
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype)
+            z = times(x, ka)
+            y = linear(z, kc, bias)
+        else:
+            z = contract(x, in_factors, route.in_groups)
+            y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
 
     def backward(
@@ -82,16 +96,24 @@ class LinearMap:
         route = self.plan.backward
         d_x, d_in, d_out = None, None, None
         if route.kind == "dense":
-            ka, kc = khatri_rao(in_factors, x.dtype), khatri_rao(out_factors, x.dtype)
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype)
             if wrt_x:
                 d_x = times(grad_y, linear(kc, ka))
-            if wrt_in or wrt_out:
+            if x.is_cuda and (wrt_in or wrt_out):
+                d_weight = tall(grad_y, x)
+                d_ka, d_kc = tall_unrounded(d_weight, kc), tall_unrounded(d_weight.t(), ka)
+                d_in, d_out = mttkrp_pair((d_ka, d_kc), (in_factors, out_factors))
+            elif wrt_in or wrt_out:
                 d_weight = tall(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
+        elif x.is_cuda and route.is_khatri_rao:
+            return self._backward_in_pairs(
+                grad_y, x, kept, in_factors, out_factors, wrt_x, wrt_in, wrt_out
+            )
         else:
             if kept:
-                z = kept[0]
+                z = _unpadded(kept[0], in_factors[0].shape[1])
             elif wrt_out:
                 z = contract(x, in_factors, route.in_groups)
             else:
@@ -105,6 +127,47 @@ class LinearMap:
                 )
         none_in, none_out = [None] * self.n_in, [None] * len(out_factors)
         return d_x, [*(d_in or none_in), *(d_out or none_out)]
+
+    def _backward_in_pairs(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        in_factors: Sequence[Tensor],
+        out_factors: Sequence[Tensor],
+        wrt_x: bool,
+        wrt_in: bool,
+        wrt_out: bool,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """``backward`` with the matrices of both sides at once, and all factors' gradients at once.
+
+        KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
+        """
+        wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
+        wanted: list[Sequence[Tensor]] = []
+        if wants_ka:
+            wanted.append(in_factors)
+        if wants_g:
+            wanted.append(out_factors)
+        matrices = khatri_rao_pair(wanted, x.dtype) if wanted else []
+        d_x: Tensor | None = None
+        d_matrices: list[Tensor] = []
+        groups: list[Sequence[Tensor]] = []
+        if wants_g:
+            g = times(grad_y, matrices[-1])
+            if wrt_x:
+                d_x = linear(g, matrices[0])
+            if wrt_in:
+                d_matrices.append(tall_unrounded(x, g))
+                groups.append(in_factors)
+        if wrt_out:
+            z = kept[0] if kept else times(x, matrices[0])
+            d_matrices.append(tall_unrounded(grad_y, z))
+            groups.append(out_factors)
+        gradients = mttkrp_pair(d_matrices, groups) if groups else []
+        d_in = gradients[0] if wrt_in else [None] * len(in_factors)
+        d_out = gradients[-1] if wrt_out else [None] * len(out_factors)
+        return d_x, [*d_in, *d_out]
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:

@@ -27,12 +27,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic.kernels.products import linear, plus_bias, tall, times
+from polyadic.kernels.products import linear, plus_bias, tall, tall_unrounded, times
 
 Groups = tuple[int, ...]
 
-# Elements of a dK (M, R) above which it is made and used in pieces, and those of one piece. The
-# memory of a large tensor goes back to the system as it is freed, and comes anew page by page.
+# Elements of a dK (M, R) above which a CPU makes and uses it in pieces, and those of one piece. The
+# memory of a large tensor goes back to the system as it is freed, and comes anew page by page; a
+# GPU's is kept by torch, and each piece would take several launches.
 WHOLE, PIECE = 2**18, 2**17
 _HALVES = (torch.bfloat16, torch.float16)
 # The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
@@ -241,11 +242,14 @@ def _factor_gradients(
 ) -> list[Tensor]:
     """The same from factors in fp32 at least and their prefixes, in ``dtype``.
 
-    A large dK never exists: rows that share the last mode's factor are made, used and dropped.
+    On a CPU a large dK never exists: rows that share the last mode's factor are made, used and
+    dropped.
     """
     rank = z.shape[1]
-    if not prefixes or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE:
-        return _mttkrp(tall(x, z), factors, prefixes, dtype)
+    whole = not x.is_cpu or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE
+    if not prefixes or whole:
+        d_matrix = tall_unrounded(x, z) if x.is_cuda else tall(x, z)
+        return _mttkrp(d_matrix, factors, prefixes, dtype)
     last, left = factors[-1], prefixes[-1].reshape(-1, 1, rank)
     size, step = last.shape[0], max(1, PIECE // (last.shape[0] * rank))
     tops, sums = [], []

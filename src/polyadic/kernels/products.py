@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from polyadic._torch import UNKNOWN_BATCH, exporting, known, not_traced
+from polyadic._torch import (
+    UNKNOWN_BATCH,
+    exporting,
+    is_plain,
+    known,
+    not_traced,
+    transformed,
+)
 from polyadic.kernels.onednn import faster_products
 
 # Elements of an output up to which a pass over it costs less than calling an operation.
@@ -48,7 +55,7 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
 def linear(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Z Kᵀ + bias of z (n, r), matrix (m, r).
 
-    Where the output is small the bias takes no operation of its own.
+    Where the output is small, and on a GPU, the bias takes no operation of its own.
     """
     if is_dynamo_compiling():
         if _goes_to_operator(z, matrix, matrix.shape[0]):
@@ -59,7 +66,7 @@ def linear(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         and _by_onednn(z, matrix, z.shape[1])
     ):
         return _onednn(z, matrix, bias)
-    if bias is None or is_compiling() or z.shape[0] * matrix.shape[0] <= SMALL:
+    if bias is None or z.is_cuda or is_compiling() or z.shape[0] * matrix.shape[0] <= SMALL:
         return F.linear(z, matrix, bias)
     return plus_bias(F.linear(z, matrix), bias)
 
@@ -91,7 +98,7 @@ def tall(x: Tensor, z: Tensor) -> Tensor:
             return x.t() @ z
         flipped = z.t().contiguous()
         return times(flipped, x).t().contiguous()
-    if width >= NARROW or rows < 2 * BLOCK:
+    if width >= NARROW or rows < 2 * BLOCK or x.is_cuda:
         if x.is_cpu and better_flipped(rows, width, rank):
             if z.numel() * width >= LARGE and _by_onednn(z, x, rows):
                 return _onednn(z.t().contiguous(), x.t(), None).t().contiguous()
@@ -101,6 +108,24 @@ def tall(x: Tensor, z: Tensor) -> Tensor:
     blocks = x[:cut].reshape(-1, BLOCK, width), z[:cut].reshape(-1, BLOCK, rank)
     total = torch.bmm(blocks[0].mT, blocks[1]).sum(0)
     return total if cut == rows else total + x[cut:].t() @ z[cut:]
+
+
+def tall_unrounded(x: Tensor, z: Tensor) -> Tensor:
+    """Xᵀ Z (w, r) for more sums to follow: not rounded to half precision where that costs nothing.
+
+    A GPU adds products of half precisions in float32 and can hand its sums out as they are.
+    """
+    if (
+        x.is_cuda
+        and torch.version.hip is None
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and is_plain(x)
+        and is_plain(z)
+        and not is_compiling()
+        and not transformed()
+    ):
+        return torch.mm(x.t(), z, out_dtype=torch.float32)
+    return tall(x, z)
 
 
 def better_flipped(terms: int, width: int, rank: int) -> bool:

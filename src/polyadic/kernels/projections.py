@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyadic.kernels.multilinear import accumulate_dtype
-from polyadic.kernels.products import plus_bias, tall, times
+from polyadic.kernels.products import plus_bias, tall_unrounded, times
 
 # Positions of an image from which a product for each is as fast as one of all rows.
 MANY = 64
@@ -106,7 +106,7 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
         x = in_layout(x, layout)
     if last and _is_rows(x):
         if groups == 1:
-            return tall(_rows(x), _rows(z))
+            return tall_unrounded(_rows(x), _rows(z))
         rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)
