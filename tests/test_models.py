@@ -115,15 +115,38 @@ def test_torchvision(name: str, tmp_path: Path) -> None:
 def test_transformers(name: str, tmp_path: Path) -> None:
     transformers = imported("transformers")
     small = {
-        "Bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                     "intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 16},
-        "T5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 60,
-                   "decoder_start_token_id": 0},
-        "ViT": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                    "intermediate_size": 48, "image_size": 16, "patch_size": 4},
-        "ResNet": {"embedding_size": 16, "hidden_sizes": [16, 24], "depths": [1, 1],
-                       "layer_type": "basic"},
-    }[name]  # fmt: skip
+        "Bert": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": 60,
+            "max_position_embeddings": 16,
+        },
+        "T5": {
+            "d_model": 32,
+            "d_ff": 48,
+            "d_kv": 8,
+            "num_layers": 2,
+            "num_heads": 2,
+            "vocab_size": 60,
+            "decoder_start_token_id": 0,
+        },
+        "ViT": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "ResNet": {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 24],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        },
+    }[name]
     kind = {"T5": "T5ForConditionalGeneration"}.get(name, f"{name}Model")
 
     def make() -> Any:

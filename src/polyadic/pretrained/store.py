@@ -51,7 +51,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
     if _is_transformers(model):
         _bridge().attach(model)
-        # Under the names the modules have now: some models store those they had in earlier versions.
+        # Under the names of the modules now: some models store those of earlier versions.
         save = functools.partial(cast(Any, model).save_pretrained, save_original_format=False)
         files.write_by(Path(directory), save)
         return
