@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 
 import matrix_distributed
 import matrix_features as features
+import matrix_inplace
 import matrix_modules as modules
 from matrix_features import Check
 from matrix_layers import LAYERS
@@ -63,6 +64,9 @@ FEATURES = {
     "autocast to bfloat16": Feature(partial(features.autocast, dtype=torch.bfloat16)),
     "autocast to float16": Feature(partial(features.autocast, dtype=torch.float16)),
     "channels_last in and out": Feature(features.channels_last, NO_IMAGE),
+    "output changed in place": Feature(matrix_inplace.eager),
+    "output changed in place, torch.compile": Feature(matrix_inplace.compiled, slow=True),
+    "output changed in place, torch.func and double backward": Feature(matrix_inplace.transformed),
     "torch.compile, fullgraph": Feature(features.compiled, slow=True),
     "torch.compile, three batch sizes, compiled once": Feature(
         features.compiled_dynamic, slow=True

@@ -528,3 +528,25 @@ def test_an_inputs_gradient_has_the_inputs_layout(layout: Any, size: tuple[int, 
     assert x.grad is not None
     assert_close(x.grad, exact, "grad x")
     assert as_given == [layout == torch.channels_last or math.prod(size) >= MANY]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_padding_modes_under_autocast(mode: str, dims: int, dtype: torch.dtype) -> None:
+    """The output in autocast's dtype, gradients in the parameters' own, as without padding."""
+    case = Case((4,), (3,), (3,) * dims, (5,) * dims, options={"padding": 1, "padding_mode": mode})
+    layer, x = case.make(), case.input()
+    want = expected(case, layer, x)
+    leaves = [x, *layer.parameters()]
+    grad_y = torch.randn_like(want)
+    grads = torch.autograd.grad(want, leaves, grad_y)
+    layer, x = layer.float(), x.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        unbatched = layer(x[0])
+    assert y.dtype == unbatched.dtype == dtype
+    assert (unbatched - y[0]).abs().max() <= 0.05 * y.abs().max()
+    got = torch.autograd.grad(y, [x, *layer.parameters()], grad_y.to(dtype))
+    for g, w in zip([y, *got], [want, *grads], strict=True):
+        assert (g.double() - w).norm() <= 8 * torch.finfo(dtype).eps * w.norm()

@@ -463,6 +463,36 @@ def test_errors(call: Any, error: type[Exception], match: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_repeats_in_half_precision(dtype: torch.dtype) -> None:
+    """Gradients of frequent tokens: no worse with distinct indices than without, or torch's."""
+    torch.manual_seed(0)
+    layer = CPEmbedding(3000, 32, rank=16, dtype=dtype)
+    exact = copy.deepcopy(layer).double()
+    frequencies = 1 / torch.arange(1, 3001, dtype=torch.float64)
+    indices = torch.multinomial(frequencies, 20_000, replacement=True)
+    grad_y = torch.randn(20_000, 32).to(dtype)
+
+    def gradients(module: CPEmbedding, unique: bool | None) -> list[Tensor]:
+        ins, outs = module.cp.factor_groups()
+        y = PF.cp_embedding(indices, ins, outs, num_embeddings=3000, unique=unique)
+        leaves = list(module.cp.parameters())
+        return list(torch.autograd.grad(y, leaves, grad_y.to(y.dtype)))
+
+    def error(got: list[Tensor], want: list[Tensor]) -> float:
+        pairs = zip(got, want, strict=True)
+        return max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs)
+
+    want = gradients(exact, False)
+    each, plain, once = (error(gradients(layer, unique), want) for unique in (False, None, True))
+    dense = torch.zeros(3000, 32, dtype=dtype, requires_grad=True)
+    (got,) = torch.autograd.grad(F.embedding(indices, dense), dense, grad_y)
+    right = torch.zeros(3000, 32, dtype=torch.float64).index_add_(0, indices, grad_y.double())
+    torchs = error([got], [right])
+    assert max(plain, once) <= 1.05 * each
+    assert max(plain, once, each) <= torch.finfo(dtype).eps < torchs
+
+
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(10, 7), (10, 12), (10, 13), (10, 40), (12, 3)])
 def test_rows_that_stay_keep_their_values(before: int, after: int, weights: bool) -> None:
