@@ -1,6 +1,6 @@
 """The steps of a linear plan, with their costs: a mirror of ``kernels.linear`` on sizes alone.
 
-``tests/test_cost.py`` holds the mirror against the kernels: FLOPs equal what torch counts.
+``tests/planner/test_cost.py`` holds the mirror against the kernels: FLOPs equal what torch counts.
 """
 
 from __future__ import annotations
