@@ -8,9 +8,12 @@ from collections.abc import Iterator
 import torch
 from compiled import Form, pointers_to
 from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from pretend import counted
 
+from polyadic.kernels.linear import LinearMap
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.kernels.triton import decode as subject
+from polyadic.plans import LinearPlan, LinearRoute
 
 # In modes, out modes, rank, rows.
 SHAPES = (
@@ -43,6 +46,21 @@ def check() -> Iterator[str]:
                 small = integers and z.abs().max() <= 2**8
                 judge(name, once, exact, low.to(dtype), bool(small))
                 yield name
+    yield _layer()
+
+
+def _layer() -> str:
+    """A layer of few rows launches two kernels, and gives what the kernels give."""
+    ins, outs = draw_groups(((1, 4, 6), (3, 5)), 8, torch.bfloat16, False)
+    x, bias = draw((2, 24), torch.bfloat16, False), draw((15,), torch.bfloat16, False)
+    route = LinearRoute((3,), (2,))
+    layer_map = LinearMap(LinearPlan(route, route, 0), 3)
+    with counted() as launches:
+        y, kept = layer_map.forward(x, bias, [*ins, *outs])
+    assert kept == ()
+    assert launches.names == ["contract_kernel", "expand_kernel"]
+    assert torch.equal(y, subject.decode(x, ins, outs, bias))
+    return "layer"
 
 
 def forms() -> Iterator[Form]:

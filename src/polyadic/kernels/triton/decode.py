@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polyadic.kernels.triton.launch import Launcher
+from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
 from polyadic.kernels.triton.numerics import (
     khatri_rao_rows,
     product,
@@ -172,10 +172,11 @@ def form_of(
     """What both kernels are started with."""
     size, width = map(math.prod, modes)
     right = right_of(modes[0]), right_of(modes[1])
-    # Of float32, which has no tensor cores, the same tiles take twice the registers.
+    # The same tiles take more registers of float32, of more rows, or read entry by entry.
+    wide = rows <= 8 and rank * dtype.itemsize % ALIGNMENT_BYTES == 0
     block = BLOCK // 2 if dtype == torch.float32 else BLOCK
     columns = max(16, min(COLUMNS, up_to_power_of_two(rank)))
-    terms = max(16, min(TERMS if rows <= 8 else TERMS // 2, up_to_power_of_two(rank)))
+    terms = max(16, min(TERMS if wide else TERMS // 2, up_to_power_of_two(rank)))
     padded = up_to_power_of_two(rows)
     most = PARTS_OF_FEW if rows <= 8 else PARTS_OF_MORE
     share = -(-size // (most * block)) * block
