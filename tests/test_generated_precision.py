@@ -194,6 +194,35 @@ def test_random_layers(dtype: torch.dtype) -> None:
     run(dtype, SUITE, "suite")
 
 
+FOUND = [
+    pytest.param(
+        lambda: pnn.CPConv3d(10, 2, (3, 4, 4), (2, 1, 2), (2, 2, 1), rank=1, memory="least"),
+        (1, 10, 1, 5, 3), torch.float32, id="one-channel-3d",
+    ),
+    pytest.param(
+        lambda: pnn.CPConv3d(8, 8, 3, padding=1, rank=16), (2, 8, 2, 7, 7), torch.bfloat16,
+        id="depthwise-3d",
+    ),
+    pytest.param(
+        lambda: pnn.CPConv1d(2, 5, 4, 3, 2, rank=3), (1, 2, 2), torch.bfloat16,
+        id="taps-in-the-padding",
+    ),
+    pytest.param(
+        lambda: pnn.CPConv2d(8, 4, (3, 1), (2, 3), (0, 2), (1, 2), rank=4), (2, 8, 5, 1),
+        torch.float16, id="no-tap-meets-the-input",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "shape", "dtype"), FOUND)
+def test_layers_that_were_wrong(
+    make: Callable[[], Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    for autocast in (False, dtype == torch.bfloat16):
+        torch.manual_seed(0)
+        check(Drawn(make().double(), torch.randn(shape).double(), dense_conv), dtype, autocast)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
 def test_thousands_of_random_layers(dtype: torch.dtype) -> None:
