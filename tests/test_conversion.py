@@ -386,13 +386,13 @@ def test_rows_that_pad_a_vocabulary_are_free(count: int) -> None:
         for layer, rows in zip(layers, tables, strict=True):
             layer.weight.copy_(rows[:57])
         tables[:, 57:] = 0
-    fit = {"rank": 8, "iterations": 400, "tolerance": 1e-9}
+    fit = {"rank": 6, "iterations": 400, "tolerance": 1e-9}
     made = joined(*layers, order=2, **fit) if count > 1 else [convert(layers[0], order=2, **fit)]
     zeros = polyadic.decompose(tables, ((count,), (8, 8), (4, 5)), **fit).cp.to_matrix()
     for own, layer, other in zip(made, layers, zeros, strict=True):
         error, norm = (own.weight - layer.weight).norm(), layer.weight.norm()
-        assert error < 1e-3 * norm
-        assert (other[:57] - layer.weight).norm() > 0.01 * norm
+        assert error < 1e-2 * norm
+        assert (other[:57] - layer.weight).norm() > 2 * error
 
 
 def joined(*layers: nn.Module, **options: Any) -> nn.ModuleList:

@@ -254,7 +254,7 @@ class TestParameters:
         layers, x = CASES["linear"].make(), CASES["linear"].x()
         optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
         layers[0](x).square().sum().backward()
-        before = layers[1].weight
+        before = layers[1].weight.clone()
         optimizer.step()
         assert not torch.equal(layers[1].weight, before)
         assert_close(layers[1](x), CASES["linear"].expected(layers, 1, x), "y")

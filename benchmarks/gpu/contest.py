@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from benchmarks.gpu.timer import Call, Captured, Repeated, Timing
 from benchmarks.records import TOLERANCE
 
 Build = Callable[[], nn.Module]
+# Inputs and weights that take turns at the most; small ones stay in the L2 cache all the same.
+MOST_INPUTS, MOST_WEIGHTS = 32, 80
 
 
 class NotApplicableError(Exception):
@@ -89,6 +92,7 @@ class Cell:
         floors: least bytes and FLOPs by mode and route.
         modes: what is timed.
         x_bytes: bytes of one input and its output, by which inputs rotate.
+        weight_bytes: of the dense weight, by which they rotate where there are few rows.
         facts: what else the record should say.
     """
 
@@ -104,6 +108,7 @@ class Cell:
     floors: least.Floors
     modes: tuple[str, ...] = least.MODES
     x_bytes: int = 0
+    weight_bytes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def r_elements(self) -> int:
@@ -162,7 +167,9 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
         r_elements=cell.r_elements(), dtype=bench.dtype_name(),
         floors=least.records(cell.floors, bench.rates, threads), **cell.facts,
     )  # fmt: skip
-    count = bench.rotations(cell.x_bytes)
+    count = bench.rotations(cell.x_bytes, MOST_INPUTS)
+    if cell.x_bytes < cell.weight_bytes:
+        count = max(count, bench.rotations(cell.weight_bytes, MOST_WEIGHTS))
     xs = [cell.inputs() for _ in range(count)]
     grads = [cell.grad() for _ in range(count)] if "training" in cell.modes else []
     ready: dict[str, Ready] = {}
@@ -195,6 +202,7 @@ def _prepared(
     """A contestant built and found right; else its record says why not."""
     fields = _fields(cell, contestant, bench)
     training = "training" in cell.modes and not contestant.inference
+    start = time.perf_counter()
     try:
         modules = [contestant.build() for _ in range(contestant.copies or len(xs))]
         one = Ready(contestant, modules, {})
@@ -214,6 +222,7 @@ def _prepared(
         }
         if training:
             one.found["peak_bytes"] = _peak(bench, one, xs[0], grads[0])
+        one.found["prepare_seconds"] = time.perf_counter() - start
     except (NotApplicableError, ModuleNotFoundError) as missing:
         bench.writer.write("measurement", **fields, status="skipped", reason=str(missing))
         return None

@@ -102,7 +102,7 @@ def _form(
     if isinstance(layer, CPLinear):
         return _frozen_linear(layer, batch)
     if _kernel_is_cheaper(layer, batch, size):
-        return FrozenKernel([layer.weight.contiguous()], layer)
+        return FrozenKernel([layer._built_weight().contiguous()], layer)
     return None
 
 
@@ -120,7 +120,7 @@ def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
     if ours < min(pair, dense) + machine.dense_call:
         return None
     if dense <= pair:
-        return FrozenWeight([layer.weight.contiguous()], layer)
+        return FrozenWeight([layer._built_weight().contiguous()], layer)
     in_factors, out_factors = layer.cp.factor_groups()
     ka = khatri_rao(in_factors)
     if layer.cp.weights is not None:
