@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic.checks import geometry, transposed_geometry
@@ -36,6 +33,7 @@ from polyadic.planner.machine import Machine, Step, built_in
 from polyadic.planner.steps import gemm, plan_steps
 from polyadic.planner.steps_conv import conv_plan_steps
 from polyadic.planner.steps_embedding import embedding_backward_steps, embedding_forward_steps
+from polyadic.testing import Flops, Operations
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
@@ -56,26 +54,6 @@ CONV = [
 ]
 
 
-def _convolution_backward(
-    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *args: Any, **kwargs: Any
-) -> int:
-    """Two FLOPs per output position, output channel and tap, for each gradient asked for.
-
-    Of a transposed convolution they are those of its input.
-
-    torch's own formula leaves groups out of account and counts a depthwise weight gradient
-    R times over.
-    """
-    transposed, output_mask = args[4], args[7]
-    at = x_shape if transposed else grad_shape
-    return 2 * math.prod(at) * math.prod(w_shape[1:]) * sum(output_mask[:2])
-
-
-def _counter() -> FlopCounterMode:
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
 def _factors(*groups: tuple[int, ...], rank: int) -> list[list[torch.Tensor]]:
     return [[torch.randn(n, rank, requires_grad=True) for n in group] for group in groups]
 
@@ -88,10 +66,10 @@ def test_flops_left_to_autograd_are_the_same(fmt: LinearFormat, rows: int) -> No
     )
     ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
     x = torch.randn(rows, fmt.in_features, requires_grad=True)
-    with _counter() as counter:
+    with Flops() as counter:
         cp_linear(x, ins, outs, plan=LinearPlan(route, route, 2)).sum().backward()
-    assert counter.get_total_flops() == sum(step.flops for part in left for step in part)
-    assert counter.get_total_flops() == sum(step.flops for part in closed for step in part)
+    assert counter.total == sum(step.flops for part in left for step in part)
+    assert counter.total == sum(step.flops for part in closed for step in part)
     assert len(left[1]) <= len(closed[1])
 
 
@@ -102,12 +80,12 @@ def test_linear_flops_are_what_torch_counts(fmt: LinearFormat, rows: int, memory
     x = torch.randn(rows, fmt.in_features, requires_grad=True)
     for plan in linear_plans(fmt, memory):
         forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
-        with _counter() as counter:
+        with Flops() as counter:
             y = cp_linear(x, ins, outs, plan=plan)
-        assert counter.get_total_flops() == sum(step.flops for step in forward), plan
-        with _counter() as counter:
+        assert counter.total == sum(step.flops for step in forward), plan
+        with Flops() as counter:
             y.sum().backward()
-        assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+        assert counter.total == sum(step.flops for step in backward), plan
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
@@ -125,16 +103,16 @@ def test_conv_flops_are_what_torch_counts(
         place = geometry(fmt.kernel_size, *where)
     for plan in conv_plans(memory):
         forward, backward = conv_plan_steps(fmt, place, batch, size, False, plan, 4, training=True)
-        with _counter() as counter:
+        with Flops() as counter:
             if fmt.transposed:
                 call = {"groups": fmt.groups, "plan": plan, **options}
                 y = cp_conv_transpose(x, ins, outs, kernels, **call)
             else:
                 y = cp_conv(x, outs, ins, kernels, groups=fmt.groups, plan=plan, **options)
-        assert counter.get_total_flops() == sum(step.flops for step in forward), plan
-        with _counter() as counter:
+        assert counter.total == sum(step.flops for step in forward), plan
+        with Flops() as counter:
             y.sum().backward()
-        assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+        assert counter.total == sum(step.flops for step in backward), plan
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced"])
@@ -145,28 +123,17 @@ def test_embedding_flops_are_what_torch_counts(
     fmt = EmbeddingFormat(in_shape, (4, 3), 6, num_embeddings=math.prod(in_shape) - 1)
     ins, outs = _factors(in_shape, fmt.out_shape, rank=fmt.rank)
     plan = plan_embedding(fmt, rows, torch.float32, "cpu", memory)
-    with _counter() as counter:
+    with Flops() as counter:
         y = cp_embedding(torch.arange(rows) % 7, ins, outs, unique=False, memory=memory)
-    assert counter.get_total_flops() == sum(
-        step.flops for step in embedding_forward_steps(fmt, rows, plan, 4)
-    )
-    with _counter() as counter:
+    assert counter.total == sum(step.flops for step in embedding_forward_steps(fmt, rows, plan, 4))
+    with Flops() as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == sum(
-        step.flops for step in embedding_backward_steps(fmt, rows, plan, 4)
-    )
+    assert counter.total == sum(step.flops for step in embedding_backward_steps(fmt, rows, plan, 4))
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts what reaches the dispatcher, a sum twice, as long as calling one takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 2 if "sum" in str(func) else 1
-        return func(*args, **(kwargs or {}))
+def launched(seen: Operations) -> int:
+    """What reaches the dispatcher, a sum counted twice, as long as calling one takes."""
+    return len(seen.names) + sum("sum" in name for name in seen.names)
 
 
 @pytest.mark.parametrize("memory", ["balanced", "least"])
@@ -179,12 +146,12 @@ def test_linear_launches_are_what_torch_dispatches(
     grad_y = torch.randn(rows, fmt.out_features)
     for plan in linear_plans(fmt, memory):
         forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
-        with Dispatched() as there:
+        with Operations() as there:
             y = cp_linear(x, ins, outs, plan=plan)
-        assert there.count == sum(step.launches for step in forward), plan
-        with Dispatched() as back:
+        assert launched(there) == sum(step.launches for step in forward), plan
+        with Operations() as back:
             torch.autograd.grad(y, [x, *ins, *outs], grad_y)
-        assert back.count == sum(step.launches for step in backward), plan
+        assert launched(back) == sum(step.launches for step in backward), plan
 
 
 def test_a_product_reads_its_operands_before_it_multiplies() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BY_ID, params
 from polyadic import LinearPlan, LinearRoute
@@ -20,29 +19,11 @@ from polyadic.functional import linear as linear_module
 from polyadic.kernels import multilinear
 from polyadic.nn import CPLinear
 from polyadic.planner import linear as linear_planner
-from polyadic.testing import LiveBytes
+from polyadic.testing import LiveBytes, launches
 from test_counting import largest_allocation
 from test_derivatives import assert_trees_close, second_derivatives
 from test_plans import check_plan
 from test_values import assert_close
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], Any]) -> int:
-    with Operations() as counted:
-        run()
-    return counted.count
 
 
 def python_calls(run: Callable[[], Any]) -> int:
@@ -115,9 +96,9 @@ def test_a_small_layer_makes_few_calls(
     # A call settled by an equal plan of another test compares the two, each time.
     linear_planner.settled.clear()
     back(call())()
-    assert operations(call) <= forward[0]
+    assert launches(call) <= forward[0]
     assert python_calls(call) <= forward[1]
-    assert operations(back(call())) <= backward[0]
+    assert launches(back(call())) <= backward[0]
     assert python_calls(back(call())) <= backward[1]
     with torch.no_grad():
         layer(x)

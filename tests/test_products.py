@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic.kernels import onednn, products
 from polyadic.nn import CPLinear
+from polyadic.testing import Flops
 
 POINTWISE = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -136,9 +136,9 @@ def test_what_looks_on_sees_every_product(calls: Calls) -> None:
         torch.testing.assert_close(
             torch.func.vmap(layer)(x.view(3, 100, 48)).view(300, 60), expected
         )
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             layer(x)
-        assert counter.get_total_flops() == 2 * 300 * 20 * (48 + 60)
+        assert counter.total == 2 * 300 * 20 * (48 + 60)
         tangent = torch.func.jvp(lambda x: call(parameters, x), (x,), (x,))[1]
         torch.testing.assert_close(tangent, expected - layer.bias)
         with torch.autograd.forward_ad.dual_level():
@@ -256,11 +256,11 @@ def test_tall_products_in_place_or_turned_are_the_same(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x, z = torch.randn(terms, width), torch.randn(terms, rank)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         made = products.tall(x, z)
     assert relative(made, x.double().t() @ z.double()) < 1e-6
     assert made.is_contiguous()
-    assert counter.get_total_flops() == 2 * terms * width * rank
+    assert counter.total == 2 * terms * width * rank
 
 
 def test_what_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
+from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "DecomposeInterrupted",
     "Decomposition",
     "Explanation",
+    "FactorizeReport",
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
@@ -38,6 +40,8 @@ __all__ = [
     "compress",
     "decompose",
     "explain",
+    "factor_rates",
+    "factorize",
     "finetune",
     "freeze",
     "from_pretrained",
@@ -46,6 +50,7 @@ __all__ = [
     "merge",
     "nn",
     "padded_shape",
+    "param_groups",
     "reference",
     "register_transformers",
     "save_pretrained",

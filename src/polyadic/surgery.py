@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from polyadic.nn.kinds import BY_DENSE, family_of
+
 Value = TypeVar("Value")
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-EXCHANGEABLE = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+EXCHANGEABLE = tuple(BY_DENSE)
 
 # An optimizer is made anew for another model in any case.
 _PASSED_BY = (type, ModuleType, Optimizer)
@@ -111,46 +111,38 @@ def find(
     return Found(layers, aliases, ties, skipped)
 
 
-def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
-    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
+def together(found: Found) -> Iterator[tuple[tuple[str, ...], str | None]]:
+    """The layers that are exchanged together, those of one weight, one group after the other.
 
-    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
-    that take their places later are never synchronised, and the processes part without an error;
-    DataParallel and sharded parameters are no places to put a whole factor into.
-
-    Args:
-        model: any module.
-        function: what would change the model, for the message.
-        argument: the model's name among its arguments, for the message.
-
-    Raises:
-        ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
+    Yields:
+        Names, of a tie the embedding's first, as its head is made from it; and why layers of one
+        weight cannot have a CP weight in common, or None.
     """
-    for name, module in model.named_modules():
-        place = f"{argument}.{name}" if name else argument
-        wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
-        if wrapper is not None:
-            raise ValueError(
-                f"{function} expects {argument} without a wrapper around its layers, but {place} "
-                f"is in {wrapper}, which holds the parameters it found when it was made and not "
-                f"those that are changed now; call {function} on the plain model, in every process "
-                f"with the same arguments, and wrap it afterwards"
-            )
-        for key, parameter in module._parameters.items():
-            if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"{function} expects {argument} with whole parameters, but {place}.{key} is a "
-                    f"DTensor, of which each process holds a part; call {function} on the plain "
-                    f"model, in every process with the same arguments, and shard it afterwards"
-                )
+    tied = {name: group for group in found.ties for name in group}
+    done: set[str] = set()
+    for name in found.layers:
+        if name in done:
+            continue
+        group = sorted(
+            tied.get(name, (name,)), key=lambda n: family_of(found.layers[n]) != "embedding"
+        )
+        done.update(group)
+        yield tuple(group), _mixed([found.layers[n] for n in group])
 
 
-def _wraps(base: type) -> bool:
-    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
-    if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return True
-    names = ("FullyShardedDataParallel", "FSDPModule", "DDP")
-    return base.__name__ in names and base.__module__.startswith("torch.distributed.")
+def is_head(table: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer that shares a table's weight is its output head."""
+    return family_of(table) == "embedding" and family_of(layer) == "linear"
+
+
+def _mixed(layers: Sequence[nn.Module]) -> str | None:
+    """Why tied layers cannot share factors, or None."""
+    first = layers[0]
+    for layer in layers[1:]:
+        if type(layer) is not type(first) and not is_head(first, layer):
+            kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in layers))
+            return f"shares its weight among {kinds}, which have no CP weight in common"
+    return None
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

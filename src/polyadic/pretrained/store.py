@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic import surgery
+from polyadic import checks
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig, dumps
 from polyadic.pretrained.dense import merge_layers
@@ -50,7 +51,9 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
     if _is_transformers(model):
         _bridge().attach(model)
-        files.write_by(Path(directory), cast(Any, model).save_pretrained)
+        # Under the names of the modules now: some models store those of earlier versions.
+        save = functools.partial(cast(Any, model).save_pretrained, save_original_format=False)
+        files.write_by(Path(directory), save)
         return
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
@@ -102,7 +105,7 @@ def from_pretrained(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    surgery.check_unwrapped(model, "from_pretrained")
+    checks.check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     config = files.read_config(folder)
     exchange = prepare(model, config.layers)
@@ -201,7 +204,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    surgery.check_unwrapped(model, "merge")
+    checks.check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):
         _bridge().detach(model)
@@ -247,7 +250,7 @@ def resize_token_embeddings(model: nn.Module, new_num_tokens: int) -> nn.Module:
             f"model must be a model of transformers, got {type(model).__name__}; a table alone has "
             f"CPEmbedding.resize"
         )
-    surgery.check_unwrapped(model, "resize_token_embeddings")
+    checks.check_unwrapped(model, "resize_token_embeddings")
     table = resize(model, new_num_tokens)
     attach(model)
     return table
