@@ -134,7 +134,7 @@ def settle() -> None:
     that rise with the largest block freed so far: what is measured would hang on which sizes
     came before it.
     """
-    torch.ones(MAPPED - 2**20, dtype=torch.uint8)
+    torch.ones(MAPPED - 2**20, dtype=torch.uint8, device="cpu")
 
 
 def store(machine: Machine, device_type: str, dtype: torch.dtype, threads: int) -> Path | None:
