@@ -34,7 +34,7 @@ from polyadic.planner.linear import (
 )
 from polyadic.planner.machine import Machine, Step, built_in
 from polyadic.planner.steps import gemm, plan_steps
-from polyadic.planner.steps_conv import conv_plan_steps
+from polyadic.
 from polyadic.planner.steps_embedding import embedding_backward_steps, embedding_forward_steps
 
 LINEAR = [

@@ -29,7 +29,6 @@ from polyadic.bench.measure import (
 from polyadic.bench.plans import predicted, rates_source
 from polyadic.bench.problem import Built, Contestant, NotApplicableError, Problem, plan_record
 from polyadic.bench.records import rounded
-from polyadic.planner.calibrated import settle
 
 Record = dict[str, Any]
 QUICK = Patience(seconds=0.06, repeats=5, limit=0.5)
@@ -113,7 +112,9 @@ def _settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    settle()
+    # glibc gives freed memory back to the system above a threshold that rises with the largest
+    # block freed so far: what is measured would depend on which sizes came before it.
+    torch.ones(2**25 - 2**20, dtype=torch.uint8)
     try:
         yield
     finally:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from polyadic import checks
 from polyadic.autograd import run
-from polyadic.formats import LinearFormat
+from polyadic.formats import EmbeddingFormat
 from polyadic.kernels.embedding import EmbeddingMap
-from polyadic.planner.embedding import plan_embedding
+from polyadic.planner.ask import plan_embedding
 from polyadic.plans import Memory
 
 # Below this many indices a lookup costs no more than finding the distinct ones.
@@ -89,7 +89,7 @@ def cp_embedding(
     ins = checks.factor_group(in_factors, "in_factors")
     outs = checks.factor_group(out_factors, "out_factors")
     in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
-    fmt = LinearFormat(in_shape, out_shape, rank)
+    fmt = EmbeddingFormat(in_shape, out_shape, rank)
     checks.indices(indices, ins[0])
     size = checks.table_rows(num_embeddings, in_shape)
     padding_idx = checks.padding_index(padding_idx, size)
@@ -104,7 +104,7 @@ def cp_embedding(
         flat, inverse = _distinct(flat, size) or (flat, None)
     plan = plan_embedding(fmt, flat.shape[0], ins[0].dtype, ins[0].device.type, memory)
     if weights is not None:
-        ins, plan = (weights.unsqueeze(0), *ins), checks.with_scale(plan)
+        ins, plan = (weights.unsqueeze(0), *ins), plan.with_weights()
     y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])
     if inverse is not None:
         y = F.embedding(inverse, y)

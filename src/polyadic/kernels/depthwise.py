@@ -6,6 +6,7 @@ dimensions and the channels_last layout exists for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic._torch import memoized
-from polyadic.kernels.onednn import in_onednn
+from polyadic.kernels import cpu
 
 Ints = tuple[int, ...]
-
-# Columns of the widest depthwise kernel whose weight gradient is fast on a CPU; its rows are free.
-WIDEST = 3
-# Entries of one image below which the slow way costs less than the calls of the fast one.
-LEAST_FOR_WIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -165,13 +161,9 @@ class Stage:
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
         """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
-        return (
-            groups == x.shape[1]
-            and len(self.kernel_size) == 2
-            and self.kernel_size[1] > WIDEST
-            and x.device.type == "cpu"
-            and x.shape[1] * x.shape[2] * x.shape[3] >= LEAST_FOR_WIDE
-        )
+        if not x.is_cpu or groups != x.shape[1]:
+            return False
+        return cpu.has_wide_weight_gradient(self.kernel_size, math.prod(x.shape[1:]))
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Weight gradient (r, 1, h, w) of a depthwise stage in two dimensions with many columns.
@@ -196,8 +188,8 @@ class Stage:
         below, right = max(0, rows - low - x.shape[2]), max(0, columns - left - x.shape[3])
         x = F.pad(x, (left, right, low, below))[:, :, :rows]
         pieces = []
-        for first in range(0, width, WIDEST):
-            taps = weight[..., first : first + WIDEST]
+        for first in range(0, width, cpu.WIDE_COLUMNS):
+            taps = weight[..., first : first + cpu.WIDE_COLUMNS]
             lacking = (width - first - taps.shape[3]) * self.dilation[1]
             part = x[..., first * self.dilation[1] : columns - lacking]
             pieces.append(_weight_gradient(part, grad, taps, self.stride, (0, 0), self.dilation))
@@ -210,7 +202,7 @@ def _in_float32(x: Tensor, groups: int) -> bool:
     torch's own depthwise convolutions are slow, and round each sum of taps to the half precision.
     """
     half = x.dtype.itemsize == 2 and x.device.type == "cpu" and groups == x.shape[1]
-    return half and not in_onednn(x.dtype)
+    return half and not cpu.in_onednn(x.dtype)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

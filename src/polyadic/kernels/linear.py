@@ -19,7 +19,7 @@ from polyadic.kernels.multilinear import (
     partials,
     product_gradients,
 )
-from polyadic.kernels.products import linear, tall, times
+from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn
 from polyadic.plans import LinearPlan
 
 
@@ -49,8 +49,8 @@ class LinearMap:
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         route = self.plan.forward
         if route.kind == "dense":
-            weight = linear(khatri_rao(out_factors, x.dtype), khatri_rao(in_factors, x.dtype))
-            return linear(x, weight, bias), ()
+            weight = matmul_nt(khatri_rao(out_factors, x.dtype), khatri_rao(in_factors, x.dtype))
+            return matmul_nt(x, weight, bias), ()
         z = contract(x, in_factors, route.in_groups)
         y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
@@ -84,9 +84,9 @@ class LinearMap:
         if route.kind == "dense":
             ka, kc = khatri_rao(in_factors, x.dtype), khatri_rao(out_factors, x.dtype)
             if wrt_x:
-                d_x = times(grad_y, linear(kc, ka))
+                d_x = matmul_nn(grad_y, matmul_nt(kc, ka))
             if wrt_in or wrt_out:
-                d_weight = tall(grad_y, x)
+                d_weight = matmul_tn(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
         else:
