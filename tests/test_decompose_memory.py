@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from polyadic import decompose
-from polyadic.bench.measure import LiveBytes
+from polyadic.testing import LiveBytes
 
 CASES = [
     pytest.param(((96,), (64,), (3, 3, 3)), 16, id="kernel"),

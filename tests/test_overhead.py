@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import BY_ID, params
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
-from polyadic.bench.measure import LiveBytes
 from polyadic.functional import linear as linear_module
 from polyadic.kernels import multilinear
 from polyadic.nn import CPLinear
 from polyadic.planner import linear as linear_planner
+from polyadic.testing import LiveBytes
 from test_counting import largest_allocation
 from test_derivatives import assert_trees_close, second_derivatives
 from test_plans import check_plan

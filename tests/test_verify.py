@@ -204,8 +204,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("polyadic 0.")
     code, out, _ = run(capsys=capsys)
     assert code == 0
-    assert "verify" in out
-    assert "demo" in out
+    assert all(name in out for name in ("verify", "plan", "compress"))
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
@@ -219,24 +218,3 @@ def test_without_the_extra_it_says_what_to_install(
     with pytest.raises(SystemExit) as exit_:
         main(["verify"])
     assert "pip install 'polyadic[cli]'" in str(exit_.value.code)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(NotADirectoryError("out must be a folder"), 2), (ImportError("install the extra"), 1)],
-)
-def test_demo_says_in_one_line_why_it_cannot_run(
-    error: Exception,
-    code: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def refuse(**arguments: Any) -> None:
-        assert set(arguments) == {"out", "seed", "quick", "threads"}
-        raise error
-
-    monkeypatch.setattr("polyadic.demo.run_demo", refuse)
-    got, out, err = run("demo", "--quick", capsys=capsys)
-    assert (got, out) == (code, "")
-    assert err.count("\n") == 1
-    assert str(error) in err

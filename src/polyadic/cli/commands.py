@@ -1,10 +1,8 @@
 """The commands of ``polyadic``: their arguments and what they print."""
 
 from polyadic.cli.app import app, polyadic
-from polyadic.cli.bench import bench
 from polyadic.cli.compress import compress
-from polyadic.cli.demo import demo
 from polyadic.cli.plan import plan
 from polyadic.cli.verify import verify
 
-__all__ = ["app", "bench", "compress", "demo", "plan", "polyadic", "verify"]
+__all__ = ["app", "compress", "plan", "polyadic", "verify"]

@@ -42,8 +42,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show how a layer will be computed: steps, costs, dense beside it, what was rejected."""
-    from polyadic import explain
     from polyadic.calibration import calibrate as measure
+    from polyadic.explaining import explain
     from polyadic.nn import CPConv2d, CPLinear
 
     try:

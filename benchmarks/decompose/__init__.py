@@ -1,0 +1,1 @@
+"""``polyadic.decompose`` compared with the fits of tensorly and tltorch."""

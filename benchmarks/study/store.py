@@ -1,0 +1,68 @@
+"""The records of an experiment, to which a run adds, so that it can be stopped and continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import records
+from benchmarks.records import Record, append, rounded
+
+
+class Store:
+    """A file of records: one of the environment, then one for each finished piece of work.
+
+    Args:
+        path: the file; made where it is missing.
+        settings: of the study; those in the file must be the same.
+
+    Attributes:
+        records: those in the file, without the environment's.
+
+    Raises:
+        ValueError: the file is of other settings, or no such file.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        own = records.environment(torch.device("cpu"), torch.float32)
+        self._commit = own["commit"]
+        self.records: list[Record] = []
+        if path.exists():
+            environment, self.records = read(path)
+            if environment.get("settings") != rounded(settings):
+                raise ValueError(
+                    f"{path.name} holds records of other settings, {environment.get('settings')}; "
+                    f"remove it, or write to another folder"
+                )
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append(path, {**own, "settings": settings})
+
+    def has(self, **fields: Any) -> bool:
+        """Whether a record with these fields is there."""
+        return any(
+            all(record.get(name) == value for name, value in fields.items())
+            for record in self.records
+        )
+
+    def add(self, record: Record) -> None:
+        """Append a record, with the commit it was made by; it is on the disk when this returns."""
+        record = {**record, "commit": self._commit}
+        self.records.append(rounded(record))
+        append(self._path, record)
+
+
+def read(path: Path) -> tuple[Record, list[Record]]:
+    """The environment and the records of a file.
+
+    Raises:
+        ValueError: its first line is not an environment, or a line is no JSON.
+    """
+    environment, *found = records.read(path) or [{}]
+    if environment.get("kind") != "environment":
+        raise ValueError(f"{path.name} does not begin with an environment record; run it anew")
+    return environment, found

@@ -1,0 +1,1 @@
+"""Programs that use polyadic; each runs from the root of the project."""

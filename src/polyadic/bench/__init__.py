@@ -1,9 +1,0 @@
-"""The benchmark behind ``polyadic bench``: cases, contestants, measuring, records and their report.
-
-``run`` times what ``contestants`` build for the ``cases``, writes JSON lines, and ``report`` turns
-stored lines, and nothing else, into tables and figures.
-"""
-
-from polyadic.bench.run import Options, run_bench
-
-__all__ = ["Options", "run_bench"]

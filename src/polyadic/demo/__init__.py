@@ -1,7 +1,0 @@
-"""The main job on real data: train dense and CP models on digits, and write a report."""
-
-from __future__ import annotations
-
-from polyadic.demo.run import DemoResult, run_demo
-
-__all__ = ["DemoResult", "run_demo"]

@@ -1,0 +1,202 @@
+"""The benchmark for a GPU: every phase runs on a CPU with tiny sizes; floors, goals and pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import benchmarks.gpu.__main__ as command
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import Contestant, compete
+from benchmarks.gpu.floors import Rates, linear
+from benchmarks.gpu.goals import goals
+from benchmarks.gpu.linears import Makers, cell
+from benchmarks.gpu.phases import PHASES
+from benchmarks.gpu.records import Run, Writer
+from benchmarks.gpu.report import pages, section, stored_runs
+from benchmarks.gpu.table import short_table
+from benchmarks.pages import between
+from benchmarks.records import check, read
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Records and output of one dry run of every phase."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--dry", "--seconds", "600", "--out", str(out)]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("gpu-*-dry.jsonl")), done.stdout
+
+
+def test_every_phase_ends_well(dry: tuple[Path, str]) -> None:
+    run = Run.load(dry[0])
+    assert {name: r["status"] for name, r in run.phases().items()} == dict.fromkeys(PHASES, "done")
+    wrong = [r for r in run.of("check") if r["status"] != "passed"]
+    assert wrong == []
+    statuses = {
+        r["contestant"]: r["status"] for r in run.of("measurement") if r["status"] != "timed"
+    }
+    assert set(statuses) <= {"tltorch"}
+    assert [r for r in run.of("note") if r["of"] not in ("kernels", "run")] == []
+    layers = {cell["layer"] for cell in run.cells.values()}
+    assert layers == {"linear", "embedding", "conv", "network"}
+
+
+def test_records_are_the_benchmarks_own(dry: tuple[Path, str]) -> None:
+    records = [json.loads(line) for line in dry[0].read_text(encoding="utf-8").splitlines()]
+    shared = [r for r in records if r["kind"] in ("environment", "machine", "cell", "measurement")]
+    assert {r["kind"] for r in shared} == {"environment", "machine", "cell", "measurement"}
+    for record in shared:
+        check(record)
+
+
+def test_the_table_is_last_and_short(dry: tuple[Path, str]) -> None:
+    table = short_table(Run.load(dry[0]))
+    assert dry[1].endswith(table + "\n")
+    assert len(table) <= 12_000
+    for word in ("== goals", "== linear", "== conv", "== embedding", "== few rows", "GPT"):
+        assert word in table
+
+
+def test_the_page_is_made_from_the_records() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert between(page, "gpu", pages(stored_runs(ROOT / "benchmarks" / "results"))) == page
+
+
+def test_a_page_of_a_run(dry: tuple[Path, str]) -> None:
+    text = section(Run.load(dry[0]))
+    for title in ("Goals", "Thin products", "Few rows, forward", "Embedding", "A whole training"):
+        assert f"### {title}" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| 16→16 3×3")}
+    assert len(widths) == 1
+
+
+def test_floors_of_a_linear_layer() -> None:
+    """Against counts by hand: 4096², R = 64, 8192 rows, 2 bytes an element."""
+    T, d, R = 8192, 4096, 64
+    found = linear(T, d, d, R, parameters=0, size=2)
+    unit = 2 * T * d
+    assert found["forward", "factorized"].bytes == 2 * unit
+    # Forward X and Y; backward dY twice, X, dX.
+    assert found["training", "factorized"].bytes == 6 * unit
+    assert found["training", "dense"].bytes == 3 * (2 * unit + 2 * d * d)
+    assert found["training", "factorized"].flops == 3 * 2 * T * R * 2 * d
+    seconds = found["training", "factorized"].seconds(Rates(3e12, 8e14))
+    assert seconds == pytest.approx(134.2e-6, rel=1e-3)
+
+
+def stored(ours: float, dense: float, **changes: Any) -> list[dict[str, Any]]:
+    """One linear cell timed in a graph, as a run writes it."""
+    floor = {"mode": "training", "threads": 1, "route": "factorized", "flops": 1, "bytes": 1,
+             "seconds": 1e-4, "byte_seconds": 1e-4}  # fmt: skip
+    cell = {"kind": "cell", "cell": "one", "title": "4096→4096 R=64 T=8192", "layer": "linear",
+            "group": "linear", "T": 8192, "in": 4096, "out": 4096, "rank": 64,
+            "floors": [floor]}  # fmt: skip
+    timed = [
+        {"kind": "measurement", "cell": "one", "contestant": name, "family": family,
+         "status": "timed", "mode": "training", "launch": "graph", "median": median,
+         "predicted": None}
+        for name, family, median in (("polyadic", "ours", ours), ("dense", "dense", dense))
+    ]  # fmt: skip
+    return [cell, *timed, *changes.get("more", [])]
+
+
+@pytest.mark.parametrize(
+    ("ours", "dense", "floor", "gain"),
+    [
+        (1.5e-4, 7e-4, "met", "met"),
+        (1.7e-4, 7e-4, "missed", "met"),
+        (1.5e-4, 5e-4, "met", "missed"),
+    ],
+)
+def test_goals_are_judged(ours: float, dense: float, floor: str, gain: str) -> None:
+    by_text = {goal.text: goal for goal in goals(Run(stored(ours, dense)))}
+    verdicts = {text: goal.verdict for text, goal in by_text.items()}
+    assert next(v for t, v in verdicts.items() if "1.6 × the byte floor" in t) == floor
+    assert next(v for t, v in verdicts.items() if "≥ 4 × as fast as dense" in t) == gain
+    assert next(v for t, v in verdicts.items() if "≥ 8 × as fast as dense" in t) == "not measured"
+
+
+def test_a_failed_check_is_a_miss() -> None:
+    failed = {"kind": "check", "check": "repeats", "subject": "a layer", "dtype": "bfloat16",
+              "status": "failed", "reason": "not the same bits: y"}  # fmt: skip
+    goal = next(g for g in goals(Run([failed])) if "20 runs" in g.text)
+    assert (goal.verdict, goal.misses) == ("missed", ("a layer bfloat16: not the same bits: y",))
+
+
+def test_a_cut_line_is_left_out_and_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"kind": "note", "of": "a"}\n{"kind": "no', encoding="utf-8")
+    assert [r["of"] for r in read(path, growing=True)] == ["a"]
+    Writer(path).write("note", of="b", value=float("nan"))
+    assert [(r["of"], r.get("value")) for r in read(path)] == [("a", None), ("b", None)]
+
+
+def test_a_lost_worker_is_followed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A phase is tried twice, then left; what comes behind it still runs."""
+    ran: list[list[str]] = []
+
+    def work(path: Path, phases: list[str], seconds: float, options: Any) -> None:
+        ran.append(list(phases))
+        writer = Writer(path)
+        for name in phases:
+            writer.write("phase", phase=name, status="begun", limit=1.0)
+            if name == "products":
+                return  # as if the process had died here
+            writer.write("phase", phase=name, status="done", seconds=0.0, reason="")
+
+    monkeypatch.setattr(command, "_work", work)
+    command.main(["--out", str(tmp_path), "--phases", "ceilings,products,conv", "--dry"])
+    assert ran == [["ceilings", "products", "conv"], ["products", "conv"], ["conv"]]
+    statuses = {n: r["status"] for n, r in Run.load(next(tmp_path.iterdir())).phases().items()}
+    assert statuses == {"ceilings": "done", "products": "crashed", "conv": "done"}
+
+
+def test_a_failing_cell_spoils_no_other(tmp_path: Path) -> None:
+    """Records say who failed and why; a wrong contestant is refused, not timed."""
+
+    class Wrong(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1.0 if x.dtype == torch.float64 else 1.1)
+
+    def broken() -> torch.nn.Module:
+        raise RuntimeError("out of order")
+
+    path = tmp_path / "records.jsonl"
+    bench = Bench(torch.device("cpu"), torch.bfloat16, Writer(path), True)
+    make = Makers(bench, 8, 12, 20, 3)
+    wrong = Contestant("wrong", "dense", lambda: Wrong(12, 20, dtype=torch.bfloat16))
+    contestants = [Contestant("broken", "ours", broken), wrong, make.ours(), make.frozen()]
+    compete(bench, cell(bench, 8, 12, 20, 3, group="linear"), contestants)
+    run = Run.load(path)
+    statuses = {r["contestant"]: r["status"] for r in run.of("measurement")}
+    assert statuses == {
+        "broken": "failed", "wrong": "refused", "polyadic": "timed", "polyadic, frozen": "timed",
+    }  # fmt: skip
+    assert "out of order" in run.of("measurement", contestant="broken")[0]["reason"]
+    name = next(iter(run.cells))
+    assert set(run.timed(name, "training", "graph")) == {"polyadic"}
+    assert set(run.timed(name, "forward", "eager")) == {"polyadic", "polyadic, frozen"}
+
+
+def test_a_cell_once_begun_is_not_begun_again(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "records.jsonl")
+    writer.write("cell", cell="a")
+    bench = Bench(torch.device("cpu"), torch.bfloat16, writer, True)
+    assert list(bench.fresh(["a", "b"])) == ["b"]
+    bench.deadline = 0.0
+    with pytest.raises(TimeoutError, match="stopped before b"):
+        list(bench.fresh(["a", "b"]))
