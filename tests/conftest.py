@@ -10,9 +10,16 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """No test may depend on a lucky draw or on the order in which threads add up."""
+    group = parser.getgroup("polyadic")
+    group.addoption("--torch-seed", type=int, default=0, help="what every test starts from (0)")
+    group.addoption("--torch-threads", type=int, default=1, help="threads of torch (1)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, for tensors this small; a cache of its own; no notes from torch about itself."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.getoption("--torch-threads"))
     if not hasattr(config, "workerinput"):
         # Plans rest on the built-in numbers, not on a calibration of whoever runs the tests.
         folder = tempfile.TemporaryDirectory(prefix="polyadic-tests-")
@@ -31,9 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded(pytestconfig: pytest.Config) -> Iterator[None]:
     """Seed torch, and see that a test changed neither the default dtype nor the grad mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(pytestconfig.getoption("--torch-seed"))
     yield
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()

@@ -299,6 +299,50 @@ def test_attention_of_torch_is_skipped_with_the_reason() -> None:
     assert type(small[0].linear1) is nn.Linear
 
 
+class InAList(nn.Module):
+    """Layers that are registered by name, and called from a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.head = nn.Linear(48, 4)
+        self.body = [self.first, self.second]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.body:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_that_would_go_on_to_be_called_is_not_said_to_be_converted(inplace: bool) -> None:
+    model = InAList()
+    new, report = polyadic.compress(model, ratio=2, inplace=inplace)
+    assert [layer.name for layer in report.converted] == ["head"]
+    by_name = {layer.name: layer for layer in report.layers}
+    for name in ("first", "second"):
+        assert by_name[name].decision == "skipped"
+        assert "is kept in body too" in by_name[name].reason
+        assert by_name[name].reason in str(report)
+    assert new.body[0] is new.first
+
+
+def test_the_experts_of_a_mixture_are_named() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    _, report = polyadic.compress(transformers.MixtralForCausalLM(config), ratio=1.2, dry_run=True)
+    experts = [layer for layer in report.layers if layer.name.endswith("experts")]
+    assert len(experts) == 2
+    for layer in experts:
+        assert layer.decision == "skipped"
+        assert layer.dense_parameters == 3 * (16 * 48 + 24 * 16)
+        assert "stacks of matrices such as gate_up_proj (3, 48, 16)" in layer.reason
+        assert layer.name in str(report)
+
+
 def test_rank_pattern_fixes_ranks() -> None:
     small, report = polyadic.compress(
         mlp(), ratio=2, rank_pattern={"2": 3, "4": 0.5}, orders=(1, 2)

@@ -103,12 +103,18 @@ def test_the_error_falls_and_is_the_true_one() -> None:
         assert len(found.history) == found.iterations == 60
 
 
-def test_float32_error_is_measured_not_estimated() -> None:
-    """The norms' difference has no digits left where the error is small."""
-    weight = planted(((6, 7), (5, 8)), 4).float()
-    found = decompose(weight, ((6, 7), (5, 8)), 4, iterations=300, tolerance=1e-6)
-    assert found.error < 1e-5
-    assert found.error == pytest.approx(relative(found, weight), rel=0.05)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 8])
+def test_the_error_is_that_of_the_tensor_returned(rank: int, dtype: torch.dtype) -> None:
+    """Not of a residual rounded to the fit's dtype, nor of factors before they were rounded.
+
+    A planted tensor is found to the last digits, so that the error is made of roundings alone.
+    """
+    for seed in range(2):
+        weight = planted(((6, 7), (5, 8)), 4, seed).to(dtype)
+        found = decompose(weight, ((6, 7), (5, 8)), rank, start="orthogonal", iterations=60)
+        assert found.error == pytest.approx(relative(found, weight), rel=1e-6)
+        assert found.frobenius_error == pytest.approx(found.error, rel=1e-12)
 
 
 def test_border_rank_stays_bounded() -> None:

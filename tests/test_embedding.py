@@ -482,3 +482,50 @@ ERRORS: list[tuple[str, Any, type[Exception], str]] = [
 def test_errors(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(10, 7), (10, 12), (10, 13), (10, 40), (12, 3)])
+def test_rows_that_stay_keep_their_values(before: int, after: int, weights: bool) -> None:
+    """A table of another number of rows: those added are finite, and all are trained."""
+    layer = CPEmbedding(before, 6, padding_idx=1, rank=4, in_shape=(3, 4))
+    if weights:
+        layer.cp = CPTensor(layer.cp.tensorized_shape, 4, weights=True)
+        torch.nn.init.normal_(layer.cp.weights)
+    table, kept = layer.weight.detach(), min(before, after)
+    layer.resize(after)
+    assert layer.weight.shape == (after, 6)
+    assert torch.equal(layer.weight[:kept], table[:kept])
+    assert layer.in_shape == layer.cp.tensorized_shape[0] == (-(-after // 4), 4)
+    every = torch.arange(after)
+    torch.testing.assert_close(layer(every), layer.weight)
+    torch.testing.assert_close(
+        layer.as_linear()(torch.eye(6)).t()[2:], layer.weight[2:], rtol=1e-5, atol=1e-5
+    )
+    layer(every).square().sum().backward()
+    for factor in layer.cp.factors:
+        assert bool(factor.grad.isfinite().all())
+    assert bool(layer.weight[kept:].isfinite().all())
+    assert f"{after}, 6" in repr(layer)
+    again = copy.deepcopy(layer)
+    assert torch.equal(again(every), layer(every))
+
+
+def test_layers_that_share_a_table_are_resized_one_by_one() -> None:
+    first, second = (CPEmbedding(10, 6, rank=4, order=2) for _ in range(2))
+    second.cp = first.cp
+    for layer in (first, second):
+        layer.requires_grad_(False).resize(30)
+    assert torch.equal(first.weight, second.weight)
+    assert not first.cp.factors[0].requires_grad
+
+
+def test_tables_that_cannot_be_resized() -> None:
+    layer = CPEmbedding(10, 6, padding_idx=8, rank=2)
+    with pytest.raises(ValueError, match="padding_idx"):
+        layer.resize(8)
+    with pytest.raises(TypeError, match="num_embeddings must be a positive int"):
+        layer.resize(8.0)  # type: ignore[arg-type]
+    assert layer.num_embeddings == 10
+    with pytest.raises(ValueError, match="layer of a joint tensor cannot be resized"):
+        CPEmbedding.joint(2, 10, 6, rank=3)[0].resize(12)

@@ -421,3 +421,28 @@ def test_a_skeleton_that_does_not_fit(
 ) -> None:
     other = skeleton()
     refused(saved[1], other, message, TypeError if isinstance(other, dict) else ValueError)
+
+
+class Listed(nn.Module):
+    """It calls its layers from a plain list."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.body = [self.first]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[0](x)
+
+
+def test_a_layer_called_from_a_list_is_not_exchanged_behind_it(tmp_path: Path) -> None:
+    """The list would keep the layer of the skeleton, whose values are any."""
+    model = Listed(CPLinear(6, 10, rank=3))
+    save_pretrained(model, tmp_path)
+    refused(tmp_path, Listed(nn.Linear(6, 10)), "'first' it is kept in body too")
+    # Where the CP layer is there already, it stays and is filled.
+    again = from_pretrained(tmp_path, Listed(CPLinear(6, 10, rank=3)))
+    x = torch.randn(2, 6)
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(ValueError, match="'first' is kept in body too"):
+        polyadic.merge(model)

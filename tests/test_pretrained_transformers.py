@@ -18,7 +18,12 @@ from torch import nn
 import polyadic
 from polyadic import surgery
 from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
-from polyadic.pretrained import attach, from_pretrained, save_pretrained
+from polyadic.pretrained import (
+    attach,
+    from_pretrained,
+    resize_token_embeddings,
+    save_pretrained,
+)
 from pretrained_cases import same
 
 transformers = pytest.importorskip("transformers")
@@ -323,7 +328,10 @@ QUERY = "encoder.layer.0.attention.self.query"
         (lambda c: c.update(format_version=2), "install a newer one"),
         (lambda c: c.pop("layers"), "describes no CP layers"),
         (lambda c: c["layers"][QUERY].update({"class": "os.system"}), "class must be one of"),
-        (lambda c: c["layers"][QUERY]["arguments"].update(in_features=17), "in_features is 16"),
+        (
+            lambda c: c["layers"][QUERY]["arguments"].update(in_features=17),
+            "in_features is 16|cannot be made: in_shape",
+        ),
         (lambda c: c["layers"].update({"nowhere": c["layers"][QUERY]}), "has no layer 'nowhere'"),
         (lambda c: c.update(dtype="int8"), "dtype must be one of"),
     ],
@@ -387,3 +395,153 @@ print(type(model.encoder.layer[0].attention.self.query).__name__)
 def test_registering_twice_does_nothing() -> None:
     polyadic.register_transformers()
     polyadic.register_transformers()
+
+
+def classifier(labels: int, **options: Any) -> Any:
+    config = bert_config(num_labels=labels, **options)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_another_number_of_labels(tmp_path: Path) -> None:
+    """As with a dense model: refused, or on demand a new head, and all else as it was saved."""
+    model = classifier(6)
+    model.classifier = CPLinear(16, 6, rank=3)
+    model.bert.embeddings.word_embeddings = CPEmbedding(60, 16, padding_idx=0, rank=5)
+    save_pretrained(model, tmp_path)
+    again = loaded(model, tmp_path)
+    same(model, again)
+    load = type(model).from_pretrained
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path, num_labels=3)
+    new, told = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert type(new.classifier) is nn.Linear
+    assert [name for name, _ in new.classifier.named_parameters()] == ["weight", "bias"]
+    assert torch.equal(new.classifier.bias, torch.zeros(3))
+    assert 0 < new.classifier.weight.std() < 0.1
+    assert "classifier.weight" in told["missing_keys"]
+    assert {name for name, *_ in told["mismatched_keys"]} > {"classifier.cp.factors.0"}
+    assert torch.equal(new.bert(IDS)[0], model.bert(IDS)[0])
+    new(IDS)[0].sum().backward()
+    new.save_pretrained(tmp_path / "new")
+    same(new, loaded(new, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("tokens", [62, 70])
+def test_another_number_of_tokens_when_loading(tokens: int, tmp_path: Path) -> None:
+    """A table and its head, which become new dense ones together; 62 fit into the padded table."""
+    model = exchange(transformers.BertForMaskedLM(bert_config()), *MODELS[3][2])
+    save_pretrained(model, tmp_path)
+    load = type(model).from_pretrained
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path, vocab_size=tokens)
+    new = load(tmp_path, vocab_size=tokens, ignore_mismatched_sizes=True)
+    table, head = new.bert.embeddings.word_embeddings, new.cls.predictions.decoder
+    assert type(table) is nn.Embedding
+    assert head.weight is table.weight
+    assert new(IDS)[0].shape == (2, 4, tokens)
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert torch.equal(new.get_submodule(query).weight, model.get_submodule(query).weight)
+    new.save_pretrained(tmp_path / "new")
+    same(new, loaded(new, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("tokens", [40, 60, 62, 65, 129])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_is_resized(tied: bool, tokens: int, tmp_path: Path) -> None:
+    names = MODELS[3][2] if tied else MODELS[4][2]
+    model = exchange(transformers.BertForMaskedLM(bert_config(tie_word_embeddings=tied)), *names)
+    nn.init.normal_(model.cls.predictions.bias)
+    ids = torch.tensor([[1, 5, 9, 2], [3, 4, 39, 7]])
+    hidden, logits = model.bert(ids)[0], model(ids)[0]
+    table = resize_token_embeddings(model, tokens)
+    assert table is model.get_input_embeddings()
+    assert table.weight.shape == (tokens, 16)
+    assert model.config.vocab_size == tokens
+    assert torch.equal(model.bert(ids)[0], hidden)
+    kept = min(60, tokens)
+    new = model(ids)[0]
+    assert new.shape == (2, 4, tokens)
+    torch.testing.assert_close(new[..., :kept], logits[..., :kept])
+    head = model.get_output_embeddings()
+    assert (head.bias is model.cls.predictions.bias) == tied
+    assert head.bias.shape == model.cls.predictions.bias.shape == (tokens,)
+    if tied:
+        assert head.cp is table.cp
+    assert bool(model(torch.tensor([[tokens - 1]]))[0].isfinite().all())
+    model(ids)[0].square().mean().backward()
+    assert all(factor.grad is not None for factor in table.cp.factors)
+    model.save_pretrained(tmp_path)
+    same(model, loaded(model, tmp_path))
+
+
+def test_more_than_two_ties_are_resized_together() -> None:
+    model = t5()
+    table = CPEmbedding(60, 16, rank=5)
+    for owner in (model, model.encoder, model.decoder):
+        key = "shared" if owner is model else "embed_tokens"
+        setattr(owner, key, CPEmbedding(60, 16, rank=5))
+        getattr(owner, key).cp = table.cp
+    model.lm_head = table.as_linear()
+    before = model(IDS, decoder_input_ids=IDS).logits
+    resize_token_embeddings(model, 70)
+    after = model(IDS, decoder_input_ids=IDS).logits
+    assert after.shape[-1] == 70
+    torch.testing.assert_close(after[..., :60], before)
+
+
+def test_a_dense_vocabulary_is_resized_by_transformers() -> None:
+    model = exchange(transformers.BertForMaskedLM(bert_config()))
+    table = resize_token_embeddings(model, 70)
+    assert type(table) is nn.Embedding
+    assert model(IDS)[0].shape == (2, 4, 70)
+
+
+def test_a_vocabulary_that_cannot_be_resized() -> None:
+    model = exchange(transformers.BertForMaskedLM(bert_config()), *MODELS[4][2])
+    before = {name: (id(p), p.shape) for name, p in model.named_parameters()}
+    for tokens, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="new_num_tokens must be a positive int"):
+            resize_token_embeddings(model, tokens)
+    model.get_input_embeddings().padding_idx = 50
+    with pytest.raises(ValueError, match="above the padding index 50, got 50"):
+        resize_token_embeddings(model, 50)
+    model.get_input_embeddings().padding_idx = 0
+    head, model.cls.predictions.decoder = model.cls.predictions.decoder, CPLinear(16, 60, rank=2)
+    with pytest.raises(ValueError, match=r"CPLinear with a weight of its own.*head.to_linear"):
+        resize_token_embeddings(model, 70)
+    model.cls.predictions.decoder = head
+    assert before == {name: (id(p), p.shape) for name, p in model.named_parameters()}
+    joint = CPEmbedding.joint(2, 60, 16, rank=3)[0]
+    model.set_input_embeddings(joint)
+    with pytest.raises(ValueError, match="layer of a joint tensor"):
+        resize_token_embeddings(model, 70)
+    with pytest.raises(TypeError, match="model of transformers, got Embedding"):
+        resize_token_embeddings(nn.Embedding(3, 2), 4)
+
+
+def test_a_trainer_writes_checkpoints_of_joint_layers(tmp_path: Path) -> None:
+    """Put in by hand, without a word to transformers: the run goes on, and can be resumed."""
+    model = classifier(2)
+    layers = CPLinear.joint(2, 16, 24, rank=4)
+    for block, layer in zip(model.bert.encoder.layer, layers, strict=True):
+        block.intermediate.dense = layer
+    rows = [{"input_ids": IDS[i % 2], "labels": torch.tensor(i % 2)} for i in range(8)]
+
+    def trainer(steps: int) -> Any:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=1, report_to=[], use_cpu=True,
+            disable_tqdm=True, per_device_train_batch_size=2,
+        )  # fmt: skip
+        return transformers.Trainer(model, arguments, train_dataset=rows)
+
+    pytest.importorskip("accelerate")
+    trainer(2).train()
+    stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    shared = [name for name in stored if ".cp.joint.factors." in name]
+    assert len(shared) == len(layers[0].cp.joint.factors)
+    for factor in layers[0].cp.joint.factors:
+        nn.init.zeros_(factor)
+    trainer(2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    state = model.state_dict()
+    for name in shared:
+        assert torch.equal(state[name], stored[name])

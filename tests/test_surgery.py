@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -251,3 +252,66 @@ def test_by_pattern() -> None:
 def test_by_pattern_refuses(patterns: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="rank_pattern"):
         by_pattern(patterns, ["a.fc1"], "rank_pattern")
+
+
+class Keeper:
+    """No module: what it holds is registered nowhere."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layers = [layer]
+
+
+KEPT: list[tuple[str, Any]] = [
+    ("list", lambda layer: [layer]),
+    ("nested", lambda layer: {"a": ({"b": [None, layer]},)}),
+    ("attribute of an object", Keeper),
+    ("bound method", lambda layer: layer.forward),
+    ("partial", lambda layer: functools.partial(layer, torch.ones(6))),
+    ("closure", lambda layer: lambda x: layer(x)),
+    ("default", lambda layer: eval("lambda x, f=layer: f(x)", {"layer": layer})),
+    ("weight", lambda layer: [layer.weight]),
+    ("weight in a closure", lambda layer: lambda: layer.weight.square().sum()),
+]
+
+
+@pytest.mark.parametrize("keep", [k[1] for k in KEPT], ids=[k[0] for k in KEPT])
+def test_a_layer_kept_outside_the_registry_is_skipped(keep: Any) -> None:
+    """What is called there would go on to be the old one."""
+    model = Model(tied=False)
+    kept = keep(model.blocks[1].query)
+    # As what is assigned before nn.Module's own attributes are: it registers nothing.
+    model.blocks.__dict__["kept"] = kept
+    found = find(model)
+    assert re.search(r"is kept in blocks\.kept too", found.skipped["blocks.1.query"])
+    assert set(found.layers) == {"embed", *INNER, "head"} - {"blocks.1.query"}
+
+
+def test_what_a_module_keeps_of_itself_goes_with_it() -> None:
+    """And what refers to whole blocks, or to itself, is no hindrance."""
+    model = Model(tied=False)
+    model.__dict__["loop"] = loop = [model.blocks, model]
+    loop.append(loop)
+    model.embed.__dict__["lookup"] = model.embed.forward
+    model.__dict__["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert find(model).skipped == {}
+
+
+class Experts(nn.Module):
+    """As mixtures of experts hold theirs: stacks of matrices, not layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(3, 6, 8))
+        self.down = nn.Parameter(torch.randn(3, 4, 6))
+        self.positions = nn.Parameter(torch.randn(1, 5, 6))
+
+
+def test_stacks_of_matrices_are_named() -> None:
+    model = nn.ModuleDict({"experts": Experts(), "router": nn.Linear(6, 3)})
+    found = find(model)
+    assert set(found.layers) == {"router"}
+    (reason,) = found.skipped.values()
+    assert "stacks of matrices such as gate_up (3, 6, 8) and down (3, 4, 6)" in reason
+    assert "positions" not in reason
+    with pytest.raises(ValueError, match=r"experts is Experts .*no CP layer yet"):
+        find(model, target_modules=["experts"])

@@ -8,6 +8,7 @@ failure with the next phase.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    stamp = f"{datetime.now(timezone.utc):%Y-%m-%d}"
-    path = options.out / f"gpu-{stamp}{'-dry' if options.dry else ''}.jsonl"
+    name = options.name or f"{datetime.now(timezone.utc):%Y-%m-%d}{'-dry' if options.dry else ''}"
+    path = options.out / f"gpu-{name}.jsonl"
     if not options.again:
         path.unlink(missing_ok=True)
     writer = Writer(path)
@@ -60,6 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--name", help="records go to gpu-NAME.jsonl; the day by default")
     parser.add_argument("--again", action="store_true", help="add to the records that are there")
     return parser.parse_args(arguments)
 
@@ -83,7 +85,9 @@ def _work(path: Path, phases: list[str], seconds: float, options: argparse.Names
         f"{seconds:.1f}",
     ]
     command += ["--dtype", options.dtype] + ["--dry"] * options.dry
-    worker = subprocess.Popen(command)
+    # Without a GPU kernels are interpreted, which Triton must know when it is imported.
+    interpreted = {"TRITON_INTERPRET": "1"} if options.dry else {}
+    worker = subprocess.Popen(command, env={**os.environ, **interpreted})
     end = time.monotonic() + seconds
     while worker.poll() is None:
         time.sleep(0.2)

@@ -73,6 +73,7 @@ def goals(run: Run) -> list[Goal]:
         judge.explained(),
         judge.checks("gradients are the same bits in 20 runs", "repeats"),
         judge.checks("the replay of a graph gives the bits of the eager step", "graph"),
+        judge.checks("the host waits for the GPU nowhere in a step", "no waiting"),
         judge.checks("errors ≤ twice plain torch's, nothing left unwritten", "values"),
         judge.checks("exact on small integers", "exact"),
         judge.checks("kernels by their own table", "kernel"),

@@ -29,11 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def stored_runs(folder: Path) -> list[Run]:
     """The newest run on each GPU, dry runs left out; their order is that of the GPUs' names."""
-    newest: dict[str, Run] = {}
-    for path in sorted(folder.glob("gpu-*.jsonl")):
-        run = Run.load(path)
-        if run.environment and not run.environment.get("dry"):
-            newest[str(run.environment.get("gpu", "GPU"))] = run
+    runs = [Run.load(path) for path in sorted(folder.glob("gpu-*.jsonl"))]
+    whole = [run for run in runs if run.environment and not run.environment.get("dry")]
+    newest = {
+        str(run.environment.get("gpu", "GPU")): run
+        for run in sorted(whole, key=lambda run: str(run.environment["date"]))
+    }
     return [newest[name] for name in sorted(newest)]
 
 

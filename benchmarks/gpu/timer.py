@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ class Timing:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep Python's collector from freeing another graph in the middle of a capture."""
+    """Keep Python's collector from a sample, and from freeing a graph while another is captured."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -118,8 +118,12 @@ class Captured:
             self._graph.capture_begin()
             try:
                 self.outputs = [call() for call in calls]
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                # The end of a broken capture raises too, and says less.
+                with suppress(RuntimeError):
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
         self.replay()
         torch.cuda.synchronize()
@@ -209,7 +213,7 @@ class Timer:
         while waiting:
             for name, (run, _) in list(waiting.items()):
                 timing = timings[name]
-                with context[name]():
+                with context[name](), _no_collection():
                     timing.samples.append(clock(run, inner[name]) / timing.calls)
                 enough = len(timing.samples) >= self.patience.samples
                 if enough and timing.elapsed >= self.patience.seconds:

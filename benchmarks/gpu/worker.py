@@ -32,8 +32,6 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cpu" if options.dry else "cuda")
     if options.dry:
         torch.set_num_threads(1)
-        # Read where a kernel is defined: there is no GPU to compile for.
-        os.environ["TRITON_INTERPRET"] = "1"
     torch.manual_seed(0)
     bench = Bench(device, getattr(torch, options.dtype), Writer(options.records), options.dry)
     # What was imported is no garbage, and is not to be searched at every collection.

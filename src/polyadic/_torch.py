@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -47,6 +49,30 @@ def known(*sizes: int) -> bool:
     for size in sizes:
         known = known and has_static_value(size)
     return known
+
+
+def transformed() -> bool:
+    """Whether derivatives, or a transform of torch.func, are asked for in what runs now."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def observed() -> bool:
+    """Whether a mode or a tracer wants to see each operation that runs now."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own, no subclass that has other ideas of operations."""
+    return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and a device, but no numbers."""
+    return type(tensor) is FakeTensor
 
 
 def autocasts(device_type: str) -> bool:

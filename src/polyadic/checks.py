@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyadic._torch import memoized
 from polyadic.formats import ConvFormat, Shape, mode_sizes, positive_int
+from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
 from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
 
@@ -167,6 +168,19 @@ def plan_of(plan: Any, kind: type[Plan]) -> Plan:
     if not isinstance(plan, kind):
         raise TypeError(f"plan must be a polyadic.{kind.__name__}, got {type(plan).__name__}")
     return plan
+
+
+def obeyable(plan: LinearPlan | ConvPlan, kind: str, x: Tensor) -> None:
+    """Check that the kernels a given plan asks for can run where x is.
+
+    Raises:
+        ValueError: a route is by "triton" and they cannot.
+    """
+    if plan.forward.by == plan.backward.by == "torch":
+        return
+    reason = why_not(kind, x.device.type, x.dtype)
+    if reason is not None:
+        raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
 
 
 def device_type(device: Any) -> str:

@@ -6,12 +6,17 @@ names or their last parts.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 Value = TypeVar("Value")
 
@@ -19,6 +24,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EXCHANGEABLE = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
 
+# An optimizer is made anew for another model in any case.
+_PASSED_BY = (type, ModuleType, Optimizer)
+# Where torch registers what belongs to a module; hooks are asked for apart.
+_REGISTRIES = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -48,11 +57,12 @@ def find(
 ) -> Found:
     """Find the layers of a model that can be exchanged for CP layers.
 
-    Layers are the modules with a matrix among their parameters. Exchangeable are the exact types
-    Linear, ConvNd, ConvTransposeNd and Embedding of torch, since a subclass may compute something
-    else. Skipped, with the reason, are others, layers whose ``forward`` their parent passes by,
-    whose weight is computed (weight norm, pruning), which have hooks, or whose weight is also a
-    parameter of something that stays.
+    Layers are the modules with a matrix among their parameters, or a stack of matrices, as the
+    experts of a mixture are. Exchangeable are the exact types Linear, ConvNd, ConvTransposeNd and
+    Embedding of torch, since a subclass may compute something else. Skipped, with the reason, are
+    others, layers whose ``forward`` their parent passes by, which are kept in a plain list or a
+    function too, whose weight is computed (weight norm, pruning), which have hooks, or whose weight
+    is also a parameter of something that stays.
 
     Args:
         model: any module.
@@ -70,7 +80,7 @@ def find(
     targets = _patterns(target_modules, "target_modules")
     exclusions = _patterns(exclude_modules, "exclude_modules")
     names = _names(model)
-    present = {n: m for n, m in model.named_modules() if _owns_a_matrix(m)}
+    present = {n: m for n, m in model.named_modules() if _is_layer(m)}
 
     def matched(pattern: re.Pattern[str]) -> list[str]:
         return [n for n, m in present.items() if any(pattern.fullmatch(a) for a in names[id(m)])]
@@ -82,8 +92,10 @@ def find(
     chosen = {n: m for n, m in present.items() if target_modules is None or n in wanted}
     chosen = {n: m for n, m in chosen.items() if n not in excluded}
 
-    bypassed = _bypassed(model)
-    reasons = {n: bypassed.get(id(m)) or _unfit(n, m) for n, m in chosen.items()}
+    bypassed, elsewhere = _bypassed(model), kept_elsewhere(model)
+    reasons = {
+        n: bypassed.get(id(m)) or _unfit(n, m) or elsewhere.get(id(m)) for n, m in chosen.items()
+    }
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     layers = {n: m for n, m in chosen.items() if n not in skipped}
     ties = _untangle(model, layers, skipped)
@@ -97,6 +109,48 @@ def find(
             _selects_nothing("exclude_modules", written, [], present)
     aliases = {n: names[id(m)] for n, m in layers.items() if len(names[id(m)]) > 1}
     return Found(layers, aliases, ties, skipped)
+
+
+def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
+    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
+
+    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
+    that take their places later are never synchronised, and the processes part without an error;
+    DataParallel and sharded parameters are no places to put a whole factor into.
+
+    Args:
+        model: any module.
+        function: what would change the model, for the message.
+        argument: the model's name among its arguments, for the message.
+
+    Raises:
+        ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
+    """
+    for name, module in model.named_modules():
+        place = f"{argument}.{name}" if name else argument
+        wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
+        if wrapper is not None:
+            raise ValueError(
+                f"{function} expects {argument} without a wrapper around its layers, but {place} "
+                f"is in {wrapper}, which holds the parameters it found when it was made and not "
+                f"those that are changed now; call {function} on the plain model, in every process "
+                f"with the same arguments, and wrap it afterwards"
+            )
+        for key, parameter in module._parameters.items():
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"{function} expects {argument} with whole parameters, but {place}.{key} is a "
+                    f"DTensor, of which each process holds a part; call {function} on the plain "
+                    f"model, in every process with the same arguments, and shard it afterwards"
+                )
+
+
+def _wraps(base: type) -> bool:
+    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
+    if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return True
+    names = ("FullyShardedDataParallel", "FSDPModule", "DDP")
+    return base.__name__ in names and base.__module__.startswith("torch.distributed.")
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -208,14 +262,28 @@ def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return names
 
 
-def _owns_a_matrix(module: nn.Module) -> bool:
-    """Whether it is a layer, to be exchanged or skipped: it holds a weight of two or more modes."""
-    if isinstance(module, EXCHANGEABLE):
-        return True
-    return any(
-        parameter is not None and "weight" in name and parameter.dim() >= 2
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is to be exchanged or skipped with a reason."""
+    return isinstance(module, EXCHANGEABLE) or bool(matrices(module))
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own weights of two or more modes, and stacks of matrices under any name.
+
+    Tables of positions and the like, which have two modes and are not called weights, are none.
+    """
+    return {
+        name: parameter
         for name, parameter in module._parameters.items()
-    )
+        if parameter is not None
+        and not is_lazy(parameter)
+        and (("weight" in name and parameter.dim() >= 2) or is_stack(parameter))
+    }
+
+
+def is_stack(parameter: Tensor) -> bool:
+    """Whether it has three or more modes that are not 1."""
+    return sum(size != 1 for size in parameter.shape) >= 3
 
 
 def _bypassed(model: nn.Module) -> dict[int, str]:
@@ -239,12 +307,86 @@ def _unfit(name: str, layer: nn.Module) -> str | None:
     if kind not in EXCHANGEABLE:
         bases = [base.__name__ for base in EXCHANGEABLE if isinstance(layer, base)]
         of = f"a subclass of {bases[0]}" if bases else "not Linear, ConvNd or Embedding"
+        stacks = [
+            f"{key} {tuple(parameter.shape)}"
+            for key, parameter in matrices(layer).items()
+            if not bases and is_stack(parameter)
+        ]
+        if stacks:
+            of += f"; stacks of matrices such as {' and '.join(stacks)} have no CP layer yet"
         return f"is {kind.__name__} of {kind.__module__}, {of}"
     if name == "":
         return "is the model itself, not a part of it"
     if layer._parameters.get("weight") is None:
         return "has no weight of its own: it is computed (weight norm, pruning)"
     return losses(layer)
+
+
+def kept_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Modules that a part of a model keeps outside its registry of modules, and why that matters.
+
+    A module put in the place of such a one would not be the one that is called. Looked for in the
+    attributes of all modules: in lists, tuples, sets and dicts, in partial functions, bound
+    methods and what functions close over, and in objects one level deep.
+
+    Returns:
+        By ``id`` of the module, a reason as ``find`` gives it.
+    """
+    owners = {id(module): module for module in model.modules()}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), module)
+    found: dict[int, str] = {}
+    for name, parent in model.named_modules():
+        attributes = {k: v for k, v in vars(parent).items() if k not in _REGISTRIES}
+        for key, value in attributes.items():
+            for kept in _reached(value, set(), 1):
+                # What a module knows of itself, such as its own bound method, goes with it.
+                if (owner := owners.get(id(kept))) is not None and owner is not parent:
+                    place = f"{name}.{key}" if name else key
+                    found.setdefault(
+                        id(owner),
+                        f"is kept in {place} too, where a module put in its place would not be; "
+                        f"keep it in a module's own attributes or an nn.ModuleList alone",
+                    )
+    return found
+
+
+def _reached(value: Any, seen: set[int], objects: int) -> Iterator[Any]:
+    """Modules and parameters that a value leads to, through containers and functions."""
+    if isinstance(value, (nn.Module, nn.Parameter)):
+        yield value
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, functools.partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        inner = (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        inner = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        inner = (*inner, *(value.__defaults__ or ()))
+    elif objects and hasattr(value, "__dict__") and not isinstance(value, _PASSED_BY):
+        inner, objects = vars(value).values(), objects - 1
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for part in tuple(inner):
+        if not isinstance(part, (str, bytes, int, float, bool, type(None))):
+            yield from _reached(part, seen, objects)
+
+
+def _is_filled(cell: CellType) -> bool:
+    """Whether a variable that a function closes over has a value yet."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def losses(layer: nn.Module) -> str | None:

@@ -50,6 +50,7 @@ class CPTensor(nn.Module):
     """
 
     weights: Tensor | None
+    ties_declared = False
     _version = 1  # of the names and shapes in a state dict
 
     def __init__(
@@ -104,6 +105,16 @@ class CPTensor(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers asks every module for: parameters that may be another module's too.
+
+        Several layers can hold one tensor, or slices of it. It is asked when a state dict is
+        written, so that what is shared is stored once; the name of what is not shared does no
+        harm. Empty once the model as a whole says under which name (``polyadic.pretrained``).
+        """
+        return {} if self.ties_declared else {name: name for name, _ in self.named_parameters()}
 
     @property
     def order(self) -> int:

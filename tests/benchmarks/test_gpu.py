@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from benchmarks.gpu.phases import PHASES
 from benchmarks.gpu.records import Run, Writer
 from benchmarks.gpu.report import pages, section, stored_runs
 from benchmarks.gpu.table import short_table
+from benchmarks.gpu.timer import Patience, Timer
 from benchmarks.pages import between
 from benchmarks.records import check, read
 
@@ -200,3 +203,97 @@ def test_a_cell_once_begun_is_not_begun_again(tmp_path: Path) -> None:
     bench.deadline = 0.0
     with pytest.raises(TimeoutError, match="stopped before b"):
         list(bench.fresh(["a", "b"]))
+
+
+class PretendGraph:
+    """A CUDA graph that records nothing."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture_begin(self) -> None:
+        """Begin."""
+
+    def capture_end(self) -> None:
+        """End; of a broken capture torch's raises."""
+
+    def replay(self) -> None:
+        """Count."""
+        self.replays += 1
+
+
+class PretendEvent:
+    """An event that takes a millisecond."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        """Nothing."""
+
+    def synchronize(self) -> None:
+        """Nothing."""
+
+    def elapsed_time(self, other: PretendEvent) -> float:
+        """Milliseconds."""
+        return 1.0
+
+
+class PretendStream:
+    """A stream that waits for others."""
+
+    def wait_stream(self, other: PretendStream) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Timer:
+    """A timer that believes it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "Event", PretendEvent)
+    return Timer(torch.device("cuda"), Patience(seconds=0.0, samples=3, block=5e-3))
+
+
+def test_graphs_are_timed_by_events(pretend_gpu: Timer) -> None:
+    """A sample lasts a block: five replays of a millisecond, each of two calls."""
+    ran: list[int] = []
+    piece = pretend_gpu.capture([lambda: ran.append(0), lambda: ran.append(1)])
+    assert ran == [0, 1, 0, 1], "warmed up, then captured"
+    timing = pretend_gpu.graphs({"piece": piece})["piece"]
+    assert timing.calls == 10
+    # An event says a millisecond for five replays.
+    assert timing.median == pytest.approx(1e-4)
+    assert len(timing.samples) == 3
+
+
+def test_a_broken_capture_says_what_broke_it(pretend_gpu: Timer) -> None:
+    calls = iter(range(10))
+
+    def breaks_at_last() -> None:
+        if next(calls) == 3:
+            raise ValueError("the host waits for the GPU here")
+
+    with pytest.raises(ValueError, match="the host waits"):
+        pretend_gpu.capture([breaks_at_last] * 3)
+
+
+def test_contexts_are_entered_outside_of_what_is_timed(pretend_gpu: Timer) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    timings = pretend_gpu.eagers({"a": [lambda: seen.append("call")]}, {"a": inside})
+    assert len(timings["a"].samples) == 3
+    # Whatever is called is called between "in" and "out".
+    depth = 0
+    for word in seen:
+        depth += {"in": 1, "out": -1}.get(word, 0)
+        assert word != "call" or depth == 1

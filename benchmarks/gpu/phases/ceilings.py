@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, said
 from benchmarks.gpu.switch import launcher
 from benchmarks.gpu.timer import Call
 
@@ -44,7 +44,10 @@ def _cost_model(bench: Bench) -> str:
     import polyadic
 
     fmt = polyadic.LinearFormat((4, 4), (4, 4), 2)
-    found = polyadic.explain(fmt, batch=8, device=bench.device.type, dtype=bench.dtype)
+    try:
+        found = polyadic.explain(fmt, batch=8, device=bench.device.type, dtype=bench.dtype)
+    except Exception as error:
+        return said(error)
     return found.machine.source
 
 

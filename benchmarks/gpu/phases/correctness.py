@@ -5,6 +5,7 @@
 - *exact*: on small integers, where nothing is rounded, every element is equal.
 - *repeats*: twenty runs give the same bits.
 - *graph*: the replay of a captured step gives the bits of the eager step.
+- *no waiting*: the host waits for the GPU nowhere in a step.
 - *opcheck*, *export*, *compile*: operators and layers in torch's other modes.
 """
 
@@ -96,6 +97,7 @@ def _subject(bench: Bench, subject: Subject, dtype: torch.dtype, seed: int) -> N
         check("repeats", partial(_repeats, subject, leaves, grad, 2 if bench.dry else REPEATS))
         if bench.device.type == "cuda" and leaves["x"].numel():
             check("graph", partial(_graph, bench, subject, leaves, grad))
+            check("no waiting", partial(_no_waiting, subject, leaves, grad))
     if subject.exact:
         leaves, grad = placed(bench, subject, dtype, seed, integers=True)
         check("exact", partial(_exact, subject, leaves, grad))
@@ -151,6 +153,16 @@ def _repeats(subject: Subject, leaves: Leaves, grad: Tensor, repeats: int) -> st
         again = step(subject.ours, leaves, grad)
         other |= {name for name in first if not torch.equal(first[name], again[name])}
     return f"not the same bits: {', '.join(sorted(other))}" if other else ""
+
+
+def _no_waiting(subject: Subject, leaves: Leaves, grad: Tensor) -> str:
+    """Nothing in a warm step waits for the GPU; torch raises where something does."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(subject.ours, leaves, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def _graph(bench: Bench, subject: Subject, leaves: Leaves, grad: Tensor) -> str:

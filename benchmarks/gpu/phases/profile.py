@@ -95,7 +95,7 @@ def _profiled(bench: Bench, name: str, call: Call) -> None:
             continue  # a range of ours around kernels, not a kernel
         if not on_gpu or event.device_type == DeviceType.CUDA:
             counts[event.name] += 1
-            times[event.name] += event.device_time_total if on_gpu else event.cpu_time_total
+            times[event.name] += event.time_range.elapsed_us()
     kernels = sorted(times, key=lambda kernel: -times[kernel])[:MOST_KERNELS]
     bench.writer.write(
         "profile", phase=bench.phase, of=name, launches=sum(counts.values()) / STEPS,

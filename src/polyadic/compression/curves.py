@@ -244,7 +244,7 @@ def output_error(site: Site, form: Form, fit: Decomposition, metric: Tensor | No
         return None
     with no_autocast(site.weight):
         problem = problem_of(site, form, metric, damping=0.0)
-        factors = problem.taken(list(fit.cp.factors))
+        factors = problem.taken(list(fit.cp.factors), torch.float64)
         power = problem.power()
         lost = problem.residual(factors)[0]
     return math.sqrt(lost / power) if power > 0 else 0.0

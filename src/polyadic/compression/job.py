@@ -275,7 +275,7 @@ def _points(curve: Curve) -> Points:
 
 
 def _skipped(name: str, layer: nn.Module, why: str) -> LayerReport:
-    weights = [p for n, p in layer._parameters.items() if p is not None and "weight" in n]
+    weights = list(surgery.matrices(layer).values())
     count = sum(p.numel() for p in weights)
     return LayerReport(
         names=(name,), kind=type(layer).__name__,

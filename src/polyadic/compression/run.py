@@ -90,11 +90,12 @@ def compress(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: no budget or several, one that cannot be met (the message says what can), a
-            pattern that matches nothing, a model without layers to convert, or batches that do not
-            fit it.
+            pattern that matches nothing, a model without layers to convert, one that is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded, or batches that do not fit it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    surgery.check_unwrapped(model, "compress")
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyadic import surgery
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop, Recovery
 from polyadic.finetune.settings import (
@@ -124,13 +125,15 @@ def distill(
     Raises:
         TypeError: an argument is of the wrong type; batches that can be walked only once.
         ValueError: an argument does not fit, the teacher would be trained too, outputs differ in
-            shape, or the checkpoint is damaged or of another training.
+            shape, or the checkpoint is damaged or of another training; the student is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or without validation those before that step.
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
+    surgery.check_unwrapped(student, "distill", "student")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)

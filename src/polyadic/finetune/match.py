@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyadic import surgery
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
 from polyadic.finetune.settings import (
@@ -100,12 +101,14 @@ def match_layers(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument does not fit; a layer is missing, is not converted, is never called
-            or puts out another shape; training would change the teacher.
+            or puts out another shape; training would change the teacher; the student is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: a loss is not finite.
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
+    surgery.check_unwrapped(student, "match_layers", "student")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")

@@ -40,7 +40,7 @@ def weight(value: Any, shape: tuple[Shape, ...]) -> None:
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: its shape does not fit, or it is not finite.
+        ValueError: its shape does not fit, it is not finite, or a process holds a part of it alone.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
@@ -48,6 +48,8 @@ def weight(value: Any, shape: tuple[Shape, ...]) -> None:
         raise TypeError(f"weight must be of a floating-point dtype, got {value.dtype}; cast it")
     if value.is_meta:
         raise ValueError("weight must hold values, got a meta tensor; load the model first")
+    if hasattr(value, "placements"):
+        raise ValueError("weight must be whole, got a DTensor; give weight.full_tensor()")
     modes = tuple(mode for group in shape for mode in group)
     if not _joins(tuple(value.shape), modes):
         matrix = tuple(math.prod(group) for group in shape)

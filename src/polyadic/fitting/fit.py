@@ -297,10 +297,12 @@ class _Fit:
         """Measure the present factors and wrap them up."""
         assert self.descent is not None
         problem, factors = self.problem, self.descent.factors
-        in_metric, frobenius = problem.residual(factors)
         full = problem.restored(factors)
         found = fragility(full, self.norm)
         cp = CPTensor.from_factors(self.groups, [f.to(self.weight.dtype) for f in full])
+        # Of the very factors returned, with the rounding to their dtype.
+        returned = problem.taken(list(cp.factors), torch.float64)
+        in_metric, frobenius = problem.residual(returned)
         return Decomposition(
             cp=cp,
             error=_relative(in_metric, problem.power()),

@@ -72,24 +72,32 @@ class Problem:
         return list(factors[: len(self.left)]), list(factors[len(self.left) :])
 
     def residual(self, factors: Sequence[Tensor]) -> tuple[float, float]:
-        """‖Σ^½ (W − Ŵ)‖² and ‖W − Ŵ‖², from the residual itself, some columns at a time."""
+        """‖Σ^½ (W − Ŵ)‖² and ‖W − Ŵ‖², from the residual itself, some columns at a time.
+
+        The residual is formed in the dtype of the factors. In float32 it cannot fall below the
+        rounding of Ŵ, some 1e-7 of the weight; factors given in float64 resolve smaller ones.
+        """
         left, right = self.split(factors)
         in_metric = frobenius = 0.0
-        rank = factors[0].shape[1]
+        rank, dtype = factors[0].shape[1], factors[0].dtype
         columns = math.prod(self.right)
-        step = max(1, min(columns, self.matrix.numel() // (4 * max(rank, len(self.matrix)))))
-        rows = max(1, min(len(self.matrix), self.matrix.numel() // (2 * rank)))
-        rest = khatri_rao(right) if rank <= len(self.matrix) else None
+        # Blocks and Khatri-Rao products take a fraction of the weight's bytes in either dtype.
+        entries = self.matrix.nbytes // dtype.itemsize
+        step = max(1, min(columns, entries // (4 * max(rank, len(self.matrix)))))
+        rows = max(1, min(len(self.matrix), entries // (2 * rank)))
+        rest = khatri_rao(right) if rank * columns <= entries else None
         for start in range(0, columns, step):
             stop = min(columns, start + step)
             part = rest[start:stop] if rest is not None else _some_rows(right, start, stop)
-            difference = self.matrix[:, start:stop].clone()
+            difference = self.matrix[:, start:stop].to(dtype, copy=True)
             for first in range(0, len(self.matrix), rows):
                 last = min(len(self.matrix), first + rows)
                 difference[first:last] -= _some_rows(left, first, last) @ part.t()
             frobenius += inner(difference, difference)
             if self.metric is not None:
-                in_metric += inner(difference, self.apply_metric(difference))
+                # Once it is formed, rounding the residual costs digits of itself alone.
+                weighted = self.apply_metric(difference.to(self.metric.dtype))
+                in_metric += inner(difference, weighted)
         return (frobenius if self.metric is None else max(in_metric, 0.0)), frobenius
 
     def restored(self, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -104,9 +112,15 @@ class Problem:
                 full[0] = full[0] * factor
         return balanced(full)
 
-    def taken(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """The factors of the fitted modes, those of size 1 multiplied into the first."""
-        every = [factor.detach().to(self.matrix.device, self.matrix.dtype) for factor in factors]
+    def taken(self, factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The factors of the fitted modes, those of size 1 multiplied into the first.
+
+        Args:
+            factors: of all modes of the weight, (n_d, R).
+            dtype: that of the result; the fit's own by default.
+        """
+        dtype = dtype or self.matrix.dtype
+        every = [factor.detach().to(self.matrix.device, dtype) for factor in factors]
         rank = every[0].shape[1]
         picked = [every[p].clone() if p >= 0 else every[0].new_ones(1, rank) for p in self.kept]
         for place, factor in enumerate(every):

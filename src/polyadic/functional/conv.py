@@ -100,6 +100,7 @@ def _conv(
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
         plan = checks.plan_of(plan, ConvPlan)
+        checks.obeyable(plan, "convolution", x)
     return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
 
 

@@ -73,6 +73,7 @@ def _linear(
         plan = plan_linear(fmt, x, memory, rebuild)
     else:
         plan = checks.plan_of(plan, LinearPlan).covering(fmt)
+        checks.obeyable(plan, "linear", x)
     return fmt, plan, ins, outs
 
 

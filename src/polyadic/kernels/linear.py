@@ -3,6 +3,10 @@
     Y = X KA KCᵀ,   KA = A_1 ⊙ … ⊙ A_D (M, R),   KC = C_1 ⊙ … ⊙ C_E (N, R)
 
 A weight vector λ (R,) enters as one more in factor with a mode of size 1.
+
+On a GPU, where each operation costs its launch, both Khatri-Rao matrices of the explicit route come
+from one launch and the gradients of all factors from another (see ``pairs``); their columns, and
+those of Z and G, are padded with zeros to R' ≥ R.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from polyadic.kernels.multilinear import (
     partials,
     product_gradients,
 )
-from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
+from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan
 
 
@@ -51,8 +56,13 @@ class LinearMap:
         if route.kind == "dense":
             weight = matmul_nt(khatri_rao(out_factors, x.dtype), khatri_rao(in_factors, x.dtype))
             return matmul_nt(x, weight, bias), ()
-        z = contract(x, in_factors, route.in_groups)
-        y = expand(z, out_factors, route.out_groups, bias)
+        if x.is_cuda and route.is_khatri_rao:
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+            z = matmul_nn(x, ka)
+            y = matmul_nt(z, kc, bias)
+        else:
+            z = contract(x, in_factors, route.in_groups)
+            y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
 
     def backward(
@@ -89,9 +99,16 @@ class LinearMap:
                 d_weight = matmul_tn(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
+        elif x.is_cuda and route.is_khatri_rao:
+            return self._backward_in_pairs(
+                grad_y, x, kept, in_factors, out_factors, wrt_x, wrt_in, wrt_out
+            )
         else:
             if kept:
                 z = kept[0]
+                if z.shape[1] > in_factors[0].shape[1]:
+                    # A GPU's forward by Khatri-Rao matrices has kept it with columns of zeros.
+                    z = z[:, : in_factors[0].shape[1]]
             elif wrt_out:
                 z = contract(x, in_factors, route.in_groups)
             else:
@@ -105,6 +122,44 @@ class LinearMap:
                 )
         none_in, none_out = [None] * self.n_in, [None] * len(out_factors)
         return d_x, [*(d_in or none_in), *(d_out or none_out)]
+
+    def _backward_in_pairs(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        in_factors: Sequence[Tensor],
+        out_factors: Sequence[Tensor],
+        wrt_x: bool,
+        wrt_in: bool,
+        wrt_out: bool,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """``backward`` with the matrices of both sides at once, and all factors' gradients at once.
+
+        KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
+        """
+        by = self.plan.backward.by
+        wants_g, wants_z = wrt_x or wrt_in, wrt_out and not kept
+        wanted = [in_factors] * (wrt_x or wants_z) + [out_factors] * wants_g
+        matrices = khatri_rao_pair(wanted, x.dtype, by) if wanted else []
+        d_x: Tensor | None = None
+        d_matrices: list[Tensor] = []
+        groups: list[Sequence[Tensor]] = []
+        if wants_g:
+            g = matmul_nn(grad_y, matrices[-1])
+            if wrt_x:
+                d_x = matmul_nt(g, matrices[0])
+            if wrt_in:
+                d_matrices.append(matmul_tn_unrounded(x, g))
+                groups.append(in_factors)
+        if wrt_out:
+            z = kept[0] if kept else matmul_nn(x, matrices[0])
+            d_matrices.append(matmul_tn_unrounded(grad_y, z))
+            groups.append(out_factors)
+        gradients = mttkrp_pair(d_matrices, groups, by) if groups else []
+        d_in = gradients[0] if wrt_in else [None] * len(in_factors)
+        d_out = gradients[-1] if wrt_out else [None] * len(out_factors)
+        return d_x, [*d_in, *d_out]
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, plus_bias
+from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn_unrounded, plus_bias
 
 Groups = tuple[int, ...]
 
@@ -200,7 +200,7 @@ def partials(
         wide = _at_least_fp32(factors)
         prefixes = _prefixes(wide)
         # Gradients first: dK is as large as K, and need not live beside it.
-        grads = _mttkrp(matmul_tn(x, z), wide, prefixes, own) if wrt_factors else None
+        grads = _mttkrp(matmul_tn_unrounded(x, z), wide, prefixes, own) if wrt_factors else None
         if not (wrt_x or wrt_z):
             return None, None, grads
         matrix = _rounded(_product(wide, prefixes), x.dtype)
@@ -221,12 +221,12 @@ def partials(
     for j in range(len(left)):
         d_matrix = _weighted(summed[j + 1], spread[j].unsqueeze(-2)).sum(_LEADING[j + 1])
         grads += _mttkrp(d_matrix, pieces[j], grown[j], own)
-    return d_x, d_z, grads + _mttkrp(matmul_tn(split, every), pieces[-1], grown[-1], own)
+    return d_x, d_z, grads + _mttkrp(matmul_tn_unrounded(split, every), pieces[-1], grown[-1], own)
 
 
 def product_gradients(x: Tensor, z: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the factors of K from dK = Xᵀ Z, x (B, M), z (B, R), in the factors' dtype."""
-    return khatri_rao_backward(matmul_tn(x, z), factors)
+    return khatri_rao_backward(matmul_tn_unrounded(x, z), factors)
 
 
 def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

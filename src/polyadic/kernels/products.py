@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from polyadic._torch import is_plain, transformed
 from polyadic.kernels import cpu
 
 
@@ -38,6 +39,23 @@ def matmul_tn(x: Tensor, z: Tensor) -> Tensor:
     if x.is_cpu and cpu.sums_in_blocks(x):
         return cpu.matmul_tn_in_blocks(x, z)
     return x.t() @ z
+
+
+def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
+    """Xᵀ Z (w, r) for more sums to follow: not rounded to half precision where that costs nothing.
+
+    A GPU adds products of half precisions in float32 and can hand its sums out as they are.
+    """
+    if (
+        x.is_cuda
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and is_plain(x)
+        and is_plain(z)
+        and not is_compiling()
+        and not transformed()
+    ):
+        return torch.mm(x.t(), z, out_dtype=torch.float32)
+    return matmul_tn(x, z)
 
 
 def plus_bias(y: Tensor, bias: Tensor | None) -> Tensor:

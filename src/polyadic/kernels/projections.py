@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyadic.kernels.multilinear import accumulate_dtype
-from polyadic.kernels.products import matmul_nn, matmul_tn, plus_bias
+from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded, plus_bias
 
 # Positions of an image from which a product for each is as fast as one of all rows.
 MANY = 64
@@ -106,7 +106,7 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
         x = in_layout(x, layout)
     if last and _is_rows(x):
         if groups == 1:
-            return matmul_tn(_rows(x), _rows(z))
+            return matmul_tn_unrounded(_rows(x), _rows(z))
         rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -22,7 +23,7 @@ from polyadic.formats import (
 from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
 from polyadic.nn.layer import Rank
 from polyadic.plans import Memory
-from polyadic.tensor import CPTensor
+from polyadic.tensor import CPSlice, CPTensor
 
 
 class CPEmbedding(Exchangeable):
@@ -136,6 +137,44 @@ class CPEmbedding(Exchangeable):
             indices, in_factors, out_factors, weights=self.cp.weights,
             padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
         )  # fmt: skip
+
+    def resize(self, num_embeddings: int) -> None:
+        """Make it a table of another number of rows, in place: those that stay keep their values.
+
+        The first mode is the most significant digit of an index, so that rows are added and cut
+        off at the end by rows of the first factor. New ones are the mean of those present. What
+        was padding of the table before may become rows of it, which have the values that all
+        others gave them; they are to be trained, as added rows are.
+
+        An optimizer has to be made anew, and a tied head too, by ``as_linear``;
+        ``polyadic.pretrained.resize_token_embeddings`` does so in a model of transformers.
+
+        Args:
+            num_embeddings: V from now on, above ``padding_idx``.
+
+        Raises:
+            TypeError: it is not an int.
+            ValueError: it is below 1 or not above ``padding_idx``, or the table is a layer of a
+                joint tensor, whose other layers would change with it.
+        """
+        num_embeddings = positive_int(num_embeddings, "num_embeddings")
+        checks.padding_index(self.padding_idx, num_embeddings)
+        if isinstance(self.cp, CPSlice):
+            raise ValueError(
+                "a layer of a joint tensor cannot be resized alone; give it a tensor of its own: "
+                "CPEmbedding.from_embedding(layer.to_embedding(), rank=...)"
+            )
+        rest = self.in_shape[1:]
+        rows = -(-num_embeddings // math.prod(rest))
+        self.num_embeddings, self.in_shape = num_embeddings, (rows, *rest)
+        # Of layers that share the tensor, the first has changed it.
+        if (size := len(self.cp.factors[0])) != rows:
+            first = self.cp.factors[0]
+            with torch.no_grad():
+                more = first.mean(0, keepdim=True).expand(max(0, rows - size), -1)
+                values = torch.cat([first[:rows], more])
+            self.cp.factors[0] = nn.Parameter(values, requires_grad=first.requires_grad)
+            self.cp.tensorized_shape = (self.in_shape, *self.cp.tensorized_shape[1:])
 
     def as_linear(self, bias: bool | Tensor = False) -> CPTiedLinear:
         """Return an output head (..., E) → (..., V) that shares this layer's factors.

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from polyadic import surgery
 from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
@@ -42,9 +43,11 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
 
     Raises:
         TypeError: ``model`` is not a module, or an argument is not an integer.
-        ValueError: the model has no CPLinear or CPConvNd, or a size is below 1.
+        ValueError: the model has no CPLinear or CPConvNd, is wrapped (DistributedDataParallel,
+            DataParallel, FSDP) or sharded, or a size is below 1.
     """
     _module(model)
+    surgery.check_unwrapped(model, "freeze")
     positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
     layers = [layer for layer in model.modules() if isinstance(layer, (CPLinear, *_CONVOLUTIONS))]

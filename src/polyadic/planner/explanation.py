@@ -10,6 +10,7 @@ import torch
 
 from polyadic import checks
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, mode_sizes, positive_int
+from polyadic.kernels.backend import never
 from polyadic.planner import choice, embedding
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.report import Costed, Explanation, costed, rejected
@@ -113,8 +114,12 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
     if plan is not None:
         if isinstance(request.format, ConvFormat):
             plan = checks.plan_of(plan, ConvPlan)
+            reason = never("convolution", request.device, request.dtype)
         else:
             plan = checks.plan_of(plan, LinearPlan).covering(request.format)
+            reason = never("linear", request.device, request.dtype)
+        if reason is not None and "triton" in (plan.forward.by, plan.backward.by):
+            raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
 
     def cost(plan: Any) -> Costed:
         if plan is None:

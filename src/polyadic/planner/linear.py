@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from polyadic.formats import LinearFormat, Shape
-from polyadic.kernels.backends import serves
+from polyadic.kernels.backend import serves
+from polyadic.kernels.pairs import padded_rank
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.machine import Machine
 from polyadic.planner.multilinear import (
@@ -24,7 +26,7 @@ from polyadic.planner.multilinear import (
     partials_steps,
 )
 from polyadic.planner.request import Request
-from polyadic.planner.steps import Step, gemm
+from polyadic.planner.steps import Step, gemm, stream
 from polyadic.plans import Groups, LinearPlan, LinearRoute
 
 Steps = tuple[list[Step], list[Step]]
@@ -171,10 +173,10 @@ def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
     """Y = X W by one route."""
     fmt, rows = _format(request), request.batch
     m, n, r = fmt.in_features, fmt.out_features, fmt.rank
-    if route.by == "triton":
-        r = request.padded(r)
+    if route.is_khatri_rao and request.device == "cuda":
+        r = padded_rank(r)
         return [
-            _both_matrices(request, fmt, r),
+            *_both_matrices(request, fmt, r, route),
             gemm(request, "Z = X KA", rows, m, r),
             gemm(request, "Y = Z KC^T", rows, r, n, views=1),
         ]
@@ -198,17 +200,17 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
     """All gradients by one route, with what ``LinearPlan.keep`` says kept."""
     fmt, rows = _format(request), request.batch
     m, n, r = fmt.in_features, fmt.out_features, fmt.rank
-    if route.by == "triton":
-        r = request.padded(r)
+    if route.is_khatri_rao and request.device == "cuda" and kept < 2:
+        r = padded_rank(r)
         again = [] if kept else [gemm(request, "Z = X KA again", rows, m, r)]
         return [
-            _both_matrices(request, fmt, r),
+            *_both_matrices(request, fmt, r, route),
             *again,
             gemm(request, "G = dY KC", rows, n, r),
             gemm(request, "dKC = dY^T Z", n, rows, r, views=1),
             gemm(request, "dX = G KA^T", rows, r, m, views=1),
             gemm(request, "dKA = X^T G", m, rows, r, views=1),
-            _all_mttkrps(request, fmt, r),
+            *_all_mttkrps(request, fmt, r, route),
         ]
     if route.kind == "dense":
         return [
@@ -239,18 +241,40 @@ def _both_khatri_rao(request: Request, fmt: LinearFormat) -> list[Step]:
     ]
 
 
-def _both_matrices(request: Request, fmt: LinearFormat, columns: int) -> Step:
-    """KA and KC with so many columns in one launch; the factors come from the cache."""
-    elements = (fmt.in_features + fmt.out_features) * columns
-    largest = max(fmt.in_features, fmt.out_features) * columns
-    return Step("KA and KC", "fused", 0, request.item * elements, elements=largest)
+def _both_matrices(
+    request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
+) -> list[Step]:
+    """KA and KC on a GPU with so many columns; by Triton in one launch."""
+    sides = fmt.in_features, fmt.out_features
+    if route.by == "triton":
+        # The factors come from the cache.
+        nbytes = request.item * sum(sides) * columns
+        return [Step("KA and KC", "fused", 0, nbytes, elements=max(sides) * columns)]
+    steps = _both_khatri_rao(request, fmt)
+    if columns > fmt.rank:
+        steps += [
+            stream("columns of zeros", 2 * request.item * rows * columns, rows * columns)
+            for rows in sides
+        ]
+    return steps
 
 
-def _all_mttkrps(request: Request, fmt: LinearFormat, columns: int) -> Step:
-    """Gradients of all factors in one launch, which reads dK once for each factor."""
-    read = len(fmt.in_shape) * fmt.in_features + len(fmt.out_shape) * fmt.out_features
-    written = max(*fmt.in_shape, *fmt.out_shape) * fmt.rank
-    return Step("MTTKRPs", "fused", 0, request.item * read * columns, elements=written)
+def _all_mttkrps(
+    request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
+) -> list[Step]:
+    """Gradients of all factors on a GPU from dK in float32; by Triton in one launch."""
+    if route.by == "triton":
+        # dK is read once for each factor.
+        read = len(fmt.in_shape) * fmt.in_features + len(fmt.out_shape) * fmt.out_features
+        written = max(*fmt.in_shape, *fmt.out_shape) * fmt.rank
+        return [Step("MTTKRPs", "fused", 0, 4 * read * columns, elements=written)]
+    steps: list[Step] = []
+    for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
+        if columns > fmt.rank:
+            elements = math.prod(shape) * fmt.rank
+            steps.append(stream("columns of zeros off", 8 * elements, elements, views=2))
+        steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, fmt.rank, wide=True)
+    return steps
 
 
 def kept_elements(request: Request, plan: LinearPlan) -> int:

@@ -79,6 +79,8 @@ def mttkrp_steps(
         rank: R.
         wide: dK is in float32 already.
     """
+    # A GPU hands dK out in float32.
+    wide = wide or request.device == "cuda"
     steps = [] if wide else casts(request, "dK", 1, math.prod(sizes) * rank)
     for mode in range(len(sizes) - 1, 0, -1):
         left = math.prod(sizes[:mode])

@@ -5,7 +5,15 @@ from polyadic.pretrained.store import (
     from_pretrained,
     merge,
     register_transformers,
+    resize_token_embeddings,
     save_pretrained,
 )
 
-__all__ = ["attach", "from_pretrained", "merge", "register_transformers", "save_pretrained"]
+__all__ = [
+    "attach",
+    "from_pretrained",
+    "merge",
+    "register_transformers",
+    "resize_token_embeddings",
+    "save_pretrained",
+]

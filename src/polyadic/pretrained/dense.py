@@ -27,7 +27,12 @@ def merge_layers(model: nn.Module) -> nn.Module:
     layers = {name: model.get_submodule(name) for name in describe(model)}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer to merge")
-    lost = [f"{name!r} {why}" for name, layer in layers.items() if (why := surgery.losses(layer))]
+    elsewhere = surgery.kept_elsewhere(model)
+    lost = [
+        f"{name!r} {why}"
+        for name, layer in layers.items()
+        if (why := surgery.losses(layer) or elsewhere.get(id(layer)))
+    ]
     refuse("layers cannot be merged", lost)
     made: dict[int, list[Any]] = {}
     for name, layer in layers.items():

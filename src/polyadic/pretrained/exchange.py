@@ -51,6 +51,7 @@ def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
     for name, module in places.items():
         if isinstance(module, Frozen):
             raise ValueError(f"{name} is frozen; call polyadic.unfreeze(model) first")
+    elsewhere = surgery.kept_elsewhere(model)
     wrong = []
     for name, config in configs.items():
         if name not in places:
@@ -60,8 +61,9 @@ def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
         found = differences(config, places[name], kept)
         if name == "" and kept is None:
             found = [f"it is itself what would be replaced; give a {config.kind}"]
-        if kept is None and (why := surgery.losses(places[name])):
-            found.append(f"it {why}")
+        if kept is None:
+            reasons = surgery.losses(places[name]), elsewhere.get(id(places[name]))
+            found += [f"it {why}" for why in reasons if why is not None]
         wrong += [f"of {name!r:.80} {text}" for text in found]
     refuse(f"{type(model).__name__} is not what was saved", wrong)
     layers = build(configs, {name: places[name] for name in configs if name in own})

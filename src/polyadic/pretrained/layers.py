@@ -261,18 +261,36 @@ def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None)
     if own is not None:
         wants, has = _facts(config), _facts(own)
     elif type(module) is config.dense:
-        wants = {key: config.arguments[key] for key in KINDS[config.kind][2]}
-        has = {key: _plain(getattr(module, key)) for key in wants if key != "bias"}
-        if "bias" in wants:
-            has["bias"] = module.bias is not None
-        if isinstance(module, nn.Embedding):
-            refused = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
-            wants |= refused
-            has |= {key: getattr(module, key) for key in refused}
+        wants, has = _arguments_of_both(config, module)
     else:
         return [f"it is {type(module).__name__}, not {config.dense.__name__} or {config.kind}"]
     return [f"{key} is {has.get(key)!r}, not {value!r}"
             for key, value in wants.items() if has.get(key) != value]  # fmt: skip
+
+
+def of_another_size(config: LayerConfig, module: nn.Module) -> bool:
+    """Whether a torch layer differs from what was saved in numbers of features or rows alone."""
+    if type(module) is not config.dense:
+        return False
+    wants, has = _arguments_of_both(config, module)
+    differing = {key for key, value in wants.items() if has.get(key) != value}
+    sizes = {key for key, kind in KINDS[config.kind][2].items() if kind == "size"}
+    return bool(differing) and differing <= sizes - {"groups"}
+
+
+def _arguments_of_both(
+    config: LayerConfig, module: nn.Module
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor's arguments a layer needs in its place, and those of what stands there."""
+    wants = {key: config.arguments[key] for key in KINDS[config.kind][2]}
+    has = {key: _plain(getattr(module, key)) for key in wants if key != "bias"}
+    if "bias" in wants:
+        has["bias"] = module.bias is not None
+    if isinstance(module, nn.Embedding):
+        refused = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+        wants |= refused
+        has |= {key: getattr(module, key) for key in refused}
+    return wants, has
 
 
 def _facts(config: LayerConfig) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from polyadic import surgery
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig, dumps
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import Exchange, fill, prepare, refuse
 from polyadic.pretrained.layers import describe
+from polyadic.pretrained.vocabulary import resize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,10 +97,12 @@ def from_pretrained(
         TypeError: ``model`` is not a module.
         FileNotFoundError: there is no such directory.
         ValueError: a file is missing, damaged, of another kind or written by a newer polyadic, or
-            what it holds does not fit the model: names, shapes, options, kinds of dtypes.
+            what it holds does not fit the model: names, shapes, options, kinds of dtypes; or the
+            model is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    surgery.check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     config = files.read_config(folder)
     exchange = prepare(model, config.layers)
@@ -191,11 +195,13 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it holds no CP layer, one is of a class of its own, or has hooks that would be
-            lost.
+        ValueError: it holds no CP layer, one is of a class of its own, has hooks that would be
+            lost, or is kept in a plain list or the like too; it is wrapped
+            (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    surgery.check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):
         _bridge().detach(model)
@@ -214,6 +220,37 @@ def register_transformers() -> None:
         ImportError: transformers is not installed.
     """
     _bridge().register()
+
+
+def resize_token_embeddings(model: nn.Module, new_num_tokens: int) -> nn.Module:
+    """Give a model of transformers another number of tokens, where its table is in CP format.
+
+    For its own ``resize_token_embeddings``, which takes a dense table alone. Tokens that stay keep
+    their vectors and logits. Those added have the mean of others (see ``CPEmbedding.resize``), in
+    a dense head the mean of its rows, and a bias of zero. To be called before an optimizer is made.
+
+    Args:
+        model: of transformers. Where its table is dense its own method is called.
+        new_num_tokens: of the vocabulary from now on.
+
+    Returns:
+        The table, as transformers' own method does.
+
+    Raises:
+        TypeError: ``model`` is not a model of transformers, or the number is not an int.
+        ValueError: the number is below 1 or not above the padding index, the table is a layer of a
+            joint tensor, the head is in CP format with a weight of its own, or the model is
+            wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
+    """
+    if not isinstance(model, nn.Module) or not _is_transformers(model):
+        raise TypeError(
+            f"model must be a model of transformers, got {type(model).__name__}; a table alone has "
+            f"CPEmbedding.resize"
+        )
+    surgery.check_unwrapped(model, "resize_token_embeddings")
+    table = resize(model, new_num_tokens)
+    attach(model)
+    return table
 
 
 def _bridge() -> ModuleType:

@@ -9,6 +9,7 @@ imported with this module, which is therefore imported where it is needed and no
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,15 @@ from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import prepare, refuse
 from polyadic.pretrained.files import METHOD
-from polyadic.pretrained.layers import DTYPES, LayerConfig, describe, head_of
+from polyadic.pretrained.layers import (
+    DTYPES,
+    LayerConfig,
+    build,
+    describe,
+    head_of,
+    of_another_size,
+)
+from polyadic.tensor import CPTensor
 
 
 class PolyadicConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -55,6 +64,8 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts CP layers into a model before its tensors are read."""
 
     requires_calibration = True
+    # Names of layers that the model has in another size than was saved, while it is loaded.
+    resized: Sequence[str] = ()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         content: ModelConfig = self.quantization_config.content
@@ -64,10 +75,18 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
             name: _cast(layer, content.dtype, wanted)
             for name, layer in _in_names_of(model, content.layers).items()
         }
-        prepare(model, layers | _tied_to_tables(model, layers)).apply()
+        layers |= _tied_to_tables(model, layers)
+        self.resized = _of_another_size(model, layers)
+        # Sizes that do not fit each other are a damaged file, not another model.
+        build({name: layers[name] for name in self.resized if layers[name].tied_to is None}, {})
+        prepare(model, {n: layer for n, layer in layers.items() if n not in self.resized}).apply()
+        for name in self.resized:
+            _stand_in(model.get_submodule(name), layers[name])
         _declare_ties(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name in self.resized:
+            del model.get_submodule(name).cp
         layers = {name: model.get_submodule(name) for name in describe(model)}
         missing = [
             f"{name}.cp.{key}"
@@ -206,6 +225,36 @@ def _in_names_of(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict
     return renamed
 
 
+def _of_another_size(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> list[str]:
+    """Layers that the model has in another size than was saved, such as one for other labels.
+
+    They stay dense, and what is tied to them too: transformers draws them anew if it is told to
+    ignore mismatched sizes, and refuses them if not.
+    """
+    resized = [
+        name
+        for name, layer in layers.items()
+        if layer.joint is None
+        and layer.tied_to is None
+        and of_another_size(layer, model.get_submodule(name))
+    ]
+    return resized + [name for name, layer in layers.items() if layer.tied_to in resized]
+
+
+def _stand_in(module: nn.Module, layer: LayerConfig) -> None:
+    """Put empty tensors under the names of those that were saved, while transformers loads.
+
+    It compares shapes by name, and knows what to do and to say where they differ.
+    """
+    module.cp = nn.Module()
+    if layer.tied_to is None:
+        count = sum(len(layer.arguments[key]) for key in ("in_shape", "out_shape"))
+        count += len(layer.arguments.get("kernel_size", ()))
+        module.cp.factors = nn.ParameterList(
+            nn.Parameter(torch.empty(0, device="meta")) for _ in range(count)
+        )
+
+
 def _tied_to_tables(
     model: PreTrainedModel, layers: dict[str, LayerConfig]
 ) -> dict[str, LayerConfig]:
@@ -236,16 +285,20 @@ def _declare_ties(model: PreTrainedModel) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             state = part.state_dict(keep_vars=True)
-            first: dict[int, str] = {}
-            shared = {
-                name: source
-                for name, value in state.items()
-                if (source := first.setdefault(id(value), name)) != name and ".cp." in name
-            }
             kept = {
                 target: source
                 for target, source in part.all_tied_weights_keys.items()
                 if target in state and source in state and ".cp." not in target
             }
+            known = {*kept, *kept.values()}
+            first: dict[int, str] = {}
+            shared = {
+                name: source
+                for name, value in state.items()
+                if (source := first.setdefault(id(value), name)) != name and name not in known
+            }
             part._tied_weights_keys = kept | shared
             part.all_tied_weights_keys = dict(part._tied_weights_keys)
+    for module in model.modules():
+        if isinstance(module, CPTensor):
+            module.ties_declared = True

@@ -84,7 +84,8 @@ class Launcher:
         if form is not None:
             form[grid](*arguments)
             return
-        if aligned and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        on_cuda = tensors[0].device.type == "cuda"
+        if aligned and on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a kernel of this layer has not run before, and its code cannot be loaded while a "
                 "CUDA graph is captured; run the layer (forward and backward) once with inputs of "

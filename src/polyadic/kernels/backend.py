@@ -1,0 +1,88 @@
+"""Which GPUs our Triton kernels serve, asked once for each.
+
+They serve NVIDIA's from compute capability 8.0 on, where Triton is installed. The environment
+variable ``POLYADIC_TRITON=0``, set before the first use, switches them off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+from polyadic._torch import not_traced
+
+SWITCH = "POLYADIC_TRITON"
+LEAST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Kinds of maps that obey a route by "triton".
+KINDS = ("linear",)
+_LOG = logging.getLogger("polyadic")
+
+
+@not_traced
+def serves(kind: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a map of a kind obeys a route by "triton" on a type of device."""
+    return why_not(kind, device_type, dtype) is None
+
+
+@not_traced
+def why_not(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Reason why a map cannot obey a route by "triton", or None."""
+    reason = never(kind, device_type, dtype)
+    if reason is None and not triton_serves(None):
+        reason = _why_not(None)
+    return reason
+
+
+def never(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Reason why no machine obeys a route by "triton" there, or None."""
+    if kind not in KINDS:
+        return f"there are no Triton kernels for a {kind} map"
+    if device_type != "cuda":
+        return f"Triton kernels run on CUDA devices, not on {device_type!r}"
+    if dtype not in DTYPES:
+        return f"Triton kernels compute in float32, float16 and bfloat16, not in {dtype}"
+    return None
+
+
+@not_traced
+def triton_serves(index: int | None) -> bool:
+    """Whether Triton kernels may run on the CUDA device of this index; says once why not."""
+    return _serves(index)
+
+
+@functools.cache
+def _serves(index: int | None) -> bool:
+    reason = _why_not(index)
+    if reason is not None:
+        _LOG.info("polyadic computes with torch's own operations: %s", reason)
+    return reason is None
+
+
+def _why_not(index: int | None) -> str | None:
+    """Reason why Triton kernels cannot run on a device, or None."""
+    if os.environ.get(SWITCH, "1").lower() in ("0", "off", "false", "no"):
+        return f"{SWITCH} switches its Triton kernels off"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "its Triton kernels are checked on NVIDIA's GPUs alone"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        return (
+            f"its Triton kernels need compute capability 8.0, and device {index} has {capability}"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:
+        # Triton builds its driver with a C compiler at the first use.
+        return f"Triton cannot be started: {error}"
+    return None

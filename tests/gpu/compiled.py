@@ -1,0 +1,139 @@
+"""Compiling a kernel for a GPU that is not there, and reading what came of it.
+
+Triton brings NVIDIA's assembler and disassembler along: registers, spills, shared memory and the
+instructions chosen can be read on any machine.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+def pointers_to(dtype: torch.dtype, count: int) -> tuple[str, ...]:
+    """So many pointers, in Triton's words."""
+    return (_NAMES[dtype],) * count
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a kernel that is compiled.
+
+    Args:
+        name: what it is for.
+        kernel: what ``triton.jit`` made.
+        pointers: its first arguments in Triton's words, ``"*bf16"`` or ``"i32"``, in nested tuples
+            where they come so.
+        constants: its other arguments.
+        warps: warps of a program.
+        stages: depth of pipelines.
+        wide_loads: whether rows start at multiples of 16 bytes, so that loads take 16 at a time.
+        tensor_cores: whether it has a product of tiles, for which a GPU has instructions.
+    """
+
+    name: str
+    kernel: Any
+    pointers: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    warps: int = 4
+    stages: int = 1
+    wide_loads: bool = True
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a form became: bytes of stack and of shared memory, and the machine code."""
+
+    stack: int
+    shared: int
+    registers: int
+    assembly: str
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match."""
+        return len(re.findall(pattern, self.assembly))
+
+
+def compiled(form: Form, capability: int) -> Code:
+    """Compile for a compute capability (90 is 9.0)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = form.kernel.arg_names
+    values = (*form.pointers, *form.constants)
+    assert len(names) == len(values), "a form must give every argument"
+    cut = len(form.pointers)
+    signature = dict(zip(names, form.pointers, strict=False))
+    signature |= dict.fromkeys(names[cut:], "constexpr")
+    aligned = {
+        path: [["tt.divisibility", 16]]
+        for position, value in enumerate(form.pointers)
+        for path, kind in _leaves(value, (position,))
+        if kind.startswith("*")
+    }
+    source = ASTSource(
+        fn=form.kernel,
+        signature=signature,
+        constexprs=dict(zip(names[cut:], form.constants, strict=True)),
+        attrs=aligned,
+    )
+    kernel = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": form.warps,
+            "num_stages": form.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        assembly = _output("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, f"no usage in {usage!r}"
+    return Code(int(found[2]), kernel.metadata.shared, int(found[1]), assembly)
+
+
+def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    if isinstance(value, tuple):
+        for position, inner in enumerate(value):
+            yield from _leaves(inner, (*path, position))
+    else:
+        yield path, value
+
+
+def _output(tool: str, *arguments: str) -> str:
+    import triton.backends.nvidia as nvidia
+
+    program = Path(nvidia.__file__).parent / "bin" / tool
+    run = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def faults(form: Form, code: Code, capability: int) -> list[str]:
+    """What is wrong with compiled code."""
+    found = []
+    if code.stack or code.count(r"\b(LDL|STL)\b"):
+        found.append(f"spills: {code.stack} bytes of stack, {code.registers} registers")
+    if code.shared > SHARED_BYTES[capability]:
+        found.append(f"{code.shared} bytes of shared memory")
+    if form.tensor_cores and not code.count(r"\b(HMMA|HGMMA|UTC\w*MMA)"):
+        found.append("no instruction of tensor cores")
+    if form.wide_loads and not code.count(r"\b(LDG|LDGSTS)\S*\.128"):
+        found.append("no load of 16 bytes")
+    return found

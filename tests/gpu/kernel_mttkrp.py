@@ -1,0 +1,102 @@
+"""Tables of the kernel that makes the gradients of all factors of a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from compiled import Form, pointers_to
+from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from torch import Tensor
+
+from polyadic.kernels.pairs import padded_rank
+from polyadic.kernels.triton import mttkrp as subject
+
+# Modes of each group, the rank, and in how many pieces dK comes. The scale of the last has a sum
+# long enough for the other kind of tile.
+SHAPES = (
+    (((4, 4), (2, 5)), 3, 1),
+    (((13,), (11,)), 5, 1),
+    (((1, 2, 2, 3, 2, 2), (3, 2)), 8, 3),
+    (((1, 4, 5), (2, 3, 2), (3, 3)), 17, 2),
+    (((2, 70), (3, 2)), 33, 1),
+    (((1, 33, 32),), 12, 1),
+)
+
+
+def gradient(d_matrix: Tensor, group: Sequence[Tensor], own: int, dtype: torch.dtype) -> Tensor:
+    """Gradient of one factor, computed in a dtype as the definition says."""
+    modes = [factor.shape[0] for factor in group]
+    cube = d_matrix.to(dtype).view(*modes, d_matrix.shape[-1])
+    for d, factor in enumerate(group):
+        if d != own:
+            ones = [1] * len(modes)
+            ones[d] = modes[d]
+            cube = cube * factor.to(dtype).view(*ones, -1)
+    others = [d for d in range(len(modes)) if d != own]
+    return cube.sum(others) if others else cube
+
+
+def check() -> Iterator[str]:
+    """Each row of the table that holds."""
+    for dtype in DTYPES:
+        for low in dict.fromkeys((torch.float32, dtype)):
+            for modes, rank, pieces in SHAPES:
+                for integers in (True, False) if low == torch.float32 else (False,):
+                    name = f"{short(dtype)} of {short(low)} {modes} rank {rank} {integers=}"
+                    _check_one(name, modes, rank, pieces, dtype, low, integers)
+                    yield name
+
+
+def _check_one(
+    name: str,
+    modes: Sequence[Sequence[int]],
+    rank: int,
+    pieces: int,
+    dtype: torch.dtype,
+    low: torch.dtype,
+    integers: bool,
+) -> None:
+    groups = draw_groups(modes, rank, dtype, integers)
+    rows = [math.prod(group) for group in modes]
+    # Columns beyond the rank hold what must not be read.
+    d_matrices = [draw((pieces, count, padded_rank(rank)), low, integers) for count in rows]
+    for d_matrix in d_matrices:
+        d_matrix[..., rank:] = float("nan")
+    given = d_matrices if pieces > 1 else [d_matrix[0] for d_matrix in d_matrices]
+    with poisoned():
+        once = subject.mttkrps(given, groups)
+        again = subject.mttkrps(given, groups)
+    for d_matrix, group, gradients, others in zip(d_matrices, groups, once, again, strict=True):
+        there = [factor.cpu() for factor in group]
+        real = d_matrix.cpu()[..., :rank]
+        for d, (numbers, repeated) in enumerate(zip(gradients, others, strict=True)):
+            assert torch.equal(numbers, repeated), f"{name}: factor {d} differs from run to run"
+            exact = gradient(real.double().sum(0), there, d, torch.float64)
+            torchs = gradient(real.float().sum(0), there, d, torch.float32).to(dtype)
+            judge(f"{name} factor {d}", numbers, exact, torchs, integers)
+
+
+def forms() -> Iterator[Form]:
+    """What is compiled ahead of time."""
+    for modes, rank, pieces in (
+        (((16, 16, 16), (16, 16, 16)), 64, 1),
+        (((1, 8, 8, 16), (32, 32), (3, 3)), 180, 1),
+        (((64, 64), (64, 64)), 256, 2),
+        (((1, 1024, 2), (11,)), 89, 1),
+    ):
+        for dtype in DTYPES:
+            padded = padded_rank(rank)
+            each = (padded,) * len(modes)
+            apart = tuple([math.prod(group) * padded if pieces > 1 else 0 for group in modes])
+            factors = tuple([pointers_to(dtype, len(group)) for group in modes])
+            form = subject.form_of(modes, rank, each, (pieces,) * len(modes), apart)
+            yield Form(
+                f"{modes} rank {rank} {short(dtype)} in {pieces}",
+                subject.mttkrp_kernel,
+                (pointers_to(torch.float32, len(modes)), factors, factors),
+                form.constants,
+                warps=subject.WARPS,
+                wide_loads=rank * dtype.itemsize % 16 == 0,
+            )
