@@ -65,7 +65,10 @@ def kind_of(request: Request) -> Kind:
 
 def choose(request: Request) -> Any:
     """The cheapest plan for all batches up to the next power of two; remembered."""
-    return _chosen(request.bucketed())
+    plan = _chosen(request.bucketed())
+    # Which in factors are joined is decided for the number of indices itself, which takes no time.
+    is_embedding = isinstance(request.format, EmbeddingFormat)
+    return embedding.rejoined(request, plan) if is_embedding else plan
 
 
 @functools.lru_cache(maxsize=4096)

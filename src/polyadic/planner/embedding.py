@@ -79,6 +79,15 @@ def joined_groups(request: Request) -> Groups:
     return tuple(groups)
 
 
+def rejoined(request: Request, plan: LinearPlan) -> LinearPlan:
+    """The plan with the in factors joined for the number of indices of the request."""
+    ins = joined_groups(request)
+    forward, backward = (
+        dataclasses.replace(route, in_groups=ins) for route in (plan.forward, plan.backward)
+    )
+    return LinearPlan(forward, backward, plan.keep)
+
+
 def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
     """What runs: weights λ come as one more in factor, of mode size 1, in front."""
     if not request.weights:
