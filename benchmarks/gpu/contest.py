@@ -25,6 +25,8 @@ from benchmarks.gpu.timer import Call, Captured, Repeated, Timing
 from benchmarks.records import TOLERANCE
 
 Build = Callable[[], nn.Module]
+# Inputs and weights that take turns at the most; small ones stay in the L2 cache all the same.
+MOST_INPUTS, MOST_WEIGHTS = 32, 80
 
 
 class NotApplicableError(Exception):
@@ -89,6 +91,7 @@ class Cell:
         floors: least bytes and FLOPs by mode and route.
         modes: what is timed.
         x_bytes: bytes of one input and its output, by which inputs rotate.
+        weight_bytes: of the dense weight, by which they rotate where there are few rows.
         facts: what else the record should say.
     """
 
@@ -104,6 +107,7 @@ class Cell:
     floors: least.Floors
     modes: tuple[str, ...] = least.MODES
     x_bytes: int = 0
+    weight_bytes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def r_elements(self) -> int:
@@ -162,7 +166,9 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
         r_elements=cell.r_elements(), dtype=bench.dtype_name(),
         floors=least.records(cell.floors, bench.rates, threads), **cell.facts,
     )  # fmt: skip
-    count = bench.rotations(cell.x_bytes)
+    count = bench.rotations(cell.x_bytes, MOST_INPUTS)
+    if cell.x_bytes < cell.weight_bytes:
+        count = max(count, bench.rotations(cell.weight_bytes, MOST_WEIGHTS))
     xs = [cell.inputs() for _ in range(count)]
     grads = [cell.grad() for _ in range(count)] if "training" in cell.modes else []
     ready: dict[str, Ready] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import polyadic
 from benchmarks.gpu import floors
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.contest import Cell, Contestant, NotApplicableError
+from benchmarks.gpu.contest import MOST_WEIGHTS, Cell, Contestant, NotApplicableError
 from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic import functional
 from polyadic.nn import CPLinear
@@ -62,11 +62,16 @@ def cell(
         floors=floors.linear(T, M, N, R, parameters, bench.size),
         modes=modes,
         x_bytes=bench.size * T * (M + N),
+        weight_bytes=bench.size * M * N,
         facts={
             "T": T, "in": M, "out": N, "tensorized_shape": [ins, outs], "batch": T,
             "parameters": parameters, "dense_parameters": M * N,
         },
     )  # fmt: skip
+
+
+# Layers of ours that take turns: their factors are so small that they stay in the L2 cache anyway.
+OURS_COPIES = 4
 
 
 class Forced(nn.Module):
@@ -93,7 +98,7 @@ class Makers:
         self.bench, self.T, self.M, self.N, self.R, self.order = bench, T, M, N, R, order
         self.where: dict[str, Any] = {"device": bench.device, "dtype": bench.dtype}
         # As many dense weights as keep them out of the L2 cache.
-        self.dense_copies = bench.rotations(bench.size * M * N, 96)
+        self.dense_copies = bench.rotations(bench.size * M * N, MOST_WEIGHTS)
 
     def layer(self, bias: bool = False) -> CPLinear:
         """Our layer."""
@@ -101,13 +106,15 @@ class Makers:
 
     def ours(self) -> Contestant:
         """Our layer as users have it."""
-        return Contestant("polyadic", "ours", self.layer, explained=explained(self.T))
+        plan = explained(self.T)
+        return Contestant("polyadic", "ours", self.layer, copies=OURS_COPIES, explained=plan)
 
     def aten(self) -> list[Contestant]:
         """Our layer by torch's operations, where there are kernels to be switched off."""
         if not has_kernels():
             return []
-        return [Contestant("polyadic, no kernels", "aten", self.layer, without_kernels)]
+        name = "polyadic, no kernels"
+        return [Contestant(name, "aten", self.layer, without_kernels, copies=OURS_COPIES)]
 
     def biased(self) -> list[Contestant]:
         """Both layers with a bias."""

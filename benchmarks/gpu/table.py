@@ -9,23 +9,16 @@ from benchmarks.gpu.records import Run
 from benchmarks.records import Record
 
 MOST = 11_500
+MOST_FAILURES = 16
 PAIR = "low-rank pair"
 
 
 def short_table(run: Run) -> str:
     """All sections, the later ones cut where they are too long."""
     sections = [
-        _head,
-        _goals,
-        _failures,
-        _rates,
-        _products,
-        _linear,
-        _decode,
-        _others,
-        _networks,
+        _head, _goals, _failures, _rates, _networks, _linear, _others, _products, _decode,
         _profiles,
-    ]
+    ]  # fmt: skip
     lines: list[str] = []
     room = MOST
     for section in sections:
@@ -58,7 +51,7 @@ def _goals(run: Run) -> Iterator[str]:
 
 
 def _failures(run: Run) -> Iterator[str]:
-    """Failed checks and measurements, and notes, each in one line; at most thirty."""
+    """Failed checks and measurements, and notes, each in one line."""
     checks = run.of("check")
     failed = [r for r in checks if r["status"] != "passed"]
     if checks:
@@ -71,9 +64,9 @@ def _failures(run: Run) -> Iterator[str]:
         if r["status"] in ("failed", "refused")
     ]
     lines += [f"note: {r['of']}: {r['text']}" for r in run.of("note")]
-    yield from (line[:170] for line in lines[:25])
-    if len(lines) > 25:
-        yield f"… and {len(lines) - 25} more in the records"
+    yield from (line[:160] for line in lines[:MOST_FAILURES])
+    if len(lines) > MOST_FAILURES:
+        yield f"… and {len(lines) - MOST_FAILURES} more in the records"
 
 
 def _rates(run: Run) -> Iterator[str]:
@@ -88,7 +81,12 @@ def _rates(run: Run) -> Iterator[str]:
         else f"{r['name']} {r['value'] / 1e12:.1f} TFLOP/s"
         for r in large
     )
-    yield "µs: " + "; ".join(f"{r['name']} {_us(r['value'])}" for r in rates if r["unit"] == "s")
+    small = {r["name"]: _us(r["value"]) for r in rates if r["unit"] == "s"}
+    apart = "overhead: "
+    yield "µs: " + "; ".join(f"{k} {v}" for k, v in small.items() if not k.startswith(apart))
+    pieces = [f"{k.removeprefix(apart)} {v}" for k, v in small.items() if k.startswith(apart)]
+    if pieces:
+        yield "eager pieces, µs: " + "; ".join(pieces)
 
 
 def _products(run: Run) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The tables that the tests hold our own kernels to, found beside this folder.
 
-A table is a module ``tests/gpu/table_<name>.py`` whose ``check()`` yields the name of each row
+A table is a module ``tests/gpu/kernel_<name>.py`` whose ``check()`` yields the name of each row
 that holds and raises at the first that does not. On a machine with a GPU it runs there.
 """
 
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "gpu"
+PREFIX = "kernel_"
 
 
 def names() -> list[str]:
     """All tables; none where the tests are not there."""
-    return sorted(path.stem.removeprefix("table_") for path in FOLDER.glob("table_*.py"))
+    return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
 
 
 def load(name: str) -> Any:
     """Import a table; its neighbours are imported by their bare names."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
-    return importlib.import_module(f"table_{name}")
+    return importlib.import_module(PREFIX + name)
 
 
 def dtypes(table: Any) -> Sequence[torch.dtype | None]:

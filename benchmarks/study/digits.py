@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.study import fits
 from benchmarks.study.store import Store
-from examples.digits import data, models, training
+from examples.digits import models, training
 from polyadic import init
 from polyadic.fitting import second_moments
 from polyadic.nn import CPConv2d, CPLinear
@@ -105,21 +105,6 @@ VARIANTS = (
 )
 
 
-@dataclass(frozen=True)
-class _Family:
-    name: str
-    dense: models.Contestant
-
-    @classmethod
-    @cache
-    def named(cls, name: str) -> _Family:
-        return cls(name, next(c for c in models.contestants() if c.family == name))
-
-    def contestant(self, build: Callable[[], nn.Module]) -> models.Contestant:
-        """The demo's description of another model of the family."""
-        return models.Contestant("study", self.name, "cp", "", None, self.dense.converted, build)
-
-
 def run(options: Options, out: Path, tell: Tell = print) -> Path:
     """Train, convert, finetune; a record for each seed and way, those in the file not again.
 
@@ -138,7 +123,7 @@ def run(options: Options, out: Path, tell: Tell = print) -> Path:
     store = Store(out / FILE, asdict(options))
     for name in FAMILIES:
         for seed in range(options.seeds):
-            work = _Work(options, _Family.named(name), seed)
+            work = _Work(options, name, seed)
             for key, make in work.all().items():
                 if not store.has(family=name, seed=seed, way=key):
                     record = make()
@@ -152,9 +137,11 @@ def run(options: Options, out: Path, tell: Tell = print) -> Path:
 class _Work:
     """All that is to be done with one seed of a family."""
 
-    def __init__(self, options: Options, family: _Family, seed: int) -> None:
+    def __init__(self, options: Options, family: str, seed: int) -> None:
         self._options, self._family, self._seed = options, family, seed
-        self._digits = data.load()
+        self._digits = training.load()
+        self._dense = next(c for c in models.contestants() if c.family == family)
+        self._converted = models.FAMILIES[family].converted
         self._trained: tuple[nn.Module, training.Curve] | None = None
 
     def all(self) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -167,8 +154,7 @@ class _Work:
     def original(self) -> tuple[nn.Module, training.Curve]:
         """The dense model, trained once."""
         if self._trained is None:
-            settings = self._options.schedule(self._seed)
-            self._trained = training.train(self._family.dense, self._digits, settings, self._seed)
+            self._trained = self._train(self._dense.build, self._options.schedule(self._seed))
         return self._trained
 
     def dense(self) -> dict[str, Any]:
@@ -181,20 +167,17 @@ class _Work:
             penalty = partial(component_penalty, factor=self._options.penalty)
 
         def build() -> nn.Module:
-            model = self._family.dense.build()
-            for name in self._family.dense.converted:
+            model = self._dense.build()
+            for name in self._converted:
                 replace(model, name, fresh(model.get_submodule(name), ratio, variant))
             return model
 
-        settings = self._options.schedule(self._seed)
-        model, curve = training.train(
-            self._family.contestant(build), self._digits, settings, self._seed, penalty=penalty
-        )
+        model, curve = self._train(build, self._options.schedule(self._seed), penalty)
         return {"label": variant.label, **self._outcome(model, curve)}
 
     def convert(self, method: fits.Method) -> dict[str, Any]:
         model, _ = self.original()
-        layers = {name: model.get_submodule(name) for name in self._family.dense.converted}
+        layers = {name: model.get_submodule(name) for name in self._converted}
         found_moments = second_moments(model, [self._digits.train_x], layers)
         moments = {name: moment.double() for name, moment in found_moments.items()}
         task = fits.Task(
@@ -211,29 +194,30 @@ class _Work:
         found: dict[str, Any] = {
             "label": method.label,
             "fit_seconds": seconds,
-            "accuracy_converted": self._accuracy(student),
+            "accuracy_converted": training.accuracy(student, self._digits) / 100,
         }
         finetunings = {
             "accuracy_one_epoch": self._options.one_epoch(self._seed),
             "accuracy": self._options.schedule(self._seed),
         }
         for key, settings in finetunings.items():
-            tuned, curve = training.train(
-                self._family.contestant(partial(copy.deepcopy, student)), self._digits, settings,
-                self._seed,
-            )  # fmt: skip
-            found[key] = curve.accuracy[-1]
+            tuned, curve = self._train(partial(copy.deepcopy, student), settings)
+            found[key] = curve.accuracy[-1] / 100
         return {**self._outcome(tuned, curve), **found, "growth_converted": growth}
 
-    def _accuracy(self, model: nn.Module) -> float:
-        wrong = training.mistakes(model, self._digits.test_x, self._digits.test_y)
-        return 1 - len(wrong) / len(self._digits.test_y)
+    def _train(
+        self,
+        build: Callable[[], nn.Module],
+        settings: training.Settings,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+    ) -> tuple[nn.Module, training.Curve]:
+        epochs = settings.epochs(self._family)
+        return training.train(build, epochs, self._digits, settings, self._seed, penalty)
 
     def _outcome(self, model: nn.Module, curve: training.Curve) -> dict[str, Any]:
-        names = self._family.dense.converted
-        dense = self._family.dense.build()
+        names, dense = self._converted, self._dense.build()
         return {
-            "accuracy": curve.accuracy[-1], "loss": curve.loss[-1],
+            "accuracy": curve.accuracy[-1] / 100, "loss": curve.loss[-1],
             "diverged": not curve.loss[-1] < math.log(models.CLASSES),
             "parameters": sum(weights(model.get_submodule(name)) for name in names),
             "dense_parameters": sum(weights(dense.get_submodule(name)) for name in names),

@@ -1,250 +1,146 @@
-"""The report as one self-contained HTML file, and the table for the terminal."""
+"""What was found: the table for the terminal, and a report that is one self-contained HTML page."""
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from math import sqrt
+from statistics import fmean
+from typing import Any
 
-from examples.digits.findings import families, findings
-from examples.digits.training import ModelResult, Settings
-from polyadic.compression.html import document, figure
+from rich import box
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from examples.digits.models import NARROW_LIKE_RANK
+from examples.digits.training import Result, Settings
 
-_HEADINGS = """
-<thead>
-<tr><th></th><th colspan="3" class="group">parameters</th><th class="group">test accuracy</th>
-<th colspan="2" class="group">training step</th><th colspan="2" class="group">kept for backward</th>
-</tr>
-<tr><th>model</th><th>whole model</th><th>converted layers</th><th>ratio</th>
-<th>% (range)</th><th>ms</th><th>× dense</th><th>KiB</th><th>× dense</th></tr>
-</thead>
-"""
-
-_EXPLANATION = """
-<p>A linear layer multiplies by a matrix <i>W</i> of <i>M</i> × <i>N</i> weights. A CP layer
-(CP: canonical polyadic decomposition) reads <i>M</i> and <i>N</i> as products of small
-<b>modes</b>, <i>M</i> = m<sub>1</sub>⋯m<sub>D</sub> and
-<i>N</i> = n<sub>1</sub>⋯n<sub>D</sub>, so that <i>W</i> is a tensor of 2<i>D</i> modes, and writes
-this tensor as a sum of <i>R</i> outer products. <i>R</i> is the <b>rank</b>. The vectors of one
-mode, side by side, are a <b>factor</b>: A<sub>d</sub> of m<sub>d</sub> × <i>R</i> for the in-modes,
-C<sub>d</sub> of n<sub>d</sub> × <i>R</i> for the out-modes. Only the factors are stored and
-trained: <i>R</i>(Σm<sub>d</sub> + Σn<sub>d</sub>) numbers in place of <i>MN</i>.</p>
-<p class="formula">W =
-(A<sub>1</sub> ⊙ ⋯ ⊙ A<sub>D</sub>) (C<sub>1</sub> ⊙ ⋯ ⊙ C<sub>D</sub>)<sup>T</sup>
-= Σ<sub>r</sub> (A<sub>1</sub>[:,r] ⊗ ⋯ ⊗ A<sub>D</sub>[:,r])
-(C<sub>1</sub>[:,r] ⊗ ⋯ ⊗ C<sub>D</sub>[:,r])<sup>T</sup></p>
-<p>⊗ is the Kronecker product, ⊙ the <b>Khatri-Rao product</b>, which is ⊗ column by column. So
-<i>W</i> has matrix rank at most <i>R</i>, and forward and backward need products with the two thin
-Khatri-Rao matrices alone; <i>W</i> is not formed where that costs more. A convolution is treated
-alike, with out-modes, in-modes and the two modes of the kernel.</p>
-"""
-
+COLUMNS = ("parameters", "in con-\nverted", "ratio", "accuracy\n(%)", "step\n(ms)", "kept\n(KiB)")
+CSS = """body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 16px/1.5 sans-serif; }
+table { border-collapse: collapse; } th, td { padding: .3rem .7rem; text-align: right; }
+td { border-bottom: 1px solid #ddd; } td:first-child, th:first-child { text-align: left; }
+figure { margin: 1rem 0; } img { width: 100%; } figcaption { color: #555; }"""
+EXPLANATION = """<p>A linear layer multiplies by a matrix <i>W</i> of M × N weights. A CP layer
+(CP: canonical polyadic decomposition) reads M and N as products of small <b>modes</b> and <i>W</i>
+as a sum of R outer products of one vector per mode: W = (A₁ ⊙ A₂) (C₁ ⊙ C₂)ᵀ. R is the <b>rank</b>;
+the vectors of a mode, side by side, are a <b>factor</b>, and these numbers alone are stored. ⊙ is
+the <b>Khatri-Rao product</b>, the Kronecker product column by column. Forward and backward multiply
+by the two thin matrices; <i>W</i> is not formed where that costs more.</p>"""
 CAPTIONS = {
-    "curves": (
-        "Mean training loss of each epoch, and test accuracy after it. Lines are means over the "
-        "seeds, bands the range from the lowest to the highest."
-    ),
-    "accuracy-parameters": (
-        "Test accuracy after the last epoch against the parameters of the whole model. Points are "
-        "means over the seeds, bars the range from the lowest to the highest."
-    ),
-    "costs": (
-        "Time of one training step (forward, backward and Adam), and bytes kept for backward by "
-        "one training batch. The two families have scales of their own."
-    ),
-    "factors": (
-        "First hidden layer of the MLP with CP layers of rank {rank}, trained. Its in-modes are "
-        "the rows and columns of the image, so A₁ and A₂ are weights of rows and of columns. Each "
-        "factor and product is drawn in colours from minus to plus its own largest magnitude, "
-        "white at zero, W to the 99.5th percentile of magnitudes; components are in order of "
-        "falling norm. The dense matrix at the right is the product of the third column's two "
-        "matrices: {dense:,} weights that {stored:,} stored numbers stand for. The break-even "
-        "rank of this layer, above which products with the factors take more multiplications "
-        "than with the dense matrix, is {break_even}."
-    ),
-    "rank-one-sum": (
-        "The same layer as a sum of {rank} parts of rank one, of which the three of largest norm "
-        "are shown, with one colour scale throughout; norms are relative to that of W. Below: each "
-        "component's in-side as an image, itself of rank one, and the relative error of W "
-        "(Frobenius norm) when only the first parts are added."
-    ),
+    "accuracy-parameters": "Test accuracy after the last epoch against the parameters of the whole "
+    "model: mean over the seeds, and range.",
+    "curves": "Mean training loss of each epoch, and test accuracy after it: mean over the seeds, "
+    "and range.",
+    "costs": "Time of a training step (forward, backward and Adam), and bytes kept for backward by "
+    "one training batch.",
+    "factorization": "The first hidden layer of the MLP of CP rank 16, trained. Its in-modes are "
+    "the rows and columns of the image: A₁ weighs rows, A₂ columns. Each matrix has its own "
+    "colours, white at zero. Below, the same layer as a sum of parts of rank one, of which the "
+    "three of largest norm are shown, with their norms relative to that of W; and the relative "
+    "error of W (Frobenius norm) when only the first parts are added.",
 }
 
-_ALT = {
-    "curves": "Curves of training loss and test accuracy",
-    "accuracy-parameters": "Test accuracy against number of parameters",
-    "costs": "Bars of time per training step and of bytes kept for backward",
-    "factors": "Heat maps of the factors, their Khatri-Rao products and the dense matrix",
-    "rank-one-sum": "Heat maps of the dense matrix as a sum of rank-one parts",
-}
+
+def cells(result: Result) -> list[str]:
+    """A row of the table."""
+    label, accuracy = result.contestant.label, fmean(result.accuracies)
+    ms = 1e3 * result.step[1]
+    cost = f"{ms:.2f}" if ms < 100 else f"{ms:,.0f}", f"{result.kept / 1024:,.0f}"
+    sizes = f"{result.parameters:,}", f"{result.converted:,}", f"{result.ratio:.1f}"
+    return [label, *sizes, f"{accuracy:.1f}", *cost]
+
+
+def table(grouped: Mapping[str, Sequence[Result]]) -> Table:
+    """The table for a terminal of 80 columns."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("model", no_wrap=True, vertical="bottom")
+    for name in COLUMNS:
+        made.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    for family, members in grouped.items():
+        made.add_row(family, style="bold")
+        for label, *numbers in map(cells, members):
+            made.add_row(f"  {label}", *numbers)
+        made.add_section()
+    return made
+
+
+def against(result: Result, other: Result, images: int) -> str:
+    """Accuracy in percent, and whether so many test images tell it apart from another model's."""
+    one, two = fmean(result.accuracies), fmean(other.accuracies)
+    half = 1.96 * sqrt((one * (100 - one) + two * (100 - two)) / images)
+    verdict = "not told apart" if abs(one - two) <= half else "better" if one > two else "worse"
+    points = f"{one - two:+.1f}".replace("-", "−")
+    return f"{one:.1f} % ({points} ± {half:.1f} points: {verdict})"
+
+
+def findings(members: Sequence[Result], images: int) -> list[str]:
+    """What the numbers of a family say, above all where dense is the better choice."""
+    dense, narrow, *cps = members
+    partner = next(r for r in cps if r.contestant.rank == NARROW_LIKE_RANK)
+    found = [
+        f"{dense.contestant.label}: {fmean(dense.accuracies):.1f} %, {1e3 * dense.step[1]:.2f} ms "
+        f"a step, {dense.kept / 1024:,.0f} KiB kept for backward. ± is the 95 % interval that "
+        f"{images} test images leave."
+    ]
+    for cp in cps:
+        ratio = cp.step[1] / dense.step[1]
+        verdict = "dense" if ratio > 1.05 else "CP" if ratio < 0.95 else "neither"
+        found.append(
+            f"{cp.contestant.label}: {cp.ratio:.1f} times fewer parameters in converted layers, "
+            f"{dense.parameters / cp.parameters:.1f} times fewer in the whole model; accuracy "
+            f"{against(cp, dense, images)}; a step takes {ratio:.2f} × dense ({verdict} is "
+            f"faster), and keeps {cp.kept / dense.kept:.2f} × dense."
+        )
+    ratio, kept = narrow.step[1] / partner.step[1], narrow.kept / partner.kept
+    return [
+        *found,
+        f"The plain alternative, {narrow.contestant.label}, with {narrow.parameters:,} parameters "
+        f"against {partner.parameters:,} of {partner.contestant.label}: accuracy "
+        f"{against(narrow, partner, images)}, time {ratio:.2f} × CP's, kept {kept:.2f} × CP's.",
+    ]
 
 
 def html(
-    results: Sequence[ModelResult],
+    grouped: Mapping[str, Sequence[Result]],
     settings: Settings,
-    images: tuple[int, int],
-    environment: Mapping[str, str],
+    images: Sequence[int],
+    where: Mapping[str, Any],
     plots: Mapping[str, bytes],
-    captions: Mapping[str, str],
-    quick: bool,
 ) -> str:
-    """Write the report; it refers to nothing outside itself.
-
-    Args:
-        results: Models of all families, the dense one first in each.
-        settings: Schedule they were trained with.
-        images: Numbers of training and of test images.
-        environment: Names and values that describe machine and versions.
-        plots: PNGs by name; the names of ``CAPTIONS``.
-        captions: Captions by the same names.
-        quick: Whether the run was shortened, which the report then says.
-
-    Returns:
-        An HTML document.
-    """
-    seeds = [curve.seed for curve in results[0].curves]
-    trainings = (
-        f"{len(seeds)} trainings each, with seeds {seeds[0]} to {seeds[-1]}"
-        if len(seeds) > 1
-        else f"one training each, with seed {seeds[0]}"
-    )
-    warning = (
-        "<p><b>This was a quick run:</b> too few epochs for the accuracies to mean much, "
-        "and too few rounds for exact times.</p>"
-        if quick
-        else ""
-    )
-    figures = {name: figure(_ALT[name], png, captions[name]) for name, png in plots.items()}
-    found = "".join(
-        f"<h3>{escape(family)}</h3><ul>{_items(sentences)}</ul>"
-        for family, sentences in findings(results, images[1]).items()
-    )
-    where = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
-        for name, value in environment.items()
-    )
-    body = f"""<h1>CP and dense layers on handwritten digits</h1>
-<p class="lead">A small MLP and a small CNN, trained dense and with CP-factorized layers on
-scikit-learn's digits: {images[0]:,} training and {images[1]:,} test images of 8 × 8 pixels,
-one fixed stratified split; {trainings}.</p>
-{warning}
-<h2>Results</h2>
-<div class="scroll">
-<table>{_HEADINGS}<tbody>{_rows(results)}</tbody></table>
-</div>
-<p>“Converted layers” are both hidden layers of the MLP, and the second and third convolution of
-the CNN, biases included; “ratio” is dense parameters over this model's in those layers. All other
-layers are dense everywhere.</p>
-<h2>What this says</h2>
-{found}
-<p>These layers are small, so that the cost of each call counts beside the arithmetic that a
-factorization saves. For times at other sizes, run <code>python -m benchmarks.bench</code>.</p>
-<h2>Accuracy against parameters</h2>
-{figures["accuracy-parameters"]}
-<h2>Training</h2>
-{figures["curves"]}
-<h2>Cost of a training step</h2>
-{figures["costs"]}
-<h2>The factorization</h2>
-{_EXPLANATION}
-{figures["factors"]}
-{figures["rank-one-sum"]}
-<h2>How it was measured</h2>
-{_method(settings)}
-<h3>Environment</h3>
-<table class="plain"><tbody>{where}</tbody></table>"""
-    return document("polyadic demo: CP and dense layers on digits", body)
-
-
-def _items(sentences: Mapping[str, str]) -> str:
-    return "".join(
-        f"<li><b>{escape(subject)}.</b> {escape(sentence)}</li>"
-        for subject, sentence in sentences.items()
-    )
-
-
-def _method(settings: Settings) -> str:
-    return f"""<ul>
-<li><b>Training.</b> Adam with learning rate {settings.learning_rate:g} falling linearly to zero,
-batches of {settings.batch}, {settings.mlp_epochs} epochs for the MLPs and
-{settings.cnn_epochs} for the CNNs, cross-entropy; the same batches in the same order for every
-model. Nothing was tuned for one model, and no epoch was chosen by its test accuracy: what counts
-is the last.</li>
-<li><b>Repeatable.</b> The same seed gives bitwise the same losses and accuracies with the same
-number of threads, versions and kind of CPU. Times differ from run to run.</li>
-<li><b>Time.</b> Median of {settings.rounds} training steps (zeroing gradients, forward, backward,
-Adam) on one batch; the models of a family take turns within each round, so that a slow moment of
-the machine falls on all. In the plot, quartiles.</li>
-<li><b>Kept for backward.</b> Exact: all tensors that autograd saves from the images to the loss of
-one batch, each storage counted once with its full size, without parameters, buffers, images and
-labels. Memory in use only during a call is not in it.</li>
-</ul>"""
-
-
-def _rows(results: Sequence[ModelResult]) -> str:
-    rows = []
-    for family, members in families(results).items():
-        dense = members[0]
-        rows.append(f'<tr class="family"><td colspan="9">{escape(family)}</td></tr>')
-        for result in members:
-            cells = (
-                escape(result.contestant.label),
-                f"{result.parameters:,}",
-                f"{result.converted_parameters:,}",
-                f"{result.compression:.1f}",
-                _accuracy_cell(result),
-                f"{1e3 * result.time.median:.2f}",
-                f"{result.time.median / dense.time.median:.2f}",
-                f"{result.kept_bytes / 1024:,.1f}",
-                f"{result.kept_bytes / dense.kept_bytes:.2f}",
-            )
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "\n".join(rows)
-
-
-def _accuracy_cell(result: ModelResult) -> str:
-    low, high = 100 * min(result.accuracies), 100 * max(result.accuracies)
-    spread = f"<small>{low:.1f}–{high:.1f}</small>" if len(result.accuracies) > 1 else ""
-    return f"{100 * result.accuracy:.1f}{spread}"
-
-
-def table(results: Sequence[ModelResult]) -> Table:
-    """Make the table for the terminal, 80 columns wide.
-
-    Args:
-        results: Models of all families, the dense one first in each.
-
-    Returns:
-        A rich table.
-    """
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("\nmodel", no_wrap=True)
-    for heading in (
-        "\nparameters",
-        "in con-\nverted",
-        "\nratio",
-        "accuracy\n(%)",
-        "step\n(ms)",
-        "kept\n(KiB)",
-    ):
-        made.add_column(heading, justify="right", no_wrap=True)
-    for family, members in families(results).items():
-        made.add_row(family, style="bold")
-        for result in members:
-            made.add_row(
-                f"  {result.contestant.label}",
-                f"{result.parameters:,}",
-                f"{result.converted_parameters:,}",
-                f"{result.compression:.1f}",
-                f"{100 * result.accuracy:.1f}",
-                f"{1e3 * result.time.median:.2f}",
-                f"{result.kept_bytes / 1024:,.0f}",
-            )
-        made.add_section()
-    return made
+    """The report; it refers to nothing outside itself."""
+    rows, said, figure = "", "", {}
+    for family, members in grouped.items():
+        rows += f"<tr><th>{family}</th></tr>"
+        rows += "".join(f"<tr><td>{'</td><td>'.join(cells(r))}</td></tr>" for r in members)
+        points = "".join(f"<li>{escape(f)}</li>" for f in findings(members, images[1]))
+        said += f"<h3>{family}</h3><ul>{points}</ul>"
+    for name, png in plots.items():
+        source = f"data:image/png;base64,{b64encode(png).decode()}"
+        image = f'<img alt="{name}" src="{source}">'
+        figure[name] = f"<figure>{image}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+    heads = "".join(f"<th>{name}</th>" for name in ("model", *COLUMNS)).replace("-\n", "")
+    place = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in where.items())
+    quick = settings == Settings.quick(settings.seed)
+    warning = "<b>This was a quick run</b>: its numbers do not mean much." if quick else ""
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+<title>polyadic: CP and dense layers on digits</title><style>{CSS}</style></head><body>
+<h1>CP and dense layers on handwritten digits</h1>
+<p>A small MLP and a small CNN, trained dense and with CP layers on scikit-learn's digits:
+{images[0]:,} training and {images[1]:,} test images of 8 × 8 pixels. Trainings per model:
+{settings.runs}, with seeds from {settings.seed} on. {warning}</p>
+<h2>What this says</h2>{said}
+<h2>Results</h2><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
+<p>Converted are both hidden layers of the MLP, and the second and third convolution of the CNN,
+biases included; the ratio is dense parameters over this model's in these layers. Calling such small
+layers costs as much as their arithmetic; <code>python -m benchmarks.bench</code> times others.</p>
+<h2>Accuracy and cost</h2>{figure["accuracy-parameters"]}{figure["curves"]}{figure["costs"]}
+<h2>The factorization</h2>{EXPLANATION}{figure["factorization"]}
+<h2>How it was measured</h2><p>Adam with learning rate {settings.learning_rate:g} falling linearly
+to zero, batches of {settings.batch}, {settings.mlp_epochs} epochs for MLPs and
+{settings.cnn_epochs} for CNNs, the last of which counts; the same batches for every model, of which
+none was tuned. The same seed gives the same losses with the same threads, versions and kind of CPU.
+Time is the median of {settings.rounds} steps on one batch; the models of a family take turns. Kept
+for backward are all tensors that autograd saves from images to loss, without parameters, images and
+labels.</p>
+<table><tbody>{place}</tbody></table></body></html>
+"""

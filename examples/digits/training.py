@@ -1,32 +1,48 @@
-"""Train every contestant on the same batches, and gather what the report tells about it."""
+"""Train every contestant on the same batches, and measure what one training step costs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
+from statistics import quantiles
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from examples.digits.data import Digits
-from examples.digits.measure import StepTime, kept_by_training_batch, time_steps
-from examples.digits.models import Contestant, parameter_count
+from examples.digits.models import FAMILIES, Contestant, parameters
+from polyadic.testing import kept_bytes
+
+
+class Digits(NamedTuple):
+    """Images (N, 1, 8, 8) float32 and labels (N,) int64: 1347 to train, 450 to test."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def load() -> Digits:
+    """Load scikit-learn's digits, which ship with it, standardised, in one stratified split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = map(torch.as_tensor, load_digits(return_X_y=True))
+    places = range(len(labels))
+    train, test = train_test_split(places, test_size=450, stratify=labels, random_state=0)
+    mean, std = pixels[train].mean(), pixels[train].std(correction=0)
+    images = ((pixels - mean) / std).to(torch.float32).reshape(-1, 1, 8, 8)
+    return Digits(images[train], labels[train].long(), images[test], labels[test].long())
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One schedule for all contestants of a family.
+    """One schedule for all: ``runs`` trainings with seeds from ``seed`` on, ``rounds`` timed steps.
 
-    Attributes:
-        seed: First seed; run number i trains with ``seed + i``.
-        runs: Trainings per contestant.
-        mlp_epochs: Epochs of the MLPs.
-        cnn_epochs: Epochs of the CNNs.
-        batch: Images in a batch; the last, smaller one of an epoch is dropped.
-        learning_rate: Adam's, falling linearly to zero over the training.
-        rounds: Timed steps of each contestant.
+    Adam's learning rate falls linearly to zero over a training.
     """
 
     seed: int
@@ -47,103 +63,65 @@ class Settings:
         return self.mlp_epochs if family == "MLP" else self.cnn_epochs
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One training.
+class Curve(NamedTuple):
+    """One training: by epoch the mean loss in nats, and the test accuracy in percent."""
 
-    Attributes:
-        seed: Seed of the initialisation and of the order of the batches.
-        loss: Mean training loss (cross-entropy, nats) of each epoch.
-        accuracy: Test accuracy after each epoch, in 0..1.
-        wrong: Test images that the trained model gets wrong, by index.
-    """
-
-    seed: int
-    loss: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    wrong: tuple[int, ...]
+    loss: list[float]
+    accuracy: list[float]
 
 
-@dataclass(frozen=True)
-class ModelResult:
-    """What the demo measured of one contestant.
+class Result(NamedTuple):
+    """What was measured of one contestant.
 
-    Attributes:
-        contestant: The model it is about.
-        parameters: Parameters of the whole model.
-        converted_parameters: Parameters of the layers that are CP in the CP models.
-        dense_parameters: Parameters of those layers in the dense model of the family.
-        curves: One per seed.
-        kept_bytes: Bytes kept for backward by one training batch.
-        time: Time of one training step.
+    ``converted`` are the parameters of the layers that are CP in CP models, ``ratio`` those of the
+    dense model over them; ``kept`` the bytes that autograd keeps for the backward pass of a batch
+    beside parameters, images and labels; ``step`` the quartiles of the seconds of a training step.
     """
 
     contestant: Contestant
     parameters: int
-    converted_parameters: int
-    dense_parameters: int
-    curves: tuple[Curve, ...]
-    kept_bytes: int
-    time: StepTime
+    converted: int
+    ratio: float
+    curves: list[Curve]
+    kept: int
+    step: list[float]
 
     @property
-    def compression(self) -> float:
-        """Dense parameters over this model's, in the converted layers."""
-        return self.dense_parameters / self.converted_parameters
-
-    @property
-    def accuracies(self) -> tuple[float, ...]:
-        """Test accuracy after the last epoch, one per seed."""
-        return tuple(curve.accuracy[-1] for curve in self.curves)
-
-    @property
-    def accuracy(self) -> float:
-        """Mean of the accuracies over the seeds."""
-        return fmean(self.accuracies)
+    def accuracies(self) -> list[float]:
+        """Test accuracy in percent after the last epoch, one per seed."""
+        return [curve.accuracy[-1] for curve in self.curves]
 
 
-def mistakes(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """List the images of ``x``, by index, that the model does not give their label in ``y``."""
-    with torch.no_grad():
-        wrong = (model(x).argmax(dim=1) != y).nonzero()
-    return tuple(wrong.flatten().tolist())
-
-
-def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
+def adam(model: nn.Module, settings: Settings) -> torch.optim.Adam:
     """Make the optimizer: Adam, fused so that many small factors cost one call."""
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    return torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
+
+
+def accuracy(model: nn.Module, data: Digits) -> float:
+    """Test accuracy in percent."""
+    with torch.no_grad():
+        right = model(data.test_x).argmax(dim=1) == data.test_y
+    return 100 * int(right.sum()) / len(right)
 
 
 def train(
-    contestant: Contestant,
+    build: Callable[[], nn.Module],
+    epochs: int,
     data: Digits,
     settings: Settings,
     seed: int,
-    on_epoch: Callable[[], None] = lambda: None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
 ) -> tuple[nn.Module, Curve]:
-    """Train one contestant; everything follows from the seed.
+    """Make a model and train it; everything, the order of batches too, follows from the seed.
 
-    Args:
-        contestant: Model to train.
-        data: Images to train and test on.
-        settings: Schedule.
-        seed: Seeds torch's global generator, and the order of the batches, which is therefore
-            the same for every contestant.
-        on_epoch: Called after each epoch.
-        penalty: Of the model, added to the loss of every step; the curve is without it.
-
-    Returns:
-        The trained model and its curve.
+    A ``penalty`` of the model is added to the loss of every step, but is not in the curve.
     """
     torch.manual_seed(seed)
-    model = contestant.build()
-    optimizer = adam(model, settings.learning_rate)
+    model = build()
+    optimizer = adam(model, settings)
     order = torch.Generator().manual_seed(seed)
-    epochs = settings.epochs(contestant.family)
     steps = len(data.train_y) // settings.batch
-    losses, accuracies = [], []
-    wrong: tuple[int, ...] = ()
+    curve = Curve([], [])
     for epoch in range(epochs):
         shuffled = torch.randperm(len(data.train_y), generator=order)
         total = torch.zeros((), dtype=torch.float64)
@@ -153,85 +131,64 @@ def train(
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - done)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(data.train_x[rows]), data.train_y[rows])
-            whole = loss if penalty is None else loss + penalty(model)
-            whole.backward()
+            (loss if penalty is None else loss + penalty(model)).backward()
             optimizer.step()
             total += loss.detach()
-        losses.append(total.item() / steps)
-        wrong = mistakes(model, data.test_x, data.test_y)
-        accuracies.append(1 - len(wrong) / len(data.test_y))
-        on_epoch()
-    return model, Curve(seed, tuple(losses), tuple(accuracies), wrong)
+        curve.loss.append(total.item() / steps)
+        curve.accuracy.append(accuracy(model, data))
+    return model, curve
+
+
+def measure(
+    curves: Mapping[Contestant, list[Curve]], data: Digits, settings: Settings
+) -> list[Result]:
+    """Count and time training steps of one batch, interleaved, of newly made models of a family.
+
+    In each round every model makes one step, beginning with another model each time, so that a
+    slow moment of the machine falls on all of them. Five rounds before the first are not counted.
+    """
+    torch.manual_seed(settings.seed)
+    x, y = data.train_x[: settings.batch].clone(), data.train_y[: settings.batch].clone()
+    models = [c.build() for c in curves]
+    losses = [partial(lambda m: nn.functional.cross_entropy(m(x), y), m) for m in models]
+    optimizers = [adam(m, settings) for m in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    for number in range(-5, settings.rounds):
+        for turn in range(len(models)):
+            index = (turn + number) % len(models)
+            start = time.perf_counter()
+            optimizers[index].zero_grad()
+            losses[index]().backward()
+            optimizers[index].step()
+            seconds[index] += [time.perf_counter() - start] * (number >= 0)
+    results: list[Result] = []
+    for c, m, loss, times in zip(curves, models, losses, seconds, strict=True):
+        converted = sum(parameters(m.get_submodule(n)) for n in FAMILIES[c.family].converted)
+        ratio = results[0].converted / converted if results else 1.0
+        kept = kept_bytes(loss, leave_out=[*m.parameters(), x, y])
+        found = Result(c, parameters(m), converted, ratio, curves[c], kept, quantiles(times))
+        results.append(found)
+    return results
 
 
 def compare(
-    contestants: Sequence[Contestant],
-    data: Digits,
-    settings: Settings,
-    on_progress: Callable[[str, int], None] = lambda what, amount: None,
-) -> tuple[list[ModelResult], dict[str, nn.Module]]:
-    """Train, measure and time all contestants.
+    contestants: Sequence[Contestant], data: Digits, settings: Settings, tell: Callable[[str], None]
+) -> tuple[dict[str, list[Result]], dict[Contestant, nn.Module]]:
+    """Train, count and time all contestants, the first of each family being its dense one.
 
-    Args:
-        contestants: Models to compare; the first of each family is its dense one.
-        data: Images to train and test on.
-        settings: Schedule.
-        on_progress: Called with what is being done, and how many units of
-            [work][examples.digits.training.work] have just been done.
-
-    Returns:
-        One result per contestant, and by key the models of the first seed, trained.
+    ``tell`` is told of each training that begins. Returned are the results by family, and the
+    trained models of the first seed.
     """
-    trained: dict[str, nn.Module] = {}
-    curves: dict[str, list[Curve]] = {contestant.key: [] for contestant in contestants}
-    for contestant in contestants:
-        tick = partial(on_progress, f"training {contestant.family} {contestant.label}")
-        tick(0)
-        for seed in range(settings.seed, settings.seed + settings.runs):
-            model, curve = train(contestant, data, settings, seed, partial(tick, 1))
-            curves[contestant.key].append(curve)
-            trained.setdefault(contestant.key, model)
-
-    x, y = data.train_x[: settings.batch].clone(), data.train_y[: settings.batch].clone()
-    results = []
-    for family in dict.fromkeys(contestant.family for contestant in contestants):
-        members = [contestant for contestant in contestants if contestant.family == family]
-        torch.manual_seed(settings.seed)
-        models = [contestant.build() for contestant in members]
-        optimizers = [adam(model, settings.learning_rate) for model in models]
-        kept = [kept_by_training_batch(model, x, y) for model in models]
-        times = time_steps(
-            models,
-            optimizers,
-            x,
-            y,
-            settings.rounds,
-            partial(on_progress, f"timing {family}", 1),
-        )
-        converted = [_converted_parameters(c, m) for c, m in zip(members, models, strict=True)]
-        for contestant, model, own, bytes_, seconds in zip(
-            members, models, converted, kept, times, strict=True
-        ):
-            results.append(
-                ModelResult(
-                    contestant,
-                    parameter_count(model),
-                    own,
-                    converted[0],
-                    tuple(curves[contestant.key]),
-                    bytes_,
-                    seconds,
-                )
-            )
+    trained: dict[Contestant, nn.Module] = {}
+    results: dict[str, list[Result]] = {}
+    for family in dict.fromkeys(c.family for c in contestants):
+        members = [c for c in contestants if c.family == family]
+        curves: dict[Contestant, list[Curve]] = {c: [] for c in members}
+        for c in members:
+            for seed in reversed(range(settings.seed, settings.seed + settings.runs)):
+                tell(f"training {family} {c.label}")
+                epochs = settings.epochs(family)
+                trained[c], curve = train(c.build, epochs, data, settings, seed)
+                curves[c].insert(0, curve)
+        results[family] = measure(curves, data, settings)
     return results, trained
-
-
-def work(contestants: Sequence[Contestant], settings: Settings) -> int:
-    """Count the units of work of a comparison: epochs, and rounds of timing."""
-    families = {contestant.family for contestant in contestants}
-    epochs = sum(settings.runs * settings.epochs(c.family) for c in contestants)
-    return epochs + settings.rounds * len(families)
-
-
-def _converted_parameters(contestant: Contestant, model: nn.Module) -> int:
-    return sum(parameter_count(model.get_submodule(name)) for name in contestant.converted)

@@ -65,10 +65,10 @@ class LinearRoute:
         _check_groups(self.in_groups, "in_groups")
         _check_groups(self.out_groups, "out_groups")
         _one_of(self.by, ("torch", "triton"), "by")
-        if self.by == "triton" and not self.is_khatri_rao:
+        if self.by == "triton" and len(self.out_groups) > 1:
             raise ValueError(
-                f"by='triton' serves the explicit Khatri-Rao route, got {self.in_groups} and "
-                f"{self.out_groups} of kind {self.kind!r}; use by='torch'"
+                f"by='triton' serves routes that contract the out modes by their whole Khatri-Rao "
+                f"matrix, got out_groups {self.out_groups}; use by='torch'"
             )
 
     @property
@@ -77,9 +77,9 @@ class LinearRoute:
         return self.kind == "factorized" and len(self.in_groups) == len(self.out_groups) == 1
 
     def __str__(self) -> str:
-        if self.kind == "dense":
-            return "rebuild W"
         by = "" if self.by == "torch" else f", by {self.by}"
+        if self.kind == "dense":
+            return f"rebuild W{by}"
         return f"in {_groups_name(self.in_groups)}, out {_groups_name(self.out_groups)}{by}"
 
 
@@ -142,6 +142,11 @@ class LinearPlan:
             ValueError: they cover other numbers of modes.
         """
         for route in (self.forward, self.backward):
+            if route.by == "triton" and len(route.in_groups) > 1:
+                raise ValueError(
+                    f"by='triton' serves linear routes that contract the in modes by their whole "
+                    f"Khatri-Rao matrix, got in_groups {route.in_groups}; use by='torch'"
+                )
             for groups, modes, name in (
                 (route.in_groups, fmt.in_shape, "in_groups"),
                 (route.out_groups, fmt.out_shape, "out_groups"),

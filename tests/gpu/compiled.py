@@ -40,6 +40,7 @@ class Form:
         stages: depth of pipelines.
         wide_loads: whether rows start at multiples of 16 bytes, so that loads take 16 at a time.
         tensor_cores: whether it has a product of tiles, for which a GPU has instructions.
+        capabilities: the compute capabilities it is for.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Form:
     stages: int = 1
     wide_loads: bool = True
     tensor_cores: bool = False
+    capabilities: tuple[int, ...] = (80, 90, 100)
 
 
 @dataclass(frozen=True)

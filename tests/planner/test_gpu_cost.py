@@ -205,7 +205,7 @@ def test_a_plan_by_kernels_is_refused_where_they_cannot_run() -> None:
         polyadic.explain(layer, batch=4, plan=plan)
     conv = CPConv2d(4, 4, 3, rank=2)
     by = ConvRoute(by="triton")
-    with pytest.raises(ValueError, match="no Triton kernels for a convolution map"):
+    with pytest.raises(ValueError, match=message):
         functional.cp_conv(
             torch.randn(1, 4, 5, 5), conv.out_factors, conv.in_factors, conv.kernel_factors,
             plan=ConvPlan(by, by),
@@ -215,8 +215,16 @@ def test_a_plan_by_kernels_is_refused_where_they_cannot_run() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearRoute((1, 2), (3,), by="triton"), "serves the explicit Khatri-Rao route"),
-        (lambda: LinearRoute((3,), (3,), "dense", by="triton"), "serves the explicit Khatri-Rao"),
+        (
+            lambda: LinearRoute((3,), (1, 2), by="triton"),
+            "routes that contract the out modes",
+        ),
+        (
+            lambda: LinearPlan(*[LinearRoute((1, 2), (3,), by="triton")] * 2).covering(
+                LinearFormat((2, 2, 2), (2, 2, 2), 1)
+            ),
+            "serves linear routes that contract the in modes",
+        ),
         (lambda: LinearRoute((3,), (3,), by="cuda"), "by must be one of 'torch', 'triton'"),
         (lambda: ConvRoute(by="cuda"), "by must be one of 'torch', 'triton'"),
         (

@@ -52,6 +52,7 @@ PHASES = {
         Phase("embedding", 8, "embedding"),
         Phase("conv", 20, "conv"),
         Phase("network", 20, "network"),
+        Phase("overhead", 8, "overhead"),
         Phase("profile", 8, "profile", renews=True),
         Phase("layers-1024", 15, "layers", "grid", ("1024",)),
         Phase("layers-11008", 20, "layers", "grid", ("11008",)),

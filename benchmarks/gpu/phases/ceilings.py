@@ -56,14 +56,29 @@ def _rate(bench: Bench, name: str, value: float, unit: str) -> None:
 
 
 def _copies(bench: Bench) -> None:
-    """Bytes read and written by a copy: from memory, and within the L2 cache."""
-    sizes = {"copy": 2**20} if bench.dry else {"copy": 2**30, "copy in L2": 2**23}
-    for name, size in sizes.items():
-        source = torch.empty(size, device=bench.device, dtype=torch.uint8).random_(0, 255)
+    """Bytes read and written by a copy, by the fastest way there is; and within the L2 cache.
+
+    In a graph ``copy_`` is the driver's own copy, which may be slower than a kernel.
+    """
+    size = 2**20 if bench.dry else 2**31
+    ways: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        source = bench.randn(size // dtype.itemsize, dtype=dtype)
         target = torch.empty_like(source)
-        calls = [partial(target.copy_, source)] * (4 if size > 2**24 else 50)
-        _rate(bench, name, 2 * size / bench.timer.graph(calls).median, "B/s")
-        del source, target, calls
+        kernel = [partial(torch.mul, source, 1.0, out=target)] * 3
+        ways[f"a kernel in {bench.dtype_name(dtype)}"] = bench.timer.graph(kernel).median
+        if dtype == torch.float32:
+            copies = [partial(target.copy_, source)] * 3
+            ways["copy_ in a graph"] = bench.timer.graph(copies).median
+            ways["copy_, eager"] = bench.timer.eager(copies).median
+        del source, target
+    for way, seconds in ways.items():
+        _rate(bench, f"copy by {way}", 2 * size / seconds, "B/s")
+    _rate(bench, "copy", 2 * size / min(ways.values()), "B/s")
+    small = 2**16 if bench.dry else 2**23
+    source = bench.randn(small // 4, dtype=torch.float32)
+    kernel = [partial(torch.mul, source, 1.0, out=torch.empty_like(source))] * 50
+    _rate(bench, "copy in L2", 2 * small / bench.timer.graph(kernel).median, "B/s")
     bench.clean()
 
 

@@ -9,15 +9,15 @@ from benchmarks.gpu.phases.layers import SIZES
 
 
 def run(bench: Bench) -> None:
-    """Every size at R = 64, then the other ranks."""
-    sizes = {"dry": (48, 64)} if bench.dry else SIZES
-    ranks, rows = ((8,), (1,)) if bench.dry else ((64, 16, 256), (1, 16))
+    """Every size at R = 64, then other ranks at one size."""
+    wanted = [(T, *size, 64) for T in (1, 16) for size in SIZES.values()]
+    wanted += [(T, *SIZES["4096"], R) for R in (16, 256) for T in (1, 16)]
+    if bench.dry:
+        wanted = [(1, 48, 64, 8)]
     cells = {}
-    for R in ranks:
-        for T in rows:
-            for M, N in sizes.values():
-                one = cell(bench, T, M, N, R, group="decode", modes=("forward",))
-                cells[one.name] = (one, (T, M, N, R))
+    for size in wanted:
+        one = cell(bench, *size, group="decode", modes=("forward",))
+        cells[one.name] = (one, size)
     for name in bench.fresh(cells):
         one, size = cells[name]
         make = Makers(bench, *size)

@@ -91,8 +91,8 @@ def _profiled(bench: Bench, name: str, call: Call) -> None:
     counts: dict[str, int] = defaultdict(int)
     times: dict[str, float] = defaultdict(float)
     for event in profiler.events():
-        if event.name.startswith("polyadic."):
-            continue  # a range of ours around kernels, not a kernel
+        if event.is_user_annotation:
+            continue  # a range around kernels, not a kernel
         if not on_gpu or event.device_type == DeviceType.CUDA:
             counts[event.name] += 1
             times[event.name] += event.time_range.elapsed_us()

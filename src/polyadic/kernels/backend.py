@@ -19,7 +19,7 @@ SWITCH = "POLYADIC_TRITON"
 LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Kinds of maps that obey a route by "triton".
-KINDS = ("linear",)
+KINDS = ("linear", "convolution", "embedding")
 _LOG = logging.getLogger("polyadic")
 
 

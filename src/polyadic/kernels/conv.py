@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from polyadic.kernels.depthwise import Geometry, Ints, Stage, Stages, stages
+from polyadic.kernels.fused_conv import FusedConv, is_fused
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
 from polyadic.kernels.projections import in_layout, outer, project, project_back
 from polyadic.plans import ConvPlan
@@ -114,6 +115,10 @@ class ConvMap:
         plan = self._stages(route.depthwise, factors)
         x = x.unsqueeze(2) if self._lifted else x
         maps: list[Tensor] = []
+        if is_fused(route, plan, x, factors):
+            fused = self._fused(plan, out_factors, in_factors, kernel_factors)
+            y, kept = fused.forward(_strided(x, plan.skip), bias, self.plan.keep)
+            return (y.squeeze(2) if self._lifted else y), kept
         if route.kind == "dense":
             kernel = in_layout(self._dense(factors, x.dtype), route.layout)
             y = plan.dense.forward(in_layout(x, route.layout), kernel, bias, self.groups)
@@ -131,6 +136,18 @@ class ConvMap:
                 maps.append(z)
             y = project(z, kc.mT, route.layout, self.groups, bias)
         return (y.squeeze(2) if self._lifted else y), tuple(maps)
+
+    def _fused(
+        self,
+        plan: Stages,
+        out_factors: Sequence[Tensor],
+        in_factors: Sequence[Tensor],
+        kernel_factors: Sequence[Tensor],
+    ) -> FusedConv:
+        if not plan.depthwise:
+            return FusedConv([*kernel_factors, *in_factors], out_factors, (), None, self.groups)
+        (stage,) = plan.depthwise
+        return FusedConv(in_factors, out_factors, kernel_factors, stage, self.groups)
 
     def _dense(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Build the kernel in torch's layout: (n, c, *k), transposed (c, n, *k)."""
@@ -207,10 +224,16 @@ class ConvMap:
         out_factors, in_factors, kernel_factors = self._split(factors)
         layout = self.plan.backward.layout
         plan = self._stages(self.plan.backward.depthwise, factors)
-        if not plan.depthwise:
-            in_factors = [*kernel_factors, *in_factors]
         wrt_x, wrt_out = needs[0], any(needs[1 : 1 + self.n_out])
         wrt_rest = any(needs[1 + self.n_out :])
+        if (wrt_x or wrt_rest) and is_fused(self.plan.backward, plan, x, (grad_y, *factors)):
+            wrt = wrt_x, wrt_out, wrt_rest
+            return self._backward_fused(grad_y, x, kept, factors, plan, wrt)
+        if not plan.depthwise:
+            in_factors = [*kernel_factors, *in_factors]
+        if kept and kept[0].shape[1] != self.groups * in_factors[0].shape[1]:
+            # Padded by the fused kernels, which computed the forward alone.
+            kept = ()
         ka, kc = self._matrices(in_factors, out_factors, x.dtype)
         taps = [_taps(stage, kernel_factors, x.dtype, self.groups) for stage in plan.depthwise]
         taken = _strided(x, plan.skip)
@@ -260,6 +283,27 @@ class ConvMap:
             return None, [*d_first, *d_in]
         d_x = project_back(d_z, ka, taken, layout, self.groups)
         return _unstrided(d_x, x, plan.skip), [*d_first, *d_in]
+
+    def _backward_fused(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        factors: Sequence[Tensor],
+        plan: Stages,
+        wrt: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        fused = self._fused(plan, *self._split(factors))
+        taken = _strided(x, plan.skip)
+        maps = kept if fused.keeps(kept) else ()
+        d_x, (d_in, d_out, d_kernel) = fused.backward(grad_y, taken, maps, wrt)
+        if not plan.depthwise:
+            # The factors of a 1×1 kernel stood in front of the in factors.
+            cut = len(factors) - self.n_out - self.n_in
+            d_in, d_kernel = d_in[cut:], d_in[:cut]
+        none_out, none_rest = [None] * self.n_out, [None] * (len(factors) - self.n_out)
+        d_x = None if d_x is None else _unstrided(d_x, x, plan.skip)
+        return d_x, [*(d_out or none_out), *([*d_in, *d_kernel] or none_rest)]
 
     def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
         """Gradient of the Khatri-Rao matrix with which ``matrix`` projects x to z, or back."""

@@ -9,6 +9,10 @@ are more indices than rows in the Khatri-Rao product of adjacent factors, that p
 gathered from in their place; the in groups of the plan say which are joined. A weight vector λ (R,)
 enters as one more in factor with a mode of size 1, in front.
 
+On a GPU one kernel looks up and multiplies (see ``fused``), and the backward is six launches: z and
+KC, G = dY KC, two for the gradients of the in factors, dKC = dYᵀ Z, and the gradients of the out
+factors. Z, G and KC then have their columns padded with zeros to R' ≥ R.
+
 Axes: b indices, m rows of one in factor, r rank, e embedding dimension.
 """
 
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import no_autocast
+from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     Groups,
     accumulate_dtype,
@@ -30,7 +35,12 @@ from polyadic.kernels.multilinear import (
     khatri_rao_backward,
     partials,
 )
-from polyadic.plans import LinearPlan
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
+from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded
+from polyadic.plans import LinearPlan, LinearRoute
+
+# Rows of one factor up to which a GPU sums into them by comparing each index with each row.
+MOST_SCATTERED_ROWS = 4096
 
 
 def _digits(indices: Tensor, modes: Sequence[int]) -> list[Tensor]:
@@ -96,9 +106,29 @@ class EmbeddingMap:
         """Return y (b, e) for indices x (b,), and Z (b, r) where the plan keeps it."""
         # Off as for torch's embedding: a residual stream that starts in fp32 stays so.
         with no_autocast(x):
+            if self._is_fused(x, factors, self.plan.forward):
+                return self._forward_fused(x, factors)
             z = self._gather(x, factors)
             y = expand(z, factors[self.n_in :], self.plan.forward.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
+
+    def _is_fused(self, x: Tensor, factors: Sequence[Tensor], route: LinearRoute) -> bool:
+        """Whether Triton kernels compute one direction."""
+        if route.by == "torch" or not may_fuse(x, factors):
+            return False
+        modes = [factor.shape[0] for factor in factors[: self.n_in]]
+        return math.prod(modes) <= MOST_ROWS and max(modes) <= MOST_SCATTERED_ROWS
+
+    def _forward_fused(
+        self, x: Tensor, factors: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        from polyadic.kernels.triton.embedding import lookup
+
+        x, *factors = contiguous((x, *factors))
+        ins, outs = factors[: self.n_in], factors[self.n_in :]
+        padded, keep = padded_rank(ins[0].shape[1]), bool(self.plan.keep)
+        y, z = lookup(x, ins, outs, self.padding_idx, padded, keep=keep)
+        return y, () if z is None else (z,)
 
     def _gather(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """Z (b, r): the product of the rows, rounded once; zero at the padding index."""
@@ -134,7 +164,36 @@ class EmbeddingMap:
             needs: whether x (never) and each factor needs its gradient.
         """
         with no_autocast(x):
+            if self._is_fused(x, (grad_y, *factors), self.plan.backward):
+                return None, self._backward_fused(grad_y, x, kept, factors, needs[1:])
             return None, self._backward(grad_y, x, kept, factors, needs[1:])
+
+    def _backward_fused(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        factors: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        from polyadic.kernels.triton.embedding import rows, scatter
+
+        x, *factors = contiguous((x, *factors))
+        ins, outs = factors[: self.n_in], factors[self.n_in :]
+        wrt_in, wrt_out = any(needs[: self.n_in]), any(needs[self.n_in :])
+        padded = padded_rank(ins[0].shape[1])
+        if wrt_out and not kept:
+            z, kc = rows(x, ins, outs, self.padding_idx, padded)
+        else:
+            kc = khatri_rao_pair([outs], outs[0].dtype)[0]
+            z = kept[0] if kept else grad_y
+        d_in: list[Tensor | None] = [None] * len(ins)
+        d_out: list[Tensor | None] = [None] * len(outs)
+        if wrt_in:
+            d_in = [*scatter(matmul_nn(grad_y, kc), x, ins, self.padding_idx)]
+        if wrt_out:
+            d_out = [*mttkrp_pair([matmul_tn_unrounded(grad_y, z)], [outs])[0]]
+        return [*d_in, *d_out]
 
     def _backward(
         self,
@@ -152,7 +211,9 @@ class EmbeddingMap:
         if wrt_in or not kept:
             digits, rows = _pick(x, in_factors, route.in_groups)
         if kept:
-            z = kept[0]
+            # Padded where a fused kernel made it.
+            rank = in_factors[0].shape[1]
+            z = kept[0] if kept[0].shape[1] == rank else kept[0][:, :rank]
         elif wrt_out:
             z = self._product(rows, x, in_factors[0].dtype)
         else:

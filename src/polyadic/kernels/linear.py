@@ -19,13 +19,17 @@ from torch import Tensor
 from polyadic.kernels.multilinear import (
     contract,
     expand,
-    khatri_rao,
     partials,
     product_gradients,
 )
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan
+
+
+def _unpadded(z: Tensor, rank: int) -> Tensor:
+    """The columns of a Z or G that are no padding."""
+    return z if z.shape[1] == rank else z[:, :rank]
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class LinearMap:
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         route = self.plan.forward
         if route.kind == "dense":
-            weight = matmul_nt(khatri_rao(out_factors, x.dtype), khatri_rao(in_factors, x.dtype))
-            return matmul_nt(x, weight, bias), ()
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+            return matmul_nt(x, matmul_nt(kc, ka), bias), ()
         if x.is_cuda and route.is_khatri_rao:
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             z = matmul_nn(x, ka)
@@ -92,10 +96,17 @@ class LinearMap:
         route = self.plan.backward
         d_x, d_in, d_out = None, None, None
         if route.kind == "dense":
-            ka, kc = khatri_rao(in_factors, x.dtype), khatri_rao(out_factors, x.dtype)
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             if wrt_x:
                 d_x = matmul_nn(grad_y, matmul_nt(kc, ka))
-            if wrt_in or wrt_out:
+            if x.is_cuda and (wrt_in or wrt_out):
+                d_weight = matmul_tn(grad_y, x)
+                d_ka, d_kc = (
+                    matmul_tn_unrounded(d_weight, kc),
+                    matmul_tn_unrounded(d_weight.t(), ka),
+                )
+                d_in, d_out = mttkrp_pair((d_ka, d_kc), (in_factors, out_factors), route.by)
+            elif wrt_in or wrt_out:
                 d_weight = matmul_tn(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
@@ -105,10 +116,7 @@ class LinearMap:
             )
         else:
             if kept:
-                z = kept[0]
-                if z.shape[1] > in_factors[0].shape[1]:
-                    # A GPU's forward by Khatri-Rao matrices has kept it with columns of zeros.
-                    z = z[:, : in_factors[0].shape[1]]
+                z = _unpadded(kept[0], in_factors[0].shape[1])
             elif wrt_out:
                 z = contract(x, in_factors, route.in_groups)
             else:
@@ -139,8 +147,12 @@ class LinearMap:
         KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
         """
         by = self.plan.backward.by
-        wants_g, wants_z = wrt_x or wrt_in, wrt_out and not kept
-        wanted = [in_factors] * (wrt_x or wants_z) + [out_factors] * wants_g
+        wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
+        wanted: list[Sequence[Tensor]] = []
+        if wants_ka:
+            wanted.append(in_factors)
+        if wants_g:
+            wanted.append(out_factors)
         matrices = khatri_rao_pair(wanted, x.dtype, by) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 from polyadic.formats import ConvFormat, Shape
+from polyadic.kernels.backend import serves
 from polyadic.kernels.cpu import WIDE_COLUMNS, has_wide_weight_gradient
 from polyadic.kernels.depthwise import Geometry, Stage, Stages, stages
 from polyadic.kernels.projections import better_as_rows
@@ -45,6 +46,8 @@ def candidates(request: Request) -> list[ConvPlan]:
         for layout in ("channels_last", "channels_first")
         for form in ("merged", "separable")
     ]
+    if serves("convolution", request.device, request.dtype) and not _format(request).transposed:
+        routes.append(ConvRoute(by="triton"))
     if request.rebuild:
         routes += [
             ConvRoute("channels_last", kind="dense"),
@@ -117,6 +120,11 @@ class _Sizes:
         """Modes of the in-projection: a 1×1 kernel's join the in modes."""
         ins, kernel = self.fmt.in_shape, self.fmt.kernel_size
         return ins if self.stages.depthwise else (*kernel, *ins)
+
+    @property
+    def depthwise_taps(self) -> int:
+        """Taps of the merged depthwise convolution."""
+        return math.prod(self.fmt.kernel_size)
 
     def taps(self, stage: Stage) -> list[int]:
         """Modes of the kernel factors that one stage's taps are made of."""
@@ -230,6 +238,8 @@ class _Sizes:
 def forward_steps(request: Request, route: ConvRoute) -> list[Step]:
     """Y by one route."""
     s = _Sizes(request, route)
+    if route.by == "triton":
+        return _fused_forward(s)
     if route.kind == "dense":
         steps = s.kernel()
         if route.layout == "channels_last" and not request.channels_last:
@@ -250,6 +260,8 @@ def backward_steps(request: Request, route: ConvRoute, *, kept: int) -> list[Ste
     The gradient of Y is taken to come in the route's layout.
     """
     s = _Sizes(request, route)
+    if route.by == "triton":
+        return _fused_backward(s, kept)
     if route.kind == "dense":
         return _dense_backward(s)
     steps = khatri_rao_steps(request, "KA", s.inner, s.rank)
@@ -274,6 +286,43 @@ def backward_steps(request: Request, route: ConvRoute, *, kept: int) -> list[Ste
         *s.outer("dKA = X dZ1", s.c, s.taken, rows=request.channels_last),
         *khatri_rao_backward_steps(request, "MTTKRP in", s.inner, s.rank),
         s.project("dX = dZ1 KA^T", s.taken, s.rank, s.c),
+    ]
+
+
+def _matrices(s: _Sizes) -> Step:
+    """KA, KC and the taps in one launch."""
+    elements = s.rank * (s.c + s.n + math.prod(s.fmt.kernel_size))
+    return Step("KA, KC and taps", "fused", 0, s.item * elements, elements=elements)
+
+
+def _fused_forward(s: _Sizes) -> list[Step]:
+    """The in-projection by a GEMM, then depthwise and out-projection in one kernel."""
+    steps = [_matrices(s)]
+    if not s.request.channels_last:
+        steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
+    steps.append(s.project("Z1 = X KA", s.taken, s.c, s.rank))
+    flops = 2 * s.out_positions * s.rank * (s.n * s.groups + s.groups * s.depthwise_taps)
+    moved = s.item * (s.taken * s.maps + s.out_positions * s.n * s.groups)
+    return [*steps, Step("Y from Z1", "fused", flops, moved, elements=s.out_positions * s.n)]
+
+
+def _fused_backward(s: _Sizes, kept: int) -> list[Step]:
+    """Products by GEMMs; both gradients of the depthwise stage, and Z2 again, in one kernel."""
+    request = s.request
+    again = [] if kept else [s.project("Z1 = X KA again", s.taken, s.c, s.rank)]
+    flops = 6 * s.out_positions * s.maps * s.depthwise_taps
+    moved = s.item * s.maps * 2 * (s.taken + s.out_positions)
+    inner = math.prod(s.inner) + s.n + math.prod(s.fmt.kernel_size)
+    return [
+        _matrices(s),
+        *again,
+        s.project("dZ2 = dY KC", s.out_positions, s.n, s.rank),
+        Step("dZ1, dtaps and Z2", "fused", flops, moved, elements=s.maps * s.taken),
+        Step("dtaps over programs", "fused", 0, 8 * s.rank * 1024, elements=s.rank),
+        gemm(request, "dKC = dY^T Z2", s.n, s.out_positions, s.rank),
+        s.project("dX = dZ1 KA^T", s.taken, s.rank, s.c),
+        gemm(request, "dKA = X^T dZ1", s.c, s.taken, s.rank),
+        Step("MTTKRPs", "fused", 0, 4 * 3 * inner * s.rank, elements=inner * s.rank),
     ]
 
 

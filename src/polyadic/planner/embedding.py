@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 
 from polyadic.formats import EmbeddingFormat, Shape
+from polyadic.kernels.backend import serves
+from polyadic.kernels.pairs import padded_rank
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.linear import Steps, groupings
 from polyadic.planner.multilinear import (
@@ -37,6 +39,8 @@ def candidates(request: Request) -> list[LinearPlan]:
     ins = joined_groups(request)
     outs = groupings(len(_format(request).out_shape))
     routes = [LinearRoute(ins, out) for out in outs]
+    if serves("embedding", request.device, request.dtype):
+        routes.append(LinearRoute(ins, (len(_format(request).out_shape),), by="triton"))
     return [LinearPlan(route, route, int(request.memory == "fast")) for route in routes]
 
 
@@ -55,6 +59,8 @@ def choose(request: Request) -> LinearPlan:
         # A lookup rounds less than a GEMM: splitting would round once more than torch, twice over.
         outs = outs[:1]
     routes = [LinearRoute(ins, out) for out in outs]
+    if serves("embedding", request.device, request.dtype):
+        routes.append(LinearRoute(ins, (len(_format(request).out_shape),), by="triton"))
     forward = min(routes, key=lambda route: machine.total(forward_steps(request, route)))
     backward = min(routes, key=lambda r: machine.total(backward_steps(request, r, kept=keep)))
     return LinearPlan(forward, backward, keep)
@@ -139,6 +145,8 @@ def _product_steps(request: Request, joined: Sequence[Shape]) -> list[Step]:
 def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
     """Rows of the table for so many indices."""
     fmt = _format(request)
+    if route.by == "triton":
+        return [_lookup(request)]
     joined = grouped(fmt.in_shape, route.in_groups)
     return [
         *_pick_steps(request, joined),
@@ -150,6 +158,8 @@ def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
 def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[Step]:
     """Gradients of all factors."""
     fmt, rows = _format(request), request.batch
+    if route.by == "triton":
+        return _fused_backward(request, kept)
     joined, rank = grouped(fmt.in_shape, route.in_groups), fmt.rank
     steps = _pick_steps(request, joined)
     if not kept:
@@ -166,6 +176,30 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
         steps += _sum_by_digit(request, math.prod(modes))
         steps += khatri_rao_backward_steps(request, "MTTKRP in", modes, rank, wide=True)
     return steps
+
+
+def _lookup(request: Request) -> Step:
+    """Digits, rows, their product and its product with KC in one launch."""
+    fmt, rows = _format(request), request.batch
+    columns, n = padded_rank(fmt.rank), fmt.out_features
+    moved = rows * (INDEX + request.item * n) + request.item * n * columns
+    return Step("Y, looked up", "fused", 2 * rows * columns * n, moved, elements=rows * n)
+
+
+def _fused_backward(request: Request, kept: int) -> list[Step]:
+    """Z again with KC, or KC alone; G; the sum of rows by digit; dKC; factors' gradients."""
+    fmt, rows, item = _format(request), request.batch, request.item
+    columns, n = padded_rank(fmt.rank), fmt.out_features
+    maps = 0 if kept else rows * columns
+    scattered = len(fmt.in_shape) * rows * columns
+    return [
+        Step("KC" if kept else "KC and Z", "fused", 0, item * (n * columns + maps), elements=maps),
+        gemm(request, "G = dY KC", rows, n, columns),
+        Step("sum of rows by digit", "fused", 0, item * scattered, elements=fmt.parameters),
+        Step("parts of the sum", "fused", 0, 8 * fmt.parameters, elements=fmt.parameters),
+        gemm(request, "dKC = dY^T Z", n, rows, columns, views=1),
+        Step("MTTKRP out", "fused", 0, 4 * len(fmt.out_shape) * n * columns),
+    ]
 
 
 def _sum_by_digit(request: Request, size: int) -> list[Step]:

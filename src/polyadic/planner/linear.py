@@ -27,7 +27,7 @@ from polyadic.planner.multilinear import (
 )
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, gemm, stream
-from polyadic.plans import Groups, LinearPlan, LinearRoute
+from polyadic.plans import Backend, Groups, LinearPlan, LinearRoute
 
 Steps = tuple[list[Step], list[Step]]
 
@@ -60,13 +60,15 @@ def candidates(request: Request) -> list[LinearPlan]:
     fmt, keep = _format(request), int(request.memory != "least")
     m, n = len(fmt.in_shape), len(fmt.out_shape)
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
+    backends: list[Backend] = ["torch"]
     if serves("linear", request.device, request.dtype):
         routes.append(LinearRoute((m,), (n,), by="triton"))
+        backends.append("triton")
     plans = [LinearPlan(route, route, keep) for route in routes]
-    if not request.rebuild:
-        return plans
-    rebuild = LinearRoute((m,), (n,), "dense")
-    return [*plans, LinearPlan(rebuild, rebuild, 0)]
+    if request.rebuild:
+        rebuilding = [LinearRoute((m,), (n,), "dense", by) for by in backends]
+        plans += [LinearPlan(route, route, 0) for route in rebuilding]
+    return plans
 
 
 def simplest(request: Request) -> LinearPlan:
@@ -81,25 +83,24 @@ def choose(request: Request) -> LinearPlan:
     machine, fmt, keep = machine_for(request), _format(request), request.memory != "least"
     m, n = (len(fmt.in_shape),), (len(fmt.out_shape),)
 
-    def cheaper(first: LinearRoute, steps: Callable[[LinearRoute], list[Step]]) -> LinearRoute:
-        rivals = [first, *([LinearRoute(m, n, "dense")] if request.rebuild else [])]
-        return min(rivals, key=lambda route: machine.total(steps(route)))
+    rivals = [LinearRoute(m, n, "dense")] if request.rebuild else []
+    if serves("linear", request.device, request.dtype):
+        rivals += [dataclasses.replace(route, by="triton") for route in rivals]
+        rivals.append(LinearRoute(m, n, by="triton"))
 
-    forward = cheaper(_forward_route(request, machine), lambda r: forward_steps(request, r))
+    def cheapest(first: LinearRoute, steps: Callable[[LinearRoute], list[Step]]) -> LinearRoute:
+        return min((first, *rivals), key=lambda route: machine.total(steps(route)))
+
+    forward = cheapest(_forward_route(request, machine), lambda r: forward_steps(request, r))
     kept = int(keep and forward.kind == "factorized")
-    backward = cheaper(
+    backward = cheapest(
         _backward_route(request, machine), lambda r: backward_steps(request, r, kept=kept)
     )
-    plan = LinearPlan(forward, backward, kept if backward.kind == "factorized" else 0)
-    if request.memory == "fast" and forward.is_khatri_rao and backward == forward:
-        plan = LinearPlan(forward, backward, keep=2)
-    if serves("linear", request.device, request.dtype):
-        route = LinearRoute(m, n, by="triton")
-        plan = min(
-            (plan, LinearPlan(route, route, int(keep))),
-            key=lambda p: machine.total(itertools.chain(*steps(request, p))),
-        )
-    return plan
+    simple = forward.is_khatri_rao and forward.by == "torch"
+    if request.memory == "fast" and simple and backward == forward:
+        return LinearPlan(forward, backward, keep=2)
+    # Z is of no use to a backward that rebuilds W.
+    return LinearPlan(forward, backward, kept if backward.kind == "factorized" else 0)
 
 
 Spent = Mapping[Groups, tuple[float, float]]
@@ -181,8 +182,9 @@ def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
             gemm(request, "Y = Z KC^T", rows, r, n, views=1),
         ]
     if route.kind == "dense":
+        r = padded_rank(r) if request.device == "cuda" else r
         return [
-            *_both_khatri_rao(request, fmt),
+            *_both_matrices(request, fmt, r, route),
             gemm(request, "W^T = KC KA^T", n, r, m, views=1),
             gemm(request, "Y = X W", rows, m, n, views=1),
         ]
@@ -213,16 +215,21 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
             *_all_mttkrps(request, fmt, r, route),
         ]
     if route.kind == "dense":
-        return [
-            *_both_khatri_rao(request, fmt),
+        on_gpu = request.device == "cuda"
+        r = padded_rank(r) if on_gpu else r
+        steps = [
+            *_both_matrices(request, fmt, r, route),
             gemm(request, "W^T = KC KA^T", n, r, m, views=1),
             gemm(request, "dX = dY W^T", rows, n, m),
             gemm(request, "dW^T = dY^T X", n, rows, m, views=1),
             gemm(request, "dKA = dW KC", m, n, r, views=1),
-            *khatri_rao_backward_steps(request, "MTTKRP in", fmt.in_shape, r),
             gemm(request, "dKC = dW^T KA", n, m, r, views=2),
-            *khatri_rao_backward_steps(request, "MTTKRP out", fmt.out_shape, r),
         ]
+        if on_gpu:
+            return steps + _all_mttkrps(request, fmt, r, route)
+        for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
+            steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, r)
+        return steps
     again = [] if kept else contract_steps(request, rows, fmt.in_shape, r, route.in_groups)
     options = {"matrices_kept": kept == 2}
     outs = partials_steps(
@@ -244,7 +251,7 @@ def _both_khatri_rao(request: Request, fmt: LinearFormat) -> list[Step]:
 def _both_matrices(
     request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
 ) -> list[Step]:
-    """KA and KC on a GPU with so many columns; by Triton in one launch."""
+    """KA and KC with so many columns, padded on a GPU; by Triton in one launch."""
     sides = fmt.in_features, fmt.out_features
     if route.by == "triton":
         # The factors come from the cache.

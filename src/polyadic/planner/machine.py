@@ -103,6 +103,8 @@ class Machine:
             made, read = flops / self.gemm, step.nbytes / self.gemm_bandwidth
             # A processor packs its operands before it multiplies; a GPU does both at once.
             return fixed + (max(made, read) * step.slowed if self.queued else made + read)
+        if step.kind == "fused":
+            return fixed + max(flops / self.gemm, streamed)
         return fixed + step.rows * self.row + streamed
 
     def seconds(self, step: Step) -> float:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -193,7 +194,7 @@ def mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) ->
         splits.append(d_matrix.shape[0] if pieces else 1)
         split_strides.append(d_matrix.stride(0) if pieces else 0)
     form = form_of(modes, leader.shape[1], tuple(strides), tuple(splits), tuple(split_strides))
-    gradients = [[factor.new_empty(factor.shape) for factor in group] for group in groups]
+    gradients = [list(map(torch.empty_like, group)) for group in groups]
     flat = [tensor for group in (*groups, *gradients) for tensor in group]
     LAUNCHER(
         (form.constants, leader.dtype, *[d_matrix.dtype for d_matrix in d_matrices]),

@@ -1,0 +1,183 @@
+"""What the host spends on one eager step, taken apart: which piece costs how many microseconds.
+
+Sizes are so small that the GPU waits for the host. Each piece is timed alone, a backward both on
+the thread that autograd keeps for the device and on the caller's own, and the layer's forward and
+backward are profiled function by function.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.contest import train
+from benchmarks.gpu.timer import Call
+from polyadic.autograd import run as through_autograd
+from polyadic.kernels.linear import LinearMap
+from polyadic.nn import CPLinear
+from polyadic.plans import LinearPlan, LinearRoute
+
+ROWS, FEATURES, RANK = 16, 4096, 64
+CALLS, PROFILED, MOST_FUNCTIONS = 50, 200, 30
+
+
+class Nothing(torch.autograd.Function):
+    """A function of any number of tensors that computes nothing, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        """Hand x on."""
+        ctx.others = others
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Hand the gradient on; the others' are themselves."""
+        return (grads[0], *ctx.others)
+
+
+def run(bench: Bench) -> None:
+    """Pieces first, then the profiles."""
+    d, R, T = (48, 5, 4) if bench.dry else (FEATURES, RANK, ROWS)
+    where: dict[str, Any] = {"device": bench.device, "dtype": bench.dtype}
+    layer = CPLinear(d, d, False, rank=R, **where)
+    x, grad = bench.randn(T, d).requires_grad_(), bench.randn(T, d)
+    for name, call in _steps(layer, d, R, x, grad, where):
+        _timed(bench, name, call)
+    for name, call in _pieces(bench, layer, x, grad):
+        _timed(bench, name, call)
+    for name, call in _parts(layer, x.detach(), grad):
+        _timed(bench, name, call)
+        with bench.guarded(name):
+            _functions(bench, name, call)
+
+
+def _timed(bench: Bench, name: str, call: Call) -> None:
+    with bench.guarded(name):
+        for _ in range(3):
+            call()
+        seconds = bench.timer.eager([call] * (2 if bench.dry else CALLS)).median
+        bench.writer.write("rate", name=f"overhead: {name}", value=seconds, unit="s")
+
+
+def _steps(
+    layer: CPLinear, d: int, R: int, x: Tensor, grad: Tensor, where: dict[str, Any]
+) -> Iterator[tuple[str, Call]]:
+    """Whole forwards and steps of our layer, the pair and dense."""
+    pair = nn.Sequential(nn.Linear(d, R, bias=False, **where), nn.Linear(R, d, bias=False, **where))
+    modules = {"ours": layer, "pair": pair, "dense": nn.Linear(d, d, bias=False, **where)}
+    for name, module in modules.items():
+        yield f"{name}, forward without grad", partial(_without_grad, module, x)
+        yield f"{name}, forward with grad", partial(module, x)
+        step = partial(train, module, x, grad)
+        yield f"{name}, step", step
+        yield f"{name}, step on the caller's thread", partial(_on_one_thread, step)
+        yield f"{name}, step by backward()", partial(_by_backward, module, x, grad)
+
+
+def _without_grad(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = module(x)
+        return y
+
+
+def _on_one_thread(step: Call) -> None:
+    with torch.autograd.set_multithreading_enabled(False):
+        step()
+
+
+def _by_backward(module: nn.Module, x: Tensor, grad: Tensor) -> None:
+    x.grad = None
+    for parameter in module.parameters():
+        parameter.grad = None
+    module(x).backward(grad)
+
+
+def _pieces(bench: Bench, layer: CPLinear, x: Tensor, grad: Tensor) -> Iterator[tuple[str, Call]]:
+    """What autograd and single operations cost."""
+    factors = [f.detach().clone().requires_grad_() for f in layer.cp.factors]
+    few = [x, *factors]
+
+    def nothing() -> None:
+        torch.autograd.grad(Nothing.apply(*few), few, grad)
+
+    yield "a Function of 7 tensors that does nothing, forward", partial(Nothing.apply, *few)
+    yield "a Function of 7 tensors that does nothing, step", nothing
+    yield (
+        "a Function of 7 tensors that does nothing, step on the caller's thread",
+        partial(_on_one_thread, nothing),
+    )
+    tall, thin = x.detach(), bench.randn(x.shape[0], factors[0].shape[1])
+    yield "product Xᵀ G", lambda: tall.t() @ thin
+    if bench.device.type == "cuda" and bench.dtype != torch.float32:
+        yield (
+            "product Xᵀ G, float32 result",
+            lambda: torch.mm(tall.t(), thin, out_dtype=torch.float32),
+        )
+    yield "new_empty", lambda: tall.new_empty((64, 64))
+    yield "data_ptr of 7 tensors", lambda: [t.data_ptr() for t in few]
+    if bench.device.type == "cuda":
+        yield "is_current_stream_capturing", torch.cuda.is_current_stream_capturing
+        yield "current_device", torch.cuda.current_device
+
+
+def _parts(layer: CPLinear, x: Tensor, grad: Tensor) -> Iterator[tuple[str, Call]]:
+    """The layer's map called directly, without autograd, on the caller's thread."""
+    ins, outs = layer.cp.factor_groups()
+    factors = [f.detach() for f in (*ins, *outs)]
+    route = LinearRoute((len(ins),), (len(outs),))
+    layer_map = LinearMap(LinearPlan(route, route), len(ins))
+    needs = (True,) * (1 + len(factors))
+    with torch.no_grad():
+        _, kept = layer_map.forward(x, None, factors)
+    yield "map, forward", _quietly(lambda: layer_map.forward(x, None, factors))
+    yield "map, backward", _quietly(lambda: layer_map.backward(grad, x, kept, factors, needs))
+    leaves = [f.clone().requires_grad_() for f in factors]
+    yield "map behind autograd, forward", lambda: through_autograd(layer_map, x, None, leaves)
+    try:
+        from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
+    except ImportError:
+        return
+    groups = (factors[: len(ins)], factors[len(ins) :])
+    wide = khatri_rao_pair(groups, torch.float32)
+    yield "Khatri-Rao matrices of both sides", _quietly(lambda: khatri_rao_pair(groups, x.dtype))
+    yield "gradients of all factors", _quietly(lambda: mttkrp_pair(wide, groups))
+
+
+def _quietly(call: Callable[[], Any]) -> Call:
+    def quiet() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return quiet
+
+
+def _functions(bench: Bench, name: str, call: Call) -> None:
+    """Python functions by their own time, in microseconds a call."""
+    count = 2 if bench.dry else PROFILED
+    bench.timer.synchronize()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(count):
+        call()
+    profiler.disable()
+    bench.timer.synchronize()
+    found: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    rows = [
+        [f"{Path(file).name}:{line} {function}", calls / count, 1e6 * own / count]
+        for (file, line, function), (_, calls, own, _, _) in found.items()
+    ]
+    rows.sort(key=lambda row: -row[2])
+    bench.writer.write(
+        "profile", phase=bench.phase, of=f"functions of: {name}",
+        launches=sum(row[1] for row in rows), microseconds=sum(row[2] for row in rows),
+        kernels=rows[:MOST_FUNCTIONS],
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""Whether steps of a map that follow each other are fused into one Triton kernel; one place asks.
+
+A fused kernel keeps to itself what torch's operations write to memory and read again between these
+steps, and is one launch where they are several. It computes numbers and nothing else: where a
+backward is differentiated, in transforms of torch.func, in graphs to be compiled or exported, and
+under modes that watch operations, torch's operations are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polyadic._torch import is_fake, is_plain, observed, transformed
+from polyadic.kernels.backend import triton_serves
+
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Sizes and numbers of rows are 32-bit integers in the kernels.
+MOST_ROWS = 2**31 - 1
+
+
+def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
+    """Whether a fused Triton kernel may compute a map of x by these factors.
+
+    Args:
+        x: the input, or indices.
+        factors: all of one dtype.
+    """
+    return (
+        x.is_cuda
+        and factors[0].dtype in FUSED_DTYPES
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and not observed()
+        and is_plain(x)
+        and all(map(is_plain, factors))
+        and not is_fake(x)
+        and triton_serves(x.device.index)
+    )
+
+
+def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, copied where their entries do not follow each other in memory."""
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]

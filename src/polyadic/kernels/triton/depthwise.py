@@ -1,0 +1,299 @@
+"""The depthwise stage of a CP convolution, and its gradients.
+
+    Z2[p, r] = Σ_t Z1[p·stride + t·dilation - padding, r] taps[t, r]
+
+    dZ1[q] = Σ_t dZ2[p with q = p·stride + t·dilation - padding] ∘ taps[t]
+    dtaps[t] = Σ_q Z1[q] ∘ (the same dZ2)
+
+dZ1 and dtaps share what they read of dZ2; the launch that makes them also makes Z2 again, which the
+gradient of the projection behind the stage needs. Maps have their channels innermost, so that a tap
+is a read at another row. Rows outside the map are masked and count as zero: no halo, no padding in
+memory. Spatial dimensions are three; fewer have sizes and taps of one in front.
+
+The gradient of the taps is summed without atomic operations: each program keeps one sum for each
+tap and entry of its tile in registers, over all the tiles that it goes through, and adds its rows
+up once, in the end. A second launch adds the programs' sums in a fixed order.
+
+Loads are not pipelined (stages = 1): pipelined ones bypass the L1 cache, in which eight of nine
+taps of a 3×3 kernel are found.
+
+Axes: b images, s positions of an input, p and q positions of all images, r maps of a group, g
+groups, t taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polyadic.kernels.triton.launch import Launcher
+from polyadic.kernels.triton.numerics import rounded, up_to_power_of_two
+from polyadic.kernels.triton.sums import add_up
+
+# Programs that fill a large GPU a few times over (an H100 has 132 multiprocessors).
+MANY_PROGRAMS = 512
+# Entries of a tile of the backward, and taps up to which a program holds their sums for so many,
+# and for half as many; tiles that a program goes through at least.
+TILE, MOST_SUMS, MOST_TAPS, LEAST_TILES = 1024, 9, 27, 8
+
+
+@triton.jit
+def depthwise_rows(
+    z1,
+    taps,
+    p,
+    inside,
+    r,
+    ranked,
+    size_0,
+    size_1,
+    size_2,
+    out_0,
+    out_1,
+    out_2,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    TAPS: tl.constexpr,
+    MAPS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Z2 (p, r) in float32; ``z1`` points at the first channel of the group."""
+    image = p // (out_0 * out_1 * out_2)
+    i = ((p // (out_1 * out_2)) % out_0) * STRIDE[0] - PADDING[0]
+    j = ((p // out_2) % out_1) * STRIDE[1] - PADDING[1]
+    k = (p % out_2) * STRIDE[2] - PADDING[2]
+    first = (((image * size_0 + i).to(tl.int64) * size_1 + j) * size_2 + k) * MAPS
+    base = z1 + first[:, None] + r[None, :]
+    total = tl.zeros((p.shape[0], r.shape[0]), tl.float32)
+    for t in tl.static_range(TAPS):
+        u = t // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+        v = (t // KERNEL[2]) % KERNEL[1] * DILATION[1]
+        w = t % KERNEL[2] * DILATION[2]
+        there = inside & (i + u >= 0) & (i + u < size_0) & (j + v >= 0) & (j + v < size_1)
+        there &= (k + w >= 0) & (k + w < size_2)
+        step = ((u * size_1 + v) * size_2 + w) * MAPS
+        z = tl.load(base + step, mask=there[:, None] & ranked[None, :], other=0.0)
+        tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
+        total += z.to(tl.float32) * tap.to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "in_positions", "positions", "share", "in_programs",
+        "size_0", "size_1", "size_2", "out_0", "out_1", "out_2",
+    ]
+)  # fmt: skip
+def depthwise_backward_kernel(
+    z1,
+    d_z2,
+    taps,
+    d_z1,
+    z2,
+    partial,
+    in_positions,
+    positions,
+    share,
+    in_programs,
+    size_0,
+    size_1,
+    size_2,
+    out_0,
+    out_1,
+    out_2,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write dZ1 and partial sums of dtaps, by the first programs, and Z2, by the others.
+
+    Args:
+        z1: (b, *s, GROUPS · PADDED).
+        d_z2: (p, GROUPS · PADDED).
+        taps: (t, PADDED).
+        d_z1: as ``z1``; written.
+        z2: as ``d_z2``; written where there are programs for it.
+        partial: (in_programs, GROUPS, t, PADDED) in float32; written where SUMMED.
+        in_positions: number of positions q of all images.
+        positions: number of positions p of all images.
+        share: positions that a program goes through, a multiple of BLOCK.
+        in_programs: how many programs there are for dZ1 and dtaps.
+        size_0: first spatial size of z1.
+        size_1: second.
+        size_2: third.
+        out_0: first spatial size of d_z2.
+        out_1: second.
+        out_2: third.
+        KERNEL: taps along each dimension.
+        STRIDE: along each dimension.
+        PADDING: zeros in front, along each dimension.
+        DILATION: along each dimension.
+        TAPS: number of taps.
+        GROUPS: groups of channels.
+        PADDED: maps of a group.
+        SUMMED: whether the taps' gradient is wanted.
+        BLOCK: positions at a time.
+        COLUMNS: maps of a program.
+    """
+    program, g = tl.program_id(1), tl.program_id(2)
+    r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    ranked = r < PADDED
+    maps: tl.constexpr = GROUPS * PADDED
+    dtype: tl.constexpr = taps.dtype.element_ty
+    if program < in_programs:
+        first = program * share
+        last = tl.minimum(first + share, in_positions)
+        sums = (tl.zeros((BLOCK, COLUMNS), tl.float32),) * (TAPS if SUMMED else 0)
+        for start in range(first, last, BLOCK):
+            q = start + tl.arange(0, BLOCK)
+            inside = q < last
+            at = q[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
+            mask = inside[:, None] & ranked[None, :]
+            own = tl.load(z1 + at, mask=mask, other=0.0).to(tl.float32)
+            image = q // (size_0 * size_1 * size_2)
+            i = (q // (size_1 * size_2)) % size_0 + PADDING[0]
+            j = (q // size_2) % size_1 + PADDING[1]
+            k = q % size_2 + PADDING[2]
+            total = tl.zeros((BLOCK, COLUMNS), tl.float32)
+            grown = ()
+            for t in tl.static_range(TAPS):
+                # Position p that tap t takes from q, where there is one: a whole number of strides.
+                x = i - (t // (KERNEL[1] * KERNEL[2])) * DILATION[0]
+                y = j - ((t // KERNEL[2]) % KERNEL[1]) * DILATION[1]
+                z = k - (t % KERNEL[2]) * DILATION[2]
+                there = inside & (x >= 0) & (y >= 0) & (z >= 0)
+                there &= (x % STRIDE[0] == 0) & (y % STRIDE[1] == 0) & (z % STRIDE[2] == 0)
+                x, y, z = x // STRIDE[0], y // STRIDE[1], z // STRIDE[2]
+                there &= (x < out_0) & (y < out_1) & (z < out_2)
+                p = (((image * out_0 + x).to(tl.int64) * out_1 + y) * out_2 + z) * maps
+                at = d_z2 + p[:, None] + (g * PADDED + r)[None, :]
+                mask = there[:, None] & ranked[None, :]
+                gradient = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
+                total += gradient * tap.to(tl.float32)[None, :]
+                if SUMMED:
+                    grown = grown + (sums[t] + gradient * own,)  # type: ignore  # noqa: RUF005
+            sums = grown
+            at = q[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
+            tl.store(d_z1 + at, rounded(total, dtype), mask=inside[:, None] & ranked[None, :])
+        if SUMMED:
+            for t in tl.static_range(TAPS):
+                row = (program * GROUPS + g).to(tl.int64) * TAPS + t
+                tl.store(partial + row * PADDED + r, tl.sum(sums[t], 0), mask=ranked)
+    else:
+        first = (program - in_programs) * share
+        last = tl.minimum(first + share, positions)
+        for start in range(first, last, BLOCK):
+            p = start + tl.arange(0, BLOCK)
+            inside = p < last
+            rows = depthwise_rows(
+                z1 + g * PADDED, taps, p, inside, r, ranked,
+                size_0, size_1, size_2, out_0, out_1, out_2,
+                KERNEL, STRIDE, PADDING, DILATION, TAPS, GROUPS * PADDED, PADDED,
+            )  # fmt: skip
+            at = p[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
+            tl.store(z2 + at, rounded(rows, dtype), mask=inside[:, None] & ranked[None, :])
+
+
+LAUNCHER = Launcher(depthwise_backward_kernel)
+
+Three = tuple[int, int, int]
+
+
+class Where(NamedTuple):
+    """A depthwise stage along three dimensions; fewer are lifted by ones in front.
+
+    Args:
+        kernel: taps.
+        stride: step.
+        padding: zeros in front; those behind follow from the sizes.
+        dilation: distance of taps.
+    """
+
+    kernel: Three
+    stride: Three
+    padding: Three
+    dilation: Three
+
+    @property
+    def taps(self) -> int:
+        """How many taps there are."""
+        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+
+
+def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
+    """Constants of the backward's kernel."""
+    taps = where.taps
+    tile = TILE if taps <= MOST_SUMS else TILE // 2
+    # Narrower columns where wide ones would reach far beyond the last map.
+    columns = 64 if -padded % 64 <= 16 else 32
+    columns = min(columns, max(16, up_to_power_of_two(padded)))
+    return (*where, taps, groups, padded, wrt_taps, tile // columns, columns)
+
+
+def depthwise_backward(
+    z1: Tensor,
+    d_z2: Tensor,
+    taps: Tensor,
+    where: Where,
+    size: Three,
+    out: Three,
+    groups: int,
+    *,
+    wrt_taps: bool,
+    again: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dZ1, the gradient of the taps where it is wanted, and Z2 where it is wanted again.
+
+    One launch, and one more for the taps.
+
+    Args:
+        z1: (b·s, g·r), contiguous.
+        d_z2: (b·s', g·r), contiguous.
+        taps: (t, r), contiguous, in the dtype of z1; r columns are a multiple of 8.
+        where: taps, stride, padding and dilation; at most ``MOST_TAPS`` taps.
+        size: spatial size s of z1.
+        out: spatial size s' of d_z2.
+        groups: groups of channels.
+        wrt_taps: whether the taps' gradient is wanted.
+        again: whether Z2 is wanted.
+
+    Returns:
+        (b·s, g·r); (t, r) in float32 or None; (b·s', g·r) or None.
+    """
+    padded = taps.shape[1]
+    constants = backward_constants(where, groups, padded, wrt_taps)
+    block, columns = constants[-2:]
+    across = -(-padded // columns)
+    in_positions, positions = z1.shape[0], d_z2.shape[0]
+    share = -(-in_positions * across * groups // (MANY_PROGRAMS * block))
+    share = max(LEAST_TILES, share) * block
+    in_programs = -(-in_positions // share)
+    out_programs = -(-positions // share) if again else 0
+    d_z1 = z1.new_empty(z1.shape)
+    z2 = z1.new_empty(d_z2.shape) if again else None
+    partial = taps.new_empty(
+        (in_programs * groups, taps.shape[0], padded) if wrt_taps else (1,), dtype=torch.float32
+    )
+    tensors = z1, d_z2, taps, d_z1, d_z1 if z2 is None else z2, partial
+    LAUNCHER(
+        (constants, z1.dtype),
+        (across, in_programs + out_programs, groups),
+        tensors,
+        (*tensors, in_positions, positions, share, in_programs, *size, *out, *constants),
+    )
+    d_taps = add_up(partial, (taps.shape[0],), torch.float32)[0] if wrt_taps else None
+    return d_z1, d_taps, z2

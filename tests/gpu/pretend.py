@@ -1,0 +1,108 @@
+"""Making layers on a CPU believe that their tensors are on a GPU that the kernels serve."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from data import device, error_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from polyadic.kernels import embedding, fused, pairs, products, projections
+from polyadic.kernels.triton.launch import Launcher
+
+
+def _unrounded(x: Tensor, z: Tensor) -> Tensor:
+    """Sum in float32 as a GPU does."""
+    return x.t().float() @ z.float()
+
+
+@contextlib.contextmanager
+def fused_kernels() -> Iterator[None]:
+    """Take the way of the fused kernels, on a GPU or, interpreted, without one."""
+    with contextlib.ExitStack() as stack:
+        if device() == "cpu":
+            stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
+            for module in (pairs, fused):
+                stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
+            for module in (embedding, projections):
+                stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
+        yield
+
+
+def judge_together(
+    name: str,
+    found: Sequence[Tensor | None],
+    exact: Sequence[Tensor | None],
+    torchs: Sequence[Tensor | None],
+) -> None:
+    """Raise AssertionError unless the errors of all tensors together are at most twice torch's.
+
+    The gradients of a small factor have too few numbers to compare their errors one by one.
+    """
+    ours, theirs = 0.0, 0.0
+    for numbers, wanted, low in zip(found, exact, torchs, strict=True):
+        assert numbers is not None
+        assert wanted is not None
+        assert low is not None
+        assert numbers.dtype == low.dtype, f"{name}: another dtype"
+        assert not numbers.isnan().any(), f"{name}: a NaN was read, or an element not written"
+        ours += error_of(numbers, wanted) ** 2
+        theirs += error_of(low, wanted) ** 2
+    ours, allowed = math.sqrt(ours / len(found)), 2 * math.sqrt(theirs / len(found)) + 5e-7
+    assert ours <= allowed, f"{name}: error {ours:.1e}, allowed {allowed:.1e}"
+
+
+# What torch calls views, and memory without contents: nothing is launched for them.
+NO_LAUNCH = re.compile(
+    "_?(unsafe_)?view|t|transpose|permute|(un)?squeeze|expand|slice|select|split|as_strided|alias"
+    "|detach|_?reshape(_alias)?|movedim|(new_)?empty(_strided)?"
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a GPU: torch's operations, and our kernels.
+
+    Attributes:
+        names: of everything launched, in its order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if not NO_LAUNCH.fullmatch(name):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Launches]:
+    """Count launches on the way of the fused kernels, which does not see that it is watched."""
+    start = Launcher.__call__
+
+    def started(launcher: Launcher, *args: Any, **kwargs: Any) -> None:
+        launches.names.append(launcher.kernel.fn.__name__)
+        # What an interpreter does is nobody's launch.
+        with _disable_current_modes():
+            start(launcher, *args, **kwargs)
+
+    with (
+        fused_kernels(),
+        # One product, as it is on a GPU.
+        mock.patch.object(embedding, "matmul_tn_unrounded", products.matmul_tn),
+        mock.patch.object(projections, "matmul_tn_unrounded", products.matmul_tn),
+        mock.patch.object(fused, "observed", return_value=False),
+        mock.patch.object(pairs, "observed", return_value=False),
+        mock.patch.object(Launcher, "__call__", started),
+        Launches() as launches,
+    ):
+        yield launches
