@@ -30,6 +30,23 @@ CP_CONVS = {1: CPConv1d, 2: CPConv2d, 3: CPConv3d}
 Shape = tuple[int, ...]
 
 
+def by_einsum(factors: Sequence[Tensor], *scales: Tensor) -> Tensor:
+    """The CP tensor of factors (m, R) by one einsum, a dimension to a mode; differentiable.
+
+    Each of the scales (R,), if there are any, multiplies the components.
+    """
+    letters = LETTERS[: len(factors)]
+    terms = [*(f"{letter}r" for letter in letters), *("r" for _ in scales)]
+    # The search for the best order takes longer than any order of tensors this small.
+    with torch.backends.opt_einsum.flags(enabled=False):
+        return torch.einsum(f"{','.join(terms)}->{letters}", *factors, *scales)
+
+
+def cp_by_einsum(cp: CPTensor) -> Tensor:
+    """The same of a CP tensor, its weights included."""
+    return by_einsum(list(cp.factors), *([] if cp.weights is None else [cp.weights]))
+
+
 @dataclass(frozen=True)
 class Leaves:
     """Everything a layer's output depends on, as leaf tensors."""
@@ -217,12 +234,8 @@ class Case:
 
     def dense_weight(self, leaves: Leaves) -> Tensor:
         """The weight in torch's layout, (N, M) or (Cout, Cin, *k), by one einsum."""
-        letters = LETTERS[: len(self.modes)]
-        operands = [*leaves.factors, *([] if leaves.weights is None else [leaves.weights])]
-        terms = [f"{letter}r" for letter in letters] + ["r"] * (leaves.weights is not None)
-        # The search for the best order takes longer than any order of tensors this small.
-        with torch.backends.opt_einsum.flags(enabled=False):
-            full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+        scales = [] if leaves.weights is None else [leaves.weights]
+        full = by_einsum(leaves.factors, *scales)
         shape = [math.prod(group) for group in self.tensorized_shape[:2]]
         if self.linear:
             return full.reshape(shape).T

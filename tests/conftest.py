@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from poisoning import poisoned
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """No test may depend on a lucky draw or on the order in which threads add up."""
@@ -49,11 +51,6 @@ def _seeded(pytestconfig: pytest.Config) -> Iterator[None]:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Fill what ``torch.empty`` returns with NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
+    """Fill memory that nobody has written with NaN."""
+    with poisoned():
+        yield

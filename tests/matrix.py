@@ -17,6 +17,8 @@ from torch.nn.utils import parametrizations
 
 import matrix_distributed
 import matrix_features as features
+import matrix_inplace
+import matrix_modules as modules
 from matrix_features import Check
 from matrix_layers import LAYERS
 
@@ -49,6 +51,11 @@ NO_IMAGE = {
     for name, layer in LAYERS.items()
     if layer.dims < 2
 }
+NO_FUSION = {
+    **{name: "torch fuses convolutions" for name, layer in LAYERS.items() if not layer.dims},
+    "CPConvTranspose2d": "torch's fusion fails for a transposed convolution with groups",
+}
+NO_LORA = _all_but({"CPLinear", "CPLinear.joint"}, "the adapter is one of linear layers")
 OF_LINEAR = _all_but({"CPLinear"}, "the module is made of linear layers")
 FEATURES = {
     "eager, float64": Feature(features.eager),
@@ -57,6 +64,9 @@ FEATURES = {
     "autocast to bfloat16": Feature(partial(features.autocast, dtype=torch.bfloat16)),
     "autocast to float16": Feature(partial(features.autocast, dtype=torch.float16)),
     "channels_last in and out": Feature(features.channels_last, NO_IMAGE),
+    "output changed in place": Feature(matrix_inplace.eager),
+    "output changed in place, torch.compile": Feature(matrix_inplace.compiled, slow=True),
+    "output changed in place, torch.func and double backward": Feature(matrix_inplace.transformed),
     "torch.compile, fullgraph": Feature(features.compiled, slow=True),
     "torch.compile, three batch sizes, compiled once": Feature(
         features.compiled_dynamic, slow=True
@@ -95,6 +105,18 @@ FEATURES = {
     "profiler label": Feature(features.profiled),
     "nn.TransformerEncoderLayer, its fast path too": Feature(features.encoder, OF_LINEAR),
     "out_proj of nn.MultiheadAttention": Feature(features.attention, OF_LINEAR),
+    "reset_parameters module by module, in any order": Feature(modules.reset_by_module),
+    "construction costs a few times the factors": Feature(modules.constructed),
+    "construction under a default device": Feature(modules.default_device),
+    "construction under FakeTensorMode": Feature(modules.fake),
+    "layer.weight can be read, differentiably": Feature(modules.read),
+    "layer.weight tells shape and dtype without being built": Feature(modules.metadata),
+    "writing to layer.weight is refused": Feature(modules.writes),
+    "fuse_conv_bn_eval is refused": Feature(modules.fused, NO_FUSION),
+    "PEFT: LoRA over it, merging refused": Feature(modules.merged, NO_LORA),
+    "accelerate.cpu_offload": Feature(partial(modules.offloaded, how="cpu")),
+    "accelerate.disk_offload": Feature(partial(modules.offloaded, how="disk")),
+    "accelerate.dispatch_model": Feature(partial(modules.offloaded, how="dispatch")),
     **{name: Feature(None, slow=True) for name in matrix_distributed.CHECKS},
 }
 

@@ -17,7 +17,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import polyadic
 from matrix_layers import (
@@ -28,6 +27,7 @@ from matrix_layers import (
     results,
     weight,
 )
+from polyadic.testing import Flops
 from test_values import assert_close
 
 Check = Callable[[Layer], None]
@@ -376,16 +376,6 @@ def tripled(factors: nn.Module, name: str) -> None:
     parametrize.register_parametrization(factors, name, _Tripled())
 
 
-def _convolution_backward(
-    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *args: Any, **kwargs: Any
-) -> int:
-    """As torch counts, but right for groups, which torch's own formula leaves out of account."""
-    transposed, output_mask = args[4], args[7]
-    at = x_shape if transposed else grad_shape
-    per_position = torch.Size(w_shape[1:]).numel()
-    return 2 * torch.Size(at).numel() * per_position * sum(output_mask[:2])
-
-
 def flops(layer: Layer) -> None:
     """What torch counts, forward and backward, is what ``explain`` says."""
     module, x = layer.make(torch.float32), layer.input(dtype=torch.float32)
@@ -393,11 +383,10 @@ def flops(layer: Layer) -> None:
     rows = x.shape if layer.indices else x.shape[:-1]
     batch = len(x) if layer.dims else rows.numel()
     chosen = polyadic.explain(module, batch=batch, **size).chosen
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
     x.requires_grad_(x.is_floating_point())
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with Flops() as counter:
         module(x).sum().backward()
-    assert counter.get_total_flops() == chosen.flops > 0
+    assert counter.total == chosen.flops > 0
 
 
 def profiled(layer: Layer) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cases import by_einsum
 from polyadic import CPTensor
 from polyadic import nn as pnn
 from test_values import assert_close
@@ -19,18 +20,10 @@ from test_values import assert_close
 def weight(layer: Any) -> Tensor:
     """The weight in the order of its groups of modes, by one einsum; differentiable."""
     cp = layer.cp
-    operands = list(cp.factors) if isinstance(cp.factors, nn.ParameterList) else [*cp.factors]
-    letters = "abcdefghijk"[: len(operands)]
-    terms = [f"{letter}r" for letter in letters]
     joint = getattr(cp, "joint", None)
-    if joint is not None:
-        operands.append(joint.factors[0][cp.index[0]])
-        terms.append("r")
-    scale = cp.weights if joint is None else joint.weights
-    if scale is not None:
-        operands.append(scale)
-        terms.append("r")
-    full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+    weights = cp.weights if joint is None else joint.weights
+    scales = [] if joint is None else [joint.factors[0][cp.index[0]]]
+    full = by_einsum([*cp.factors], *scales, *([] if weights is None else [weights]))
     return full.reshape([math.prod(group) for group in cp.tensorized_shape])
 
 

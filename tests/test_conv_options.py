@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import polyadic
+from cases import by_einsum, cp_by_einsum
 from polyadic import ConvPlan, ConvRoute, CPTensor
 from polyadic import functional as PF
 from polyadic import nn as pnn
@@ -94,13 +95,7 @@ class Case:
 
 def kernel(layer: Any) -> Tensor:
     """The kernel in torch's layout by one einsum; differentiable."""
-    letters = "abcdefghijk"[: layer.cp.order]
-    operands: list[Tensor] = list(layer.cp.factors)
-    terms = [f"{letter}r" for letter in letters]
-    if layer.cp.weights is not None:
-        terms.append("r")
-        operands.append(layer.cp.weights)
-    full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+    full = cp_by_einsum(layer.cp)
     groups = layer.cp.tensorized_shape
     return full.reshape(math.prod(groups[0]), math.prod(groups[1]), *groups[2])
 
@@ -289,9 +284,7 @@ def as_function(case: Case, plan: ConvPlan | None = None) -> tuple[Any, Any, lis
         given = dict(zip(names, values, strict=True))
         first = [] if not case.weights else [given["cp.weights"]]
         factors = [given[f"cp.factors.{i}"] for i in range(layer.cp.order)]
-        letters = "abcdefgh"[: layer.cp.order]
-        terms = [f"{letter}r" for letter in letters] + ["r"] * len(first)
-        full = torch.einsum(f"{','.join(terms)}->{letters}", *factors, *first)
+        full = by_einsum(factors, *first)
         shape = layer.cp.tensorized_shape
         weight = full.reshape(math.prod(shape[0]), math.prod(shape[1]), *shape[2])
         values_ = {"weight": weight, **({"bias": given["bias"]} if case.bias else {})}
@@ -535,3 +528,25 @@ def test_an_inputs_gradient_has_the_inputs_layout(layout: Any, size: tuple[int, 
     assert x.grad is not None
     assert_close(x.grad, exact, "grad x")
     assert as_given == [layout == torch.channels_last or math.prod(size) >= MANY]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_padding_modes_under_autocast(mode: str, dims: int, dtype: torch.dtype) -> None:
+    """The output in autocast's dtype, gradients in the parameters' own, as without padding."""
+    case = Case((4,), (3,), (3,) * dims, (5,) * dims, options={"padding": 1, "padding_mode": mode})
+    layer, x = case.make(), case.input()
+    want = expected(case, layer, x)
+    leaves = [x, *layer.parameters()]
+    grad_y = torch.randn_like(want)
+    grads = torch.autograd.grad(want, leaves, grad_y)
+    layer, x = layer.float(), x.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        unbatched = layer(x[0])
+    assert y.dtype == unbatched.dtype == dtype
+    assert (unbatched - y[0]).abs().max() <= 0.05 * y.abs().max()
+    got = torch.autograd.grad(y, [x, *layer.parameters()], grad_y.to(dtype))
+    for g, w in zip([y, *got], [want, *grads], strict=True):
+        assert (g.double() - w).norm() <= 8 * torch.finfo(dtype).eps * w.norm()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import polyadic
+from cases import cp_by_einsum
 from polyadic import CPTensor
 from polyadic import nn as pnn
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
@@ -121,13 +122,6 @@ def storages(module: nn.Module) -> set[int]:
     return {p.untyped_storage().data_ptr() for p in module.parameters()}
 
 
-def rebuilt(cp: CPTensor) -> Tensor:
-    """The tensor by one einsum, one dimension to a mode."""
-    letters = "abcdefgh"[: len(cp.factors)]
-    terms = ",".join(f"{c}z" for c in letters)
-    return torch.einsum(f"{terms}->{letters}", *cp.factors)
-
-
 def with_cp_weight(name: str, rank: int = 3) -> tuple[nn.Module, CPTensor, Tensor]:
     """A torch layer whose weight is, by one einsum, that of a CP tensor."""
     layer, x = make(name)
@@ -135,7 +129,7 @@ def with_cp_weight(name: str, rank: int = 3) -> tuple[nn.Module, CPTensor, Tenso
     with torch.no_grad():
         for factor in cp.factors:
             nn.init.normal_(factor)
-        weight = rebuilt(cp).reshape(cp.shape)
+        weight = cp_by_einsum(cp).reshape(cp.shape)
         weight = weight.t() if isinstance(layer, nn.Linear) else weight
         weight = weight[: len(layer.weight)].reshape(layer.weight.shape)
         if getattr(layer, "padding_idx", None) is not None:
@@ -217,7 +211,7 @@ def test_dtype(name: str, dtype: torch.dtype) -> None:
     assert {p.dtype for p in ours.parameters()} == {dtype}
     again = back(ours)
     assert {p.dtype for p in again.parameters()} == {dtype}
-    exact = rebuilt(copy.deepcopy(ours.cp).double()).reshape(ours.cp.shape)
+    exact = cp_by_einsum(copy.deepcopy(ours.cp).double()).reshape(ours.cp.shape)
     exact = exact.t() if name == "linear" else exact
     exact = exact[: len(again.weight)].reshape(again.weight.shape)
     # Rounded once, from a product in float32.
@@ -386,13 +380,13 @@ def test_rows_that_pad_a_vocabulary_are_free(count: int) -> None:
         for layer, rows in zip(layers, tables, strict=True):
             layer.weight.copy_(rows[:57])
         tables[:, 57:] = 0
-    fit = {"rank": 8, "iterations": 400, "tolerance": 1e-9}
+    fit = {"rank": 6, "iterations": 400, "tolerance": 1e-9}
     made = joined(*layers, order=2, **fit) if count > 1 else [convert(layers[0], order=2, **fit)]
     zeros = polyadic.decompose(tables, ((count,), (8, 8), (4, 5)), **fit).cp.to_matrix()
     for own, layer, other in zip(made, layers, zeros, strict=True):
         error, norm = (own.weight - layer.weight).norm(), layer.weight.norm()
-        assert error < 1e-3 * norm
-        assert (other[:57] - layer.weight).norm() > 0.01 * norm
+        assert error < 1e-2 * norm
+        assert (other[:57] - layer.weight).norm() > 2 * error
 
 
 def joined(*layers: nn.Module, **options: Any) -> nn.ModuleList:
@@ -497,7 +491,7 @@ class TestTied:
         assert dense.weight.requires_grad
         assert not dense.training
         assert_close(dense(x), head(x), "logits")
-        assert_close(dense.weight, rebuilt(embed.cp).reshape(embed.cp.shape)[:23], "weight")
+        assert_close(dense.weight, cp_by_einsum(embed.cp).reshape(embed.cp.shape)[:23], "weight")
         assert storages(dense).isdisjoint(storages(head))
         embed.cp.requires_grad_(False)
         assert not head.to_linear().weight.requires_grad

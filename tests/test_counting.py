@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import polyadic
 from cases import CASES, Case, every_case
 from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.nn import CPLinear
-from polyadic.testing import LiveBytes
+from polyadic.testing import Flops, LiveBytes, allocations, kept_bytes
 
 # 512 → 384 at rank 6 on 8 rows: W has 196,608 entries, the next largest tensors (M, R) and (B, M).
 LINEAR = Case("count-linear", ((8, 8, 8), (6, 8, 8)), 6, (8,))
@@ -34,26 +31,10 @@ CONV_ROUTES = [
 ]
 
 
-def storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Bytes of each storage once, by address; a view counts as the whole it is a view of."""
-    unique = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return {address: size for address, size in unique.items() if size}
-
-
-def kept_bytes(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> int:
-    """Bytes of the unique storages autograd keeps alive between forward and backward."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
+def kept(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> int:
+    """Bytes of the storages autograd keeps between forward and backward, factors among them."""
     leaves = case.leaves(dtype).map(Tensor.requires_grad_)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = case.cp(leaves, **kwargs)
-    kept = sum(storages(saved).values())
-    torch.autograd.grad(y.sum(), list(leaves.named().values()))
-    return kept
+    return kept_bytes(lambda: case.cp(leaves, **kwargs))
 
 
 def input_bytes(case: Case, itemsize: int = 4) -> int:
@@ -83,20 +64,20 @@ CONTIGUOUS = [c for c in CASES if c.strides in ("contiguous", "channels_last")]
 @pytest.mark.parametrize("case", CONTIGUOUS, ids=lambda c: c.id)
 def test_bytes_kept_for_the_backward(case: Case) -> None:
     x, factors, one = input_bytes(case), factor_bytes(case), 4 * rows(case) * case.rank
-    assert kept_bytes(case, memory="balanced") <= x + one + factors
-    assert kept_bytes(case, memory="least") <= x + factors
+    assert kept(case, memory="balanced") <= x + one + factors
+    assert kept(case, memory="least") <= x + factors
     if not case.linear:
         # The second map has the positions of the output, which padding can make more.
         two = 4 * case.rank * case.grad_y().numel() // case.out_features
-        assert kept_bytes(case, memory="fast") <= x + one + two + factors
+        assert kept(case, memory="fast") <= x + one + two + factors
 
 
 @pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
 def test_bytes_kept_by_linear_exactly(case: Case) -> None:
     x, factors, z = input_bytes(case), factor_bytes(case), 4 * rows(case) * case.rank
     route = LinearRoute((3,), (3,))
-    assert kept_bytes(case, plan=LinearPlan(route, route, keep=True)) == x + z + factors
-    assert kept_bytes(case, plan=LinearPlan(route, route, keep=False)) == x + factors
+    assert kept(case, plan=LinearPlan(route, route, keep=True)) == x + z + factors
+    assert kept(case, plan=LinearPlan(route, route, keep=False)) == x + factors
 
 
 def test_bytes_kept_by_conv_exactly() -> None:
@@ -105,14 +86,14 @@ def test_bytes_kept_by_conv_exactly() -> None:
         for route in CONV_ROUTES:
             plan = ConvPlan(route, route, keep)
             # Padding 1 keeps the size, so that both maps are equally large.
-            assert kept_bytes(CONV, plan=plan) == x + keep * z + factors, plan
+            assert kept(CONV, plan=plan) == x + keep * z + factors, plan
 
 
 def test_bytes_kept_in_bf16_are_half() -> None:
     route = LinearRoute((3,), (3,))
     for case in (LINEAR, LINEAR_LAMBDA):
         full, half = (
-            kept_bytes(case, dtype, plan=LinearPlan(route, route))
+            kept(case, dtype, plan=LinearPlan(route, route))
             for dtype in (torch.float32, torch.bfloat16)
         )
         assert full == 2 * half
@@ -121,16 +102,8 @@ def test_bytes_kept_in_bf16_are_half() -> None:
 def test_kept_bytes_can_fail() -> None:
     """What autograd keeps of the same map written as two products is more."""
     leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        LINEAR.expected(leaves)
     limit = input_bytes(LINEAR) + 4 * rows(LINEAR) * LINEAR.rank + factor_bytes(LINEAR)
-    assert sum(storages(saved).values()) > limit
+    assert kept_bytes(lambda: LINEAR.expected(leaves)) > limit
 
 
 @every_case
@@ -142,35 +115,15 @@ def test_nbytes_of_saved(case: Case) -> None:
     assert all(t is not y for t in saved.kept)
 
 
-class Allocations(TorchDispatchMode):
-    """Sizes of all tensors any operation returns, views of its inputs left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = storages([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in inputs:
-                    self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
-                    self.operations += 1
-        return out
-
-
 def largest_allocation(case: Case, **kwargs: Any) -> int:
     """Entries of the largest tensor allocated in a forward and backward."""
     leaves = case.leaves(torch.float32).map(Tensor.requires_grad_)
     named, grad_y = leaves.named(), case.grad_y(torch.float32)
-    with Allocations() as allocations:
-        y = case.cp(leaves, **kwargs)
-        torch.autograd.grad(y, list(named.values()), grad_y)
-    assert allocations.operations > 4
-    return allocations.largest
+    made = allocations(
+        lambda: torch.autograd.grad(case.cp(leaves, **kwargs), list(named.values()), grad_y)
+    )
+    assert len(made) > 4
+    return max(allocation.elements for allocation in made)
 
 
 def dense_size(case: Case) -> int:
@@ -205,9 +158,8 @@ def test_conv_never_builds_the_kernel() -> None:
 def test_explicit_pairs_never_build_the_weight() -> None:
     for case in (LINEAR, LINEAR_LAMBDA, CONV):
         leaves, grad_y = case.leaves(torch.float32), case.grad_y(torch.float32)
-        with Allocations() as allocations:
-            case.cp_backward(grad_y, case.cp_forward(leaves)[1])
-        assert 0 < allocations.largest < dense_size(case)
+        made = allocations(lambda: case.cp_backward(grad_y, case.cp_forward(leaves)[1]))  # noqa: B023
+        assert 0 < max(allocation.elements for allocation in made) < dense_size(case)
 
 
 def test_allocations_can_fail() -> None:
@@ -220,9 +172,8 @@ def test_allocations_can_fail() -> None:
         (CONV, ConvPlan(ConvRoute(), conv)),
     ):
         assert largest_allocation(case, plan=plan) >= dense_size(case)
-    with Allocations() as allocations:
-        LINEAR.expected(LINEAR.leaves(torch.float32))
-    assert allocations.largest >= dense_size(LINEAR)
+    made = allocations(lambda: LINEAR.expected(LINEAR.leaves(torch.float32)))
+    assert max(allocation.elements for allocation in made) >= dense_size(LINEAR)
 
 
 MAPS = Case("maps", ((4, 4), (4, 4), (3, 3)), 16, (4,), (16, 16), options={"padding": 1})
@@ -257,12 +208,12 @@ def test_most_maps_live_at_once_in_inference(memory: str) -> None:
 def flops(case: Case, plan: Any) -> tuple[int, int]:
     """FLOPs of a forward and backward, through autograd and through the explicit pair."""
     leaves, grad_y = case.leaves(torch.float32), case.grad_y(torch.float32)
-    with FlopCounterMode(display=False) as explicit:
+    with Flops() as explicit:
         case.cp_backward(grad_y, case.cp_forward(leaves, plan=plan)[1])
     leaves = leaves.map(Tensor.requires_grad_)
-    with FlopCounterMode(display=False) as autograd:
+    with Flops() as autograd:
         case.cp(leaves, plan=plan).backward(grad_y)
-    return explicit.get_total_flops(), autograd.get_total_flops()
+    return explicit.total, autograd.total
 
 
 @pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
@@ -291,10 +242,10 @@ def test_flops_of_dense_torch_are_more() -> None:
     """The counter counts: dense torch needs 3·2·B·M·N besides building W."""
     leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
     weight = LINEAR.dense_weight(leaves).detach().requires_grad_()
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         LINEAR.dense(leaves.x, weight, leaves.bias).sum().backward()
     b, m, n = rows(LINEAR), LINEAR.in_features, LINEAR.out_features
-    assert counter.get_total_flops() == 6 * b * m * n
+    assert counter.total == 6 * b * m * n
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
@@ -303,15 +254,12 @@ def test_flops_of_conv(layout: str) -> None:
     b, r, taps = rows(CONV), CONV.rank, 9
     channels = CONV.in_features + CONV.out_features
     route, grad_y = ConvRoute(layout, "merged"), CONV.grad_y(torch.float32)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         _, saved = CONV.cp_forward(CONV.leaves(torch.float32), plan=ConvPlan(route, route, 2))
-    assert counter.get_total_flops() == 2 * b * r * (channels + taps)
-    with FlopCounterMode(display=False) as counter:
+    assert counter.total == 2 * b * r * (channels + taps)
+    with Flops() as counter:
         CONV.cp_backward(grad_y, saved)
-    counts = counter.get_flop_counts()["Global"]
-    # Of convolution_backward the counter does not know the groups: only products are compared.
-    products = sum(n for op, n in counts.items() if "convolution" not in str(op))
-    assert products == 4 * b * r * channels
+    assert counter.total == 4 * b * r * (channels + taps)
 
 
 def test_only_the_gradients_asked_for_are_computed() -> None:
@@ -321,18 +269,23 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
     route = LinearRoute((3,), (3,))
     leaves.x.requires_grad_()
     y = LINEAR.cp(leaves, plan=LinearPlan(route, route))
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 2 * b * r * (m + n)
+    assert counter.total == 2 * b * r * (m + n)
 
 
 def test_no_gradient_keeps_nothing() -> None:
-    saved: list[Tensor] = []
-    leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
-        ins, outs = LINEAR.groups(leaves.factors)
-        assert not PF.cp_linear(leaves.x, ins, outs).requires_grad
-    assert not saved
+    leaves = LINEAR.leaves(torch.float32)
+    ins, outs = LINEAR.groups(leaves.factors)
+    assert kept_bytes(lambda: PF.cp_linear(leaves.x, ins, outs)) == 0
+    leaves.map(Tensor.requires_grad_)
+
+    def without_gradients() -> Tensor:
+        with torch.no_grad():
+            return PF.cp_linear(leaves.x, ins, outs)
+
+    assert kept_bytes(without_gradients) == 0
+    assert not without_gradients().requires_grad
 
 
 def test_fast_memory_may_keep_the_khatri_rao_products() -> None:
@@ -340,16 +293,5 @@ def test_fast_memory_may_keep_the_khatri_rao_products() -> None:
     layer = CPLinear(256, 128, rank=16, memory="fast")
     found = polyadic.explain(layer, batch=32)
     assert found.chosen.plan.keep == 2
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(torch.randn(32, 256, requires_grad=True))
-    assert sum(kept.values()) == found.chosen.kept_bytes
-    del y
+    x = torch.randn(32, 256, requires_grad=True)
+    assert kept_bytes(lambda: layer(x), layer.parameters()) == found.chosen.kept_bytes

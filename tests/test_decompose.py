@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import by_einsum
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
 from polyadic.fitting import fit
 
@@ -25,9 +26,7 @@ SHAPES = [
 
 def dense(cp: CPTensor) -> Tensor:
     """The weight by one einsum in float64, not by the library's own products."""
-    letters = "abcdefgh"[: cp.order]
-    spec = ",".join(f"{letter}r" for letter in letters) + f"->{letters}"
-    return torch.einsum(spec, *(f.detach().double() for f in cp.factors)).reshape(cp.shape)
+    return by_einsum([f.detach().double() for f in cp.factors]).reshape(cp.shape)
 
 
 def relative(found: Decomposition, weight: Tensor) -> float:

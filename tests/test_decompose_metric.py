@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import by_einsum
 from polyadic import CPTensor, Decomposition, decompose
 from polyadic.fitting.problem import make_problem
 from polyadic.fitting.starts import random_factors
@@ -26,9 +27,7 @@ def moment(size: int, rows: int = 50, seed: int = 0) -> Tensor:
 
 
 def dense(cp: CPTensor) -> Tensor:
-    letters = "abcdefgh"[: cp.order]
-    spec = ",".join(f"{letter}r" for letter in letters) + f"->{letters}"
-    return torch.einsum(spec, *(f.detach().double() for f in cp.factors))
+    return by_einsum([f.detach().double() for f in cp.factors])
 
 
 def output_error(found: Decomposition, weight: Tensor, sigma: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import polyadic
+from cases import by_einsum, cp_by_einsum
 from polyadic import CPTensor
 from polyadic import functional as PF
 from polyadic.functional import embedding as embedding_module
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.nn import CPEmbedding, CPTiedLinear
 from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.testing import allocations, kept_bytes
 from test_values import assert_close
 
 Shape = tuple[int, ...]
@@ -41,13 +44,7 @@ def make(
 
 def table(layer: CPEmbedding) -> Tensor:
     """The table by one einsum, as torch's embedding would own it; differentiable."""
-    letters = "abcdefgh"[: layer.cp.order]
-    terms = [f"{letter}r" for letter in letters]
-    operands: list[Tensor] = list(layer.cp.factors)
-    if layer.cp.weights is not None:
-        terms.append("r")
-        operands.append(layer.cp.weights)
-    full = torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+    full = cp_by_einsum(layer.cp)
     rows = full.reshape(math.prod(layer.in_shape), -1)[: layer.num_embeddings]
     if layer.padding_idx is None:
         return rows
@@ -148,19 +145,9 @@ class TestUnique:
     def test_no_gradient_larger_than_the_lookup(self) -> None:
         """Nothing of the size of the table is made: the largest tensor is that of the output."""
         layer = CPEmbedding(50257, 768, rank=8)
-        sizes: list[int] = []
-
-        class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
-                out = func(*args, **(kwargs or {}))
-                tensors = out if isinstance(out, (tuple, list)) else (out,)
-                sizes.extend(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
-                return out
-
         indices = torch.randint(50257, (32,))
-        with Sizes():
-            layer(indices).square().sum().backward()
-        assert max(sizes) == 32 * 768 * 4
+        made = allocations(lambda: layer(indices).square().sum().backward())
+        assert max(allocation.nbytes for allocation in made) == 32 * 768 * 4
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -176,9 +163,7 @@ def test_any_in_factors_may_be_joined(groups: tuple[int, ...], weights: bool) ->
     indices, grad_y = torch.randint(23, (40,)), torch.randn(40, 6, dtype=torch.float64)
     leaves = [f.clone().requires_grad_() for f in factors]
     count = len(factors) - 2
-    letters = "abcdef"[: len(leaves)]
-    dense = torch.einsum(f"{','.join(c + 'r' for c in letters)}->{letters}", *leaves)
-    rows = dense.reshape(24, 6)[indices].masked_fill((indices == 3).unsqueeze(1), 0)
+    rows = by_einsum(leaves).reshape(24, 6)[indices].masked_fill((indices == 3).unsqueeze(1), 0)
     want = torch.autograd.grad(rows, leaves, grad_y)
     for keep in (True, False):
         embedding = EmbeddingMap(LinearPlan(route, route, keep), count, padding_idx=3)
@@ -215,14 +200,8 @@ def test_saves_indices_alone() -> None:
     kept: dict[str, int] = {}
     for memory in ("balanced", "least", "fast"):
         layer = CPEmbedding(1000, 64, rank=16, memory=memory)
-        factors = {f.data_ptr() for f in layer.cp.factors}
-        count: list[Tensor] = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda t, c=count: c.append(t) or t, lambda t: t
-        )
-        with hooks:
-            layer(torch.randint(1000, (100,)))
-        kept[memory] = sum(t.nbytes for t in count if t.data_ptr() not in factors)
+        indices = torch.randint(1000, (100,))
+        kept[memory] = kept_bytes(partial(layer, indices), leave_out=layer.parameters())
     assert kept == {"balanced": 800, "least": 800, "fast": 800 + 100 * 16 * 4}
 
 
@@ -244,7 +223,7 @@ class TestDerivatives:
 
         def dense(*given: Tensor) -> Tensor:
             scale = given[5] if weights else torch.ones(3, dtype=torch.float64)
-            full = torch.einsum("ar,br,cr,dr,er,r->abcde", *given[:5], scale).reshape(8, 4)
+            full = by_einsum(given[:5], scale).reshape(8, 4)
             keep = torch.ones(8, 1, dtype=torch.float64)
             keep[3] = 0
             return (full * keep)[indices]
@@ -482,6 +461,36 @@ ERRORS: list[tuple[str, Any, type[Exception], str]] = [
 def test_errors(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_repeats_in_half_precision(dtype: torch.dtype) -> None:
+    """Gradients of frequent tokens: no worse with distinct indices than without, or torch's."""
+    torch.manual_seed(0)
+    layer = CPEmbedding(3000, 32, rank=16, dtype=dtype)
+    exact = copy.deepcopy(layer).double()
+    frequencies = 1 / torch.arange(1, 3001, dtype=torch.float64)
+    indices = torch.multinomial(frequencies, 20_000, replacement=True)
+    grad_y = torch.randn(20_000, 32).to(dtype)
+
+    def gradients(module: CPEmbedding, unique: bool | None) -> list[Tensor]:
+        ins, outs = module.cp.factor_groups()
+        y = PF.cp_embedding(indices, ins, outs, num_embeddings=3000, unique=unique)
+        leaves = list(module.cp.parameters())
+        return list(torch.autograd.grad(y, leaves, grad_y.to(y.dtype)))
+
+    def error(got: list[Tensor], want: list[Tensor]) -> float:
+        pairs = zip(got, want, strict=True)
+        return max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs)
+
+    want = gradients(exact, False)
+    each, plain, once = (error(gradients(layer, unique), want) for unique in (False, None, True))
+    dense = torch.zeros(3000, 32, dtype=dtype, requires_grad=True)
+    (got,) = torch.autograd.grad(F.embedding(indices, dense), dense, grad_y)
+    right = torch.zeros(3000, 32, dtype=torch.float64).index_add_(0, indices, grad_y.double())
+    torchs = error([got], [right])
+    assert max(plain, once) <= 1.05 * each
+    assert max(plain, once, each) <= torch.finfo(dtype).eps < torchs
 
 
 @pytest.mark.parametrize("weights", [False, True])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import polyadic
+from cases import by_einsum
 from polyadic import CPSlice, CPTensor
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPConvTranspose2d, CPEmbedding, CPLinear
 from test_values import assert_close
@@ -61,9 +62,7 @@ class Joint:
         joint = layers[0].cp.joint
         layer_factor, *factors = joint.factors
         scale = layer_factor[i] if joint.weights is None else layer_factor[i] * joint.weights
-        letters = "abcdefgh"[: len(factors)]
-        terms = ",".join(f"{c}r" for c in letters)
-        weight = torch.einsum(f"r,{terms}->{letters}", scale, *factors).reshape(self.shape)
+        weight = by_einsum(factors, scale).reshape(self.shape)
         return self.dense(x, weight.t() if self.flip else weight, layers[i].bias, self.options[i])
 
 
@@ -180,9 +179,7 @@ def test_func(name: str) -> None:
         copied = copy.deepcopy(layers)
         joint = copied[2].cp.joint
         factors = [values[f"cp.joint.factors.{i}"] for i in range(len(joint.factors))]
-        letters = "abcdefgh"[: len(factors)]
-        terms = ",".join(f"{c}r" for c in letters)
-        weight = torch.einsum(f"r,{terms}->{letters}", values["cp.joint.weights"], *factors)[2]
+        weight = by_einsum(factors, values["cp.joint.weights"])[2]
         weight = weight.reshape(case.shape)
         return case.dense(
             x, weight.t() if case.flip else weight, values["bias"], case.options[2]
@@ -254,7 +251,7 @@ class TestParameters:
         layers, x = CASES["linear"].make(), CASES["linear"].x()
         optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
         layers[0](x).square().sum().backward()
-        before = layers[1].weight
+        before = layers[1].weight.clone()
         optimizer.step()
         assert not torch.equal(layers[1].weight, before)
         assert_close(layers[1](x), CASES["linear"].expected(layers, 1, x), "y")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
@@ -19,26 +18,8 @@ from polyadic.functional import linear as linear_module
 from polyadic.functional.boundary import known_calls
 from polyadic.nn import CPLinear
 from polyadic.planner import choice
-from polyadic.testing import LiveBytes
+from polyadic.testing import LiveBytes, launches
 from test_values import assert_close
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], Any]) -> int:
-    with Operations() as counted:
-        run()
-    return counted.count
 
 
 def python_calls(run: Callable[[], Any]) -> int:
@@ -111,9 +92,9 @@ def test_a_small_layer_makes_few_calls(
     # A call settled by an equal plan of another test compares the two, each time.
     known_calls.clear()
     back(call())()
-    assert operations(call) <= forward[0]
+    assert launches(call) <= forward[0]
     assert python_calls(call) <= forward[1]
-    assert operations(back(call())) <= backward[0]
+    assert launches(back(call())) <= backward[0]
     assert python_calls(back(call())) <= backward[1]
     with torch.no_grad():
         layer(x)

@@ -24,8 +24,8 @@ from polyadic.nn import (
     CPEmbedding,
     CPLinear,
 )
+from polyadic.nn.kinds import BY_NAME
 from polyadic.pretrained import from_pretrained, save_pretrained
-from polyadic.pretrained.layers import KINDS, kinds_of
 from pretrained_cases import Net, compressed, on_meta, refused, same
 
 
@@ -186,8 +186,8 @@ NOT_SAVED = {"device", "dtype", "order", "max_norm", "norm_type", "scale_grad_by
 @pytest.mark.parametrize("name", [n for n in polyadic.nn.__all__ if n != "CPTiedLinear"])
 def test_every_argument_of_every_layer_is_saved(name: str) -> None:
     arguments = set(inspect.signature(getattr(polyadic.nn, name)).parameters)
-    assert set(kinds_of(name)) == arguments - NOT_SAVED
-    assert set(KINDS) == set(polyadic.nn.__all__)
+    assert set(BY_NAME[name].arguments) == arguments - NOT_SAVED
+    assert set(BY_NAME) == set(polyadic.nn.__all__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

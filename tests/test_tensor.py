@@ -10,19 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import LETTERS, Case, every_case
+from cases import Case, by_einsum, every_case
 from polyadic import CPTensor, reference
 from test_values import assert_close
 
 
 def full(case: Case) -> Tensor:
     """The tensor with one dimension per mode, by einsum."""
-    leaves, letters = case.leaves(), LETTERS[: len(case.modes)]
-    terms = [f"{letter}r" for letter in letters]
-    operands = [*leaves.factors]
-    if leaves.weights is not None:
-        terms, operands = [*terms, "r"], [*operands, leaves.weights]
-    return torch.einsum(f"{','.join(terms)}->{letters}", *operands)
+    leaves = case.leaves()
+    return by_einsum(leaves.factors, *([] if leaves.weights is None else [leaves.weights]))
 
 
 def tensor(case: Case) -> CPTensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import polyadic
+from polyadic.testing import kept_bytes
 from tltorch_cases import LEFT, TAKEN, conv, embedding, linear, tltorch
 
 pytestmark = [
@@ -193,15 +194,7 @@ def test_what_polyadic_refuses_is_answered_by_tltorch(name: str) -> None:
 
 def kept(layer: nn.Module, x: Tensor, index: Any) -> int:
     """Bytes of all storages a call saves for its backward."""
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x, index)
-    return sum(found.values())
+    return kept_bytes(lambda: layer(x, index))
 
 
 KEPT = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -201,6 +202,7 @@ def _prepared(
     """A contestant built and found right; else its record says why not."""
     fields = _fields(cell, contestant, bench)
     training = "training" in cell.modes and not contestant.inference
+    start = time.perf_counter()
     try:
         modules = [contestant.build() for _ in range(contestant.copies or len(xs))]
         one = Ready(contestant, modules, {})
@@ -220,6 +222,7 @@ def _prepared(
         }
         if training:
             one.found["peak_bytes"] = _peak(bench, one, xs[0], grads[0])
+        one.found["prepare_seconds"] = time.perf_counter() - start
     except (NotApplicableError, ModuleNotFoundError) as missing:
         bench.writer.write("measurement", **fields, status="skipped", reason=str(missing))
         return None

@@ -17,6 +17,7 @@ from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
+from polyadic.training import factor_rates, param_groups
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "compress",
     "decompose",
     "explain",
+    "factor_rates",
     "finetune",
     "freeze",
     "from_pretrained",
@@ -46,6 +48,7 @@ __all__ = [
     "merge",
     "nn",
     "padded_shape",
+    "param_groups",
     "reference",
     "register_transformers",
     "save_pretrained",

@@ -51,13 +51,14 @@ def known(*sizes: int) -> bool:
     return known
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is active, or a level of forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def transformed() -> bool:
     """Whether derivatives, or a transform of torch.func, are asked for in what runs now."""
-    return (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch.is_grad_enabled() or in_transform()
 
 
 def observed() -> bool:

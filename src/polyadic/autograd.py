@@ -105,7 +105,7 @@ class _Boundary(Function):
         layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         y, kept = layer_map.forward(x, bias, factors)
-        return (y, *kept)
+        return (_own(y), *kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -119,6 +119,17 @@ class _Boundary(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grads[0])
+
+
+def _own(y: Tensor) -> Tensor:
+    """The output as a tensor that is no view, so that it can be changed in place.
+
+    A map turns its result to the layout it promises, and torch refuses to change in place a view
+    that was made inside a Function: how to differentiate the base it does not know. The map holds
+    no other reference to that base, so the result may as well be a tensor of its own. They share
+    the counter of changes, by which autograd still finds out what was changed after it was saved.
+    """
+    return y.detach() if y._is_view() else y
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -162,7 +173,8 @@ class _Compiled(_Boundary):
         layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         y, kept = layer_map.forward(x, bias, factors)
-        return (y.movedim(1, -1) if layer_map.innermost else y, *kept)
+        # Dynamo cannot ask whether it is a view; detaching costs compiled code nothing.
+        return ((y.movedim(1, -1) if layer_map.innermost else y).detach(), *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -184,7 +196,7 @@ class _Plain(Function):
         ctx.n_factors = len(factors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors, *kept)
-        return y
+        return _own(y)
 
     backward = _Boundary.backward
 

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Factors(nn.ParameterList):
+    """The factors of a CP tensor: a list of parameters that is called for them.
+
+    Tools that move the parameters of a module in and out of memory, such as accelerate, or that
+    gather their shards, do so in hooks that run when that module is called. They attach them to
+    the module that holds the parameters, so that this one is called where a plain list is read.
+
+    Args:
+        values: (mode, R) each.
+        std: of an entry of the CP tensor, as ``reset_parameters`` draws it.
+    """
+
+    # ParameterList forbids the call.
+    __call__ = nn.Module.__call__
+
+    def __init__(self, values: Iterable[Tensor] | None = None, std: float = 1.0) -> None:
+        super().__init__(values)
+        self.std = std
+
+    def reset_parameters(self) -> None:
+        """Draw all factors anew."""
+        cp_orthonormal_(list(self), self.std)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return the factors in order."""
+        return tuple(self)
 
 
 @torch.no_grad()
 def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     """Fill factors so that each entry of their CP tensor has mean 0 and standard deviation ``std``.
 
-    Each factor (m, R) is filled with blocks of m orthonormal random columns (Haar distributed, the
-    last block cut), times √m: its entries have mean square exactly 1 and mean 0. Factors are
-    independent and so are the signs of their columns, so that an entry of the tensor
+    Each factor (m, R) is filled with blocks of min(m, 256) orthonormal random columns (Haar
+    distributed, the last block narrower), times √m: its entries have mean square 1 and mean 0.
+    Factors are independent and so are the signs of their columns, so that an entry of the tensor
 
         W = Σ_r Π_k A_k[i_k, r]      has      E[W] = 0,   E[W²] = R · Π_k E[A_k²] = R,
 
@@ -37,17 +65,35 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
             factor.copy_(_orthonormal_columns(factor) * (scale * math.sqrt(factor.shape[0])))
 
 
+# A block of more columns costs more than drawing the dense weight would.
+WIDEST_BLOCK = 256
+
+
 def _orthonormal_columns(like: Tensor) -> Tensor:
-    """(m, R): Haar-random m×m blocks side by side, the last one cut; fp32 at least."""
+    """(m, R): blocks of Haar-random orthonormal columns side by side; fp32 at least."""
     size, rank = like.shape
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    blocks = -(-rank // size)
-    normal = torch.randn(blocks, size, size, device=like.device, dtype=dtype)
+    width = min(size, rank, WIDEST_BLOCK)
+    whole, rest = divmod(rank, width)
+    blocks = [(whole, width), (1, rest)] if rest else [(whole, width)]
+    columns = [
+        _haar(torch.randn(count, size, wide, device=like.device, dtype=dtype))
+        for count, wide in blocks
+    ]
+    parts = [q.transpose(0, 1).reshape(size, -1) for q in columns]
+    return torch.cat(parts, 1) if rest else parts[0]
+
+
+def _haar(normal: Tensor) -> Tensor:
+    """The orthonormal columns of the QR factors of Gaussian matrices (count, m, w), w ≤ m.
+
+    The first w columns of a Haar-random m×m matrix have the law of the Q of m×w Gaussian entries,
+    which costs m·w² where the square one costs m³.
+    """
     q, r = torch.linalg.qr(normal)
     # The sign of R's diagonal makes the QR factor unique, and Q Haar distributed (Mezzadri 2007).
-    q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    columns: Tensor = q.transpose(0, 1).reshape(size, blocks * size)[:, :rank]
-    return columns
+    signed: Tensor = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return signed
 
 
 def torch_std(fan_in: int) -> float:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from polyadic.nn.kinds import BY_DENSE
+
 Value = TypeVar("Value")
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-EXCHANGEABLE = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+EXCHANGEABLE = tuple(BY_DENSE)
 
 # An optimizer is made anew for another model in any case.
 _PASSED_BY = (type, ModuleType, Optimizer)
@@ -109,48 +109,6 @@ def find(
             _selects_nothing("exclude_modules", written, [], present)
     aliases = {n: names[id(m)] for n, m in layers.items() if len(names[id(m)]) > 1}
     return Found(layers, aliases, ties, skipped)
-
-
-def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
-    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
-
-    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
-    that take their places later are never synchronised, and the processes part without an error;
-    DataParallel and sharded parameters are no places to put a whole factor into.
-
-    Args:
-        model: any module.
-        function: what would change the model, for the message.
-        argument: the model's name among its arguments, for the message.
-
-    Raises:
-        ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
-    """
-    for name, module in model.named_modules():
-        place = f"{argument}.{name}" if name else argument
-        wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
-        if wrapper is not None:
-            raise ValueError(
-                f"{function} expects {argument} without a wrapper around its layers, but {place} "
-                f"is in {wrapper}, which holds the parameters it found when it was made and not "
-                f"those that are changed now; call {function} on the plain model, in every process "
-                f"with the same arguments, and wrap it afterwards"
-            )
-        for key, parameter in module._parameters.items():
-            if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"{function} expects {argument} with whole parameters, but {place}.{key} is a "
-                    f"DTensor, of which each process holds a part; call {function} on the plain "
-                    f"model, in every process with the same arguments, and shard it afterwards"
-                )
-
-
-def _wraps(base: type) -> bool:
-    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
-    if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return True
-    names = ("FullyShardedDataParallel", "FSDPModule", "DDP")
-    return base.__name__ in names and base.__module__.startswith("torch.distributed.")
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic.exchange import Exchanged, owned
 from polyadic.formats import positive_int, split_modes, tensorized_groups
-from polyadic.init import cp_orthonormal_
+from polyadic.init import Factors, cp_orthonormal_
 from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
+Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 
-class CPTensor(nn.Module):
+
+class CPTensor(Exchanged):
     """A tensor in CP (canonical polyadic) format whose modes come in groups.
 
         T[i_1, …, i_K] = Σ_r λ_r · Π_k factors[k][i_k, r]
@@ -34,15 +36,19 @@ class CPTensor(nn.Module):
             in front of the groups are modes that tell layers apart.
         rank: R, the number of rank-one components.
         weights: own a λ (R,), initialised to ones.
+        std: standard deviation of an entry of the tensor, as ``reset_parameters`` draws it;
+            1/√(number of rows of the matrix) by default.
         device: of the factors.
         dtype: of the factors, floating point.
 
     Attributes:
-        factors: ``nn.ParameterList`` of (mode, R) tensors.
+        factors: ``nn.ParameterList`` of (mode, R) tensors; one with a ``reset_parameters``.
         weights: λ (R,) as a parameter, or None for ones.
         tensorized_shape: the groups, as tuples of plain ints; an int as a group of one mode.
         layer_modes: how many groups in front tell layers apart; 0 for the weight of one layer.
         rank: R.
+        std: what ``reset_parameters`` draws an entry of the tensor with; a layer sets it to that
+            of the torch layer it stands in for.
 
     Raises:
         TypeError: sizes or rank are not integers, or dtype is not floating point.
@@ -59,34 +65,74 @@ class CPTensor(nn.Module):
         rank: int,
         *,
         weights: bool = False,
+        std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._allocate(tensorized_shape, rank, weights, std, device, dtype)
+        self.reset_parameters()
+
+    def _allocate(
+        self,
+        tensorized_shape: Sequence[int | Sequence[int]],
+        rank: int,
+        weights: bool,
+        std: float | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make the parameters without values."""
         super().__init__()
         self.tensorized_shape, self.layer_modes = tensorized_groups(tensorized_shape)
         ends = [0, *itertools.accumulate(map(len, self.tensorized_shape))]
         self._pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        self._names = tuple(map(str, range(ends[-1])))
         self.rank = positive_int(rank, "rank")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating point, got {dtype}")
-        self.factors = nn.ParameterList(
-            nn.Parameter(torch.empty(mode, self.rank, device=device, dtype=dtype))
-            for group in self.tensorized_shape
-            for mode in group
+        self.factors = Factors(
+            (
+                nn.Parameter(torch.empty(mode, self.rank, device=device, dtype=dtype))
+                for group in self.tensorized_shape
+                for mode in group
+            ),
+            1 / math.sqrt(self.shape[self.layer_modes]) if std is None else std,
         )
         scale = torch.empty(self.rank, device=device, dtype=dtype) if weights else None
         self.register_parameter("weights", None if scale is None else nn.Parameter(scale))
-        self.reset_parameters()
+
+    @classmethod
+    def _without_values(
+        cls,
+        tensorized_shape: Sequence[int | Sequence[int]],
+        rank: int,
+        std: float | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> CPTensor:
+        """Make one for a layer, whose own ``reset_parameters`` draws it."""
+        made = cls.__new__(cls)
+        made._allocate(tensorized_shape, rank, False, std, device, dtype)
+        return made
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of an entry, as ``reset_parameters`` draws it."""
+        rows = self.shape[self.layer_modes]
+        return getattr(self.factors, "std", 1 / math.sqrt(rows))
+
+    @std.setter
+    def std(self, value: float) -> None:
+        setattr(self.factors, "std", value)  # noqa: B010 - a module's own attribute, to mypy a part
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the factors anew so that the entries of the tensor have standard deviation ``std``.
 
         Args:
-            std: of an entry of the tensor, 1/√(number of rows of the matrix) by default.
+            std: of an entry of the tensor, the attribute ``std`` by default.
         """
-        rows = self.shape[self.layer_modes]
-        cp_orthonormal_(list(self.factors), 1 / math.sqrt(rows) if std is None else std)
+        cp_orthonormal_(list(self.factors), self.std if std is None else std)
         if self.weights is not None:
             nn.init.ones_(self.weights)
 
@@ -128,12 +174,38 @@ class CPTensor(nn.Module):
 
     def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
         """Return the factors, one tuple per group of ``tensorized_shape``."""
-        # The dicts skip a slow getattr each; parametrized factors are not in them.
-        factors = self._modules["factors"]
-        stored = factors._parameters  # type: ignore[union-attr]
-        complete = len(stored) == self._pieces[-1].stop
-        every = tuple(stored.values()) if complete else tuple(self.factors)
-        return tuple([every[piece] for piece in self._pieces])
+        return self.parts()[0]
+
+    def parts(self) -> Parts:
+        """Return the factors, one tuple per group of ``tensorized_shape``, and λ or None.
+
+        All that layers compute with comes from here: where a hook waits for a call of this module
+        or of the list of factors, such as one that loads offloaded parameters, it is called.
+        """
+        if self._forward_pre_hooks or self._forward_hooks:
+            found: Parts = self()
+            return found
+        return self.forward()
+
+    def forward(self) -> Parts:
+        """What ``parts`` returns; a CP tensor is no function of an input."""
+        factors: Any = self._modules["factors"]
+        if (
+            type(factors) is Factors
+            and len(factors._parameters) == len(self._names)
+            and not factors._forward_pre_hooks
+            and not factors._forward_hooks
+            and "forward" not in factors.__dict__
+        ):
+            # Without a call, and without the slow getattr of a module for each factor.
+            stored: dict[str, Any] = factors._parameters
+            every = tuple(map(stored.__getitem__, self._names))
+        else:
+            every = factors() if isinstance(factors, Factors) else tuple(factors)
+        own = self._parameters
+        # Not get(), which would look up the default each time.
+        scale = own["weights"] if "weights" in own else self.weights  # noqa: SIM401
+        return tuple([every[piece] for piece in self._pieces]), scale
 
     def to_tensor(self) -> Tensor:
         """Build the full tensor, one dimension per mode; differentiable."""
@@ -145,14 +217,22 @@ class CPTensor(nn.Module):
 
         A layer mode is a dimension too.
         """
-        first, *rest = self.factor_groups()
-        matrix = khatri_rao(first)
-        if self.weights is not None:
-            matrix = matrix * self.weights
-        if not rest:
-            return matrix.sum(1)
-        other = khatri_rao([factor for group in rest for factor in group])
-        return (matrix @ other.t()).view(self.shape)
+        left, right = self._sides()
+        return left.sum(1) if right is None else (left @ right.t()).view(self.shape)
+
+    def _to_transposed(self) -> Tensor:
+        """Build the transpose (N, M) of the matrix of two groups, contiguous."""
+        left, right = self._sides()
+        assert right is not None
+        return right @ left.t()
+
+    def _sides(self) -> tuple[Tensor, Tensor | None]:
+        """The Khatri-Rao products of the first group, times λ, and of all others."""
+        (first, *rest), scale = self.parts()
+        left = khatri_rao(first)
+        if scale is not None:
+            left = left * scale
+        return left, khatri_rao([f for group in rest for f in group]) if rest else None
 
     def layer(self, *index: int) -> CPSlice:
         """Return the weight of one of the layers that share this tensor.
@@ -196,93 +276,10 @@ class CPTensor(nn.Module):
         first = tensors[0]
         own = weights is not None
         cp = cls(tensorized_shape, rank, weights=own, device="meta", dtype=first.dtype)
-        cp.factors = nn.ParameterList(_own(factor) for factor in tensors)
+        cp.factors = Factors((owned(factor) for factor in tensors), cp.std)
         if weights is not None:
-            cp.weights = _own(weights)
+            cp.weights = owned(weights)
         return cp
-
-    def to_tensorly(self) -> Any:
-        """Copy to a ``tensorly.cp_tensor.CPTensor`` of torch tensors.
-
-        Raises:
-            ImportError: tensorly is not installed.
-        """
-        tensorly = _interop("tensorly")
-        first = self.factors[0]
-        weights = first.new_ones(self.rank) if self.weights is None else self.weights
-        factors = [factor.detach().clone() for factor in self.factors]
-        # for this call alone: the user's own setting is left as it is
-        with tensorly.backend_context("pytorch", local_threadsafe=True):
-            return tensorly.cp_tensor.CPTensor((weights.detach().clone(), factors))
-
-    @classmethod
-    def from_tensorly(
-        cls, cp_tensor: Any, tensorized_shape: Sequence[Sequence[int]] | None = None
-    ) -> CPTensor:
-        """Make a CPTensor with copies of a tensorly CP tensor's torch weights and factors.
-
-        Args:
-            cp_tensor: ``tensorly.cp_tensor.CPTensor`` or a pair (weights, factors).
-            tensorized_shape: groups of modes; by default each mode is a group.
-
-        Raises:
-            TypeError: its factors are not torch tensors.
-            ValueError: shapes do not fit.
-        """
-        weights, factors = cp_tensor
-        factors = checks.factor_group(factors, "factors of the tensorly CP tensor")
-        groups = tensorized_shape or [(factor.shape[0],) for factor in factors]
-        return cls.from_factors(groups, factors, weights)
-
-    def to_tltorch(self, *, tensorized: bool = True) -> Any:
-        """Copy to tltorch; λ is ones where there is none.
-
-        Args:
-            tensorized: make a ``CPTensorized``, as tltorch's linear and embedding layers own it,
-                layer modes as ints; False makes a ``CPTensor``, as its convolutions own it.
-
-        Raises:
-            ImportError: tltorch, or something it needs, is not installed.
-        """
-        tltorch = _interop("tltorch")
-        first = self.factors[0]
-        weights = first.new_ones(self.rank) if self.weights is None else self.weights
-        factors = [_own(factor) for factor in self.factors]
-        if not tensorized:
-            shape = tuple(mode for group in self.tensorized_shape for mode in group)
-            return tltorch.CPTensor(_own(weights), factors, shape, rank=self.rank)
-        joint, single = split_modes(self.tensorized_shape, self.layer_modes)
-        return tltorch.CPTensorized(_own(weights), factors, (*joint, *single), rank=self.rank)
-
-    @classmethod
-    def from_tltorch(
-        cls, tensor: Any, tensorized_shape: Sequence[int | Sequence[int]] | None = None
-    ) -> CPTensor:
-        """Make a CPTensor with copies of a tltorch CP tensor's weights λ and factors.
-
-        Args:
-            tensor: a ``CPTensorized`` (of a linear layer or an embedding), whose ints are modes of
-                layers that share it; or a ``CPTensor`` (of a convolution).
-            tensorized_shape: groups of the same modes; a ``CPTensorized``'s own by default. It has
-                to be given for a ``CPTensor``, such as (3, (6,), (4,), (3, 3)) for three layers.
-
-        Raises:
-            TypeError: ``tensor`` is neither, or it has no groups and none are given.
-            ValueError: the groups do not have its modes.
-        """
-        if not hasattr(tensor, "factors") or not hasattr(tensor, "weights"):
-            raise TypeError(
-                f"expected a tltorch CP tensor, got {type(tensor).__name__}; make one with "
-                f"tltorch.TensorizedTensor.new(tensorized_shape, rank, factorization='CP')"
-            )
-        groups = tensorized_shape or getattr(tensor, "tensorized_shape", None)
-        if groups is None:
-            raise TypeError(
-                f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} does not say which of "
-                f"its modes belong together; give tensorized_shape, for a convolution "
-                f"((out,), (in,), kernel)"
-            )
-        return cls.from_factors(groups, list(tensor.factors), tensor.weights)
 
     def extra_repr(self) -> str:
         """Shapes, rank and parameter counts."""
@@ -348,26 +345,37 @@ class CPSlice(CPTensor):
     @property
     def weights(self) -> Tensor:  # type: ignore[override]
         """λ of this layer, formed in at least fp32 and rounded once."""
-        joint = self.joint
-        groups = joint.factor_groups()[: joint.layer_modes]
-        rows = [factor[i] for (factor,), i in zip(groups, self.index, strict=True)]
-        if joint.weights is not None:
-            rows.append(joint.weights)
-        first, *rest = rows
-        if not rest:
-            return first
-        wide = accumulate_dtype(first.dtype)
-        return math.prod([row.to(wide) for row in rest], start=first.to(wide)).to(first.dtype)
+        scale = self.parts()[1]
+        assert scale is not None
+        return scale
 
-    def factor_groups(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Return the shared factors, one tuple per group of ``tensorized_shape``."""
-        return self.joint.factor_groups()[self.joint.layer_modes :]
+    @property
+    def std(self) -> float:
+        """That of the joint tensor."""
+        return self.joint.std
+
+    @std.setter
+    def std(self, value: float) -> None:
+        self.joint.std = value
+
+    def forward(self) -> Parts:
+        """The shared factors by group, and λ of this layer."""
+        joint = self.joint
+        groups, scale = joint.parts()
+        rows = [factor[i] for (factor,), i in zip(groups, self.index, strict=False)]
+        if scale is not None:
+            rows.append(scale)
+        first, *rest = rows
+        if rest:
+            wide = accumulate_dtype(first.dtype)
+            first = math.prod([row.to(wide) for row in rest], start=first.to(wide)).to(first.dtype)
+        return groups[joint.layer_modes :], first
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the joint tensor anew, for all its layers.
 
         Args:
-            std: of an entry of each layer's tensor, 1/√(number of rows of its matrix) by default.
+            std: of an entry of each layer's tensor, the attribute ``std`` by default.
         """
         self.joint.reset_parameters(std)
 
@@ -388,21 +396,3 @@ def _row(index: Any, size: int) -> int:
         raise IndexError(f"there are {size} layers, so that the index must lie in "
                          f"[{-size}, {size}), got {row}")  # fmt: skip
     return row % size
-
-
-def _own(tensor: Tensor) -> nn.Parameter:
-    """Copy into a parameter that keeps the requires_grad flag of a parameter."""
-    requires_grad = tensor.requires_grad if isinstance(tensor, nn.Parameter) else True
-    return nn.Parameter(
-        tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=requires_grad
-    )
-
-
-def _interop(name: str) -> Any:
-    """An optional package, or which extra brings it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'conversion to {name} needs it: pip install "polyadic[interop]" ({error})'
-        ) from error

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic.checks import geometry, transposed_geometry
@@ -27,6 +25,7 @@ from polyadic.planner.linear import compositions
 from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Request, bucket, request
 from polyadic.planner.steps import Step, gemm
+from polyadic.testing import Flops
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
@@ -47,26 +46,6 @@ CONV = [
 ]
 
 
-def _convolution_backward(
-    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *args: Any, **kwargs: Any
-) -> int:
-    """Two FLOPs per output position, output channel and tap, for each gradient asked for.
-
-    Of a transposed convolution they are those of its input.
-
-    torch's own formula leaves groups out of account and counts a depthwise weight gradient
-    R times over.
-    """
-    transposed, output_mask = args[4], args[7]
-    at = x_shape if transposed else grad_shape
-    return 2 * math.prod(at) * math.prod(w_shape[1:]) * sum(output_mask[:2])
-
-
-def _counter() -> FlopCounterMode:
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
 def _factors(*groups: tuple[int, ...], rank: int) -> list[list[torch.Tensor]]:
     return [[torch.randn(n, rank, requires_grad=True) for n in group] for group in groups]
 
@@ -83,10 +62,10 @@ def test_flops_left_to_autograd_are_the_same(fmt: LinearFormat, rows: int) -> No
     )
     ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
     x = torch.randn(rows, fmt.in_features, requires_grad=True)
-    with _counter() as counter:
+    with Flops() as counter:
         cp_linear(x, ins, outs, plan=LinearPlan(route, route, 2)).sum().backward()
-    assert counter.get_total_flops() == sum(step.flops for part in left for step in part)
-    assert counter.get_total_flops() == sum(step.flops for part in closed for step in part)
+    assert counter.total == sum(step.flops for part in left for step in part)
+    assert counter.total == sum(step.flops for part in closed for step in part)
     assert len(left[1]) <= len(closed[1])
 
 
@@ -98,12 +77,12 @@ def test_linear_flops_are_what_torch_counts(fmt: LinearFormat, rows: int, memory
     asked = request(fmt, rows, memory=memory)
     for plan in candidates(asked):
         forward, backward = choice.steps(asked, plan)
-        with _counter() as counter:
+        with Flops() as counter:
             y = cp_linear(x, ins, outs, plan=plan)
-        assert counter.get_total_flops() == sum(step.flops for step in forward), plan
-        with _counter() as counter:
+        assert counter.total == sum(step.flops for step in forward), plan
+        with Flops() as counter:
             y.sum().backward()
-        assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+        assert counter.total == sum(step.flops for step in backward), plan
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
@@ -122,16 +101,16 @@ def test_conv_flops_are_what_torch_counts(
     asked = request(fmt, batch, memory=memory, geometry=place, size=size)
     for plan in candidates(asked):
         forward, backward = choice.steps(asked, plan)
-        with _counter() as counter:
+        with Flops() as counter:
             if fmt.transposed:
                 call = {"groups": fmt.groups, "plan": plan, **options}
                 y = cp_conv_transpose(x, ins, outs, kernels, **call)
             else:
                 y = cp_conv(x, outs, ins, kernels, groups=fmt.groups, plan=plan, **options)
-        assert counter.get_total_flops() == sum(step.flops for step in forward), plan
-        with _counter() as counter:
+        assert counter.total == sum(step.flops for step in forward), plan
+        with Flops() as counter:
             y.sum().backward()
-        assert counter.get_total_flops() == sum(step.flops for step in backward), plan
+        assert counter.total == sum(step.flops for step in backward), plan
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced"])
@@ -143,12 +122,12 @@ def test_embedding_flops_are_what_torch_counts(
     ins, outs = _factors(in_shape, fmt.out_shape, rank=fmt.rank)
     asked = request(fmt, rows, memory=memory)
     forward, backward = choice.steps(asked, choice.choose(asked))
-    with _counter() as counter:
+    with Flops() as counter:
         y = cp_embedding(torch.arange(rows) % 7, ins, outs, unique=False, memory=memory)
-    assert counter.get_total_flops() == sum(step.flops for step in forward)
-    with _counter() as counter:
+    assert counter.total == sum(step.flops for step in forward)
+    with Flops() as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == sum(step.flops for step in backward)
+    assert counter.total == sum(step.flops for step in backward)
 
 
 class Dispatched(TorchDispatchMode):

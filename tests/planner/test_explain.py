@@ -16,6 +16,7 @@ from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.request import place_now
 from polyadic.reference import dense
+from polyadic.testing import kept_bytes
 
 
 def test_the_report_names_plan_steps_dense_and_rejected() -> None:
@@ -150,21 +151,9 @@ def test_a_grouped_convolution_costs_what_its_groups_cost() -> None:
     torch.testing.assert_close(polyadic.freeze(grouped, batch=2, size=16)(x), before)
 
 
-def kept_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
+def kept(layer: torch.nn.Module, x: torch.Tensor) -> int:
     """Bytes autograd keeps beside the parameters; an index counts 8."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    assert y.requires_grad
-    return sum(kept.values())
+    return kept_bytes(lambda: layer(x), leave_out=layer.parameters())
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
@@ -178,7 +167,7 @@ def test_what_explain_says_is_kept_is_kept(memory: str) -> None:
         (embedding, torch.arange(9), None),
     ):
         found = polyadic.explain(layer, batch=len(x), size=size)
-        assert kept_bytes(layer, x) == found.chosen.kept_bytes, found.title
+        assert kept(layer, x) == found.chosen.kept_bytes, found.title
 
 
 def test_an_embedding_says_what_a_lookup_costs() -> None:
@@ -218,8 +207,8 @@ def test_a_padded_input_is_what_is_explained(mode: str, memory: str) -> None:
     assert found.chosen.flops == same.chosen.flops
     assert found.dense.flops == same.dense.flops
     x = torch.randn(2, 8, 5, 7, requires_grad=True)
-    assert kept_bytes(layer, x) == found.chosen.kept_bytes
-    assert kept_bytes(layer.to_conv(), x) == found.dense.kept_bytes
+    assert kept(layer, x) == found.chosen.kept_bytes
+    assert kept(layer.to_conv(), x) == found.dense.kept_bytes
     if mode != "replicate":
         with pytest.raises(ValueError, match="can pad a dimension of size 1"):
             polyadic.explain(layer, batch=2, size=1)
@@ -234,7 +223,7 @@ def test_a_layer_with_weights_keeps_their_product_too() -> None:
         found = polyadic.explain(layer, batch=3)
         assert found.chosen.plan.keep == 2
         x = torch.randn(3, 12, requires_grad=True)
-        assert kept_bytes(layer, x) == found.chosen.kept_bytes
+        assert kept(layer, x) == found.chosen.kept_bytes
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polyadic.batches import Forward, call, evaluating
 from polyadic.compression.costs import Call
 from polyadic.fitting import second_moments
 from polyadic.fitting.moments import check_weights
-from polyadic.surgery import CONVOLUTIONS, TRANSPOSED
+from polyadic.nn.kinds import family_of
 
-Forward = Callable[[nn.Module, Any], Any]
 Weights = Callable[[Any], Tensor]
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)``, ``model(*batch)`` of a tuple or list, ``model(**batch)`` of a mapping."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode, restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 class _Called(nn.Module):
@@ -69,7 +48,7 @@ class Calibration:
         weights: Weights | None,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.weights = model, batches, weights
-        self.forward = forward or call_model
+        self.forward = forward or call
         self.calls: dict[str, list[Call]] = {}
         self.outputs: list[list[Tensor]] = []
         self._leading: dict[str, tuple[int, ...]] = {}
@@ -114,15 +93,16 @@ class Calibration:
             ) from error
 
     def _noting(self, name: str) -> Callable[..., None]:
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
+            family = family_of(layer)
+            if family in ("conv", "conv_transpose"):
                 dims = len(layer.kernel_size)
                 images = x.shape[0] if x.dim() == dims + 2 else 1
                 call = Call(images, tuple(x.shape[-dims:]))
                 self._leading[name] = (images,)
             else:
-                leading = x.shape if isinstance(layer, nn.Embedding) else x.shape[:-1]
+                leading = x.shape if family == "embedding" else x.shape[:-1]
                 call = Call(math.prod(leading))
                 self._leading[name] = tuple(leading)
             self.calls.setdefault(name, []).append(call)

@@ -102,7 +102,7 @@ def fitted(
 def approximation(site: Site, form: Form, fit: Decomposition) -> Tensor:
     """The dense weight a fit stands for, in torch's layout."""
     with no_autocast(site.weight):
-        dense: Tensor = site.made(fit.cp)[site.name].weight  # type: ignore[assignment]
+        dense: Tensor = site.made(fit.cp)[site.name]._built_weight()  # type: ignore[operator]
         return dense.detach()
 
 

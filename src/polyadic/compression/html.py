@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML page, and the look of their plots."""
+"""The report of a compression as one self-contained HTML page, and the look of its plots."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ _STYLE: Any = {
     "legend.fontsize": 9,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "mathtext.fontset": "dejavusans",
 }
 _CSS = """
 :root { color-scheme: light; }
@@ -49,26 +48,16 @@ main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 2.5rem 4rem; background
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem;
   border-bottom: 1px solid #d9dde3; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; }
 p, ul { margin: .6rem 0; max-width: 50rem; }
 li { margin: .35rem 0; }
 .lead { color: #4b5563; }
-code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; background: #f3f4f6;
-  padding: .1em .3em; border-radius: 3px; }
-.formula { margin: .9rem 0 .9rem 1.5rem; font-family: "DejaVu Serif", Georgia, serif; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 thead tr:last-child th { border-bottom: 2px solid #1f2430; }
-thead .group { text-align: center; border-bottom: 1px solid #9ca3af; }
 tbody td { border-bottom: 1px solid #e5e7eb; }
-tbody .family td { font-weight: 600; background: #f3f4f6; }
-sub, sup { font-size: .68em; line-height: 0; }
-td small { color: #6b7280; font-size: .86em; margin-left: .35em; }
-table.plain td { text-align: left; white-space: normal; }
-table.plain td:first-child { color: #4b5563; }
 figure { margin: 1.2rem 0 1.6rem; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { color: #4b5563; font-size: .92rem; max-width: 50rem; margin-top: .5rem; }

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyadic import surgery
+from polyadic.batches import Forward
 from polyadic.compression import choose
 from polyadic.compression.budget import Budget
-from polyadic.compression.calibration import Calibration, Forward, Weights
+from polyadic.compression.calibration import Calibration, Weights
 from polyadic.compression.choose import Option, Weighed
 from polyadic.compression.costs import Call, Calls
 from polyadic.compression.curves import (
@@ -25,6 +26,7 @@ from polyadic.compression.layer_report import LayerReport, Points
 from polyadic.compression.report import Report
 from polyadic.compression.targets import Site
 from polyadic.fitting import Decomposition
+from polyadic.nn.kinds import family_of
 from polyadic.nn.layer import Rank
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.request import place_now
@@ -58,9 +60,10 @@ class Job:
         self.calls: Calls
         names = {n: layer for s in every for n, layer in zip(s.names, s.layers, strict=True)}
         if batches is None:
-            linear = (nn.Linear, nn.Embedding)
             self.calls = {
-                n: [Call(ROWS)] for n, layer in names.items() if isinstance(layer, linear)
+                n: [Call(ROWS)]
+                for n, layer in names.items()
+                if family_of(layer) in ("linear", "embedding")
             }
             unknown = [n for n in names if n not in self.calls]
             if unknown and (wanted.never_slower or wanted.kind == "flops_ratio"):
@@ -190,7 +193,7 @@ class Job:
             return ()
         batches, short = len(self.calibration.batches), []
         for site in self.sites:
-            if isinstance(site.layer, nn.Linear) and site.name in self.calls:
+            if family_of(site.layer) == "linear" and site.name in self.calls:
                 rows = batches * sum(call.batch for call in self.calls[site.name])
                 if rows < site.layer.in_features:
                     short.append((rows, site.layer.in_features, site.name))

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from polyadic import surgery
+from polyadic import checks, surgery
+from polyadic.batches import Forward
 from polyadic.compression import choose
 from polyadic.compression.arguments import batches_of, check_options, pairs_of
 from polyadic.compression.budget import budget
-from polyadic.compression.calibration import Forward, Weights
+from polyadic.compression.calibration import Weights
 from polyadic.compression.job import Callback, Job
 from polyadic.compression.report import Report
 from polyadic.compression.targets import sites
@@ -95,7 +96,7 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    surgery.check_unwrapped(model, "compress")
+    checks.check_unwrapped(model, "compress")
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)

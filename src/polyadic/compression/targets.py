@@ -5,39 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from polyadic.formats import ConvFormat, LinearFormat, Shape
-from polyadic.nn import (
-    CPConv1d,
-    CPConv2d,
-    CPConv3d,
-    CPConvTranspose1d,
-    CPConvTranspose2d,
-    CPConvTranspose3d,
-    CPEmbedding,
-    CPLinear,
-)
-from polyadic.nn.convert import shaped
+from polyadic.nn.convert import Exchangeable, shaped
+from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.layer import CPLayer
 from polyadic.nn.source import weight_of
 from polyadic.surgery import Found
 from polyadic.tensor import CPTensor
-
-# Of each torch layer what stands in for it, and the method that makes it.
-STANDS_IN: dict[type[nn.Module], tuple[Any, str]] = {
-    nn.Linear: (CPLinear, "from_linear"),
-    nn.Embedding: (CPEmbedding, "from_embedding"),
-    nn.Conv1d: (CPConv1d, "from_conv"),
-    nn.Conv2d: (CPConv2d, "from_conv"),
-    nn.Conv3d: (CPConv3d, "from_conv"),
-    nn.ConvTranspose1d: (CPConvTranspose1d, "from_conv_transpose"),
-    nn.ConvTranspose2d: (CPConvTranspose2d, "from_conv_transpose"),
-    nn.ConvTranspose3d: (CPConvTranspose3d, "from_conv_transpose"),
-}
-ORDERS = {"linear": (1, 2, 3), "conv": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -116,14 +94,14 @@ class Site:
 
     def made(self, cp: CPTensor) -> dict[str, nn.Module]:
         """The layers in CP format with a fitted weight, by name; tied ones share its factors."""
-        cls, method = STANDS_IN[type(self.layer)]
-        first = getattr(cls, method)(self.layer, cp=cp)
+        kind = BY_DENSE[type(self.layer)]
+        first = kind.make(self.layer, cp=cp)
         found: dict[str, nn.Module] = {self.name: first}
         for name, layer in zip(self.names[1:], self.layers[1:], strict=True):
-            if isinstance(first, CPEmbedding) and isinstance(layer, nn.Linear):
+            if _is_head(self.layer, layer):
                 found[name] = first.as_linear(False if layer.bias is None else layer.bias)
                 continue
-            other = getattr(cls, method)(layer, cp=cp)
+            other = kind.make(layer, cp=cp)
             other.cp = first.cp
             found[name] = other
         return found
@@ -194,15 +172,19 @@ def _asked(
 
 def _in_order(names: Sequence[str], layers: dict[str, nn.Module]) -> tuple[str, ...]:
     """The embedding of a tie in front: its head is made from it."""
-    return tuple(sorted(names, key=lambda name: not isinstance(layers[name], nn.Embedding)))
+    return tuple(sorted(names, key=lambda name: family_of(layers[name]) != "embedding"))
+
+
+def _is_head(table: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer that shares a table's weight is its output head."""
+    return family_of(table) == "embedding" and family_of(layer) == "linear"
 
 
 def _mixed(layers: Sequence[nn.Module]) -> str | None:
     """Why tied layers cannot share factors, or None."""
     first = layers[0]
     for layer in layers[1:]:
-        head = isinstance(first, nn.Embedding) and isinstance(layer, nn.Linear)
-        if type(layer) is not type(first) and not head:
+        if type(layer) is not type(first) and not _is_head(first, layer):
             kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in layers))
             return f"shares its weight among {kinds}, which have no CP weight in common"
     return None
@@ -212,17 +194,15 @@ def _forms(
     layer: nn.Module, orders: Sequence[int] | None, shapes: Sequence[tuple[Shape, Shape]]
 ) -> tuple[Form, ...]:
     """The formats to be weighed, each once."""
-    cls = STANDS_IN[type(layer)][0]
+    kind = BY_DENSE[type(layer)]
     weighed: list[tuple[int, dict[str, Any]]] = [
         (max(len(ins), len(outs)), {"in_shape": ins, "out_shape": outs}) for ins, outs in shapes
     ]
     if not shapes:
-        linear = isinstance(layer, (nn.Linear, nn.Embedding))
-        chosen = orders or ORDERS["linear" if linear else "conv"]
-        weighed += [(order, {"order": order}) for order in chosen]
+        weighed += [(order, {"order": order}) for order in orders or kind.orders]
     made: dict[tuple[Shape, ...], Form] = {}
     for order, how in weighed:
-        form = Form(order, shaped(cls, layer, **how))
+        form = Form(order, shaped(cast(type[Exchangeable], kind.cp), layer, **how))
         # Modes of size 1 change nothing but the number of parameters.
         key = tuple(tuple(mode for mode in group if mode > 1) for group in form.modes)
         made.setdefault(key, form)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic import surgery
+from polyadic import checks
+from polyadic.batches import keeping_modes, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop, Recovery
 from polyadic.finetune.settings import (
@@ -133,7 +134,7 @@ def distill(
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
-    surgery.check_unwrapped(student, "distill", "student")
+    checks.check_unwrapped(student, "distill", "student")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)
@@ -147,7 +148,7 @@ def distill(
     )  # fmt: skip
 
     def batch_loss(batch: Any) -> Tensor:
-        batch = models.moved(batch, device)
+        batch = moved(batch, device)
         with torch.no_grad():
             theirs = run_model(teacher, batch)
         return _checked(compare, run_model(student, batch), theirs)
@@ -212,12 +213,8 @@ def _validator(
 
     def evaluate() -> float:
         """As in use: without dropout, and without a trace in batch statistics."""
-        modes = [(module, module.training) for module in student.modules()]
-        student.eval()
-        try:
+        with keeping_modes(student):
+            student.eval()
             return measure()
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     return evaluate

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic import surgery
+from polyadic import checks
+from polyadic.batches import call, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
 from polyadic.finetune.settings import (
@@ -108,7 +109,7 @@ def match_layers(
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
-    surgery.check_unwrapped(student, "match_layers", "student")
+    checks.check_unwrapped(student, "match_layers", "student")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
@@ -210,7 +211,7 @@ def _order(
     """The layers in the order of their first call on the first batch."""
     for batch in batches:
         with torch.no_grad(), _recorded(teacher, layers) as calls:
-            models.call(teacher, models.moved(batch, device))
+            call(teacher, moved(batch, device))
         idle = [name for name in layers if name not in calls]
         if idle:
             raise ValueError(
@@ -230,11 +231,11 @@ def _sequential_calls(
 ) -> Iterator[dict[str, list[_Call]]]:
     """The student's inputs of a layer with the teacher's outputs, batch by batch."""
     for batch in batches:
-        batch = models.moved(batch, device)
+        batch = moved(batch, device)
         with torch.no_grad(), _recorded(teacher, [name]) as theirs:
-            models.call(teacher, batch)
+            call(teacher, batch)
         with torch.no_grad(), _recorded(student, [name]) as ours:
-            models.call(student, batch)
+            call(student, batch)
         pairs = zip(ours.get(name, []), theirs.get(name, []), strict=True)
         yield {name: [_Call(own.args, own.kwargs, other.output) for own, other in pairs]}
 
@@ -249,7 +250,7 @@ def _joint(
 ) -> dict[str, LayerMatch]:
     def capture(batch: Any) -> dict[str, list[_Call]]:
         with torch.no_grad(), _recorded(teacher, layers) as calls:
-            models.call(teacher, models.moved(batch, device))
+            call(teacher, moved(batch, device))
         return calls
 
     return _train({name: layers[name] for name in called}, batches, capture, settings)
@@ -272,9 +273,9 @@ def _train(
         calls = capture(batch)
         terms = []
         for name, layer in layers.items():
-            for call in calls.get(name, []):
-                missed, size = _squares(layer, call, name)
-                if call.output.numel():
+            for record in calls.get(name, []):
+                missed, size = _squares(layer, record, name)
+                if record.output.numel():
                     terms.append(missed / size.clamp_min(torch.finfo(size.dtype).tiny))
         if not terms:
             raise ValueError("a batch must reach one of the layers at least, this one does not")
@@ -304,8 +305,8 @@ def _errors(
         for batch in batches:
             calls = capture(batch)
             for name, layer in layers.items():
-                for call in calls.get(name, []):
-                    own, whole = _squares(layer, call, name)
+                for record in calls.get(name, []):
+                    own, whole = _squares(layer, record, name)
                     missed[name] += own.item()
                     size[name] += whole.item()
     return {n: (missed[n] / size[n]) ** 0.5 if size[n] > 0 else missed[n] ** 0.5 for n in layers}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyadic.batches import call, keeping_modes
 from polyadic.tensor import CPTensor
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -42,24 +43,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """The same batch with its tensors on a device; lists, tuples and mappings are looked into."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if type(batch) in (list, tuple):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)``, ``model(*batch)`` of a tuple or list, ``model(**batch)`` of a mapping."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def output_tensor(model: nn.Module, batch: Any) -> Tensor:
@@ -162,18 +145,16 @@ def prepared(
     student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter], train_mode: bool
 ) -> Iterator[None]:
     """Only ``trained`` requires gradients, the teacher is in evaluation mode; restored after."""
-    modes = [(m, m.training) for model in (student, teacher) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in student.parameters()]
     wanted = {id(parameter) for parameter in trained.values()}
     try:
-        student.train(train_mode)
-        teacher.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
+        with keeping_modes(student, teacher):
+            student.train(train_mode)
+            teacher.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(id(parameter) in wanted)
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None

@@ -8,12 +8,14 @@ A convolution is a linear layer on patches: Σ is (Cin·k, Cin·k) in the order 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from polyadic.batches import call, evaluating
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -21,7 +23,6 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 UNFOLDED = 2**22
 
 
-@torch.no_grad()
 def second_moments(
     model: nn.Module,
     batches: Iterable[Any],
@@ -59,25 +60,22 @@ def second_moments(
     gathered: dict[nn.Module, _Moment] = {
         module: _Moment(name, module) for name, module in wanted.items()
     }
-    training = {module: module.training for module in model.modules()}
     hooks = [
         module.register_forward_pre_hook(moment.hook, with_kwargs=True)
         for module, moment in gathered.items()
     ]
-    model.eval()
     try:
-        for batch in batches:
-            counts = None if weights is None else weights(batch)
-            if counts is not None:
-                check_weights(counts)
-            for moment in gathered.values():
-                moment.weights = counts
-            _call(model, batch)
+        with evaluating(model):
+            for batch in batches:
+                counts = None if weights is None else weights(batch)
+                if counts is not None:
+                    check_weights(counts)
+                for moment in gathered.values():
+                    moment.weights = counts
+                call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in training.items():
-            module.training = flag
     return {name: gathered[module].mean() for name, module in wanted.items()}
 
 
@@ -107,15 +105,6 @@ def check_weights(counts: Any) -> None:
             "weights must return how much each position counts, finite and not negative; got a "
             "tensor with others, give 0 for positions to leave out"
         )
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
 
 
 class _Moment:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic import checks
+from polyadic._torch import no_autocast
 from polyadic.autograd import run
 from polyadic.formats import ConvFormat, Shape
 from polyadic.functional.boundary import (
@@ -112,9 +113,11 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
     if not any(widths):
         return x, rest
-    if x.dim() != len(where.padding) + 2:
-        return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
-    wider = F.pad(x, widths, mode)
+    # torch's autocast would pad in float32 and leave the input so.
+    with no_autocast(x):
+        if x.dim() != len(where.padding) + 2:
+            return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
+        wider = F.pad(x, widths, mode)
     if mode == "circular" and x.stride(1) == 1 and x.shape[1] > 1:
         # Of torch's paddings the one that loses channels_last.
         wider = in_layout(wider, "channels_last")
@@ -207,6 +210,9 @@ def cp_conv(
         checks.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
         if cast is not None and bias is not None:
             bias = bias.to(cast)
+        # As tuples: an iterator was gone through when it was checked.
+        out_factors, in_factors = saved.out_factors, saved.in_factors
+        kernel_factors = saved.kernel_factors
         found = _conv_map(saved)
         if key is not None:
             known_calls[key] = found

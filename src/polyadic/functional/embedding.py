@@ -13,6 +13,7 @@ from polyadic import checks
 from polyadic.autograd import run
 from polyadic.formats import EmbeddingFormat
 from polyadic.kernels.embedding import EmbeddingMap
+from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding
 from polyadic.plans import Memory
 
@@ -20,10 +21,14 @@ from polyadic.plans import Memory
 FEWEST_TO_COUNT = 512
 
 
-def _may_count(flat: Tensor) -> bool:
-    """Whether distinct indices may be counted unasked: no host sync, no capture, no transform."""
+def _may_count(flat: Tensor, dtype: torch.dtype) -> bool:
+    """Whether distinct indices may be counted unasked: no host sync, no capture, no transform.
+
+    In half precision nothing would be gained: repeats need their gradients summed in float32.
+    """
     return (
         flat.device.type == "cpu"
+        and dtype == accumulate_dtype(dtype)
         and type(flat) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -72,9 +77,10 @@ def cp_embedding(
             other devices, as with torch's own, it is caught asynchronously or (compiled, from V
             to Π m_d) not at all.
         unique: look up each distinct index once and copy its row to its repeats. None does so in
-            eager mode on a CPU, where there are at least 512 indices and at most half as many
-            distinct ones; True always (it needs the number of distinct indices on the host, so
-            that it cannot be captured in one graph), False never.
+            eager mode on a CPU in float32 and float64, where there are at least 512 indices and at
+            most half as many distinct ones; True always (it needs the number of distinct indices
+            on the host, so that it cannot be captured in one graph), False never. In half precision
+            the rows are then made, and the gradients of repeats summed, in float32.
         memory: ``"fast"`` keeps one (len, R) intermediate for the backward; ``"balanced"`` and
             ``"least"`` keep the indices alone.
 
@@ -100,12 +106,19 @@ def cp_embedding(
     inverse = None
     if unique:
         flat, inverse = torch.unique(flat, return_inverse=True)
-    elif unique is None and _may_count(flat):
+    elif unique is None and _may_count(flat, ins[0].dtype):
         flat, inverse = _distinct(flat, size) or (flat, None)
-    plan = plan_embedding(fmt, flat.shape[0], ins[0].dtype, ins[0].device.type, memory)
+    factors, dtype = [*ins, *outs], ins[0].dtype
     if weights is not None:
-        ins, plan = (weights.unsqueeze(0), *ins), plan.with_weights()
-    y = run(EmbeddingMap(plan, len(ins), padding_idx), flat, None, [*ins, *outs])
+        factors.insert(0, weights.unsqueeze(0))
     if inverse is not None:
-        y = F.embedding(inverse, y)
+        # The gradients of a row's repeats, of which there can be thousands, are summed before they
+        # reach the factors. In half precision such a sum ends where a term is below its rounding.
+        factors = [factor.to(accumulate_dtype(dtype)) for factor in factors]
+    plan = plan_embedding(fmt, flat.shape[0], factors[0].dtype, ins[0].device.type, memory)
+    if weights is not None:
+        plan = plan.with_weights()
+    y = run(EmbeddingMap(plan, len(factors) - len(outs), padding_idx), flat, None, factors)
+    if inverse is not None:
+        y = F.embedding(inverse, y).to(dtype)
     return y.view(*indices.shape, fmt.out_features)

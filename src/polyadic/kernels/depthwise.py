@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyadic._torch import memoized
+from polyadic._torch import known, memoized
 from polyadic.kernels import cpu
 
 Ints = tuple[int, ...]
@@ -112,29 +112,38 @@ class Stage:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
-        stride, padding, dilation, transposed, extra = self._where()
-        if _in_float32(x, groups):
+        if _in_float32(x, weight, groups):
             y = self.forward(x.float(), weight.float(), _float(bias), groups)
             return y.to(x.dtype)
+        stride, padding, dilation, transposed, extra = self._where()
+        if not transposed and self._may_miss(x):
+            x, padding = self._read_by(x, self.output_size(x.shape[2:])), (0,) * len(stride)
+        else:
+            x = self.padded(x)
         return torch.convolution(
-            self.padded(x), weight, bias, stride, padding, dilation, transposed, extra, groups
-        )
+            _unambiguous(x), _unambiguous(weight), bias, stride, padding, dilation, transposed,
+            extra, groups,
+        )  # fmt: skip
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x and of weight, where ``wrt`` asks for them."""
-        if _in_float32(x, groups):
+        if _in_float32(x, weight, groups):
             wide = self.backward(grad.float(), x.float(), weight.float(), groups, wrt)
             half_x, half_weight = (None if d is None else d.to(x.dtype) for d in wide)
             return half_x, half_weight
         x, size = self.padded(x), x.shape
-        d_weight = None
-        if wrt[1] and self._is_wide(x, groups):
-            d_weight, wrt = self._wide_weight_gradient(grad, x, weight), (wrt[0], False)
-        d_x = None
-        if torch.compiler.is_compiling() and wrt == (True, True) and not self.transposed:
-            d_x, wrt = self._input_gradient(grad, x, weight, groups), (False, True)
+        grad, x, weight = _unambiguous(grad), _unambiguous(x), _unambiguous(weight)
+        d_x = d_weight = None
+        if wrt[1] and self._is_apart(x, groups):
+            d_weight, wrt = self._weight_gradient(grad, x, weight, groups), (wrt[0], False)
+        if self.transposed:
+            by_itself = self._may_miss(grad)
+        else:
+            by_itself = torch.compiler.is_compiling() and wrt == (True, True)
+        if wrt[0] and by_itself:
+            d_x, wrt = self._input_gradient(grad, x, weight, groups), (False, wrt[1])
         if any(wrt):
             through, narrow, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *self._where(), groups, [*wrt, False]
@@ -149,15 +158,77 @@ class Stage:
         return d_x, d_weight
 
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """Gradient of x alone, as a transposed convolution; x is padded already.
+        """Gradient of x alone, as the adjoint convolution; x is padded already.
 
         The compiler decides layouts by the convolutions it sees, and a backward is none to it.
         """
         none = (0,) * len(self.stride)
-        adjoint = replace(self, transposed=True, excess=none, output_padding=none)
+        adjoint = replace(self, transposed=not self.transposed, excess=none, output_padding=none)
         sizes = zip(x.shape[2:], adjoint.output_size(grad.shape[2:]), strict=True)
         extra = tuple(size - made for size, made in sizes)
-        return replace(adjoint, output_padding=extra).forward(grad, weight, None, groups)
+        if not self.transposed:
+            return replace(adjoint, output_padding=extra).forward(grad, weight, None, groups)
+        d_x = adjoint.forward(grad, weight, None, groups)
+        # An output padding of a whole stride or more makes positions that no input has.
+        return F.pad(d_x, [width for e in reversed(extra) for width in (0, e)])
+
+    def _may_miss(self, x: Tensor) -> bool:
+        """Whether along some dimension of x (b, c, *s) possibly no tap ever meets an input.
+
+        Taps of neighbouring outputs are at most max(stride, dilation) apart. Where x is smaller
+        than that they can all fall into the padding, and then oneDNN reads memory it does not own.
+        """
+        apart = [max(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
+        if max(apart) == 1 or not any(self.padding):
+            return False
+        compiling = torch.compiler.is_compiling()
+        return any(
+            p > 0 and (not compiling or known(n)) and n < a
+            for n, a, p in zip(x.shape[2:], apart, self.padding, strict=True)
+        )
+
+    def _read_by(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        """What so many outputs (s') read of x (b, c, *s), the padding as zeros."""
+        widths: list[int] = []
+        for dim in reversed(range(len(outputs))):
+            taps = (self.kernel_size[dim] - 1) * self.dilation[dim] + 1
+            span = (outputs[dim] - 1) * self.stride[dim] + taps
+            low = self.padding[dim]
+            widths += [low, span - low - x.shape[2 + dim]]
+        return F.pad(x, widths)
+
+    def _is_apart(self, x: Tensor, groups: int) -> bool:
+        """Whether the weight gradient is computed in another way than with that of x."""
+        if x.device.type != "cpu":
+            return False
+        three, half = len(self.kernel_size) == 3, x.dtype.itemsize == 2
+        return (
+            (half and (three or groups == x.shape[1]))
+            or (three and any(self.padding))
+            or self._is_wide(x, groups)
+        )
+
+    def _weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Weight gradient alone, where torch's is wrong or slow on a CPU.
+
+        oneDNN leaves parts of it unwritten, so that they hold whatever was in memory: in half
+        precision in three dimensions, and of depthwise convolutions in any, so that those are taken
+        in float32; in float32 in three dimensions, where kernels overlap the padding both in front
+        and behind, so that there the padding is made by hand.
+        """
+        if x.dtype.itemsize == 2:
+            wide = self._weight_gradient(grad.float(), x.float(), weight.float(), groups)
+            return wide.to(weight.dtype)
+        is_wide = self._is_wide(x, groups)
+        if self.transposed:
+            # Of the adjoint, which has input and output exchanged.
+            grad, x = x, grad
+        if is_wide:
+            return self._wide_weight_gradient(grad, x, weight)
+        padding = self.padding
+        if len(padding) == 3 or any(self.output_padding):
+            x, padding = self._read_by(x, grad.shape[2:]), (0,) * len(padding)
+        return _weight_gradient(x, grad, weight, self.stride, padding, self.dilation, groups)
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
         """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
@@ -171,38 +242,46 @@ class Stage:
         By a few columns of taps at a time, each from x shifted to where they begin. Where there is
         one row of taps, every row of x is an image of its own, and the columns become rows.
         """
-        if self.transposed:
-            # Of the adjoint, which has input and output exchanged.
-            grad, x = x, grad
-        (height, width), (low, left) = self.kernel_size, self.padding
-        if height == self.stride[0] == 1 and not low and not any(self.output_padding):
-            where = (self.stride[::-1], self.padding[::-1], self.dilation[::-1])
+        channels, (height, width) = weight.shape[0], self.kernel_size
+        if height == self.stride[0] == 1 and not self.padding[0] and not any(self.output_padding):
+            where = self.stride[::-1], self.padding[::-1], self.dilation[::-1]
             pair = _rows_as_images(x), _rows_as_images(grad)
-            return _weight_gradient(*pair, weight.transpose(2, 3), *where).transpose(2, 3)
-        rows, columns = (
-            (n - 1) * s + (k - 1) * d + 1
-            for n, s, k, d in zip(
-                grad.shape[2:], self.stride, self.kernel_size, self.dilation, strict=True
-            )
-        )
-        below, right = max(0, rows - low - x.shape[2]), max(0, columns - left - x.shape[3])
-        x = F.pad(x, (left, right, low, below))[:, :, :rows]
+            return _weight_gradient(*pair, weight.mT, *where, channels).mT
+        x = self._read_by(x, grad.shape[2:])
         pieces = []
         for first in range(0, width, cpu.WIDE_COLUMNS):
             taps = weight[..., first : first + cpu.WIDE_COLUMNS]
             lacking = (width - first - taps.shape[3]) * self.dilation[1]
-            part = x[..., first * self.dilation[1] : columns - lacking]
-            pieces.append(_weight_gradient(part, grad, taps, self.stride, (0, 0), self.dilation))
+            part = x[..., first * self.dilation[1] : x.shape[3] - lacking]
+            stride, dilation = self.stride, self.dilation
+            piece = _weight_gradient(part, grad, taps, stride, (0, 0), dilation, channels)
+            pieces.append(piece)
         return torch.cat(pieces, 3)
 
 
-def _in_float32(x: Tensor, groups: int) -> bool:
-    """Whether a depthwise stage is computed in float32: a half precision oneDNN cannot do.
+def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether a convolution in half precision is computed in float32 on a CPU.
 
-    torch's own depthwise convolutions are slow, and round each sum of taps to the half precision.
+    A depthwise one, where oneDNN cannot do it: torch's own is slow, and rounds each sum of taps to
+    the half precision. One whose groups have one channel on the side of the taps but several on the
+    other, as oneDNN is wrong where the kernel is larger than the input.
     """
-    half = x.dtype.itemsize == 2 and x.device.type == "cpu" and groups == x.shape[1]
-    return half and not cpu.in_onednn(x.dtype)
+    if x.dtype.itemsize != 2 or x.device.type != "cpu":
+        return False
+    if groups == x.shape[1] and not cpu.in_onednn(x.dtype):
+        return True
+    return weight.shape[1] == 1 and not groups == x.shape[1] == weight.shape[0]
+
+
+def _unambiguous(x: Tensor) -> Tensor:
+    """Return x (b, c, *s) of one channel in the strides of channels_first, any other as it is.
+
+    Those of channels_last say the same of where its entries are, but torch decides layouts by them
+    and then convolves and differentiates such tensors wrongly.
+    """
+    if x.shape[1] != 1 or x.stride(1) != 1:
+        return x
+    return x.squeeze(1).contiguous().unsqueeze(1)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -216,10 +295,12 @@ def _rows_as_images(x: Tensor) -> Tensor:
 
 
 def _weight_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
-) -> Tensor:
-    """Weight gradient alone of a depthwise convolution."""
-    where = (stride, padding, dilation, False, (0, 0), weight.shape[0])
+    x: Tensor, grad: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints,
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """Weight gradient alone of a convolution."""
+    where = (stride, padding, dilation, False, (0,) * len(stride), groups)
+    x, grad = _unambiguous(x), _unambiguous(grad)
     d_weight: Tensor = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *where, [False, True, False]
     )[1]

@@ -193,18 +193,19 @@ class _CPConv(CPConvBase):
         """
         return cast("nn.Conv1d | nn.Conv2d | nn.Conv3d", revert(self))
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense kernel (Cout, Cin/groups, *k), built anew at each access; read-only."""
-        return self.cp.to_matrix().view(self.out_channels, -1, *self.kernel_size)
+    def _weight_shape(self) -> Shape:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _dense_weight(self) -> Tensor:
+        return self.cp.to_matrix().view(self._weight_shape())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B."""
         if self.frozen is not None:
             return self._forward_frozen(x)
-        out_factors, in_factors, kernel_factors = self.cp.factor_groups()
+        (out_factors, in_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv(
-            x, out_factors, in_factors, kernel_factors, self.bias, weights=self.cp.weights,
+            x, out_factors, in_factors, kernel_factors, self.bias, weights=scale,
             stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
             padding_mode=self.padding_mode, memory=self.memory,
         )  # fmt: skip
@@ -256,6 +257,7 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built
     Attributes:
         cp: the ``CPTensor`` with tensorized shape (out_shape, in_shape, kernel_size).
         bias: (Cout,) or None.
+        weight: the dense kernel (Cout, Cin/groups, *k), to read alone.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -140,10 +140,11 @@ class _CPConvTranspose(CPConvBase):
         """
         return cast("nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d", revert(self))
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense kernel (Cin, Cout/groups, *k), built anew at each access; read-only."""
-        return self.cp.to_matrix().view(self.in_channels, -1, *self.kernel_size)
+    def _weight_shape(self) -> Shape:
+        return self.in_channels, self.out_channels // self.groups, *self.kernel_size
+
+    def _dense_weight(self) -> Tensor:
+        return self.cp.to_matrix().view(self._weight_shape())
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B.
@@ -157,9 +158,9 @@ class _CPConvTranspose(CPConvBase):
             ValueError: no output padding gives ``output_size``.
         """
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
-        in_factors, out_factors, kernel_factors = self.cp.factor_groups()
+        (in_factors, out_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv_transpose(
-            x, in_factors, out_factors, kernel_factors, self.bias, weights=self.cp.weights,
+            x, in_factors, out_factors, kernel_factors, self.bias, weights=scale,
             stride=self.stride, padding=self.padding, output_padding=extra, groups=self.groups,
             dilation=self.dilation, memory=self.memory,
         )  # fmt: skip
@@ -221,6 +222,7 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format and never
     Attributes:
         cp: the ``CPTensor`` with tensorized shape (in_shape, out_shape, kernel_size).
         bias: (Cout,) or None.
+        weight: the dense kernel (Cin, Cout/groups, *k), to read alone.
 
     Raises:
         TypeError: an argument is of the wrong type.

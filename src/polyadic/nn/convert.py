@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from polyadic._torch import no_autocast
 from polyadic.fitting import Decomposition, decompose
 from polyadic.formats import JointFormat, Shape, resolve_rank
 from polyadic.nn.layer import CPLayer, Rank
@@ -246,8 +245,7 @@ def dense(
     dtype = layer.cp.factors[0].dtype
     # One rounding in the end: products of half-precision factors would be rounded at each step.
     wide = copy.deepcopy(layer).float() if dtype.itemsize < 4 else layer
-    with no_autocast(wide.cp.factors[0]):
-        weight = wide.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    weight = wide._built_weight().to(dtype, copy=True, memory_format=torch.contiguous_format)
     made = cls(**arguments, device="meta", dtype=dtype)
     made.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:

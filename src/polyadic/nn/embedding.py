@@ -22,8 +22,9 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
 from polyadic.nn.layer import Rank
+from polyadic.nn.weight import Weighted
 from polyadic.plans import Memory
-from polyadic.tensor import CPSlice, CPTensor
+from polyadic.tensor import CPSlice
 
 
 class CPEmbedding(Exchangeable):
@@ -54,6 +55,7 @@ class CPEmbedding(Exchangeable):
 
     Attributes:
         cp: the ``CPTensor`` of shape (Π in_shape, E), of which the first V rows are the table.
+        weight: the table (V, E) with the padding row zero, to read alone.
 
     Shape:
         (...) of int64 or int32 → (..., E).
@@ -113,17 +115,21 @@ class CPEmbedding(Exchangeable):
     def _unit(self) -> EmbeddingFormat:
         return EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
 
+    def _std(self) -> float:
+        return 1.0
+
     def reset_parameters(self) -> None:
         """Draw factors anew with mean 0 and variance 1 per entry of the table, as torch's N(0, 1).
 
         The entries are sums of R products of factor entries (``polyadic.init.cp_orthonormal_``):
         of the same two moments, not exactly normal.
         """
-        self.cp.reset_parameters(1.0)
+        self.cp.reset_parameters(self._std())
 
-    @property
-    def weight(self) -> Tensor:
-        """The table (V, E) with the padding row zero, built anew at each access; read-only."""
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def _dense_weight(self) -> Tensor:
         table = self.cp.to_matrix()[: self.num_embeddings]
         if self.padding_idx is None:
             return table
@@ -132,9 +138,9 @@ class CPEmbedding(Exchangeable):
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) → (..., E)."""
-        in_factors, out_factors = self.cp.factor_groups()
+        (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
-            indices, in_factors, out_factors, weights=self.cp.weights,
+            indices, in_factors, out_factors, weights=scale,
             padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
         )  # fmt: skip
 
@@ -273,7 +279,7 @@ def _warn_of_padding(embedding: nn.Embedding) -> None:
         )
 
 
-class CPTiedLinear(nn.Module):
+class CPTiedLinear(Weighted):
     """Output head y = x Wᵀ + b whose weight is the table of a ``CPEmbedding``; made by as_linear.
 
     Logits of all V indices by ``polyadic.functional.cp_linear`` on the embedding's own factors,
@@ -287,12 +293,12 @@ class CPTiedLinear(nn.Module):
     Attributes:
         cp: the embedding's own ``CPTensor``.
         bias: (V,) or None.
+        weight: the dense weight (V, E), to read alone.
 
     Shape:
         (..., E) → (..., V).
     """
 
-    cp: CPTensor
     bias: nn.Parameter | None
 
     def __init__(self, embedding: CPEmbedding, bias: bool | Tensor = False) -> None:
@@ -331,15 +337,16 @@ class CPTiedLinear(nn.Module):
         """Tensors (m_d, R): the embedding's in factors."""
         return self.cp.factor_groups()[0]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (V, E), built anew at each access; read-only."""
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _dense_weight(self) -> Tensor:
         return self.cp.to_matrix()[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) → (..., V)."""
-        rows, columns = self.cp.factor_groups()
-        logits = functional.cp_linear(x, columns, rows, weights=self.cp.weights, memory=self.memory)
+        (rows, columns), scale = self.cp.parts()
+        logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:
             logits = logits[..., : self.out_features]
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)

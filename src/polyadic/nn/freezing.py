@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from polyadic import surgery
+from polyadic import checks
 from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
@@ -47,7 +47,7 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
             DataParallel, FSDP) or sharded, or a size is below 1.
     """
     _module(model)
-    surgery.check_unwrapped(model, "freeze")
+    checks.check_unwrapped(model, "freeze")
     positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
     layers = [layer for layer in model.modules() if isinstance(layer, (CPLinear, *_CONVOLUTIONS))]
@@ -101,7 +101,7 @@ def _form(
     if isinstance(layer, CPLinear):
         return _frozen_linear(layer, batch)
     if _kernel_is_cheaper(layer, batch, size):
-        return FrozenKernel([layer.weight.contiguous()], layer)
+        return FrozenKernel([layer._built_weight().contiguous()], layer)
     return None
 
 
@@ -120,7 +120,7 @@ def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
     if choice.predict_inference(asked, choice.choose(asked)) < min(pair, dense):
         return None
     if dense <= pair:
-        return FrozenWeight([layer.weight.contiguous()], layer)
+        return FrozenWeight([layer._built_weight().contiguous()], layer)
     in_factors, out_factors = layer.cp.factor_groups()
     ka = khatri_rao(in_factors)
     if layer.cp.weights is not None:

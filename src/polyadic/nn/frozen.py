@@ -32,11 +32,18 @@ class Frozen(nn.Module):
         for i, matrix in enumerate(matrices):
             self.register_buffer(f"matrix{i}", matrix, persistent=False)
         self.trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
-        # Where each parameter is registered, for a new one may take its place.
+        # What holds each parameter, and each part that holds one: a new one may take its place.
+        # Modules and not their dicts are kept, since torch.export gives a module a new dict.
+        cp = layer.get_submodule("cp")
         self._watched = [
-            (module._parameters, name, parameter)
-            for module in layer.get_submodule("cp").modules()
+            (module, name, parameter)
+            for module in cp.modules()
             for name, parameter in module._parameters.items()
+        ]
+        self._watched_parts = [
+            (module, name, part)
+            for module in cp.modules()
+            for name, part in module._modules.items()
         ]
         self._versions = self._versions_now()
 
@@ -58,7 +65,9 @@ class Frozen(nn.Module):
         """Raise a RuntimeError if a parameter was changed or replaced after freezing."""
         if torch.compiler.is_compiling():
             return
-        replaced = any(own.get(name) is not p for own, name, p in self._watched)
+        replaced = any(m._parameters.get(name) is not p for m, name, p in self._watched) or any(
+            m._modules.get(name) is not part for m, name, part in self._watched_parts
+        )
         if replaced or any(p._version != version for p, version in self._versions):
             raise RuntimeError(
                 "the factors of a frozen layer were changed (an optimizer step, or "

@@ -20,6 +20,7 @@ from polyadic.formats import (
 )
 from polyadic.init import torch_bias_, torch_std
 from polyadic.nn.frozen import Frozen
+from polyadic.nn.weight import Weighted
 from polyadic.planner.request import Request, request
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
@@ -33,10 +34,9 @@ def parameter(module: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(module, name)
 
 
-class CPLayer(nn.Module):
+class CPLayer(Weighted):
     """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
 
-    cp: CPTensor
     bias: nn.Parameter | None
     memory: Memory
     frozen: Frozen | None
@@ -59,11 +59,20 @@ class CPLayer(nn.Module):
         self.frozen = None
         # Made without values: reset_parameters draws them, once.
         resolved = resolve_rank(rank, self._unit())
-        empty = CPTensor(tensorized_shape, resolved, device="meta", dtype=dtype)
-        self.cp = empty.to_empty(device=device or torch.get_default_device())
+        self.cp = CPTensor._without_values(tensorized_shape, resolved, None, device, dtype)
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Tell a CP tensor that becomes the weight how this layer draws it.
+
+        Whoever calls ``reset_parameters`` of every module, in whatever order, ends with weights
+        of the layer's distribution.
+        """
+        super().__setattr__(name, value)
+        if name == "cp" and isinstance(value, CPTensor):
+            value.std = self._std()
 
     def _unit(self) -> LinearFormat | ConvFormat:
         """The layer's format at rank 1."""
@@ -99,10 +108,9 @@ class CPLayer(nn.Module):
     def _fan_in(self) -> int:
         raise NotImplementedError
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in torch's layout, built anew at each access; read-only."""
-        raise NotImplementedError
+    def _std(self) -> float:
+        """Standard deviation of an initial weight."""
+        return torch_std(self._fan_in())
 
     def _target(self, weight: Tensor) -> Tensor:
         """What the CP tensor is fitted to, for the weight of the torch layer."""
@@ -154,8 +162,7 @@ class CPLayer(nn.Module):
                 f"{' and '.join(map(str, kinds))}"
             )
         ((shape, dtype, device),) = kinds
-        joint = CPTensor((len(made), *shape), rank, device="meta", dtype=dtype)
-        joint.to_empty(device=device)
+        joint = CPTensor._without_values((len(made), *shape), rank, None, device, dtype)
         for i, layer in enumerate(made):
             layer.cp = joint.layer(i)
         made[0].reset_parameters()
@@ -173,10 +180,9 @@ class CPLayer(nn.Module):
         such that the entries of their CP tensor have that very variance
         (``polyadic.init.cp_orthonormal_``), and the bias as torch draws it.
         """
-        fan_in = self._fan_in()
-        self.cp.reset_parameters(torch_std(fan_in))
+        self.cp.reset_parameters(self._std())
         if self.bias is not None:
-            torch_bias_(self.bias, fan_in)
+            torch_bias_(self.bias, self._fan_in())
 
     @property
     def in_factors(self) -> tuple[Tensor, ...]:

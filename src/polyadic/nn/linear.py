@@ -40,6 +40,7 @@ class CPLinear(Exchangeable):
     Attributes:
         cp: the ``CPTensor`` of shape (M, N) with tensorized shape (in_shape, out_shape).
         bias: (N,) or None.
+        weight: the dense weight (N, M), to read alone.
 
     Shape:
         (..., M) → (..., N).
@@ -138,10 +139,11 @@ class CPLinear(Exchangeable):
     def _target(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (N, M) in torch's layout, built anew at each access; read-only."""
-        return self.cp.to_matrix().t()
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _dense_weight(self) -> Tensor:
+        return self.cp._to_transposed()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., M) → (..., N)."""
@@ -150,9 +152,9 @@ class CPLinear(Exchangeable):
             y: Tensor = frozen.forward(x, bias)
             return y
         cp: CPTensor = self._modules["cp"]  # type: ignore[assignment]
-        in_factors, out_factors = cp.factor_groups()
+        (in_factors, out_factors), scale = cp.parts()
         return functional.cp_linear(
-            x, in_factors, out_factors, bias, weights=parameter(cp, "weights"), memory=self.memory
+            x, in_factors, out_factors, bias, weights=scale, memory=self.memory
         )
 
     def extra_repr(self) -> str:

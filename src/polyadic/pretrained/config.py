@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from polyadic.nn.kinds import BY_NAME
 from polyadic.plans import MEMORY
-from polyadic.pretrained.layers import DTYPES, KINDS, LayerConfig, kinds_of
+from polyadic.pretrained.layers import DTYPES, LayerConfig
 
 FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
@@ -148,8 +149,8 @@ def _checked_layer(entry: Any) -> LayerConfig:
     if not isinstance(entry, dict) or not {"class", "arguments", "dtype"} <= set(entry) <= known:
         raise ValueError(f"must be an object with class, arguments and dtype, got {entry!r:.80}")
     kind, dtype, tied_to = entry["class"], entry["dtype"], entry.get("tied_to")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"class must be one of {', '.join(KINDS)}, got {kind!r:.80}")
+    if not isinstance(kind, str) or kind not in BY_NAME:
+        raise ValueError(f"class must be one of {', '.join(BY_NAME)}, got {kind!r:.80}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
     if not isinstance(entry.get("weights", False), bool):
@@ -158,7 +159,7 @@ def _checked_layer(entry: Any) -> LayerConfig:
         raise ValueError(f"tied_to must be the name of a layer, got {tied_to!r:.80}")
     return LayerConfig(
         kind,
-        _arguments(entry["arguments"], kinds_of(kind)),
+        _arguments(entry["arguments"], BY_NAME[kind].arguments),
         DTYPES[dtype],
         entry.get("weights", False),
         None if entry.get("joint") is None else _joint(entry["joint"]),

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from polyadic import surgery
-from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
+from polyadic.nn.kinds import BY_CP
 from polyadic.pretrained.exchange import refuse
-from polyadic.pretrained.layers import KINDS, describe
+from polyadic.pretrained.layers import describe
 
 
 def merge_layers(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def merge_layers(model: nn.Module) -> nn.Module:
     refuse("layers cannot be merged", lost)
     made: dict[int, list[Any]] = {}
     for name, layer in layers.items():
-        dense = _dense(layer)
+        dense = BY_CP[type(layer)].unmake(layer)
         for other in made.setdefault(id(layer.cp), []):
             # An embedding's row of padding_idx is zero where that of its head is not.
             if torch.equal(other.weight, dense.weight):
@@ -48,12 +48,3 @@ def merge_layers(model: nn.Module) -> nn.Module:
             return merged
         surgery.replace(model, name, dense)
     return model
-
-
-def _dense(layer: Any) -> Any:
-    if isinstance(layer, (CPLinear, CPTiedLinear)):
-        return layer.to_linear()
-    if isinstance(layer, CPEmbedding):
-        return layer.to_embedding()
-    transposed = issubclass(KINDS[type(layer).__name__][1], surgery.TRANSPOSED)
-    return layer.to_conv_transpose() if transposed else layer.to_conv()

@@ -10,49 +10,11 @@ import torch
 from torch import nn
 
 from polyadic.formats import Shape
-from polyadic.nn import (
-    CPConv1d,
-    CPConv2d,
-    CPConv3d,
-    CPConvTranspose1d,
-    CPConvTranspose2d,
-    CPConvTranspose3d,
-    CPEmbedding,
-    CPLinear,
-    CPTiedLinear,
-)
+from polyadic.nn import CPEmbedding, CPTiedLinear
+from polyadic.nn.kinds import BY_CP, BY_NAME, is_cp
 from polyadic.nn.layer import CPLayer
 from polyadic.tensor import CPSlice, CPTensor
 
-_CP = {"in_shape": "modes", "out_shape": "modes", "rank": "size", "memory": "text"}
-_LINEAR = {"in_features": "size", "out_features": "size", "bias": "flag"}
-_EMBEDDING = {"num_embeddings": "size", "embedding_dim": "size", "padding_idx": "index"}
-_CONV = {
-    "in_channels": "size",
-    "out_channels": "size",
-    "kernel_size": "sizes",
-    "stride": "sizes",
-    "padding": "padding",
-    "dilation": "sizes",
-    "groups": "size",
-    "bias": "flag",
-    "padding_mode": "text",
-}
-_TRANSPOSED = {**_CONV, "output_padding": "sizes"}
-
-# Of each class the torch layer it stands in for, and what both have, with the kind of its value.
-KINDS: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, str]]] = {
-    "CPLinear": (CPLinear, nn.Linear, _LINEAR),
-    "CPConv1d": (CPConv1d, nn.Conv1d, _CONV),
-    "CPConv2d": (CPConv2d, nn.Conv2d, _CONV),
-    "CPConv3d": (CPConv3d, nn.Conv3d, _CONV),
-    "CPConvTranspose1d": (CPConvTranspose1d, nn.ConvTranspose1d, _TRANSPOSED),
-    "CPConvTranspose2d": (CPConvTranspose2d, nn.ConvTranspose2d, _TRANSPOSED),
-    "CPConvTranspose3d": (CPConvTranspose3d, nn.ConvTranspose3d, _TRANSPOSED),
-    "CPEmbedding": (CPEmbedding, nn.Embedding, _EMBEDDING),
-    "CPTiedLinear": (CPTiedLinear, nn.Linear, _LINEAR),
-}
-_NAMES = {cls: name for name, (cls, _, _) in KINDS.items()}
 DTYPES = {str(d).split(".")[1]: d
           for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}  # fmt: skip
 
@@ -62,7 +24,7 @@ class LayerConfig:
     """A CP layer without its values.
 
     Attributes:
-        kind: name of its class, a key of ``KINDS``.
+        kind: name of its class, a key of ``nn.kinds.BY_NAME``.
         arguments: of its constructor, all but device and dtype.
         dtype: of its factors.
         weights: whether its tensor owns a λ.
@@ -81,13 +43,7 @@ class LayerConfig:
     @property
     def dense(self) -> type[nn.Module]:
         """The torch layer it stands in for."""
-        return KINDS[self.kind][1]
-
-
-def kinds_of(kind: str) -> dict[str, str]:
-    """The constructor arguments of a class by name, with the kind of their value."""
-    shared = KINDS[kind][2]
-    return shared if kind == "CPTiedLinear" else {**shared, **_CP}
+        return BY_NAME[self.kind].dense
 
 
 def describe(model: nn.Module) -> dict[str, LayerConfig]:
@@ -96,12 +52,12 @@ def describe(model: nn.Module) -> dict[str, LayerConfig]:
     Raises:
         ValueError: a layer cannot be made again from what is written down.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (CPLayer, CPTiedLinear))}
+    layers = {n: m for n, m in model.named_modules() if is_cp(m)}
     for name, layer in layers.items():
-        if type(layer) not in _NAMES:
+        if type(layer) not in BY_CP:
             raise ValueError(
                 f"{name or 'the model'} is {type(layer).__name__}, a class of its own; CP layers "
-                f"that can be saved are polyadic's {', '.join(KINDS)}"
+                f"that can be saved are polyadic's {', '.join(BY_NAME)}"
             )
     owners = _owners(layers)
     configs = {name: _describe(name, layer, owners) for name, layer in layers.items()}
@@ -128,10 +84,10 @@ def _owners(layers: Mapping[str, nn.Module]) -> dict[int, str]:
 
 
 def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
-    kind = _NAMES[type(layer)]
+    kind = BY_CP[type(layer)]
     tensor = _tensor(layer)
-    arguments = {key: _plain(getattr(layer, key)) for key in kinds_of(kind) if key != "bias"}
-    if "bias" in kinds_of(kind):
+    arguments = {key: _plain(getattr(layer, key)) for key in kind.arguments if key != "bias"}
+    if "bias" in kind.arguments:
         arguments["bias"] = layer.bias is not None
     owner = owners.get(id(tensor))
     dtypes = {factor.dtype for factor in tensor.factors}
@@ -145,7 +101,7 @@ def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
         modes = tensor.tensorized_shape[: tensor.layer_modes]
         joint = tuple(mode for (mode,) in modes), layer.cp.index
     return LayerConfig(
-        kind, arguments, dtypes.pop(), tensor.weights is not None, joint,
+        kind.name, arguments, dtypes.pop(), tensor.weights is not None, joint,
         None if owner == name else owner,
     )  # fmt: skip
 
@@ -212,7 +168,7 @@ def _made(name: str, config: LayerConfig, owner: nn.Module | None) -> nn.Module:
 
 
 def _build(config: LayerConfig, owner: Any) -> nn.Module:
-    cls: Any = KINDS[config.kind][0]
+    cls: Any = BY_NAME[config.kind].cp
     if cls is CPTiedLinear:
         head = CPTiedLinear(owner, config.arguments["bias"])
         sizes = {key: getattr(head, key) for key in ("in_features", "out_features")}
@@ -274,7 +230,7 @@ def of_another_size(config: LayerConfig, module: nn.Module) -> bool:
         return False
     wants, has = _arguments_of_both(config, module)
     differing = {key for key, value in wants.items() if has.get(key) != value}
-    sizes = {key for key, kind in KINDS[config.kind][2].items() if kind == "size"}
+    sizes = {key for key, kind in BY_NAME[config.kind].shared.items() if kind == "size"}
     return bool(differing) and differing <= sizes - {"groups"}
 
 
@@ -282,7 +238,7 @@ def _arguments_of_both(
     config: LayerConfig, module: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constructor's arguments a layer needs in its place, and those of what stands there."""
-    wants = {key: config.arguments[key] for key in KINDS[config.kind][2]}
+    wants = {key: config.arguments[key] for key in BY_NAME[config.kind].shared}
     has = {key: _plain(getattr(module, key)) for key in wants if key != "bias"}
     if "bias" in wants:
         has["bias"] = module.bias is not None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic import surgery
+from polyadic import checks
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig, dumps
 from polyadic.pretrained.dense import merge_layers
@@ -102,7 +102,7 @@ def from_pretrained(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    surgery.check_unwrapped(model, "from_pretrained")
+    checks.check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     config = files.read_config(folder)
     exchange = prepare(model, config.layers)
@@ -201,7 +201,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    surgery.check_unwrapped(model, "merge")
+    checks.check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):
         _bridge().detach(model)
@@ -247,7 +247,7 @@ def resize_token_embeddings(model: nn.Module, new_num_tokens: int) -> nn.Module:
             f"model must be a model of transformers, got {type(model).__name__}; a table alone has "
             f"CPEmbedding.resize"
         )
-    surgery.check_unwrapped(model, "resize_token_embeddings")
+    checks.check_unwrapped(model, "resize_token_embeddings")
     table = resize(model, new_num_tokens)
     attach(model)
     return table

@@ -2,13 +2,14 @@
 
 from polyadic.testing.counting import (
     Allocation,
+    Flops,
     KeptBytes,
     LiveBytes,
+    Operations,
     allocations,
     flops,
     kept_bytes,
     launches,
-    operations,
 )
 from polyadic.testing.environment import environment
 from polyadic.testing.verification import (
@@ -23,8 +24,10 @@ from polyadic.testing.verification import (
 __all__ = [
     "Allocation",
     "Check",
+    "Flops",
     "KeptBytes",
     "LiveBytes",
+    "Operations",
     "Problem",
     "Result",
     "allocations",
@@ -34,6 +37,5 @@ __all__ = [
     "kept_bytes",
     "launches",
     "linear_problem",
-    "operations",
     "verify",
 ]

@@ -3,6 +3,7 @@
     kept_bytes(lambda: layer(x), leave_out=[*layer.parameters(), x])    bytes saved for the backward
     with LiveBytes([x, *layer.parameters()]) as live: step()            live.peak
     flops(step), launches(step), allocations(step)                      of everything that step runs
+    with Flops() as counter: y = layer(x)                               counter.total
 
 All counts are taken where torch dispatches its operators, so that they are exact and the same on
 every machine: what an operator needs inside itself (packed operands of a matrix product, an
@@ -36,7 +37,7 @@ class _Storages:
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self.total = 0
-        self._sizes: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._sizes: dict[int, tuple[int, weakref.ref[Any]]] = {}
         for tensor in tensors:
             self.add(tensor)
 
@@ -97,7 +98,8 @@ class KeptBytes:
             for part in _dense_parts(tensor):
                 if _identity(part) not in ignored:
                     self._kept.add(part)
-            return tensor
+            # Not the tensor itself: an output that its own graph holds would never be freed.
+            return tensor.detach()
 
         self._hooks = saved_tensors_hooks(pack, _unchanged)
 
@@ -188,8 +190,14 @@ class Allocation:
     elements: int
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the name of every operator, and the storages it returns that it was not given."""
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes, within a ``with`` block, the operators that reach torch's dispatcher below autograd.
+
+    Attributes:
+        names: Their names in order, such as ``"aten.mm.default"``. Views such as
+            ``"aten.t.default"`` are among them, although they start no kernel.
+        allocations: The storages that they returned and were not given, in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -211,22 +219,6 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def operations(run: Callable[[], Any]) -> list[str]:
-    """List the operators that reach torch's dispatcher below autograd, in their order.
-
-    Args:
-        run: What is to be counted; called once.
-
-    Returns:
-        Names such as ``"aten.mm.default"``. Views such as ``"aten.t.default"`` are among them,
-        although they start no kernel.
-    """
-    seen = _Operations()
-    with seen:
-        run()
-    return seen.names
-
-
 def launches(run: Callable[[], Any]) -> int:
     """Count the operators that reach torch's dispatcher below autograd.
 
@@ -234,9 +226,12 @@ def launches(run: Callable[[], Any]) -> int:
         run: What is to be counted; called once.
 
     Returns:
-        How many ``operations`` lists.
+        How many names ``Operations`` notes.
     """
-    return len(operations(run))
+    seen = Operations()
+    with seen:
+        run()
+    return len(seen.names)
 
 
 def allocations(run: Callable[[], Any]) -> list[Allocation]:
@@ -248,31 +243,45 @@ def allocations(run: Callable[[], Any]) -> list[Allocation]:
     Returns:
         The storages in the order in which they were made, whether or not they were freed meanwhile.
     """
-    seen = _Operations()
+    seen = Operations()
     with seen:
         run()
     return seen.allocations
 
 
-def flops(run: Callable[[], Any]) -> int:
-    """Count the floating-point operations of products and convolutions.
+class Flops(FlopCounterMode):
+    """Counts, within a ``with`` block, the floating-point operations of products and convolutions.
 
     A multiplication and an addition count as two. What is no product, such as a sum or an
     activation, is not counted, as in ``torch.utils.flop_counter``. The gradients of convolutions
     are counted by a formula of our own: torch's leaves groups out of account, and counts the weight
     gradient of a depthwise convolution as often as there are channels.
+    """
+
+    def __init__(self) -> None:
+        formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+        super().__init__(display=False, custom_mapping=formulas)
+
+    @property
+    def total(self) -> int:
+        """FLOPs counted so far."""
+        counted: Any = self.get_total_flops()
+        return int(counted)
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Count the floating-point operations of products and convolutions.
 
     Args:
-        run: What is to be counted; called once. Call it with ``loss.backward`` for a backward pass.
+        run: What is to be counted; called once. ``loss.backward`` is one for a backward pass.
 
     Returns:
-        FLOPs.
+        FLOPs, as ``Flops`` counts them.
     """
-    formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    counter: Any = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = Flops()
     with counter:
         run()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def _convolution_backward_flops(

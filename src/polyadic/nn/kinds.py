@@ -1,0 +1,127 @@
+"""The kinds of CP layers, one row each: what it stands in for, how it is made and unmade, saved.
+
+Whoever handles every kind of layer (conversion, saving, merging, the search for layers of a model)
+goes by this table, so that a new kind is one row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from polyadic.nn.conv import CPConv1d, CPConv2d, CPConv3d
+from polyadic.nn.conv_transpose import CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
+from polyadic.nn.embedding import CPEmbedding, CPTiedLinear
+from polyadic.nn.linear import CPLinear
+
+Family = Literal["linear", "conv", "conv_transpose", "embedding", "head"]
+# Arguments of a constructor by name, with the kind of their value as it is checked when loaded.
+Arguments = Mapping[str, str]
+
+_CP: Arguments = {"in_shape": "modes", "out_shape": "modes", "rank": "size", "memory": "text"}
+_LINEAR: Arguments = {"in_features": "size", "out_features": "size", "bias": "flag"}
+_EMBEDDING: Arguments = {"num_embeddings": "size", "embedding_dim": "size", "padding_idx": "index"}
+_CONV: Arguments = {
+    "in_channels": "size",
+    "out_channels": "size",
+    "kernel_size": "sizes",
+    "stride": "sizes",
+    "padding": "padding",
+    "dilation": "sizes",
+    "groups": "size",
+    "bias": "flag",
+    "padding_mode": "text",
+}
+_TRANSPOSED: Arguments = {**_CONV, "output_padding": "sizes"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of CP layer.
+
+    Attributes:
+        cp: the class of the CP layer.
+        dense: the class of torch's layer it stands in for.
+        family: kinds of one family differ in their number of spatial dimensions alone.
+        from_dense: name of the class method that makes one from torch's layer; None for a head,
+            which is made from its embedding.
+        to_dense: name of the method that makes torch's layer from one.
+        shared: arguments of the constructor that both classes have.
+        orders: how many modes a side ``compress`` weighs by default.
+    """
+
+    cp: type[nn.Module]
+    dense: type[nn.Module]
+    family: Family
+    from_dense: str | None
+    to_dense: str
+    shared: Arguments
+    orders: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the CP layer's class, which saved models go by."""
+        return self.cp.__name__
+
+    @property
+    def arguments(self) -> Arguments:
+        """All arguments of the constructor but device and dtype."""
+        return self.shared if self.family == "head" else {**self.shared, **_CP}
+
+    def make(self, layer: nn.Module, **options: Any) -> Any:
+        """The CP layer in the place of torch's."""
+        assert self.from_dense is not None
+        return getattr(self.cp, self.from_dense)(layer, **options)
+
+    def unmake(self, layer: nn.Module) -> Any:
+        """Torch's layer in the place of a CP layer."""
+        return getattr(layer, self.to_dense)()
+
+
+_TO_3 = (1, 2, 3)
+_TO_2 = (1, 2)
+KINDS = (
+    Kind(CPLinear, nn.Linear, "linear", "from_linear", "to_linear", _LINEAR, _TO_3),
+    Kind(CPConv1d, nn.Conv1d, "conv", "from_conv", "to_conv", _CONV, _TO_2),
+    Kind(CPConv2d, nn.Conv2d, "conv", "from_conv", "to_conv", _CONV, _TO_2),
+    Kind(CPConv3d, nn.Conv3d, "conv", "from_conv", "to_conv", _CONV, _TO_2),
+    *[
+        Kind(
+            cp,
+            dense,
+            "conv_transpose",
+            "from_conv_transpose",
+            "to_conv_transpose",
+            _TRANSPOSED,
+            _TO_2,
+        )
+        for cp, dense in (
+            (CPConvTranspose1d, nn.ConvTranspose1d),
+            (CPConvTranspose2d, nn.ConvTranspose2d),
+            (CPConvTranspose3d, nn.ConvTranspose3d),
+        )
+    ],
+    Kind(
+        CPEmbedding, nn.Embedding, "embedding", "from_embedding", "to_embedding", _EMBEDDING, _TO_3
+    ),
+    Kind(CPTiedLinear, nn.Linear, "head", None, "to_linear", _LINEAR),
+)
+BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
+BY_CP: Mapping[type[nn.Module], Kind] = {kind.cp: kind for kind in KINDS}
+BY_DENSE: Mapping[type[nn.Module], Kind] = {
+    kind.dense: kind for kind in KINDS if kind.from_dense is not None
+}
+
+
+def is_cp(layer: nn.Module) -> bool:
+    """Whether a module is a CP layer of ours, or of a class derived from one."""
+    return isinstance(layer, tuple(BY_CP))
+
+
+def family_of(layer: nn.Module) -> Family | None:
+    """The family of a CP layer or of the very torch layer that one stands in for, else None."""
+    kind = BY_CP.get(type(layer)) or BY_DENSE.get(type(layer))
+    return None if kind is None else kind.family

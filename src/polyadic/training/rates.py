@@ -1,0 +1,200 @@
+"""Learning rates and weight decay of factors, from those of the dense weight they stand for.
+
+A factor is larger than the weight: K factors multiply to one entry, so that entries of W of size
+0.04 are made of factors of size 0.4. An optimizer whose step has a size of its own, such as Adam,
+changes such a factor relatively ten times less than it would change W, and a model of CP layers
+under the dense learning rate trains as if that rate were a tenth. The rules here are derived in
+docs/maths.md, "The dense recipe".
+
+**AdamW.** A step changes each entry by about lr. It changes W, of root mean square w, relatively by
+lr/w, and a factor of root mean square a_d by lr_d/a_d, which is also by how much it changes the
+tensor. K factors change it together, in directions that are independent at first, so that the
+relative changes add as squares do:
+
+    √(Σ_d (lr_d / a_d)²) = lr / w      with all terms equal:      lr_d = lr · a_d / (w √K)
+
+**SGD.** A step is the gradient's. With ΔA_d = −lr_d · ∂L/∂A_d the tensor moves by the gradient of
+W, projected on what a change of A_d can reach, times lr_d · s_d with
+
+    s_d = mean over r of λ_r² Π_{e≠d} ‖A_e[:, r]‖²          so that      lr_d = lr / s_d
+
+moves W as dense SGD moves it, in the directions that one factor reaches.
+
+**Weight decay** multiplies every factor by 1 − lr_d · decay_d and W by the product of K of them:
+decay_d = lr · decay / (K · lr_d) makes W decay as the dense weight does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polyadic.tensor import CPTensor
+
+Optimizer = Literal["adamw", "sgd"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "sgd")
+# Rates are rounded to so many steps per factor of two (4.4 %), so that factors of nearly the same
+# rate share a group: an optimizer works on a group at once.
+STEPS_PER_OCTAVE = 16
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    optimizer: Optimizer = "adamw",
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer under which a model of CP layers trains at the dense learning rate.
+
+    Factors get rates and decays of their own, such that their tensor changes, and decays, as a
+    dense weight does at ``lr`` and ``weight_decay``; everything else keeps these two. Rates follow
+    the values that the parameters have now: call it once the model is initialised, converted or
+    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule.
+
+        optimizer = torch.optim.AdamW(polyadic.param_groups(model, 1e-3, weight_decay=0.1))
+
+    Args:
+        model: any module. Parameters that need no gradient are left out; shared ones stand once.
+        lr: the learning rate with which the dense model would be trained.
+        weight_decay: the decay with which it would be trained: decoupled (AdamW), or torch's SGD's.
+        optimizer: ``"adamw"`` for AdamW and its relatives, whose step does not depend on the size
+            of the gradient, or ``"sgd"``, with momentum or without.
+
+    Returns:
+        Dicts with ``params``, ``lr`` and ``weight_decay``, the group of all other parameters first.
+
+    Raises:
+        TypeError: ``model`` is no module, or a number is none.
+        ValueError: a number is negative or not finite, the optimizer is not one of these, or a
+            factor has no values yet or is zero throughout, so that it has no scale to follow.
+            (Muon orthogonalises the step of a matrix; of a factor that says nothing about W, whose
+            mode of m_d rows has at most m_d orthogonal columns. Train factors with AdamW beside
+            it.)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    rates: dict[int, tuple[float, float]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CPTensor):
+            try:
+                found = factor_rates(module, lr, weight_decay, optimizer=optimizer)
+            except ValueError as error:
+                raise ValueError(f"{name or 'the model'}: {error}") from error
+            rates.update({id(p): rate for p, rate in found.items()})
+    _check_arguments(lr, weight_decay, optimizer)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(lr, weight_decay): []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(rates.get(id(parameter), (lr, weight_decay)), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+        if parameters
+    ]
+
+
+def factor_rates(
+    layer: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    optimizer: Optimizer = "adamw",
+) -> Mapping[nn.Parameter, tuple[float, float]]:
+    """Learning rate and weight decay of each factor of one CP layer, by the rule of param_groups.
+
+    For those who make their own groups, with ``layer`` one of their layers.
+
+    Args:
+        layer: a CP layer, or its ``CPTensor``.
+        lr: the learning rate of the dense weight.
+        weight_decay: the decay of the dense weight.
+        optimizer: as in ``param_groups``.
+
+    Returns:
+        (learning rate, weight decay) by parameter, λ among them where the tensor owns one.
+
+    Raises:
+        TypeError: ``layer`` holds no CP tensor, or a number is none.
+        ValueError: as in ``param_groups``.
+    """
+    _check_arguments(lr, weight_decay, optimizer)
+    tensor = _tensor_of(layer)
+    factors = [p for p in tensor.factors if isinstance(p, nn.Parameter)]
+    parameters = [*factors, *([tensor.weights] if isinstance(tensor.weights, nn.Parameter) else [])]
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError("the factors are on the meta device; give them values first")
+    gains = _adamw_gains(tensor) if optimizer == "adamw" else _sgd_gains(tensor)
+    found: dict[nn.Parameter, tuple[float, float]] = {}
+    for parameter, gain in zip(parameters, gains, strict=True):
+        if not (math.isfinite(gain) and gain > 0):
+            raise ValueError(
+                "a factor, or what the others make of it, is zero or not finite, so that it has no "
+                "scale that a learning rate could follow; give these parameters a rate by hand"
+            )
+        rate = lr * 2 ** (round(math.log2(gain) * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE)
+        decay = 0.0 if rate == 0 else lr * weight_decay / (len(parameters) * rate)
+        found[parameter] = (rate, decay)
+    return found
+
+
+def _check_arguments(lr: Any, weight_decay: Any, optimizer: Any) -> None:
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}"
+        )
+
+
+def _tensor_of(layer: Any) -> CPTensor:
+    own = layer if isinstance(layer, CPTensor) else getattr(layer, "cp", None)
+    own = getattr(own, "joint", own)
+    if not isinstance(own, CPTensor):
+        raise TypeError(f"layer must be a CP layer or a CPTensor, got {type(layer).__name__}")
+    return own
+
+
+@torch.no_grad()
+def _adamw_gains(tensor: CPTensor) -> list[float]:
+    """a_d / (w √K) of each factor, and of λ."""
+    factors = [factor.double() for factor in tensor.factors]
+    scale = None if tensor.weights is None else tensor.weights.double()
+    gram = torch.ones(tensor.rank, tensor.rank, dtype=torch.float64, device=factors[0].device)
+    for factor in factors:
+        gram *= factor.T @ factor
+    if scale is not None:
+        gram *= scale.outer(scale)
+    entries = math.prod(factor.shape[0] for factor in factors)
+    w = math.sqrt(max(float(gram.sum()), 0.0) / entries)
+    every = [*factors, *([] if scale is None else [scale])]
+    return [_rms(each) / (w * math.sqrt(len(every))) if w > 0 else math.nan for each in every]
+
+
+def _rms(values: Tensor) -> float:
+    return math.sqrt(float(values.square().mean()))
+
+
+@torch.no_grad()
+def _sgd_gains(tensor: CPTensor) -> list[float]:
+    """1 / s_d of each factor, and of λ."""
+    factors = [factor.double() for factor in tensor.factors]
+    squares = [factor.square().sum(0) for factor in factors]
+    if tensor.weights is not None:
+        squares.append(tensor.weights.double().square())
+    gains = []
+    for own in range(len(squares)):
+        others = torch.ones_like(squares[0])
+        for e, square in enumerate(squares):
+            if e != own:
+                others = others * square
+        mean = float(others.mean())
+        gains.append(1 / mean if mean > 0 else math.nan)
+    return gains
