@@ -19,7 +19,7 @@ from polyadic import finetune, functional, init, nn, reference
 
 PACKAGE = Path(polyadic.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 450
+MOST_LINES = 460
 # What only some users have, or takes long to import.
 HEAVY = ["tltorch", "tensorly", "matplotlib", "sklearn", "typer", "rich", "triton", "pandas",
          "transformers"]  # fmt: skip

@@ -139,9 +139,13 @@ def test_a_step_that_rebuilds_w_takes_ten_launches(gpu: None) -> None:
 def test_every_plan_runs_on_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """No plan calls what only a CPU has, and padded intermediates pass from route to route."""
     # Without a GPU torch refuses to index such tensors, but not the operation that indexing calls.
-    columns = torch.ops.aten.slice.Tensor
-    for module, name in ((linear, "_unpadded"), (pairs, "_without_zeros")):
-        monkeypatch.setattr(module, name, lambda z, rank: columns(z, 1, 0, rank))
+    columns, copy = torch.ops.aten.slice.Tensor, torch.ops.aten.clone.default
+    monkeypatch.setattr(linear, "_unpadded", lambda z, rank: columns(z, 1, 0, rank))
+    monkeypatch.setattr(
+        pairs,
+        "_without_zeros",
+        lambda d, rank: copy(columns(d, 1, 0, rank), memory_format=torch.contiguous_format),
+    )
     factors = [on_gpu(m, rank) for m in (4, 6, 3, 5)]
     x, grad_y, bias = on_gpu(7, 24), on_gpu(7, 15), on_gpu(15)
     routes = [LinearRoute(i, o) for i in ((2,), (1, 1)) for o in ((2,), (1, 1))]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic.checks import geometry, transposed_geometry
@@ -20,6 +21,7 @@ from polyadic.functional import (
     cp_linear_forward,
 )
 from polyadic.kernels.embedding import EmbeddingMap
+from polyadic.kernels.linear import LinearMap
 from polyadic.planner import choice
 from polyadic.planner.linear import compositions
 from polyadic.planner.machine import Machine, built_in
@@ -160,20 +162,19 @@ def test_linear_launches_are_what_torch_dispatches(
 ) -> None:
     """On a CPU and, by tensors without values, elsewhere; casts of half precisions are launches."""
     place = {"dtype": dtype, "device": device}
-    ins, outs = (
-        [torch.randn(n, fmt.rank, requires_grad=True, **place) for n in shape]
-        for shape in (fmt.in_shape, fmt.out_shape)
+    factors = [torch.randn(n, fmt.rank, **place) for n in (*fmt.in_shape, *fmt.out_shape)]
+    x, grad_y = (
+        torch.randn(rows, features, **place) for features in (fmt.in_features, fmt.out_features)
     )
-    x = torch.randn(rows, fmt.in_features, requires_grad=True, **place)
-    grad_y = torch.randn(rows, fmt.out_features, **place)
-    asked = request(fmt, rows, memory=memory, **place)
+    asked, needs = request(fmt, rows, memory=memory, **place), (True,) * (1 + len(factors))
     for plan in candidates(asked):
+        layer_map = LinearMap(plan, len(fmt.in_shape))
         forward, backward = choice.steps(asked, plan)
         with Dispatched() as there:
-            y = cp_linear(x, ins, outs, plan=plan)
+            _, kept = layer_map.forward(x, None, factors)
         assert (there.launches, there.views) == counts(forward), plan
         with Dispatched() as back:
-            torch.autograd.grad(y, [x, *ins, *outs], grad_y)
+            layer_map.backward(grad_y, x, kept, factors, needs)
         assert (back.launches, back.views) == counts(backward), plan
 
 

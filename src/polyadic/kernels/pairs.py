@@ -135,14 +135,14 @@ def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list
     for d_matrix, group in zip(d_matrices, groups, strict=True):
         rank = group[0].shape[1]
         total = d_matrix.sum(0) if d_matrix.dim() == 3 else d_matrix
-        total = _without_zeros(total, rank).contiguous() if total.shape[1] > rank else total
+        total = _without_zeros(total, rank) if total.shape[1] > rank else total
         gradients.append(khatri_rao_backward(total, group))
     return gradients
 
 
 def _without_zeros(matrix: Tensor, rank: int) -> Tensor:
-    """The columns that were not added."""
-    return matrix[:, :rank]
+    """A copy of the columns that were not added."""
+    return matrix[:, :rank].contiguous()
 
 
 def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
