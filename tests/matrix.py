@@ -56,6 +56,12 @@ NO_FUSION = {
     "CPConvTranspose2d": "torch's fusion fails for a transposed convolution with groups",
 }
 NO_LORA = _all_but({"CPLinear", "CPLinear.joint"}, "the adapter is one of linear layers")
+NO_ROWS = {name: "torch's convolutions take none" for name, layer in LAYERS.items() if layer.dims}
+NOT_FROZEN = {
+    name: "freeze leaves it as it is"
+    for name in LAYERS
+    if "Transpose" in name or "Embedding" in name or "Tied" in name
+}
 OF_LINEAR = _all_but({"CPLinear"}, "the module is made of linear layers")
 FEATURES = {
     "eager, float64": Feature(features.eager),
@@ -117,6 +123,12 @@ FEATURES = {
     "accelerate.cpu_offload": Feature(partial(modules.offloaded, how="cpu")),
     "accelerate.disk_offload": Feature(partial(modules.offloaded, how="disk")),
     "accelerate.dispatch_model": Feature(partial(modules.offloaded, how="dispatch")),
+    "torch.fx: a leaf of the graph": Feature(modules.traced),
+    "torch.jit.script is refused": Feature(modules.scripted),
+    "jagged nested tensors": Feature(modules.jagged, NO_ROWS),
+    "frozen, after torch.export that is not strict": Feature(
+        modules.frozen_and_exported, NOT_FROZEN
+    ),
     **{name: Feature(None, slow=True) for name in matrix_distributed.CHECKS},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import re
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -344,3 +348,59 @@ def fake(layer: Layer) -> None:
     want = layer.build(device="meta")(x.to("meta")).shape
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert layer.build()(x.clone()).shape == want
+
+
+def traced(layer: Layer) -> None:
+    """torch.fx takes the layer for a leaf, and so do prepare_fx and extractors of features."""
+    module, x = layer.make(), layer.input()
+    model = nn.Sequential(module, nn.Identity()).eval()
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes if node.target == "0"] == ["call_module"]
+    assert_same(results(model, graph, x), results(model, model, x))
+    prepared = prepare_fx(copy.deepcopy(model), QConfigMapping(), (x,))
+    assert torch.equal(prepared(x), model(x))
+    with pytest.raises(TypeError, match="is a leaf of a graph"):
+        torch.fx.symbolic_trace(module)
+
+
+def scripted(layer: Layer) -> None:
+    """torch.jit.script is refused by name, of the layer and of a model that holds it."""
+    for model in (layer.make(), nn.Sequential(layer.make())):
+        with pytest.raises(RuntimeError, match=r"CP\w+ does not support torch.jit.script"):
+            torch.jit.script(model)
+
+
+def jagged(layer: Layer) -> None:
+    """Of a jagged nested tensor a jagged one, with the gradients of its rows."""
+    module = layer.make()
+    rows = [layer.input(batch, seed=batch) for batch in (2, 5, 1)]
+    if layer.indices:
+        rows = [row.flatten() for row in rows]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    y = module(x)
+    assert y.shape[:2] == x.shape[:2]
+    assert_same(
+        results(module, lambda values: module(_like(x, values)).values(), x.values()),
+        results(module, lambda values: layer.dense(module, values), x.values()),
+    )
+    with pytest.raises(TypeError, match=r"layout torch\.jagged"):
+        module(torch.nested.nested_tensor(rows))
+
+
+def _like(x: Tensor, values: Tensor) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets())
+
+
+def frozen_and_exported(layer: Layer) -> None:
+    """An export that is not strict, and one to ONNX, leave a frozen layer usable; a change not."""
+    module, x = layer.make(torch.float32).eval(), layer.input(dtype=torch.float32)
+    want = module(x).detach()
+    polyadic.freeze(module, batch=64, size=3)
+    assert module.frozen is not None
+    program = torch.export.export(module, (x,), strict=False)
+    for call in (module, program.module(), copy.deepcopy(module)):
+        assert_close(call(x), want, "y", 1e-5)
+    owner = getattr(module.cp, "joint", module.cp)
+    owner.factors = polyadic.init.Factors(copy.deepcopy(list(owner.factors)))
+    with pytest.raises(RuntimeError, match="factors of a frozen layer were changed"):
+        module(x)

@@ -110,8 +110,9 @@ def test_diagonal_is_the_diagonal_matrix() -> None:
     weight, frequencies = torch.randn(12, 10, dtype=torch.float64), torch.rand(12).double()
     for shape in (((12,), (10,)), ((3, 4), (2, 5))):
         a, b = (
-            decompose(weight, shape, 4, metric=metric, iterations=30, tolerance=0)
-            for metric in (frequencies, torch.diag(frequencies))
+            # One start: which of several wins a race may be a matter of the last bit.
+            decompose(weight, shape, 4, metric=m, start="random", iterations=10, tolerance=0)
+            for m in (frequencies, torch.diag(frequencies))
         )
         assert a.error == pytest.approx(b.error, rel=1e-6)
         torch.testing.assert_close(dense(a.cp), dense(b.cp), rtol=1e-4, atol=1e-4)
@@ -146,10 +147,9 @@ def test_convolution_groups_and_order_of_the_metric() -> None:
     """(out, in, kernel) with the metric over in x kernel, as weight.flatten(1) has them."""
     weight, sigma = torch.randn(10, 6, 3, 2, dtype=torch.float64), moment(36)
     shape = ((2, 5), (2, 3), (3, 2))
-    found = decompose(weight, shape, 9, metric=sigma, metric_groups=(1, 2), iterations=60)
-    as_linear = decompose(
-        weight.flatten(1).t(), ((2, 3, 3, 2), (2, 5)), 9, metric=sigma, iterations=60
-    )
+    how: dict[str, Any] = {"metric": sigma, "start": "random", "iterations": 20}
+    found = decompose(weight, shape, 9, metric_groups=(1, 2), **how)
+    as_linear = decompose(weight.flatten(1).t(), ((2, 3, 3, 2), (2, 5)), 9, **how)
     assert found.error == pytest.approx(as_linear.error, rel=1e-6)
     difference = (weight - dense(found.cp).reshape(weight.shape)).flatten(1).t()
     damped = sigma / sigma.diagonal().mean() + 1e-3 * torch.eye(36, dtype=torch.float64)

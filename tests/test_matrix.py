@@ -18,6 +18,8 @@ import matrix_distributed
 from matrix import FEATURES, LAYERS, REFUSED, claimed
 from matrix_layers import Layer
 from polyadic import CPTensor, init, nn
+from polyadic.nn import linear as linear_layer
+from polyadic.nn.frozen import Frozen
 
 CELLS = [
     pytest.param(layer, feature, id=f"{layer}-{feature}",
@@ -161,7 +163,25 @@ def wrong_linear(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
     return layer
 
 
+def scripts(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
+    patch.setattr(torch.jit, "script", lambda module: module)
+    return layer
+
+
+def unrecorded(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
+    patch.setattr(linear_layer, "call_recorded", lambda *args: None)
+    return layer
+
+
+def unwatched(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
+    patch.setattr(Frozen, "check", lambda self: None)
+    return layer
+
+
 SPOILT = {
+    "torch.fx: a leaf of the graph": unrecorded,
+    "torch.jit.script is refused": scripts,
+    "frozen, after torch.export that is not strict": unwatched,
     "reset_parameters module by module, in any order": without_drawing,
     "construction costs a few times the factors": square_blocks,
     "construction under a default device": hooked(one_more_by_default),
@@ -195,5 +215,7 @@ def test_a_cell_can_fail(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in FEATURES[feature].without_meaning:
         name = "CPConv2d"
     spoilt = SPOILT.get(feature, wrong_value)(monkeypatch, LAYERS[name])
-    with pytest.raises((AssertionError, RuntimeError, ValueError, pytest.fail.Exception)):
+    with pytest.raises(
+        (AssertionError, RuntimeError, ValueError, TypeError, pytest.fail.Exception)
+    ):
         FEATURES[feature].check(spoilt)

@@ -8,11 +8,19 @@ from its dW, in the dtype, by autograd through ``reference.dense`` in fp32.
 Where the bound comes from: in half precision the error is a count of roundings. Dense rounds
 twice on the way to any result (W and y, or dW and the result). An explicit Khatri-Rao layer rounds
 four times, so √2 times the error; a convolution with one depthwise stage six times, √3.
+
+In fp32 operands are exact and what is counted are the roundings within sums, and there twice
+dense's error is no measure: one library adds a long sum in a single chain and another, or the same
+library for another processor or product, in many short ones. So in fp32 there is a floor: what a
+single chain has. The partial sum of k terms of random sign is √k of a term and rounded by up to u =
+2⁻²⁴ of itself, by u/√3 in the root mean square; over K terms that is u √(1 + 2 + … + K)/√3 of a
+term, u √(K/6) of the sum.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -27,14 +35,6 @@ from test_plans import FEW, every_plan, plans_one_route
 FACTOR = 2.0
 DRAWS = 8
 LARGE = [case for case in CASES if case.dtypes]
-# Where the rule is broken, and why; the place to look first when a kernel changes.
-KNOWN = {
-    ("conv-4x4-large-channels-last", torch.float32): (
-        "the in-factors' gradient is one GEMM over all 297 positions, which the BLAS sums in a "
-        "single chain; torch's convolution sums in blocks (in 2-D, beyond some thousand positions, "
-        "it is the less exact of the two)"
-    ),
-}
 Results = dict[str, Tensor]
 Plan = LinearPlan | ConvPlan
 
@@ -96,11 +96,28 @@ def dense_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
     return errors(case, dtype, results)
 
 
+def of_a_chain(case: Case, dtype: torch.dtype) -> float:
+    """Relative error of sums that are added term by term; nothing in half precision, see above."""
+    if dtype != torch.float32:
+        return 0.0
+    taps = 1 if case.linear else math.prod(case.tensorized_shape[2])
+    positions = math.prod(case.lead) * math.prod(case.size)
+    # On the way to any gradient there are sums over either side, the components and the positions.
+    terms = taps * (case.in_features + case.out_features) + case.rank + positions
+    return float(torch.finfo(dtype).eps / 2 * math.sqrt(terms / 6))
+
+
 def assert_within_twice(case: Case, dtype: torch.dtype, plan: Plan | None) -> None:
-    dense = dense_errors(case, dtype)
     ours = errors(case, dtype, [cp_results(case, dtype, seed, plan) for seed in range(DRAWS)])
+    assert_errors_within_twice(case, dtype, ours, plan)
+
+
+def assert_errors_within_twice(
+    case: Case, dtype: torch.dtype, ours: dict[str, float], plan: Plan | None
+) -> None:
+    dense = dense_errors(case, dtype)
     for name, error in ours.items():
-        limit = FACTOR * dense[name]
+        limit = FACTOR * max(dense[name], of_a_chain(case, dtype))
         assert error <= limit, f"{name}: {error:.2e}, dense torch {dense[name]:.2e}, by {plan}"
 
 
@@ -114,12 +131,7 @@ def separable_in_half(plan: Plan, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", params(LARGE))
 def test_error_at_most_twice_that_of_dense_torch(case: Case, dtype: torch.dtype) -> None:
-    try:
-        assert_within_twice(case, dtype, None)
-    except AssertionError as error:
-        if (case.id, dtype) in KNOWN:
-            pytest.xfail(f"{KNOWN[case.id, dtype]}: {error}")
-        raise
+    assert_within_twice(case, dtype, None)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
@@ -139,18 +151,19 @@ def test_merged_conv_plans_stay_within_twice(case: Case, dtype: torch.dtype) -> 
             assert_within_twice(case, dtype, plan)
 
 
-def test_the_rule_can_fail() -> None:
-    """Noise of one unit in the last place of bf16 is noticed."""
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 19)])
+def test_the_rule_can_fail(dtype: torch.dtype, bits: int) -> None:
+    """Noise of one unit in the last place of bf16 is noticed, and of a few units of fp32."""
     case = BY_ID["linear-notebook"]
-    dense = dense_errors(case, torch.bfloat16)
-    results = [cp_results(case, torch.bfloat16, seed, None) for seed in range(DRAWS)]
+    results = [cp_results(case, dtype, seed, None) for seed in range(DRAWS)]
     noisy = [
-        {name: (v.double() * (1 + 2**-8 * torch.randn_like(v.double()))).to(v.dtype)
+        {name: (v.double() * (1 + 2**-bits * torch.randn_like(v.double()))).to(v.dtype)
          for name, v in result.items()}
         for result in results
     ]  # fmt: skip
-    ours = errors(case, torch.bfloat16, noisy)
-    assert any(error > FACTOR * dense[name] for name, error in ours.items())
+    ours = errors(case, dtype, noisy)
+    with pytest.raises(AssertionError, match="dense torch"):
+        assert_errors_within_twice(case, dtype, ours, None)
 
 
 @pytest.mark.parametrize("case", params(CASES))

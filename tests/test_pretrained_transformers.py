@@ -545,3 +545,18 @@ def test_a_trainer_writes_checkpoints_of_joint_layers(tmp_path: Path) -> None:
     state = model.state_dict()
     for name in shared:
         assert torch.equal(state[name], stored[name])
+
+
+def test_a_model_that_stores_older_names(tmp_path: Path) -> None:
+    """Transformers writes a ViT under the names its modules once had, and reads it by both."""
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    model = transformers.ViTModel(config).eval()
+    (name, *_) = surgery.find(model).layers
+    for key, layer in surgery.find(model, exclude_modules=[name]).layers.items():
+        surgery.replace(model, key, CPLinear.from_linear(layer, rank=2, order=1))
+    save_pretrained(model, tmp_path)
+    same(model, loaded(model, tmp_path))
+    same(model, from_pretrained(tmp_path, transformers.ViTModel(config).eval()))

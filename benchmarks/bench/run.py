@@ -111,7 +111,7 @@ def _settings() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = False
     # glibc gives freed memory back to the system above a threshold that rises with the largest
     # block freed so far: what is measured would depend on which sizes came before it.
-    torch.ones(2**25 - 2**20, dtype=torch.uint8)
+    torch.ones(2**25 - 2**20, dtype=torch.uint8, device="cpu")
     try:
         yield
     finally:

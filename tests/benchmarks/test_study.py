@@ -157,7 +157,8 @@ def test_the_svd_is_the_best_of_its_rank_in_either_metric(kind: str) -> None:
     tail = torch.linalg.svdvals(weight @ root)[rank:].square().sum().sqrt()
     missed = (matrix_of(weighted).double() - weight) @ root
     assert missed.norm().item() == pytest.approx(tail.item(), rel=1e-3)
-    assert ((expected - weight) @ root).norm() > 1.05 * missed.norm()
+    # The optimum in the one metric is none in the other; by how much less is a matter of the draw.
+    assert ((expected - weight) @ root).norm() > missed.norm()
 
 
 def test_what_tltorch_made_is_taken_over_exactly() -> None:
@@ -254,8 +255,11 @@ def test_fresh_layers_cost_a_tenth_and_keep_the_variance(
     assert made(x).shape == layer(x).shape
     if not variant.low_rank:
         fan_out, fan_in = layer.weight.flatten(1).shape
-        wanted = variant.std(fan_in, fan_out)
-        assert made.weight.std().item() == pytest.approx(wanted, rel=0.15)
+        # Of one draw the variance may be twice as large, since a mode of a kernel is three long.
+        draws = [digits.fresh(layer, 10.0, variant).weight.square().mean() for _ in range(64)]
+        squares = torch.stack(draws).double().detach()
+        off = squares.mean() - variant.std(fan_in, fan_out) ** 2
+        assert abs(off) <= max(6 * squares.std() / len(draws) ** 0.5, 0.05 * squares.mean())
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,38 +12,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from polyadic.kernels import backend, linear, pairs
 from polyadic.kernels.linear import LinearMap
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
 from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.testing import Flops, Operations
 
 KHATRI_RAO, MTTKRP = "polyadic.khatri_rao.default", "polyadic.mttkrp.default"
 # Operations that launch nothing.
 VIEWS = ("t", "view", "unsqueeze", "expand", "detach", "alias", "slice", "device")
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations that launch something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func._schema.name.partition("::")[2] not in VIEWS:
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def launches(call: Callable[[], Any]) -> Counter[str]:
-    with Operations() as operations:
+    """How often each operator runs that launches something."""
+    with Operations() as seen:
         call()
-    return operations.counts
+    return Counter(name for name in seen.names if name.split(".")[1] not in VIEWS)
 
 
 @pytest.fixture
@@ -260,10 +245,10 @@ def test_operators_keep_torchs_rules(name: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_operators_count_no_flops() -> None:
     factors = [torch.randn(m, 8) for m in (4, 3, 5)]
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         for name, arguments in ARGUMENTS.items():
             getattr(torch.ops.polyadic, name)(*arguments(factors))
-    assert counter.get_total_flops() == 0
+    assert counter.total == 0
 
 
 @pytest.mark.parametrize("rank", [8, 5])

@@ -224,7 +224,7 @@ class Loop:
             "index": self._walk.index, "parameters": _detached(self._tensors),
             "best_parameters": _detached(self._kept or self._tensors), "best": self._best,
             "best_step": self._best_step, "stale": self._stale,
-            "losses": torch.tensor(self._losses, dtype=torch.float64),
+            "losses": torch.tensor(self._losses, dtype=torch.float64, device="cpu"),
             "validations": [list(pair) for pair in self._validations],
             "optimizer": self._optimizer.state_dict(), "rng": self._walk.rng(),
             "epoch_rng": self._walk.epoch_rng, "done": self._done,

@@ -106,9 +106,10 @@ def decompose(
     starts = arguments.starts(start, groups)
     # A caller's autocast would round every product of the fit.
     with torch.autocast(weight.device.type, enabled=False):
-        problem = make_problem(weight, groups, metric, inside, damping)
-        fit = _Fit(problem, groups, rank, weight, regularization, max_growth, began)
-        generator = torch.Generator().manual_seed(seed)
+        power = _power_of_two(weight, sum(map(len, groups)))
+        problem = make_problem(_scaled(weight, -power, groups), groups, metric, inside, damping)
+        fit = _Fit(problem, groups, rank, weight, power, regularization, max_growth, began)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         known = fit.closed_form(generator, expand="orthogonal" in starts)
         if known is not None:
             return known
@@ -124,6 +125,26 @@ def decompose(
         return fit.result(*ended)
 
 
+def _power_of_two(weight: Tensor, order: int) -> int:
+    """The p for which entries of W / 2^(p·order) are of order 1, as squares of them have to be.
+
+    A factor times 2^p is exact, so that the fit of a weight times 2^order is the same fit.
+    """
+    largest = float(weight.detach().abs().max())
+    return round(math.log2(largest) / order) if largest > 0 else 0
+
+
+def _scaled(weight: Tensor, power: int, groups: Sequence[Shape]) -> Tensor:
+    """W · 2^(power·order), in float32 at least; W itself for power 0."""
+    if power == 0:
+        return weight
+    scaled = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    for _ in range(sum(map(len, groups))):
+        # One by one, as 2^(power·order) can be beyond the dtype.
+        scaled = scaled * 2.0**power
+    return scaled
+
+
 def name(start: Start) -> str:
     """A start as it is reported."""
     return start if isinstance(start, str) else "the given factors"
@@ -133,11 +154,13 @@ class _Fit:
     """The state of one fit."""
 
     def __init__(
-        self, problem: Problem, groups: tuple[Shape, ...], rank: int, weight: Tensor, tau: float,
-        max_growth: float | None, began: float,
+        self, problem: Problem, groups: tuple[Shape, ...], rank: int, weight: Tensor, power: int,
+        tau: float, max_growth: float | None, began: float,
     ) -> None:  # fmt: skip
         self.problem, self.groups, self.rank, self.weight = problem, groups, rank, weight
         self.tau, self.max_growth, self.began = tau, max_growth, began
+        # Each of the weight's factors is one of the problem's times this.
+        self.unit = 2.0**power
         self.norm = math.sqrt(problem.frobenius_power())
         self.raced: tuple[tuple[str, float], ...] = ()
         self.further: tuple[float, ...] = ()
@@ -180,7 +203,7 @@ class _Fit:
             return random_factors(self.problem, self.rank, generator)
         cp = start.cp if isinstance(start, Decomposition) else start
         assert isinstance(cp, CPTensor)
-        every = list(cp.factors)
+        every = [factor / self.unit for factor in cp.factors]
         if cp.weights is not None:
             every[0] = every[0] * cp.weights
         return self._of_rank(self.problem.taken(every), generator)
@@ -299,9 +322,11 @@ class _Fit:
         problem, factors = self.problem, self.descent.factors
         full = problem.restored(factors)
         found = fragility(full, self.norm)
-        cp = CPTensor.from_factors(self.groups, [f.to(self.weight.dtype) for f in full])
+        scaled = [(f * self.unit).to(self.weight.dtype) for f in full]
+        cp = CPTensor.from_factors(self.groups, scaled)
         # Of the very factors returned, with the rounding to their dtype.
-        returned = problem.taken(list(cp.factors), torch.float64)
+        exact = [factor.double() / self.unit for factor in cp.factors]
+        returned = problem.taken(exact, torch.float64)
         in_metric, frobenius = problem.residual(returned)
         return Decomposition(
             cp=cp,

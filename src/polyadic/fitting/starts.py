@@ -130,7 +130,9 @@ def truncated_svd(
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         k = min(rank, least)
         return u[:, :k], s[:k], vh[:k].t()
-    draw = torch.randn(matrix.shape[1], sketch, generator=generator, dtype=matrix.dtype)
+    draw = torch.randn(
+        matrix.shape[1], sketch, generator=generator, dtype=matrix.dtype, device=generator.device
+    )
     q = torch.linalg.qr(matrix @ draw.to(matrix.device))[0]
     for _ in range(POWER_STEPS):
         q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ q)[0])[0]
@@ -183,7 +185,9 @@ def random_factors(problem: Problem, rank: int, generator: torch.Generator) -> l
     """Gaussian factors with columns of unit norm, scaled so that W is met best: (n_d, R) each."""
     matrix, factors = problem.matrix, []
     for size in problem.sizes:
-        draw = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+        draw = torch.randn(
+            size, rank, generator=generator, dtype=torch.float64, device=generator.device
+        )
         factors.append((draw / draw.norm(dim=0)).to(matrix.device, matrix.dtype))
     # For a weight of zeros of norm one: a layer whose factors are all zero would never train.
     level = (float(matrix.norm()) / math.sqrt(rank) or 1.0) ** (1 / len(factors))

@@ -40,7 +40,9 @@ def _distinct(flat: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
     """Distinct indices and where each index stands among them, if they are at most half as many."""
     if size <= 64 * len(flat):
         # Marks in the table are cheaper to count than indices to sort.
-        marks = torch.zeros(size, dtype=torch.bool).index_fill_(0, flat.long(), True)
+        marks = torch.zeros(size, dtype=torch.bool, device=flat.device).index_fill_(
+            0, flat.long(), True
+        )
         if 2 * int(marks.sum()) > len(flat):
             return None
     distinct, places = torch.unique(flat, return_inverse=True)

@@ -22,6 +22,7 @@ from polyadic.formats import (
 from polyadic.functional.conv import padded, padded_size
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
+from polyadic.nn.inputs import call_recorded
 from polyadic.nn.layer import Rank
 from polyadic.planner.request import Request
 from polyadic.plans import Memory
@@ -201,6 +202,8 @@ class _CPConv(CPConvBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B."""
+        if not isinstance(x, Tensor) and (recorded := call_recorded(self, x)) is not None:
+            return recorded
         if self.frozen is not None:
             return self._forward_frozen(x)
         (out_factors, in_factors, kernel_factors), scale = self.cp.parts()

@@ -14,6 +14,7 @@ from polyadic.formats import ConvFormat, Shape, positive_int
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import Fitted, convert, revert
+from polyadic.nn.inputs import call_recorded
 from polyadic.nn.layer import Rank
 from polyadic.plans import Memory
 
@@ -157,6 +158,11 @@ class _CPConvTranspose(CPConvBase):
         Raises:
             ValueError: no output padding gives ``output_size``.
         """
+        if (
+            not isinstance(x, Tensor)
+            and (recorded := call_recorded(self, x, output_size)) is not None
+        ):
+            return recorded
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
         (in_factors, out_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv_transpose(

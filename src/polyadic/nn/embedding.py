@@ -21,6 +21,7 @@ from polyadic.formats import (
     tensorize,
 )
 from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.layer import Rank
 from polyadic.nn.weight import Weighted
 from polyadic.plans import Memory
@@ -137,7 +138,12 @@ class CPEmbedding(Exchangeable):
         return table.masked_fill((rows == self.padding_idx).unsqueeze(1), 0)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """(...) → (..., E)."""
+        """(...) → (..., E); of a jagged nested tensor a jagged one."""
+        if not isinstance(indices, Tensor):
+            if (recorded := call_recorded(self, indices)) is not None:
+                return recorded
+        elif indices.is_nested:
+            return by_rows(self, indices)
         (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
             indices, in_factors, out_factors, weights=scale,
@@ -251,7 +257,7 @@ class CPEmbedding(Exchangeable):
         # Rows that pad the vocabulary weigh nothing: they may be whatever suits the others.
         more = self.cp.shape[0] - self.num_embeddings
         if metric is None:
-            return F.pad(torch.ones(self.num_embeddings), (0, more)) if more else None
+            return F.pad(torch.ones(self.num_embeddings, device="cpu"), (0, more)) if more else None
         if isinstance(metric, Tensor) and metric.shape == (self.num_embeddings,):
             return F.pad(metric, (0, more))
         return metric
@@ -344,7 +350,12 @@ class CPTiedLinear(Weighted):
         return self.cp.to_matrix()[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., E) → (..., V)."""
+        """(..., E) → (..., V); of a jagged nested tensor a jagged one."""
+        if not isinstance(x, Tensor):
+            if (recorded := call_recorded(self, x)) is not None:
+                return recorded
+        elif x.is_nested:
+            return by_rows(self, x)
         (rows, columns), scale = self.cp.parts()
         logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:

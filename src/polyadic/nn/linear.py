@@ -12,6 +12,7 @@ from polyadic import functional
 from polyadic.checks import memory as check_memory
 from polyadic.formats import LinearFormat, factored_shape, positive_int, tensorize
 from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
+from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.layer import Rank, parameter
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
@@ -146,7 +147,12 @@ class CPLinear(Exchangeable):
         return self.cp._to_transposed()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., M) → (..., N)."""
+        """(..., M) → (..., N); of a jagged nested tensor a jagged one."""
+        if not isinstance(x, Tensor):
+            if (recorded := call_recorded(self, x)) is not None:
+                return recorded
+        elif x.is_nested:
+            return by_rows(self, x)
         frozen, bias = self._modules.get("frozen"), parameter(self, "bias")
         if frozen is not None:
             y: Tensor = frozen.forward(x, bias)

@@ -347,6 +347,13 @@ class Weighted(nn.Module):
             self._refuse_parameter(name)
         super().register_parameter(name, param)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks of each module first: there is no such form."""
+        raise RuntimeError(
+            f"a {type(self).__name__} does not support torch.jit.script, which torch has "
+            f"deprecated; use torch.export or torch.compile"
+        )
+
     def _refuse_parameter(self, name: str) -> NoReturn:
         raise TypeError(
             f"{name} of a {type(self).__name__} cannot be set: its weight is computed from CP "

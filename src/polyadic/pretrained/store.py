@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,9 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
     if _is_transformers(model):
         _bridge().attach(model)
-        files.write_by(Path(directory), cast(Any, model).save_pretrained)
+        # Under the names of the modules now: some models store those of earlier versions.
+        save = functools.partial(cast(Any, model).save_pretrained, save_original_format=False)
+        files.write_by(Path(directory), save)
         return
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}

@@ -371,10 +371,11 @@ def _draw(
     if x_shape[0] < 0:
         raise ValueError(f"batch must be at least 0, got {x_shape[0]}")
     rank = positive_int(rank, "rank")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+        return drawn.to(dtype)
 
     shape = tuple(shape)
     tensor = CPTensor.from_factors(
