@@ -17,7 +17,7 @@ from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
-from polyadic.training import factor_rates, param_groups
+from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "DecomposeInterrupted",
     "Decomposition",
     "Explanation",
+    "FactorizeReport",
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
@@ -40,6 +41,7 @@ __all__ = [
     "decompose",
     "explain",
     "factor_rates",
+    "factorize",
     "finetune",
     "freeze",
     "from_pretrained",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from polyadic.nn.kinds import BY_DENSE
+from polyadic.nn.kinds import BY_DENSE, family_of
 
 Value = TypeVar("Value")
 
@@ -109,6 +109,40 @@ def find(
             _selects_nothing("exclude_modules", written, [], present)
     aliases = {n: names[id(m)] for n, m in layers.items() if len(names[id(m)]) > 1}
     return Found(layers, aliases, ties, skipped)
+
+
+def together(found: Found) -> Iterator[tuple[tuple[str, ...], str | None]]:
+    """The layers that are exchanged together, those of one weight, one group after the other.
+
+    Yields:
+        Names, of a tie the embedding's first, as its head is made from it; and why layers of one
+        weight cannot have a CP weight in common, or None.
+    """
+    tied = {name: group for group in found.ties for name in group}
+    done: set[str] = set()
+    for name in found.layers:
+        if name in done:
+            continue
+        group = sorted(
+            tied.get(name, (name,)), key=lambda n: family_of(found.layers[n]) != "embedding"
+        )
+        done.update(group)
+        yield tuple(group), _mixed([found.layers[n] for n in group])
+
+
+def is_head(table: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer that shares a table's weight is its output head."""
+    return family_of(table) == "embedding" and family_of(layer) == "linear"
+
+
+def _mixed(layers: Sequence[nn.Module]) -> str | None:
+    """Why tied layers cannot share factors, or None."""
+    first = layers[0]
+    for layer in layers[1:]:
+        if type(layer) is not type(first) and not is_head(first, layer):
+            kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in layers))
+            return f"shares its weight among {kinds}, which have no CP weight in common"
+    return None
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

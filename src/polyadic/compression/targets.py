@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from polyadic.formats import ConvFormat, LinearFormat, Shape
 from polyadic.nn.convert import Exchangeable, shaped
-from polyadic.nn.kinds import BY_DENSE, family_of
+from polyadic.nn.kinds import BY_DENSE
 from polyadic.nn.layer import CPLayer
 from polyadic.nn.source import weight_of
-from polyadic.surgery import Found
+from polyadic.surgery import Found, is_head, together
 from polyadic.tensor import CPTensor
 
 
@@ -98,7 +98,7 @@ class Site:
         first = kind.make(self.layer, cp=cp)
         found: dict[str, nn.Module] = {self.name: first}
         for name, layer in zip(self.names[1:], self.layers[1:], strict=True):
-            if _is_head(self.layer, layer):
+            if is_head(self.layer, layer):
                 found[name] = first.as_linear(False if layer.bias is None else layer.bias)
                 continue
             other = kind.make(layer, cp=cp)
@@ -124,16 +124,9 @@ def sites(
         ValueError: shapes do not fit their layer, or are given for another of tied layers than the
             one whose weight is fitted.
     """
-    tied = {name: group for group in found.ties for name in group}
     made, refused = [], dict(found.skipped)
-    done: set[str] = set()
-    for name in found.layers:
-        if name in done:
-            continue
-        names = _in_order(tied.get(name, (name,)), found.layers)
-        done.update(names)
+    for names, reason in together(found):
         layers = tuple(found.layers[n] for n in names)
-        reason = _mixed(layers)
         forms: tuple[Form, ...] = ()
         if reason is None:
             try:
@@ -168,26 +161,6 @@ def _asked(
                 f"give the shapes of {names[0]} alone"
             )
     return first
-
-
-def _in_order(names: Sequence[str], layers: dict[str, nn.Module]) -> tuple[str, ...]:
-    """The embedding of a tie in front: its head is made from it."""
-    return tuple(sorted(names, key=lambda name: family_of(layers[name]) != "embedding"))
-
-
-def _is_head(table: nn.Module, layer: nn.Module) -> bool:
-    """Whether a layer that shares a table's weight is its output head."""
-    return family_of(table) == "embedding" and family_of(layer) == "linear"
-
-
-def _mixed(layers: Sequence[nn.Module]) -> str | None:
-    """Why tied layers cannot share factors, or None."""
-    first = layers[0]
-    for layer in layers[1:]:
-        if type(layer) is not type(first) and not _is_head(first, layer):
-            kinds = " and ".join(dict.fromkeys(type(each).__name__ for each in layers))
-            return f"shares its weight among {kinds}, which have no CP weight in common"
-    return None
 
 
 def _forms(

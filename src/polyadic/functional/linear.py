@@ -31,7 +31,8 @@ class LinearSaved:
 
     Attributes:
         x: the input (..., M) as it was given.
-        kept: intermediates the plan keeps: Z (B, R) or nothing.
+        kept: intermediates the plan keeps: Z (B, R) or nothing; on a GPU Z may have columns of
+            zeros added.
         in_factors: (m_d, R) each.
         out_factors: (n_d, R) each.
         weights: λ (R,) or None.

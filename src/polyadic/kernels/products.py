@@ -49,6 +49,7 @@ def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
     if (
         x.is_cuda
         and torch.version.hip is None
+        and x.shape[0] > 0
         and x.dtype in (torch.float16, torch.bfloat16)
         and is_plain(x)
         and is_plain(z)

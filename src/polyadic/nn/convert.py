@@ -111,18 +111,19 @@ def convert(
     return layer
 
 
-def shaped(cls: type[Layer], module: nn.Module, **options: Any) -> Layer:
-    """The CP layer of rank 1 without values that could take the place of a torch layer.
+def shaped(cls: type[Layer], module: nn.Module, rank: Rank = 1, **options: Any) -> Layer:
+    """The CP layer without values that could take the place of a torch layer.
 
     Args:
         cls: of the new layer.
         module: the torch layer.
+        rank: as the constructor takes it.
         options: of the constructor: order or shapes.
 
     Raises:
         ValueError: an option of the torch layer is not supported, or a shape does not fit.
     """
-    return _empty(cls, [module], 1, None, options)[0]
+    return _empty(cls, [module], rank, None, options)[0]
 
 
 def _fit(
