@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,10 @@ def _layers() -> Iterator[str]:
             wide = x.cpu().double(), bias.cpu().double(), [f.double() for f in there[2]]
             exact = _step(layer_map, *wide, grad_y.cpu().double())
             judge_together(name, found, exact, torchs)
+            # What one way keeps serves the other: only one of the two may be watched by a mode.
+            for pair in (fused_kernels(), nullcontext()), (nullcontext(), fused_kernels()):
+                mixed = _step(layer_map, x, bias, factors, grad_y, ways=pair)
+                judge_together(f"{name} in two ways", mixed, exact, torchs)
             yield name
 
 
@@ -196,12 +201,15 @@ def _step(
     factors: list[Tensor],
     grad_y: Tensor,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    ways: tuple[AbstractContextManager[None], ...] = (nullcontext(), nullcontext()),
 ) -> list[Tensor | None]:
     """Output and gradients, None where they are not needed: of x, the out factors, the others."""
-    y, kept = layer_map.forward(x, bias, factors)
+    with ways[0]:
+        y, kept = layer_map.forward(x, bias, factors)
     cut = layer_map.n_out
     wanted = [needs[0], *[needs[1]] * cut, *[needs[2]] * (len(factors) - cut)]
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
+    with ways[1]:
+        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
     return [y, d_x, *d_factors]
 
 
@@ -260,4 +268,6 @@ def _forms(
         (*pointers[:5], "*fp32", *("i32",) * 10),
         depthwise.backward_constants(where, groups, padded, True),
         wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
+        # Many taps take the compiler long.
+        capabilities=(80, 90, 100) if math.prod(where.kernel) <= depthwise.MOST_SUMS else (90,),
     )

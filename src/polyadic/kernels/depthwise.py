@@ -201,20 +201,16 @@ class Stage:
         """Whether the weight gradient is computed in another way than with that of x."""
         if x.device.type != "cpu":
             return False
-        three, half = len(self.kernel_size) == 3, x.dtype.itemsize == 2
-        return (
-            (half and (three or groups == x.shape[1]))
-            or (three and any(self.padding))
-            or self._is_wide(x, groups)
-        )
+        by_hand = len(self.kernel_size) == 3 and any(self.padding)
+        return x.dtype.itemsize == 2 or by_hand or self._is_wide(x, groups)
 
     def _weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Weight gradient alone, where torch's is wrong or slow on a CPU.
 
         oneDNN leaves parts of it unwritten, so that they hold whatever was in memory: in half
-        precision in three dimensions, and of depthwise convolutions in any, so that those are taken
-        in float32; in float32 in three dimensions, where kernels overlap the padding both in front
-        and behind, so that there the padding is made by hand.
+        precision where taps see nothing but padding, so that it is taken in float32 there; in
+        float32 in three dimensions where kernels overlap the padding both in front and behind, so
+        that there the padding is made by hand.
         """
         if x.dtype.itemsize == 2:
             wide = self._weight_gradient(grad.float(), x.float(), weight.float(), groups)

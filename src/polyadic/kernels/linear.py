@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polyadic.kernels.fused import contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     contract,
     expand,
@@ -25,6 +26,10 @@ from polyadic.kernels.multilinear import (
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan
+
+# Rows up to which a GPU computes a layer from its factors in two launches: as in the decoding of a
+# language model, where what is launched costs more than what is computed.
+MOST_DECODED_ROWS = 16
 
 
 def _unpadded(z: Tensor, rank: int) -> Tensor:
@@ -61,6 +66,8 @@ class LinearMap:
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             return matmul_nt(x, matmul_nt(kc, ka), bias), ()
         if x.is_cuda and route.is_khatri_rao:
+            if route.by == "triton" and self._decodes(x, factors):
+                return self._decoded(x, bias, factors), ()
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             z = matmul_nn(x, ka)
             y = matmul_nt(z, kc, bias)
@@ -68,6 +75,16 @@ class LinearMap:
             z = contract(x, in_factors, route.in_groups)
             y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
+
+    def _decodes(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
+        """Whether two kernels compute few rows, without Z or a matrix in memory."""
+        return 0 < x.shape[0] <= MOST_DECODED_ROWS and not self.plan.keep and may_fuse(x, factors)
+
+    def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+        from polyadic.kernels.triton.decode import decode
+
+        x, *factors = contiguous((x, *factors))
+        return decode(x, factors[: self.n_in], factors[self.n_in :], bias)
 
     def backward(
         self,
