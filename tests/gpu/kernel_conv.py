@@ -170,7 +170,7 @@ def _layers() -> Iterator[str]:
             modes = ((2, 4), (3, 2 // groups), (1, *geometry.kernel_size))
             sides = draw_groups(modes, 10, dtype, False)
             factors = [factor for side in sides for factor in side]
-            route = ConvRoute("channels_last", "merged")
+            route = ConvRoute("channels_last", "merged", by="triton")
             layer_map = ConvMap(ConvPlan(route, route, keep), geometry, 2, 2, groups)
             x = draw(shape, dtype, False)
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -219,7 +219,7 @@ def _launches() -> str:
     x = draw((2, 6, 5, 5), torch.bfloat16, False).contiguous(memory_format=torch.channels_last)
     bias = draw((8,), torch.bfloat16, False)
     leaves = [t.requires_grad_() for t in (x, bias, *[f for side in sides for f in side])]
-    route = ConvRoute("channels_last", "merged")
+    route = ConvRoute("channels_last", "merged", by="triton")
     plan = ConvPlan(route, route, 1)
     with torch.enable_grad(), counted() as launches:
         y = cp_conv(x, *sides, bias, padding=1, plan=plan)

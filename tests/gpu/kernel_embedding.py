@@ -145,7 +145,7 @@ def _layers() -> Iterator[str]:
             ins, outs = draw_groups((in_modes, out_modes), rank, dtype, False)
             n, n_in = math.prod(in_modes), len(ins)
             indices = torch.randint(n, (40,)).to(device())
-            route = LinearRoute((1,) * n_in, (len(outs),))
+            route = LinearRoute((1,) * n_in, (len(outs),), by="triton")
             layer_map = EmbeddingMap(LinearPlan(route, route, keep), n_in, int(indices[3]))
             grad_y = draw((40, math.prod(out_modes)), dtype, False)
             factors = [*ins, *outs]

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix_layers import dense_conv, dense_conv_transpose, dense_linear, weight
 from torch import Tensor, nn
 
-from matrix_layers import dense_conv, dense_conv_transpose, dense_linear, weight
 from poisoning import poisoned
 from polyadic import nn as pnn
 
