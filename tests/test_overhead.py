@@ -12,17 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BY_ID, params
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.functional import linear as linear_module
-from polyadic.kernels import multilinear
+from polyadic.functional.boundary import known_calls
 from polyadic.nn import CPLinear
-from polyadic.planner import linear as linear_planner
+from polyadic.planner import choice
 from polyadic.testing import LiveBytes, launches
-from test_counting import largest_allocation
-from test_derivatives import assert_trees_close, second_derivatives
-from test_plans import check_plan
 from test_values import assert_close
 
 
@@ -94,7 +90,7 @@ def test_a_small_layer_makes_few_calls(
         return lambda: torch.autograd.grad(y, wanted, grad_y)
 
     # A call settled by an equal plan of another test compares the two, each time.
-    linear_planner.settled.clear()
+    known_calls.clear()
     back(call())()
     assert launches(call) <= forward[0]
     assert python_calls(call) <= forward[1]
@@ -125,7 +121,7 @@ def test_a_second_call_checks_and_plans_nothing(monkeypatch: pytest.MonkeyPatch)
     for other in (longer, x.double(), x.to("meta"), x[..., :12]):
         with pytest.raises(AssertionError):
             layer(other)
-    linear_planner.forget()
+    choice.forget()
     with pytest.raises(AssertionError):
         layer(x)
 
@@ -191,53 +187,3 @@ def test_a_training_step_needs_no_more_memory_than_dense(
         peaks.append(live.peak)
         del y, grads
     assert peaks[0] <= peaks[1]
-
-
-LARGE = [
-    BY_ID[name]
-    for name in (
-        "linear-order2-lead-with-0",
-        "linear-order3-primes-lambda",
-        "linear-unequal-4-2",
-        "linear-order3-size1-middle",
-    )
-]
-
-
-@pytest.mark.parametrize("piece", [1, 40])
-@pytest.mark.parametrize("case", params(LARGE))
-def test_gradients_made_in_pieces(case: Any, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done to large dK only, done to small ones: the same gradients, also of gradients."""
-    monkeypatch.setattr(multilinear, "WHOLE", 0)
-    monkeypatch.setattr(multilinear, "PIECE", piece)
-    ins, outs = case.tensorized_shape
-    for kind in ("factorized", "dense"):
-        route = LinearRoute((len(ins),), (len(outs),), kind)
-        check_plan(case, LinearPlan(route, route))
-        check_plan(case, LinearPlan(route, route, 0))
-    route = LinearRoute((len(ins),), (len(outs),))
-    got = second_derivatives(case, lambda leaves: case.cp(leaves, plan=LinearPlan(route, route)))
-    want = second_derivatives(case, case.expected)
-    assert_trees_close(got, want, "second derivative in pieces")
-
-
-def test_a_large_gradient_never_exists_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the input, the output and the two Khatri-Rao matrices nothing is large."""
-    case = BY_ID["linear-order3-primes-lambda"]
-    ins, outs = case.tensorized_shape
-    route = LinearRoute((len(ins),), (len(outs),))
-    made: list[int] = []
-    plain = multilinear._mttkrp
-
-    def note(d_matrix: Tensor, *rest: Any) -> list[Tensor]:
-        made.append(d_matrix.numel())
-        return plain(d_matrix, *rest)
-
-    monkeypatch.setattr(multilinear, "_mttkrp", note)
-    largest_allocation(case, plan=LinearPlan(route, route))
-    whole = max(made)
-    made.clear()
-    monkeypatch.setattr(multilinear, "WHOLE", 0)
-    monkeypatch.setattr(multilinear, "PIECE", 1)
-    largest_allocation(case, plan=LinearPlan(route, route))
-    assert 0 < max(made) < whole

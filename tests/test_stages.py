@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polyadic.kernels import depthwise
+from polyadic.kernels import cpu
 from polyadic.kernels.depthwise import Stage
 
 Pair = tuple[int, int]
@@ -69,7 +69,7 @@ def test_gradients_of_wide_stages_are_torchs(drawn: Any) -> None:
     taps.requires_grad_()
     expected = torch.autograd.grad(stage.forward(x, taps, None, rank), [x, taps], grad)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(depthwise, "LEAST_FOR_WIDE", 0)
+        patch.setattr(cpu, "WIDE_FROM_ENTRIES", 0)
         got = stage.backward(grad, x, taps, rank, (True, True))
         alone = stage.backward(grad, x, taps, rank, (False, True))
     for mine, right in zip(got, expected, strict=True):

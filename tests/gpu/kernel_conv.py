@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,7 @@ def _layers() -> Iterator[str]:
             modes = ((2, 4), (3, 2 // groups), (1, *geometry.kernel_size))
             sides = draw_groups(modes, 10, dtype, False)
             factors = [factor for side in sides for factor in side]
-            route = ConvRoute("channels_last", "merged")
+            route = ConvRoute("channels_last", "merged", by="triton")
             layer_map = ConvMap(ConvPlan(route, route, keep), geometry, 2, 2, groups)
             x = draw(shape, dtype, False)
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -186,6 +187,10 @@ def _layers() -> Iterator[str]:
             wide = x.cpu().double(), bias.cpu().double(), [f.double() for f in there[2]]
             exact = _step(layer_map, *wide, grad_y.cpu().double())
             judge_together(name, found, exact, torchs)
+            # What one way keeps serves the other: only one of the two may be watched by a mode.
+            for pair in (fused_kernels(), nullcontext()), (nullcontext(), fused_kernels()):
+                mixed = _step(layer_map, x, bias, factors, grad_y, ways=pair)
+                judge_together(f"{name} in two ways", mixed, exact, torchs)
             yield name
 
 
@@ -196,12 +201,15 @@ def _step(
     factors: list[Tensor],
     grad_y: Tensor,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    ways: tuple[AbstractContextManager[None], ...] = (nullcontext(), nullcontext()),
 ) -> list[Tensor | None]:
     """Output and gradients, None where they are not needed: of x, the out factors, the others."""
-    y, kept = layer_map.forward(x, bias, factors)
+    with ways[0]:
+        y, kept = layer_map.forward(x, bias, factors)
     cut = layer_map.n_out
     wanted = [needs[0], *[needs[1]] * cut, *[needs[2]] * (len(factors) - cut)]
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
+    with ways[1]:
+        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
     return [y, d_x, *d_factors]
 
 
@@ -211,7 +219,7 @@ def _launches() -> str:
     x = draw((2, 6, 5, 5), torch.bfloat16, False).contiguous(memory_format=torch.channels_last)
     bias = draw((8,), torch.bfloat16, False)
     leaves = [t.requires_grad_() for t in (x, bias, *[f for side in sides for f in side])]
-    route = ConvRoute("channels_last", "merged")
+    route = ConvRoute("channels_last", "merged", by="triton")
     plan = ConvPlan(route, route, 1)
     with torch.enable_grad(), counted() as launches:
         y = cp_conv(x, *sides, bias, padding=1, plan=plan)
@@ -260,4 +268,6 @@ def _forms(
         (*pointers[:5], "*fp32", *("i32",) * 10),
         depthwise.backward_constants(where, groups, padded, True),
         wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
+        # Many taps take the compiler long.
+        capabilities=(80, 90, 100) if math.prod(where.kernel) <= depthwise.MOST_SUMS else (90,),
     )

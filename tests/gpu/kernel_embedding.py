@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def _layers() -> Iterator[str]:
             ins, outs = draw_groups((in_modes, out_modes), rank, dtype, False)
             n, n_in = math.prod(in_modes), len(ins)
             indices = torch.randint(n, (40,)).to(device())
-            route = LinearRoute((1,) * n_in, (len(outs),))
+            route = LinearRoute((1,) * n_in, (len(outs),), by="triton")
             layer_map = EmbeddingMap(LinearPlan(route, route, keep), n_in, int(indices[3]))
             grad_y = draw((40, math.prod(out_modes)), dtype, False)
             factors = [*ins, *outs]
@@ -157,7 +158,12 @@ def _layers() -> Iterator[str]:
             there = indices.cpu(), [f.cpu() for f in factors], grad_y.cpu()
             torchs = _step(layer_map, *there)
             wide = there[0], [f.double() for f in there[1]], there[2].double()
-            judge_together(name, found, _step(layer_map, *wide), torchs)
+            exact = _step(layer_map, *wide)
+            judge_together(name, found, exact, torchs)
+            # What one way keeps serves the other: only one of the two may be watched by a mode.
+            for pair in (fused_kernels(), nullcontext()), (nullcontext(), fused_kernels()):
+                mixed = _step(layer_map, indices, factors, grad_y, ways=pair)
+                judge_together(f"{name} in two ways", mixed, exact, torchs)
             yield name
 
 
@@ -181,12 +187,15 @@ def _step(
     factors: Sequence[Tensor],
     grad_y: Tensor,
     needs: tuple[bool, bool] = (True, True),
+    ways: tuple[AbstractContextManager[None], ...] = (nullcontext(), nullcontext()),
 ) -> list[Any]:
     """Output and gradients, None where they are not needed."""
-    y, kept = layer_map.forward(indices, None, factors)
+    with ways[0]:
+        y, kept = layer_map.forward(indices, None, factors)
     cut = layer_map.n_in
     wanted = [False, *[needs[0]] * cut, *[needs[1]] * (len(factors) - cut)]
-    return [y, *layer_map.backward(grad_y, indices, kept, factors, wanted)[1]]
+    with ways[1]:
+        return [y, *layer_map.backward(grad_y, indices, kept, factors, wanted)[1]]
 
 
 def forms() -> Iterator[Form]:

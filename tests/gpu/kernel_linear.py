@@ -41,7 +41,7 @@ def on_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
             stack.enter_context(mock.patch.object(pairs, "triton_serves", return_value=True))
             for module in (linear, multilinear):
-                stack.enter_context(mock.patch.object(module, "tall_unrounded", _unrounded))
+                stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
         yield
 
 
@@ -58,8 +58,9 @@ def step(
 
 def _plans(n_in: int, n_out: int, mixed: bool) -> Iterator[LinearPlan]:
     """Z kept and not; other routes before and after the one that has kernels."""
-    whole, split = LinearRoute((n_in,), (n_out,)), LinearRoute((1,) * n_in, (1,) * n_out)
-    dense = LinearRoute((n_in,), (n_out,), "dense")
+    whole = LinearRoute((n_in,), (n_out,), by="triton")
+    split = LinearRoute((1,) * n_in, (1,) * n_out)
+    dense = LinearRoute((n_in,), (n_out,), "dense", "triton")
     yield LinearPlan(whole, whole)
     yield LinearPlan(whole, whole, 0)
     if mixed:

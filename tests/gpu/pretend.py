@@ -32,7 +32,7 @@ def fused_kernels() -> Iterator[None]:
             for module in (pairs, fused):
                 stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
             for module in (embedding, projections):
-                stack.enter_context(mock.patch.object(module, "tall_unrounded", _unrounded))
+                stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
         yield
 
 
@@ -98,8 +98,8 @@ def counted() -> Iterator[Launches]:
     with (
         fused_kernels(),
         # One product, as it is on a GPU.
-        mock.patch.object(embedding, "tall_unrounded", products.tall),
-        mock.patch.object(projections, "tall_unrounded", products.tall),
+        mock.patch.object(embedding, "matmul_tn_unrounded", products.matmul_tn),
+        mock.patch.object(projections, "matmul_tn_unrounded", products.matmul_tn),
         mock.patch.object(fused, "observed", return_value=False),
         mock.patch.object(pairs, "observed", return_value=False),
         mock.patch.object(Launcher, "__call__", started),

@@ -43,8 +43,8 @@ def plan(
 ) -> None:
     """Show how a layer will be computed: steps, costs, dense beside it, what was rejected."""
     from polyadic.calibration import calibrate as measure
-    from polyadic.explaining import explain
     from polyadic.nn import CPConv2d, CPLinear
+    from polyadic.planner.explanation import explain
 
     try:
         if threads is not None:

@@ -28,7 +28,8 @@ from polyadic.compression.targets import Site
 from polyadic.fitting import Decomposition
 from polyadic.nn.kinds import family_of
 from polyadic.nn.layer import Rank
-from polyadic.planner.calibrated import machine_for
+from polyadic.planner.calibrated import machine_at
+from polyadic.planner.request import place_now
 from polyadic.pretrained import attach
 
 Callback = Callable[[str, int, int, str], object]
@@ -233,7 +234,7 @@ class Job:
             if fits
             else None,
             output_error=measured,
-            machine=machine_for(first.device.type, first.dtype).source,
+            machine=machine_at(place_now(first.device.type, first.dtype)).source,
         )
 
     def _layer(self, w: Weighed, option: Option, fit: Decomposition | None) -> LayerReport:

@@ -33,7 +33,9 @@ MOST_TAPS = 27
 
 def is_fused(route: ConvRoute, plan: Stages, x: Tensor, factors: Sequence[Tensor]) -> bool:
     """Whether Triton kernels compute one direction of a convolution of x (b, c, *s)."""
-    if route.kind == "dense" or route.layout != "channels_last" or not may_fuse(x, factors):
+    if route.by == "torch" or route.kind == "dense":
+        return False
+    if route.layout != "channels_last" or not may_fuse(x, factors):
         return False
     if plan.dense.transposed or len(plan.depthwise) > 1:
         return False

@@ -71,16 +71,21 @@ def depthwise_rows(
     first = (((image * size_0 + i).to(tl.int64) * size_1 + j) * size_2 + k) * MAPS
     base = z1 + first[:, None] + r[None, :]
     total = tl.zeros((p.shape[0], r.shape[0]), tl.float32)
-    for t in tl.static_range(TAPS):
-        u = t // (KERNEL[1] * KERNEL[2]) * DILATION[0]
-        v = (t // KERNEL[2]) % KERNEL[1] * DILATION[1]
-        w = t % KERNEL[2] * DILATION[2]
-        there = inside & (i + u >= 0) & (i + u < size_0) & (j + v >= 0) & (j + v < size_1)
-        there &= (k + w >= 0) & (k + w < size_2)
-        step = ((u * size_1 + v) * size_2 + w) * MAPS
-        z = tl.load(base + step, mask=there[:, None] & ranked[None, :], other=0.0)
-        tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
-        total += z.to(tl.float32) * tap.to(tl.float32)[None, :]
+    # Of many taps so many at a time: with all loads in flight the registers would not do.
+    together: tl.constexpr = TAPS if TAPS <= 9 else 9
+    for first_tap in range(0, TAPS, together):
+        for s in tl.static_range(together):
+            t = first_tap + s
+            u = t // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+            v = (t // KERNEL[2]) % KERNEL[1] * DILATION[1]
+            w = t % KERNEL[2] * DILATION[2]
+            # Of the last few there may be fewer; as tensors, for the interpreter mixes no others.
+            there = inside & (t + 0 * i < TAPS) & (i + u >= 0) & (i + u < size_0)
+            there &= (j + v >= 0) & (j + v < size_1) & (k + w >= 0) & (k + w < size_2)
+            step = ((u * size_1 + v) * size_2 + w) * MAPS
+            z = tl.load(base + step, mask=there[:, None] & ranked[None, :], other=0.0)
+            tap = tl.load(taps + t * PADDED + r, mask=ranked & (t + 0 * r < TAPS), other=0.0)
+            total += z.to(tl.float32) * tap.to(tl.float32)[None, :]
     return total
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
 from polyadic.checks import geometry, transposed_geometry
@@ -19,21 +20,14 @@ from polyadic.functional import (
     cp_linear,
     cp_linear_forward,
 )
-from polyadic.kernels import products
-from polyadic.planner.conv import conv_plans
-from polyadic.planner.embedding import plan_embedding
-from polyadic.planner.linear import (
-    bucket,
-    choose_linear,
-    compositions,
-    linear_plans,
-    predict_linear,
-)
-from polyadic.planner.machine import Machine, Step, built_in
-from polyadic.planner.steps import gemm, plan_steps
-from polyadic.planner.steps_conv import conv_plan_steps
-from polyadic.planner.steps_embedding import embedding_backward_steps, embedding_forward_steps
-from polyadic.testing import Flops, Operations
+from polyadic.kernels.embedding import EmbeddingMap
+from polyadic.kernels.linear import LinearMap
+from polyadic.planner import choice
+from polyadic.planner.linear import compositions
+from polyadic.planner.machine import Machine, built_in
+from polyadic.planner.request import Request, bucket, request
+from polyadic.planner.steps import Step, gemm
+from polyadic.testing import Flops
 
 LINEAR = [
     (LinearFormat((4, 4, 16), (4, 4, 8), 16), 32),
@@ -58,11 +52,15 @@ def _factors(*groups: tuple[int, ...], rank: int) -> list[list[torch.Tensor]]:
     return [[torch.randn(n, rank, requires_grad=True) for n in group] for group in groups]
 
 
+def candidates(asked: Request) -> list[Any]:
+    return list(choice.kind_of(asked).candidates(asked))
+
+
 @pytest.mark.parametrize(("fmt", "rows"), LINEAR)
 def test_flops_left_to_autograd_are_the_same(fmt: LinearFormat, rows: int) -> None:
     route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
     closed, left = (
-        plan_steps(fmt, rows, LinearPlan(route, route, keep), 4, training=True) for keep in (1, 2)
+        choice.steps(request(fmt, rows), LinearPlan(route, route, keep)) for keep in (1, 2)
     )
     ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
     x = torch.randn(rows, fmt.in_features, requires_grad=True)
@@ -78,8 +76,9 @@ def test_flops_left_to_autograd_are_the_same(fmt: LinearFormat, rows: int) -> No
 def test_linear_flops_are_what_torch_counts(fmt: LinearFormat, rows: int, memory: str) -> None:
     ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
     x = torch.randn(rows, fmt.in_features, requires_grad=True)
-    for plan in linear_plans(fmt, memory):
-        forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
+    asked = request(fmt, rows, memory=memory)
+    for plan in candidates(asked):
+        forward, backward = choice.steps(asked, plan)
         with Flops() as counter:
             y = cp_linear(x, ins, outs, plan=plan)
         assert counter.total == sum(step.flops for step in forward), plan
@@ -101,8 +100,9 @@ def test_conv_flops_are_what_torch_counts(
         place = transposed_geometry(fmt.kernel_size, *where[:2], where[3], where[2])
     else:
         place = geometry(fmt.kernel_size, *where)
-    for plan in conv_plans(memory):
-        forward, backward = conv_plan_steps(fmt, place, batch, size, False, plan, 4, training=True)
+    asked = request(fmt, batch, memory=memory, geometry=place, size=size)
+    for plan in candidates(asked):
+        forward, backward = choice.steps(asked, plan)
         with Flops() as counter:
             if fmt.transposed:
                 call = {"groups": fmt.groups, "plan": plan, **options}
@@ -122,72 +122,98 @@ def test_embedding_flops_are_what_torch_counts(
 ) -> None:
     fmt = EmbeddingFormat(in_shape, (4, 3), 6, num_embeddings=math.prod(in_shape) - 1)
     ins, outs = _factors(in_shape, fmt.out_shape, rank=fmt.rank)
-    plan = plan_embedding(fmt, rows, torch.float32, "cpu", memory)
+    asked = request(fmt, rows, memory=memory)
+    forward, backward = choice.steps(asked, choice.choose(asked))
     with Flops() as counter:
         y = cp_embedding(torch.arange(rows) % 7, ins, outs, unique=False, memory=memory)
-    assert counter.total == sum(step.flops for step in embedding_forward_steps(fmt, rows, plan, 4))
+    assert counter.total == sum(step.flops for step in forward)
     with Flops() as counter:
         y.sum().backward()
-    assert counter.total == sum(step.flops for step in embedding_backward_steps(fmt, rows, plan, 4))
+    assert counter.total == sum(step.flops for step in backward)
 
 
-def launched(seen: Operations) -> int:
-    """What reaches the dispatcher, a sum counted twice, as long as calling one takes."""
-    return len(seen.names) + sum("sum" in name for name in seen.names)
+class Dispatched(TorchDispatchMode):
+    """Counts what reaches the dispatcher: operations that make a view, and all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views = self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = func.is_view or func is torch.ops.aten._unsafe_view.default
+        self.views += is_view
+        self.launches += not is_view
+        return func(*args, **(kwargs or {}))
+
+
+def counts(steps: list[Step]) -> tuple[int, int]:
+    return sum(step.launches for step in steps), sum(step.views for step in steps)
+
+
+PLACES = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("meta", torch.float32),
+          ("meta", torch.bfloat16)]  # fmt: skip
 
 
 @pytest.mark.parametrize("memory", ["balanced", "least"])
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize(("fmt", "rows"), LINEAR)
 def test_linear_launches_are_what_torch_dispatches(
-    fmt: LinearFormat, rows: int, memory: str
+    fmt: LinearFormat, rows: int, device: str, dtype: torch.dtype, memory: str
 ) -> None:
-    ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
-    x = torch.randn(rows, fmt.in_features, requires_grad=True)
-    grad_y = torch.randn(rows, fmt.out_features)
-    for plan in linear_plans(fmt, memory):
-        forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
-        with Operations() as there:
-            y = cp_linear(x, ins, outs, plan=plan)
-        assert launched(there) == sum(step.launches for step in forward), plan
-        with Operations() as back:
-            torch.autograd.grad(y, [x, *ins, *outs], grad_y)
-        assert launched(back) == sum(step.launches for step in backward), plan
+    """On a CPU and, by tensors without values, elsewhere; casts of half precisions are launches."""
+    place = {"dtype": dtype, "device": device}
+    factors = [torch.randn(n, fmt.rank, **place) for n in (*fmt.in_shape, *fmt.out_shape)]
+    x, grad_y = (
+        torch.randn(rows, features, **place) for features in (fmt.in_features, fmt.out_features)
+    )
+    asked, needs = request(fmt, rows, memory=memory, **place), (True,) * (1 + len(factors))
+    for plan in candidates(asked):
+        layer_map = LinearMap(plan, len(fmt.in_shape))
+        forward, backward = choice.steps(asked, plan)
+        with Dispatched() as there:
+            _, kept = layer_map.forward(x, None, factors)
+        assert (there.launches, there.views) == counts(forward), plan
+        with Dispatched() as back:
+            layer_map.backward(grad_y, x, kept, factors, needs)
+        assert (back.launches, back.views) == counts(backward), plan
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced"])
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize(("in_shape", "rows"), [((5, 7), 3), ((3, 4, 2), 40), ((9,), 4)])
+def test_embedding_launches_are_what_torch_dispatches(
+    in_shape: tuple[int, ...], rows: int, device: str, dtype: torch.dtype, memory: str
+) -> None:
+    place = {"dtype": dtype, "device": device}
+    fmt = EmbeddingFormat(in_shape, (4, 3), 6)
+    ins, outs = (
+        [torch.randn(n, fmt.rank, requires_grad=True, **place) for n in shape]
+        for shape in (fmt.in_shape, fmt.out_shape)
+    )
+    asked = request(fmt, rows, memory=memory, **place)
+    plan = choice.choose(asked)
+    forward, backward = choice.steps(asked, plan)
+    layer_map = EmbeddingMap(plan, len(ins))
+    indices = torch.zeros(rows, dtype=torch.int64, device=device)
+    with torch.no_grad(), Dispatched() as there:
+        y, kept = layer_map.forward(indices, None, [*ins, *outs])
+    assert (there.launches, there.views) == counts(forward)
+    needs = (False, *[True] * (len(ins) + len(outs)))
+    grad_y = torch.ones_like(y)
+    with torch.no_grad(), Dispatched() as back:
+        layer_map.backward(grad_y, indices, kept, [*ins, *outs], needs)
+    assert (back.launches, back.views) == counts(backward)
 
 
 def test_a_product_reads_its_operands_before_it_multiplies() -> None:
     """Of few rows it costs the reading, of many the multiplications, and between them both."""
     machine = Machine(launch=0.0)
-    one, few, many = (machine.seconds(gemm("", rows, 1024, 4096, 4)) for rows in (1, 64, 1024))
+    asked = request(LinearFormat((1,), (1,), 1), 1)
+    one, few, many = (machine.seconds(gemm(asked, "", n, 1024, 4096)) for n in (1, 64, 1024))
     reading = 4 * 2048**2 / machine.gemm_bandwidth
     assert one == pytest.approx(reading, rel=0.1)
     assert few > reading + 2 * 64 * 2048**2 / machine.gemm
     assert many == pytest.approx(2 * 1024 * 2048**2 / machine.gemm, rel=0.1)
-
-
-@pytest.mark.parametrize("faster", [True, False])
-def test_sums_too_long_for_onednn_take_longer(
-    monkeypatch: pytest.MonkeyPatch, faster: bool
-) -> None:
-    """Where oneDNN is faster than the BLAS; in float32, and where both would be asked."""
-    monkeypatch.setattr(products, "faster_products", lambda: faster)
-
-    def slowed(rows: int, terms: int, item: int) -> bool:
-        step = gemm("", rows, terms, 64, item)
-        return step.padded_flops > step.flops
-
-    assert slowed(256, 4096, 4) == faster
-    assert not slowed(1024, 1024, 4)
-    assert not slowed(8, 4096, 4)
-    assert not slowed(256, 4096, 8)
-
-
-def test_very_large_tensors_cost_their_memory() -> None:
-    """Of a weighted sum over many rows; in pieces the memory of one is used again."""
-    machine = Machine(launch=0.0, row=0.0)
-    step = Step("", "stream", 0, 2**26, new=2**25)
-    less, pieces = replace(step, new=2**24), replace(step, pieces=8)
-    assert machine.seconds(step) > machine.seconds(less) + 0.9 * step.new / machine.new_bandwidth
-    assert machine.seconds(pieces) < machine.seconds(step)
 
 
 def test_compositions_are_all_ways_to_cut() -> None:
@@ -201,32 +227,32 @@ def test_bucket_is_the_next_power_of_two() -> None:
 
 def test_the_choice_is_the_cheapest_of_the_predictions() -> None:
     for fmt, rows in LINEAR:
-        chosen = choose_linear(fmt, rows, torch.float32, "cpu", "balanced")
-        times = [predict_linear(plan, fmt, rows) for plan in linear_plans(fmt)]
-        assert predict_linear(chosen, fmt, rows) <= min(times) * (1 + 1e-9)
+        asked = request(fmt, bucket(rows))
+        times = [choice.predict(asked, plan) for plan in candidates(asked)]
+        assert choice.predict(asked, choice.choose(asked)) <= min(times) * (1 + 1e-9)
 
 
 def test_small_batches_split_and_high_ranks_rebuild() -> None:
     wide = LinearFormat((16, 16, 16), (16, 16, 16), 256)
-    one = choose_linear(wide, 1, torch.float32, "cpu", "balanced")
+    one = choice.choose(request(wide, 1))
     assert len(one.forward.in_groups) > 1
     assert len(one.backward.out_groups) > 1
-    many = choose_linear(wide, 4096, torch.float32, "cpu", "balanced")
+    many = choice.choose(request(wide, 4096))
     assert many.forward == LinearRoute((3,), (3,))
     above = LinearFormat((8, 8), (8, 8), 512)
-    assert choose_linear(above, 4096, torch.float32, "cpu", "balanced").forward.kind == "dense"
+    assert choice.choose(request(above, 4096)).forward.kind == "dense"
 
 
 def test_least_memory_keeps_nothing() -> None:
     for fmt, rows in LINEAR:
-        assert not choose_linear(fmt, rows, torch.float32, "cpu", "least").keep
+        assert not choice.choose(request(fmt, rows, memory="least")).keep
 
 
 def test_predictions_add_up_to_the_steps() -> None:
     fmt, rows = LINEAR[0]
     machine = Machine(gemm=1e9, launch=1e-3)
-    plan = linear_plans(fmt)[0]
-    forward, backward = plan_steps(fmt, rows, plan, 4, training=True)
+    asked = request(fmt, rows)
+    forward, backward = choice.steps(asked, candidates(asked)[0])
     every = [*forward, *backward]
     assert machine.total(every) == pytest.approx(machine.total(forward) + machine.total(backward))
     assert machine.total(every) > 1e-3 * sum(step.launches for step in every)
@@ -245,7 +271,7 @@ def test_the_explicit_pairs_never_rebuild_by_choice() -> None:
     ins, outs = _factors((4, 4), (4, 4), rank=200)
     x = torch.randn(64, 16)
     fmt = LinearFormat((4, 4), (4, 4), 200)
-    assert choose_linear(fmt, 64, torch.float32, "cpu", "balanced").forward.kind == "dense"
+    assert choice.choose(request(fmt, 64)).forward.kind == "dense"
     plan = cp_linear_forward(x, ins, outs)[1].plan
     assert plan.forward.kind == plan.backward.kind == "factorized"
     outs, ins, kernels = _factors((4, 2), (4, 2), (3, 3), rank=300)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,37 +12,40 @@ import pytest
 import torch
 
 import polyadic
-from polyadic.planner import calibrated
-from polyadic.planner import linear as linear_planner
+from polyadic import calibration
+from polyadic.planner import calibrated, choice
+from polyadic.planner.calibrated import machine_at
 from polyadic.planner.machine import built_in
+from polyadic.planner.request import place_now, request
 
-calibration = sys.modules["polyadic.calibration"]
+HERE = place_now("cpu", torch.float32)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calibrated._machine.cache_clear()
+    machine_at.cache_clear()
     yield tmp_path / "polyadic"
-    calibrated._machine.cache_clear()
+    machine_at.cache_clear()
 
 
 def _default():
-    return built_in("cpu", torch.float32, torch.get_num_threads())
+    return built_in(*HERE)
 
 
 def test_rates_are_measured_stored_and_found_again(cache: Path) -> None:
-    assert calibrated.machine_for("cpu", torch.float32) == _default()
+    assert machine_at(HERE) == _default()
     state = torch.get_rng_state()
     machine = polyadic.calibrate()
     assert torch.equal(torch.get_rng_state(), state)
     assert machine.source == "calibrated"
     for field in dataclasses.fields(machine):
-        if field.name != "source":
+        # A processor has no kernels beside its operations, and no queue.
+        if field.name not in ("source", "kernel", "queued"):
             assert getattr(machine, field.name) > 0, field.name
     assert len(list(cache.iterdir())) == 1
-    assert calibrated.machine_for("cpu", torch.float32) == machine
-    assert calibrated.machine_for("cpu", torch.float64).source == "built-in"
+    assert machine_at(HERE) == machine
+    assert machine_at(HERE._replace(dtype=torch.float64)).source == "built-in"
     found = polyadic.explain(polyadic.nn.CPLinear(8, 8, rank=2), batch=4)
     assert "calibrated machine numbers" in str(found)
 
@@ -51,23 +53,23 @@ def test_rates_are_measured_stored_and_found_again(cache: Path) -> None:
 def test_plans_follow_a_new_calibration(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice made before is made anew by the numbers just measured."""
     fmt = polyadic.LinearFormat((16, 16, 16), (16, 16, 16), 256)
-    place = (fmt, 1, torch.float32, "cpu", "balanced")
-    before = linear_planner.choose_linear(*place)
+    asked = request(fmt, 1)
+    before = choice.choose(asked)
     assert len(before.forward.in_groups) > 1
-    slow = {"launch": 1.0, "call": 1.0, "dense_call": 1.0}
-    monkeypatch.setattr(calibration, "_calls", lambda *given: slow)
+    slow = {"launch": 1.0, "view": 1.0, "call": 1.0, "dense_call": 1.0}
+    monkeypatch.setattr(calibration, "calls_of_layers", lambda *given: slow)
     polyadic.calibrate()
     try:
-        assert linear_planner.choose_linear(*place) != before
+        assert choice.choose(asked) != before
     finally:
-        linear_planner.forget()
+        choice.forget()
 
 
 def _store(change) -> None:
-    path = calibrated.store(_default(), "cpu", torch.float32, torch.get_num_threads())
+    path = calibrated.store(_default(), HERE)
     content = json.loads(path.read_text())
     path.write_text(change(content))
-    calibrated._machine.cache_clear()
+    machine_at.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def _store(change) -> None:
         lambda content: "",
         lambda content: "[1, 2]",
         lambda content: json.dumps({**content, "format_version": 99}),
-        lambda content: json.dumps({**content, "fingerprint": {"processor": "another"}}),
+        lambda content: json.dumps({**content, "made_on": {"processor": "another"}}),
         lambda content: json.dumps({**content, "machine": {"gemm": 1.0}}),
         lambda content: json.dumps({**content, "machine": {**content["machine"], "gemm": "fast"}}),
         lambda content: json.dumps({**content, "machine": {**content["machine"], "gemm": 0}}),
@@ -92,17 +94,17 @@ def _store(change) -> None:
 def test_a_bad_store_is_ignored_with_a_warning(cache: Path, change) -> None:
     _store(change)
     with pytest.warns(RuntimeWarning, match=r"ignoring the calibration.*polyadic\.calibrate"):
-        assert calibrated.machine_for("cpu", torch.float32) == _default()
+        assert machine_at(HERE) == _default()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrated.machine_for("cpu", torch.float32)
+        machine_at(HERE)
 
 
 def test_a_good_store_is_taken_without_a_warning(cache: Path) -> None:
     _store(json.dumps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert calibrated.machine_for("cpu", torch.float32) == _default()
+        assert machine_at(HERE) == _default()
 
 
 def test_an_integer_dtype_is_refused() -> None:
@@ -125,19 +127,19 @@ def test_an_integer_dtype_is_refused() -> None:
     ids=["not text", "deep", "huge", "source"],
 )
 def test_garbage_is_ignored_with_a_warning_too(cache: Path, change) -> None:
-    path = calibrated.store(_default(), "cpu", torch.float32, torch.get_num_threads())
+    path = calibrated.store(_default(), HERE)
     path.write_bytes(change(json.loads(path.read_text())))
-    calibrated._machine.cache_clear()
+    machine_at.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"ignoring the calibration.*polyadic\.calibrate"):
-        assert calibrated.machine_for("cpu", torch.float32) == _default()
+        assert machine_at(HERE) == _default()
 
 
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes the time."""
     for name in ("gemm", "stream"):
-        monkeypatch.setattr(calibration._Rates, name, lambda self: {})
-    monkeypatch.setattr(calibration._Rates, "convolutions", lambda self, machine: {})
-    monkeypatch.setattr(calibration, "_calls", lambda *given: {"launch": 1e-6})
+        monkeypatch.setattr(calibration.Rates, name, lambda self: {})
+    monkeypatch.setattr(calibration.Rates, "convolutions", lambda self, machine: {})
+    monkeypatch.setattr(calibration, "calls_of_layers", lambda *given: {"launch": 1e-6})
 
 
 def test_a_calibration_that_cannot_be_stored_holds_for_the_process(
@@ -147,13 +149,13 @@ def test_a_calibration_that_cannot_be_stored_holds_for_the_process(
     cache.write_text("no folder")
     with pytest.warns(RuntimeWarning, match="holds for this process alone"):
         machine = polyadic.calibrate()
-    assert calibrated.machine_for("cpu", torch.float32) == machine
+    assert machine_at(HERE) == machine
     cache.unlink()
     polyadic.calibrate()
     assert [path.suffix for path in cache.iterdir()] == [".json"]
     next(cache.iterdir()).unlink()
-    calibrated._machine.cache_clear()
-    assert calibrated.machine_for("cpu", torch.float32) == _default()
+    machine_at.cache_clear()
+    assert machine_at(HERE) == _default()
 
 
 def test_no_home_folder_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,15 +165,15 @@ def test_no_home_folder_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     _quick(monkeypatch)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    calibrated._machine.cache_clear()
+    machine_at.cache_clear()
     try:
-        assert calibrated.machine_for("cpu", torch.float32) == _default()
+        assert machine_at(HERE) == _default()
         with pytest.warns(RuntimeWarning, match="Set XDG_CACHE_HOME"):
             machine = polyadic.calibrate()
-        assert calibrated.machine_for("cpu", torch.float32) == machine
+        assert machine_at(HERE) == machine
     finally:
         calibrated._unwritten.clear()
-        calibrated._machine.cache_clear()
+        machine_at.cache_clear()
 
 
 def test_a_relative_cache_folder_is_ignored(
@@ -179,9 +181,7 @@ def test_a_relative_cache_folder_is_ignored(
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
-    assert calibrated.calibration_file("cpu", torch.float32, 1).parent == (
-        tmp_path / ".cache" / "polyadic"
-    )
+    assert calibrated.calibration_file(HERE).parent == (tmp_path / ".cache" / "polyadic")
 
 
 def test_calibrations_at_once_are_each_written_whole(cache: Path) -> None:
@@ -189,7 +189,7 @@ def test_calibrations_at_once_are_each_written_whole(cache: Path) -> None:
 
     def store(machine) -> None:
         for _ in range(30):
-            assert calibrated.store(machine, "cpu", torch.float32, 1) is not None
+            assert calibrated.store(machine, HERE) is not None
 
     with ThreadPoolExecutor(len(machines)) as pool:
         list(pool.map(store, machines))
@@ -222,5 +222,5 @@ def test_an_absent_device_is_refused() -> None:
 def test_the_tests_rest_on_the_built_in_numbers() -> None:
     """Whoever runs them may have calibrated the machine."""
     usual = Path.home() / ".cache" / "polyadic"
-    assert usual not in calibrated.calibration_file("cpu", torch.float32, 1).parents
-    assert calibrated.machine_for("cpu", torch.float32).source == "built-in"
+    assert usual not in calibrated.calibration_file(HERE).parents
+    assert machine_at(HERE).source == "built-in"

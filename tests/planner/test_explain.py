@@ -13,7 +13,8 @@ from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, 
 from polyadic.cli.main import main
 from polyadic.formats import EmbeddingFormat
 from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
-from polyadic.planner.calibrated import machine_for
+from polyadic.planner.calibrated import machine_at
+from polyadic.planner.request import place_now
 from polyadic.reference import dense
 from polyadic.testing import kept_bytes
 
@@ -90,7 +91,7 @@ def test_to_dict_is_plain_data() -> None:
     found = polyadic.explain(CPLinear(64, 32, rank=4), batch=8)
     data = json.loads(json.dumps(found.to_dict()))
     assert data["break_even_rank"] == 64 * 32 // (64 + 32)
-    machine = machine_for("cpu", torch.float32)
+    machine = machine_at(place_now("cpu", torch.float32))
     assert sum(s["seconds"] for s in data["chosen"]["steps"]) == pytest.approx(
         found.chosen.seconds - 2 * machine.call
     )
@@ -239,7 +240,7 @@ def test_the_chosen_plan_is_not_among_the_rejected(memory: str, training: bool) 
 
 def test_two_kept_maps_spare_a_convolution_no_call() -> None:
     """Only a linear layer's keep=2 leaves the backward to autograd."""
-    fmt, machine = ConvFormat((8,), (8,), (3, 3), 4), machine_for("cpu", torch.float32)
+    fmt, machine = ConvFormat((8,), (8,), (3, 3), 4), machine_at(place_now("cpu", torch.float32))
     found = polyadic.explain(
         fmt, batch=2, size=8, plan=ConvPlan(ConvRoute(), ConvRoute(), keep=2)
     ).chosen
