@@ -91,15 +91,15 @@ def test_no_kernel_is_taken_where_none_serves(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("route", "kernel", "transposed", "expected"),
     [
-        (ConvRoute(), (3, 3), False, True),
-        (ConvRoute(), (1, 1), False, True),
-        (ConvRoute(), (3, 3, 3), False, True),
-        (ConvRoute("channels_first"), (3, 3), False, False),
-        (ConvRoute(depthwise="separable"), (3, 3), False, False),
-        (ConvRoute(depthwise="separable"), (1, 3), False, True),
-        (ConvRoute(kind="dense"), (3, 3), False, False),
-        (ConvRoute(), (7, 7), False, False),
-        (ConvRoute(), (3, 3), True, False),
+        (ConvRoute(by="triton"), (3, 3), False, True),
+        (ConvRoute(by="triton"), (1, 1), False, True),
+        (ConvRoute(by="triton"), (3, 3, 3), False, True),
+        (ConvRoute("channels_first", by="triton"), (3, 3), False, False),
+        (ConvRoute(depthwise="separable", by="triton"), (3, 3), False, False),
+        (ConvRoute(depthwise="separable", by="triton"), (1, 3), False, True),
+        (ConvRoute(kind="dense", by="triton"), (3, 3), False, False),
+        (ConvRoute(by="triton"), (7, 7), False, False),
+        (ConvRoute(by="triton"), (3, 3), True, False),
     ],
 )
 def test_convolutions(

@@ -6,7 +6,9 @@ the moduli of all operands. That holds for any size, order of summation and proc
 read from memory that nobody wrote, or lost, is far outside.
 
 ``make test`` draws 120 layers in each dtype; ``pytest -m long`` 4000 others at each run, of a seed
-that it prints.
+that it prints. On an AMD EPYC with AVX-512 (torch 2.13), 4000 in each of the four dtypes found
+nothing wrong in November 2026; before that some hundred in bfloat16 had found weight gradients that
+oneDNN leaves unwritten.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from polyadic.formats import ConvFormat, Shape
 from polyadic.kernels.backend import serves
 from polyadic.kernels.cpu import WIDE_COLUMNS, has_wide_weight_gradient
 from polyadic.kernels.depthwise import Geometry, Stage, Stages, stages
+from polyadic.kernels.fused_conv import MOST_TAPS
 from polyadic.kernels.projections import better_as_rows
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.linear import Steps
@@ -46,7 +47,9 @@ def candidates(request: Request) -> list[ConvPlan]:
         for layout in ("channels_last", "channels_first")
         for form in ("merged", "separable")
     ]
-    if serves("convolution", request.device, request.dtype) and not _format(request).transposed:
+    fmt = _format(request)
+    fused = not fmt.transposed and math.prod(fmt.kernel_size) <= MOST_TAPS
+    if fused and serves("convolution", request.device, request.dtype):
         routes.append(ConvRoute(by="triton"))
     if request.rebuild:
         routes += [
