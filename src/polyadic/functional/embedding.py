@@ -106,7 +106,8 @@ def cp_embedding(
     if not torch.compiler.is_compiling():
         checks.within(flat, size)
     inverse = None
-    if unique:
+    # Torch cannot differentiate a lookup of no index twice, which would be the second one here.
+    if unique and len(flat):
         flat, inverse = torch.unique(flat, return_inverse=True)
     elif unique is None and _may_count(flat, ins[0].dtype):
         flat, inverse = _distinct(flat, size) or (flat, None)
