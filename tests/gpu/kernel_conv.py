@@ -262,6 +262,13 @@ def _forms(
             warps=subject.project_warps(columns),
             tensor_cores=dtype != torch.float32,
         )
+    if padded == 88:
+        yield Form(
+            f"backward without taps {name}",
+            depthwise.depthwise_backward_kernel,
+            (*pointers[:5], "*fp32", *("i32",) * 10),
+            depthwise.backward_constants(where, groups, padded, False),
+        )
     yield Form(
         f"backward {name}",
         depthwise.depthwise_backward_kernel,

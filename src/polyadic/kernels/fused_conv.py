@@ -25,22 +25,15 @@ from polyadic.kernels.depthwise import Ints, Stage, Stages
 from polyadic.kernels.fused import MOST_ROWS, may_fuse
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
 from polyadic.kernels.projections import outer, project, project_back
-from polyadic.plans import ConvRoute
-
-# Taps that the kernel of the backward has room for.
-MOST_TAPS = 27
+from polyadic.plans import MOST_FUSED_TAPS, ConvRoute
 
 
 def is_fused(route: ConvRoute, plan: Stages, x: Tensor, factors: Sequence[Tensor]) -> bool:
     """Whether Triton kernels compute one direction of a convolution of x (b, c, *s)."""
-    if route.by == "torch" or route.kind == "dense":
-        return False
-    if route.layout != "channels_last" or not may_fuse(x, factors):
-        return False
-    if plan.dense.transposed or len(plan.depthwise) > 1:
+    if route.by == "torch" or plan.dense.transposed or not may_fuse(x, factors):
         return False
     positions = x.shape[0] * math.prod(x.shape[2:])
-    return math.prod(plan.dense.kernel_size) <= MOST_TAPS and positions <= MOST_ROWS
+    return math.prod(plan.dense.kernel_size) <= MOST_FUSED_TAPS and positions <= MOST_ROWS
 
 
 def _three(values: Sequence[int], missing: int) -> tuple[int, int, int]:

@@ -16,14 +16,13 @@ from polyadic.formats import ConvFormat, Shape
 from polyadic.kernels.backend import serves
 from polyadic.kernels.cpu import WIDE_COLUMNS, has_wide_weight_gradient
 from polyadic.kernels.depthwise import Geometry, Stage, Stages, stages
-from polyadic.kernels.fused_conv import MOST_TAPS
 from polyadic.kernels.projections import better_as_rows
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.linear import Steps
 from polyadic.planner.multilinear import khatri_rao_backward_steps, khatri_rao_steps
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, gemm, stream, transpose
-from polyadic.plans import ConvPlan, ConvRoute, Memory
+from polyadic.plans import ConvPlan, ConvRoute, Memory, fused_by_triton
 
 # Maps of R channels that may be kept for the backward.
 KEEP: dict[Memory, int] = {"fast": 2, "balanced": 1, "least": 0}
@@ -47,9 +46,7 @@ def candidates(request: Request) -> list[ConvPlan]:
         for layout in ("channels_last", "channels_first")
         for form in ("merged", "separable")
     ]
-    fmt = _format(request)
-    fused = not fmt.transposed and math.prod(fmt.kernel_size) <= MOST_TAPS
-    if fused and serves("convolution", request.device, request.dtype):
+    if serves("convolution", request.device, request.dtype) and fused_by_triton(_format(request)):
         routes.append(ConvRoute(by="triton"))
     if request.rebuild:
         routes += [

@@ -113,7 +113,7 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
         indices = embedding.kept_bytes_of_indices(request)
     if plan is not None:
         if isinstance(request.format, ConvFormat):
-            plan = checks.plan_of(plan, ConvPlan)
+            plan = checks.plan_of(plan, ConvPlan).covering(request.format)
             reason = never("convolution", request.device, request.dtype)
         else:
             plan = checks.plan_of(plan, LinearPlan).covering(request.format)

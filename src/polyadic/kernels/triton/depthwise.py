@@ -161,7 +161,8 @@ def depthwise_backward_kernel(
     if program < in_programs:
         first = program * share
         last = tl.minimum(first + share, in_positions)
-        sums = (tl.zeros((BLOCK, COLUMNS), tl.float32),) * (TAPS if SUMMED else 0)
+        # At least one, as a loop carries no tuple of nothing.
+        sums = (tl.zeros((BLOCK, COLUMNS), tl.float32),) * (TAPS if SUMMED else 1)
         for start in range(first, last, BLOCK):
             q = start + tl.arange(0, BLOCK)
             inside = q < last
@@ -173,7 +174,7 @@ def depthwise_backward_kernel(
             j = (q // size_2) % size_1 + PADDING[1]
             k = q % size_2 + PADDING[2]
             total = tl.zeros((BLOCK, COLUMNS), tl.float32)
-            grown = ()
+            grown = () if SUMMED else sums
             for t in tl.static_range(TAPS):
                 # Position p that tap t takes from q, where there is one: a whole number of strides.
                 x = i - (t // (KERNEL[1] * KERNEL[2])) * DILATION[0]
@@ -190,7 +191,7 @@ def depthwise_backward_kernel(
                 tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
                 total += gradient * tap.to(tl.float32)[None, :]
                 if SUMMED:
-                    grown = grown + (sums[t] + gradient * own,)  # type: ignore  # noqa: RUF005
+                    grown = grown + (sums[t] + gradient * own,)  # noqa: RUF005
             sums = grown
             at = q[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
             tl.store(d_z1 + at, rounded(total, dtype), mask=inside[:, None] & ranked[None, :])
@@ -242,7 +243,10 @@ class Where(NamedTuple):
 def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
     """Constants of the backward's kernel."""
     taps = where.taps
-    tile = TILE if taps <= MOST_SUMS else TILE // 2
+    # The sums take most registers: with none of them a tile may be larger.
+    tile = 2 * TILE
+    if wrt_taps:
+        tile = TILE if taps <= MOST_SUMS else TILE // 2
     # Narrower columns where wide ones would reach far beyond the last map.
     columns = 64 if -padded % 64 <= 16 else 32
     columns = min(columns, max(16, up_to_power_of_two(padded)))

@@ -6,21 +6,22 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
 
-from polyadic.cli.app import app
+from polyadic_cli.app import app
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # What a model of transformers puts out that is worth comparing, the first that is there.
 _OUTPUTS = ("logits", "last_hidden_state")
 
 
-@app.command()
+@app.command(short_help="Convert a trained model of transformers within one budget.")
 def compress(
     model_dir: Annotated[Path, typer.Argument(help="Directory of a model of transformers.")],
     ratio: Annotated[float | None, typer.Option(help="Times fewer parameters.")] = None,
@@ -214,6 +215,8 @@ def _calibration(
 
 def _mask(batch: dict[str, Tensor]) -> Tensor:
     """Which positions are text and not padding, (B, T)."""
+    import torch
+
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]) if mask is None else mask
 
