@@ -17,10 +17,10 @@ from polyadic.kernels.products import matmul_nn, matmul_nt
 from polyadic.nn import CPLinear
 from polyadic.planner import choice
 from polyadic.planner.calibrated import store
+from polyadic.planner.clocks import Clock, clock_of
 from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Request, request
 from polyadic.plans import Groups, LinearPlan, LinearRoute
-from polyadic.planner.clocks import Clock, clock_of
 
 # A layer of next to no work, whose time is that of its calls.
 TINY = LinearFormat((2, 2, 2), (2, 2, 2), 2)
