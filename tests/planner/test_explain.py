@@ -10,13 +10,13 @@ import torch
 
 import polyadic
 from polyadic import ConvFormat, ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute
-from polyadic.cli.main import main
 from polyadic.formats import EmbeddingFormat
 from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.request import place_now
 from polyadic.reference import dense
 from polyadic.testing import kept_bytes
+from polyadic_cli.main import main
 
 
 def test_the_report_names_plan_steps_dense_and_rejected() -> None:
