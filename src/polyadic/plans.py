@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from polyadic.formats import ConvFormat, LinearFormat
@@ -92,6 +92,12 @@ def _groups_name(groups: Groups) -> str:
     return "split " + "|".join(map(str, groups))
 
 
+def _with_one_more_in_mode(route: LinearRoute) -> LinearRoute:
+    # Spelled out, as torch.compile does not trace dataclasses.replace.
+    groups = (route.in_groups[0] + 1, *route.in_groups[1:])
+    return LinearRoute(groups, route.out_groups, route.kind, route.by)
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """How a linear layer is computed.
@@ -161,12 +167,11 @@ class LinearPlan:
 
     def with_weights(self) -> LinearPlan:
         """Return the plan for weights λ passed as one more in factor, in front."""
-
-        def shift(route: LinearRoute) -> LinearRoute:
-            first, *rest = route.in_groups
-            return replace(route, in_groups=(first + 1, *rest))
-
-        return LinearPlan(shift(self.forward), shift(self.backward), self.keep)
+        return LinearPlan(
+            _with_one_more_in_mode(self.forward),
+            _with_one_more_in_mode(self.backward),
+            self.keep,
+        )
 
     def __str__(self) -> str:
         kept = ("X", "X and Z", "what autograd keeps")[self.keep]

@@ -61,10 +61,17 @@ def compress(
     _check_paths(model_dir, calibration, out, dry_run)
     _check_files(html=html, json=json)
     options: dict[str, Any] = {
-        "ratio": ratio, "flops_ratio": flops_ratio, "max_error": max_error, "speed": speed,
-        "target_modules": target, "exclude_modules": exclude, "orders": _orders(orders),
-        "dry_run": dry_run, "seed": seed, "iterations": iterations,
-    }  # fmt: skip
+        "ratio": ratio,
+        "flops_ratio": flops_ratio,
+        "max_error": max_error,
+        "speed": speed,
+        "target_modules": target,
+        "exclude_modules": exclude,
+        "orders": _orders(orders),
+        "dry_run": dry_run,
+        "seed": seed,
+        "iterations": iterations,
+    }
     try:
         model, tokenizer = _load(model_dir)
         if calibration is not None:
@@ -192,10 +199,17 @@ def _calibration(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = [
-        dict(tokenizer(lines[i : i + batch], padding=True, truncation=True, max_length=length,
-                       return_tensors="pt"))
+        dict(
+            tokenizer(
+                lines[i : i + batch],
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+        )
         for i in range(0, len(lines), batch)
-    ]  # fmt: skip
+    ]
     return {"calibration": batches, "forward": _output, "weights": _mask}
 
 

@@ -56,8 +56,11 @@ def plan(
         if calibrate:
             measure(dtype=wanted)
         shared: dict[str, Any] = {
-            "rank": _rank(rank), "memory": memory, "device": "meta", "dtype": wanted,
-        }  # fmt: skip
+            "rank": _rank(rank),
+            "memory": memory,
+            "device": "meta",
+            "dtype": wanted,
+        }
         if order is not None:
             shared["order"] = order
         if kernel is None:
