@@ -16,6 +16,7 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
+from polyadic.planner.search import NoRankError
 from polyadic.pretrained import attach
 
 Model = TypeVar("Model", bound=nn.Module)
