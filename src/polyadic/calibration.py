@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
-from polyadic.clocks import Clock, clock_of
 from polyadic.formats import LinearFormat
 from polyadic.functional import cp_linear
 from polyadic.kernels.products import matmul_nn, matmul_nt
 from polyadic.nn import CPLinear
 from polyadic.planner import choice
 from polyadic.planner.calibrated import store
+from polyadic.planner.clocks import Clock, clock_of
 from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Request, request
 from polyadic.plans import Groups, LinearPlan, LinearRoute
@@ -201,8 +201,9 @@ def calls_of_layers(asked: Request, device: str, machine: Machine, clock: Clock)
     found = {}
     if not machine.queued:
         many, many_steps = by_plan((1, 1, 1))
-        n_few, n_many = (sum(s.launches + s.views + s.sums for s in steps)
-                         for steps in (few_steps, many_steps))  # fmt: skip
+        n_few, n_many = (
+            sum(s.launches + s.views + s.sums for s in steps) for steps in (few_steps, many_steps)
+        )
         launch = max((many - few) / (n_many - n_few), machine.launch / 10)
         found = {"launch": launch, "view": launch, "fused_launch": launch}
         machine = dataclasses.replace(machine, **found)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Literal
 
-from polyadic.formats import LinearFormat
+from polyadic.formats import ConvFormat, LinearFormat
 
 Groups = tuple[int, ...]
 Kind = Literal["factorized", "dense"]
@@ -91,6 +92,12 @@ def _groups_name(groups: Groups) -> str:
     return "split " + "|".join(map(str, groups))
 
 
+def _with_one_more_in_mode(route: LinearRoute) -> LinearRoute:
+    # Spelled out, as torch.compile does not trace dataclasses.replace.
+    groups = (route.in_groups[0] + 1, *route.in_groups[1:])
+    return LinearRoute(groups, route.out_groups, route.kind, route.by)
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """How a linear layer is computed.
@@ -160,18 +167,26 @@ class LinearPlan:
 
     def with_weights(self) -> LinearPlan:
         """Return the plan for weights λ passed as one more in factor, in front."""
-
-        def shift(route: LinearRoute) -> LinearRoute:
-            first, *rest = route.in_groups
-            return replace(route, in_groups=(first + 1, *rest))
-
-        return LinearPlan(shift(self.forward), shift(self.backward), self.keep)
+        return LinearPlan(
+            _with_one_more_in_mode(self.forward),
+            _with_one_more_in_mode(self.backward),
+            self.keep,
+        )
 
     def __str__(self) -> str:
         kept = ("X", "X and Z", "what autograd keeps")[self.keep]
         if self.keep == 1 and self.forward.kind == "dense":
             kept = "X"
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
+
+
+# Taps up to which a program of the backward's kernel holds a sum for each in its registers.
+MOST_FUSED_TAPS = 27
+
+
+def fused_by_triton(fmt: ConvFormat) -> bool:
+    """Whether Triton kernels serve convolutions of a format."""
+    return not fmt.transposed and math.prod(fmt.kernel_size) <= MOST_FUSED_TAPS
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,12 @@ class ConvRoute:
         depthwise: ``"merged"`` forms the R kernels of all taps, ``"separable"`` convolves one
             spatial dimension after the other.
         kind: ``"factorized"``, or ``"dense"`` to rebuild the kernel and use one convolution.
-        by: ``"torch"``, or ``"triton"`` for the library's own kernels, on a CUDA device.
+        by: ``"torch"``, or ``"triton"`` for the library's own kernels, on a CUDA device: products
+            by GEMMs, and what lies between them fused.
+
+    Raises:
+        ValueError: an argument is none of these, or ``by="triton"`` is given with a route that no
+            kernel serves.
     """
 
     layout: Literal["channels_last", "channels_first"] = "channels_last"
@@ -197,6 +217,12 @@ class ConvRoute:
         _one_of(self.by, ("torch", "triton"), "by")
         _one_of(self.layout, ("channels_last", "channels_first"), "layout")
         _one_of(self.depthwise, ("merged", "separable"), "depthwise")
+        own = self.kind, self.layout, self.depthwise
+        if self.by == "triton" and own != ("factorized", "channels_last", "merged"):
+            raise ValueError(
+                f"by='triton' serves the factorized route in channels_last with merged depthwise "
+                f"kernels, got {', '.join(own)}; use by='torch'"
+            )
 
     def __str__(self) -> str:
         if self.kind == "dense":
@@ -227,6 +253,19 @@ class ConvPlan:
     def __post_init__(self) -> None:
         _check_routes(self, ConvRoute)
         _one_of(self.keep, (0, 1, 2), "keep")
+
+    def covering(self, fmt: ConvFormat) -> ConvPlan:
+        """Return the plan after a check that it can be followed for a format.
+
+        Raises:
+            ValueError: it asks for Triton kernels where there are none.
+        """
+        if "triton" in (self.forward.by, self.backward.by) and not fused_by_triton(fmt):
+            raise ValueError(
+                f"by='triton' serves convolutions of up to {MOST_FUSED_TAPS} taps that are not "
+                f"transposed, got {fmt}; use by='torch'"
+            )
+        return self
 
     def __str__(self) -> str:
         maps = self.keep if self.forward.kind == "factorized" else 0

@@ -13,8 +13,8 @@ pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
 from polyadic import Report, register_transformers  # noqa: E402
-from polyadic.cli.main import main  # noqa: E402
 from polyadic.nn import CPLinear  # noqa: E402
+from polyadic_cli.main import main  # noqa: E402
 
 WORDS = [
     "[PAD]",

@@ -191,7 +191,7 @@ def commands(path: Path) -> list[list[str]]:
 @named(DOCS)
 def test_commands_exist(path: Path) -> None:
     typer = pytest.importorskip("typer")
-    from polyadic.cli.commands import app
+    from polyadic_cli.commands import app
 
     group = typer.main.get_command(app)
     makefile = (ROOT / "Makefile").read_text()
@@ -210,7 +210,7 @@ def test_commands_exist(path: Path) -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     pytest.importorskip("typer")
-    from polyadic.cli.commands import app
+    from polyadic_cli.commands import app
 
     named_there = {words[1] for words in commands(ROOT / "README.md") if words[0] == "polyadic"}
     assert named_there >= {(c.name or c.callback.__name__) for c in app.registered_commands}
@@ -238,7 +238,7 @@ def units() -> dict[str, set[str]]:
     for file in SOURCE.rglob("*.py"):
         unit = file.relative_to(SOURCE).parts[0].removesuffix(".py")
         found.setdefault(unit, set()).update(imported(file) - {unit})
-    found.pop("__init__")
+    del found["__init__"], found["__main__"]
     return found
 
 

@@ -13,8 +13,8 @@ from data import DTYPES, device, draw, draw_groups, judge, poisoned, short
 from pretend import counted, fused_kernels, judge_together
 from torch import Tensor
 
-from polyadic.functional import cp_embedding
-from polyadic.kernels.embedding import EmbeddingMap
+from polyadic.autograd import run
+from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.kernels.pairs import padded_rank
 from polyadic.kernels.triton import embedding as subject
@@ -168,16 +168,19 @@ def _layers() -> Iterator[str]:
 
 
 def _launches() -> str:
-    """A training step launches nine kernels at most, two of which check the indices."""
+    """A training step launches nine kernels at most, two of which check the indices elsewhere."""
     ins, outs = draw_groups(((1, 5, 6), (4, 3)), 8, torch.bfloat16, False)
     leaves = [factor.requires_grad_() for factor in (*ins, *outs)]
-    indices = torch.randint(30, (12,), device=device())
+    # More of them than a factor may have rows.
+    indices = torch.randint(30, (MOST_SCATTERED_ROWS + 1,), device=device())
+    route = LinearRoute((1, 1, 1), (2,), by="triton")
+    layer_map = EmbeddingMap(LinearPlan(route, route, 0), 3, 3)
     with torch.enable_grad(), counted() as launches:
-        y = cp_embedding(indices, ins, outs, padding_idx=3, unique=False)
+        y = run(layer_map, indices, None, leaves)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
-    # Of which one makes the gradient of y.
+    # The gradient of y is made here; the function that users call launches two more, as a check.
     names = [name for name in launches.names if name != "ones_like"]
-    assert len(names) <= 9, names
+    assert len(names) <= 7, names
     return f"{len(names)} launches"
 
 

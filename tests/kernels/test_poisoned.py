@@ -157,6 +157,24 @@ def test_stages(kind: str, dtype: torch.dtype) -> None:
                     batch=number.choice((1, 2)))  # fmt: skip
 
 
+FOUND = [
+    pytest.param(Stage((1, 4), (1, 3), (0, 2), (0, 0), (1, 1)), [1, 2], (2, 5),
+                 id="taps that see padding alone"),
+    pytest.param(Stage((3, 2), (2, 2), (1, 3), (0, 0), (1, 2)), [9, 1], (8, 1),
+                 id="no tap meets the input"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "size", "own"), FOUND)
+def test_stages_that_were_wrong(stage: Stage, size: list[int], own: tuple[int, int]) -> None:
+    """The first left its weight gradient unwritten, the second ended the process."""
+    for layout in LAYOUTS:
+        torch.manual_seed(0)
+        for _ in range(8):
+            how = {"dtype": torch.bfloat16, "layouts": [layout] * 3, "batch": 2}
+            check_stage(stage, size, 1, own, **how)
+
+
 @each_dtype
 def test_projections(dtype: torch.dtype) -> None:
     """In-projection, back-projection and the gradient of the matrix, of shared and own matrices."""

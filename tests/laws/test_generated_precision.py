@@ -205,14 +205,6 @@ FOUND = [
         lambda: pnn.CPConv3d(8, 8, 3, padding=1, rank=16), (2, 8, 2, 7, 7), torch.bfloat16,
         id="depthwise-3d",
     ),
-    pytest.param(
-        lambda: pnn.CPConv1d(2, 5, 4, 3, 2, rank=3), (1, 2, 2), torch.bfloat16,
-        id="taps-in-the-padding",
-    ),
-    pytest.param(
-        lambda: pnn.CPConv2d(8, 4, (3, 1), (2, 3), (0, 2), (1, 2), rank=4), (2, 8, 5, 1),
-        torch.float16, id="no-tap-meets-the-input",
-    ),
 ]  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from polyadic.cli.main import main
 from polyadic.testing import verification as verify
 from polyadic.testing.verification import Check, conv_problem, linear_problem, relative_error
+from polyadic_cli.main import main
 
 LINEAR_QUANTITIES = [
     "y",
@@ -212,7 +212,7 @@ def test_without_the_extra_it_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in list(sys.modules):
-        if name.split(".")[0] == missing or name.startswith("polyadic.cli"):
+        if name.split(".")[0] == missing or name.startswith("polyadic_cli"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as exit_:

@@ -100,7 +100,7 @@ def _conv(
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
-        plan = checks.plan_of(plan, ConvPlan)
+        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
         checks.obeyable(plan, "convolution", x)
     return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
 

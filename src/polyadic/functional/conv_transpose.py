@@ -83,7 +83,7 @@ def cp_conv_transpose(
     if plan is None:
         plan = plan_conv(fmt, where, x, memory)
     else:
-        plan = checks.plan_of(plan, ConvPlan)
+        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
         checks.obeyable(plan, "convolution", x)
     if cast is not None and bias is not None:
         bias = bias.to(cast)

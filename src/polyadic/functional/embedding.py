@@ -15,7 +15,7 @@ from polyadic.formats import EmbeddingFormat
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding
-from polyadic.plans import Memory
+from polyadic.plans import LinearPlan, Memory
 
 # Below this many indices a lookup costs no more than finding the distinct ones.
 FEWEST_TO_COUNT = 512
@@ -120,7 +120,8 @@ def cp_embedding(
         factors = [factor.to(accumulate_dtype(dtype)) for factor in factors]
     plan = plan_embedding(fmt, flat.shape[0], factors[0].dtype, ins[0].device.type, memory)
     if weights is not None:
-        plan = plan.with_weights()
+        # On the class, as torch.compile traces no method of a plan that is a constant to it.
+        plan = LinearPlan.with_weights(plan)
     y = run(EmbeddingMap(plan, len(factors) - len(outs), padding_idx), flat, None, factors)
     if inverse is not None:
         y = F.embedding(inverse, y).to(dtype)

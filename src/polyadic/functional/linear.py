@@ -87,7 +87,8 @@ def _linear_map(
     """The map a plan stands for and its factors, λ in front as one more in factor."""
     if weights is None:
         return LinearMap(plan, len(in_factors)), [*in_factors, *out_factors]
-    scaled = LinearMap(plan.with_weights(), len(in_factors) + 1)
+    # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
+    scaled = LinearMap(LinearPlan.with_weights(plan), len(in_factors) + 1)
     return scaled, [weights.unsqueeze(0), *in_factors, *out_factors]
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyadic._torch import no_autocast
+from polyadic._torch import is_plain, no_autocast
 from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     Groups,
@@ -164,7 +164,7 @@ class EmbeddingMap:
             needs: whether x (never) and each factor needs its gradient.
         """
         with no_autocast(x):
-            if self._is_fused(x, (grad_y, *factors), self.plan.backward):
+            if is_plain(grad_y) and self._is_fused(x, factors, self.plan.backward):
                 return None, self._backward_fused(grad_y, x, kept, factors, needs[1:])
             return None, self._backward(grad_y, x, kept, factors, needs[1:])
 

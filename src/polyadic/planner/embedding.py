@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from polyadic.formats import EmbeddingFormat, Shape
 from polyadic.kernels.backend import serves
+from polyadic.kernels.embedding import MOST_SCATTERED_ROWS
 from polyadic.kernels.pairs import padded_rank
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.linear import Steps, groupings
@@ -34,12 +35,18 @@ def _format(request: Request) -> EmbeddingFormat:
     return request.format
 
 
+def _is_served(request: Request) -> bool:
+    """Whether a route by Triton can be followed."""
+    scattered = max(_format(request).in_shape) <= MOST_SCATTERED_ROWS
+    return scattered and serves("embedding", request.device, request.dtype)
+
+
 def candidates(request: Request) -> list[LinearPlan]:
     """Every plan with the same route forward and backward, the in factors joined as chosen."""
     ins = joined_groups(request)
     outs = groupings(len(_format(request).out_shape))
     routes = [LinearRoute(ins, out) for out in outs]
-    if serves("embedding", request.device, request.dtype):
+    if _is_served(request):
         routes.append(LinearRoute(ins, (len(_format(request).out_shape),), by="triton"))
     return [LinearPlan(route, route, int(request.memory == "fast")) for route in routes]
 
@@ -59,7 +66,7 @@ def choose(request: Request) -> LinearPlan:
         # A lookup rounds less than a GEMM: splitting would round once more than torch, twice over.
         outs = outs[:1]
     routes = [LinearRoute(ins, out) for out in outs]
-    if serves("embedding", request.device, request.dtype):
+    if _is_served(request):
         routes.append(LinearRoute(ins, (len(_format(request).out_shape),), by="triton"))
     forward = min(routes, key=lambda route: machine.total(forward_steps(request, route)))
     backward = min(routes, key=lambda r: machine.total(backward_steps(request, r, kept=keep)))

@@ -6,21 +6,22 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
 
-from polyadic.cli.app import app
+from polyadic_cli.app import app
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # What a model of transformers puts out that is worth comparing, the first that is there.
 _OUTPUTS = ("logits", "last_hidden_state")
 
 
-@app.command()
+@app.command(short_help="Convert a trained model of transformers within one budget.")
 def compress(
     model_dir: Annotated[Path, typer.Argument(help="Directory of a model of transformers.")],
     ratio: Annotated[float | None, typer.Option(help="Times fewer parameters.")] = None,
@@ -60,10 +61,17 @@ def compress(
     _check_paths(model_dir, calibration, out, dry_run)
     _check_files(html=html, json=json)
     options: dict[str, Any] = {
-        "ratio": ratio, "flops_ratio": flops_ratio, "max_error": max_error, "speed": speed,
-        "target_modules": target, "exclude_modules": exclude, "orders": _orders(orders),
-        "dry_run": dry_run, "seed": seed, "iterations": iterations,
-    }  # fmt: skip
+        "ratio": ratio,
+        "flops_ratio": flops_ratio,
+        "max_error": max_error,
+        "speed": speed,
+        "target_modules": target,
+        "exclude_modules": exclude,
+        "orders": _orders(orders),
+        "dry_run": dry_run,
+        "seed": seed,
+        "iterations": iterations,
+    }
     try:
         model, tokenizer = _load(model_dir)
         if calibration is not None:
@@ -191,15 +199,24 @@ def _calibration(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = [
-        dict(tokenizer(lines[i : i + batch], padding=True, truncation=True, max_length=length,
-                       return_tensors="pt"))
+        dict(
+            tokenizer(
+                lines[i : i + batch],
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+        )
         for i in range(0, len(lines), batch)
-    ]  # fmt: skip
+    ]
     return {"calibration": batches, "forward": _output, "weights": _mask}
 
 
 def _mask(batch: dict[str, Tensor]) -> Tensor:
     """Which positions are text and not padding, (B, T)."""
+    import torch
+
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]) if mask is None else mask
 

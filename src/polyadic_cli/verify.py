@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from polyadic.cli.app import app
-from polyadic.cli.parse import dtype_named, two_sizes
-from polyadic.testing.verification import Check, Problem, Result, conv_problem, linear_problem
-from polyadic.testing.verification import verify as run_verify
+from polyadic_cli.app import app
+from polyadic_cli.parse import dtype_named, two_sizes
+
+if TYPE_CHECKING:
+    from polyadic.testing.verification import Check, Problem, Result
 
 
 @app.command()
@@ -48,6 +49,8 @@ def verify(
     Without --in, --out and --kernel the two checks of the notebooks are run: a linear layer
     256 to 128 and a 3x3 convolution of 16 to 32 channels. Exits with 1 when anything differs.
     """
+    from polyadic.testing.verification import verify as run_verify
+
     shared = {"rank": rank, "order": order, "batch": batch, "seed": seed, "weights": weights}
     settings = {name: value for name, value in shared.items() if value is not None}
     try:
@@ -76,6 +79,8 @@ def _problems(
     settings: dict[str, Any],
 ) -> list[Problem]:
     """Draw the checks that the arguments ask for."""
+    from polyadic.testing.verification import conv_problem, linear_problem
+
     if (in_features is None) != (out_features is None):
         raise ValueError("--in and --out go together, got one of them; give both")
     linear, conv = dict(settings), dict(settings)

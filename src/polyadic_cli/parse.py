@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 
 def two_sizes(option: str, text: str) -> tuple[int, int]:
@@ -18,6 +21,8 @@ def two_sizes(option: str, text: str) -> tuple[int, int]:
 
 def dtype_named(name: str) -> torch.dtype | str:
     """Find torch's dtype; where it has none the name itself is returned, to be refused."""
+    import torch
+
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else name
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from polyadic.cli.app import app
-from polyadic.cli.parse import dtype_named, refuse_given, two_sizes
+from polyadic_cli.app import app
+from polyadic_cli.parse import dtype_named, refuse_given, two_sizes
 
 
-@app.command()
+@app.command(short_help="Show how a layer will be computed, dense beside it.")
 def plan(
     context: typer.Context,
     in_features: Annotated[int, typer.Option("--in", help="Features or channels in.", metavar="M")],
@@ -42,6 +41,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show how a layer will be computed: steps, costs, dense beside it, what was rejected."""
+    import torch
+
     from polyadic.calibration import calibrate as measure
     from polyadic.nn import CPConv2d, CPLinear
     from polyadic.planner.explanation import explain
@@ -55,8 +56,11 @@ def plan(
         if calibrate:
             measure(dtype=wanted)
         shared: dict[str, Any] = {
-            "rank": _rank(rank), "memory": memory, "device": "meta", "dtype": wanted,
-        }  # fmt: skip
+            "rank": _rank(rank),
+            "memory": memory,
+            "device": "meta",
+            "dtype": wanted,
+        }
         if order is not None:
             shared["order"] = order
         if kernel is None:
