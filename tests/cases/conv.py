@@ -106,9 +106,9 @@ class ConvCase(Case):
     def cp_forward(self, leaves: Leaves, **forced: Any) -> tuple[Tensor, Any]:
         """The explicit forward, which has no bias."""
         groups = self.groups(leaves.factors)
-        return PF.cp_conv_forward(
-            leaves.x, *groups, weights=leaves.weights, **self.options, **forced
-        )
+        # The pair pads with zeros alone and has no option for it.
+        options = {k: v for k, v in self.options.items() if k != "padding_mode"}
+        return PF.cp_conv_forward(leaves.x, *groups, weights=leaves.weights, **options, **forced)
 
     def cp_backward(self, grad_y: Tensor, saved: Any) -> dict[str, Tensor]:
         """The explicit backward, its results by the names of ``Leaves.named``."""

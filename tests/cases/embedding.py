@@ -19,7 +19,10 @@ from polyadic.nn import CPEmbedding, CPTiedLinear
 
 @dataclass(frozen=True)
 class EmbeddingCase(Case):
-    """A lookup; its groups of modes are the rows of the table, padded, and the entries of a row."""
+    """A lookup; its groups of modes are the rows of the table, padded, and the entries of a row.
+
+    ``strides`` may be ``"int32"`` too, for indices of that dtype.
+    """
 
     num_embeddings: int = 0
     bias: bool = False
@@ -64,7 +67,9 @@ class EmbeddingCase(Case):
         indices = (share * self.num_embeddings).to(torch.int64)
         if self.padding_idx is not None:
             indices.view(-1)[:1] = self.padding_idx
-        return indices.t().contiguous().t() if self.strides == "transposed" else indices
+        if self.strides == "transposed":
+            return indices.movedim(0, -1).contiguous().movedim(-1, 0) if self.lead else indices
+        return indices.int() if self.strides == "int32" else indices
 
     def weight(self, leaves: Leaves) -> Tensor:
         rows = self.matrix(leaves)[: self.num_embeddings]
@@ -178,6 +183,7 @@ EMBEDDING = [
     embedding("order2-no-index", 12, (3, 4), (2, 3), 5, (0,)),
     embedding("order2-lead-with-0", 12, (3, 4), (2, 3), 5, (2, 0, 3), weights=True),
     embedding("order2-transposed", 12, (3, 4), (2, 3), 2, (4, 3), strides="transposed"),
+    embedding("order2-int32", 12, (3, 4), (2, 3), 2, (4, 3), strides="int32"),
     embedding("order3", 23, (2, 3, 4), (3, 2, 2), 6, (3, 1, 4), padding_idx=5),
     embedding("order3-padding-last-lambda", 23, (2, 3, 4), (3, 2, 2), 6, (9,), padding_idx=-1,
               weights=True),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import polyadic
-from cases import by_einsum
+from cases.weights import by_einsum
 from compare import assert_close
 from polyadic import CPSlice, CPTensor
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPConvTranspose2d, CPEmbedding, CPLinear
