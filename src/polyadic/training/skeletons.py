@@ -8,11 +8,12 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from polyadic import checks, surgery
+from polyadic import surgery
 from polyadic.formats import Shape, positive_int
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.layer import Rank
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.pretrained import attach
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -133,7 +134,7 @@ def factorize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    checks.check_unwrapped(model, "factorize")
+    check_unwrapped(model, "factorize")
     if order is not None:
         positive_int(order, "order")
     if callback is not None and not callable(callback):
