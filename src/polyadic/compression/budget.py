@@ -65,11 +65,10 @@ def budget(ratio: Any, flops_ratio: Any, max_error: Any, speed: Any) -> Budget:
             )
         return Budget("speed", 0.0, True)
     ((name, value),) = given.items()
-    value = checks.a_number(value, name)
-    if name == "max_error" and not 0 < value < 1:
-        raise ValueError(f"max_error is relative and must lie in (0, 1), got {value}")
-    if name != "max_error" and value <= 1:
-        raise ValueError(
-            f"{name} is how many times fewer there shall be and must be above 1, got {value}"
-        )
+    if name == "max_error":
+        value = checks.a_number(value, name)
+        if not 0 < value < 1:
+            raise ValueError(f"max_error is relative and must lie in (0, 1), got {value}")
+    else:
+        value = checks.a_number(value, f"{name} (how many times fewer)", above=1)
     return Budget(name, value, speed is not None)  # type: ignore[arg-type]
