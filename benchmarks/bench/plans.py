@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.bench.cases import Case, ConvCase, LinearCase, Mode
 from polyadic.kernels.depthwise import Geometry
-from polyadic.planner.calibrated import machine_for
-from polyadic.planner.conv import conv_plans, plan_conv, predict_conv
-from polyadic.planner.linear import linear_plans, plan_linear, predict_linear
+from polyadic.planner import choice
+from polyadic.planner.ask import plan_conv, plan_linear
+from polyadic.planner.calibrated import machine_at
+from polyadic.planner.request import Request, place_now, request
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute, Memory
 
 
@@ -29,9 +32,16 @@ def plan_name(plan: LinearPlan | ConvPlan) -> str:
 
 def forced_plans(case: Case) -> dict[str, LinearPlan | ConvPlan]:
     """Plans with the same route forward and backward, by name."""
-    plans: list[LinearPlan] | list[ConvPlan]
-    plans = linear_plans(case.format) if isinstance(case, LinearCase) else conv_plans()
+    asked = _request(case)
+    plans = choice.kind_of(asked).candidates(asked)
     return {f"plan {plan_name(plan)}": plan for plan in plans}
+
+
+def _request(case: Case, **options: Any) -> Request:
+    if isinstance(case, LinearCase):
+        return request(case.format, case.batch, **options)
+    options |= {"geometry": _geometry(case), "size": (case.size, case.size)}
+    return request(case.format, case.batch, **options)
 
 
 def chosen_plan(case: Case, x: torch.Tensor, memory: Memory) -> LinearPlan | ConvPlan:
@@ -48,20 +58,15 @@ def _geometry(case: ConvCase) -> Geometry:
 
 def predicted(case: Case, plan: LinearPlan | ConvPlan, mode: Mode, x: torch.Tensor) -> float:
     """Seconds the cost model expects of a plan, on this machine with the threads set now."""
-    training, kind = mode == "training", x.device.type
-    if isinstance(case, LinearCase):
-        assert isinstance(plan, LinearPlan)
-        return predict_linear(plan, case.format, case.batch, x.dtype, kind, training=training)
-    assert isinstance(plan, ConvPlan)
-    return predict_conv(
-        plan, case.format, _geometry(case), case.batch, (case.size, case.size), x.dtype, kind,
-        channels_last=x.stride(1) == 1, training=training,
-    )  # fmt: skip
+    options: dict[str, Any] = {"dtype": x.dtype, "device": x.device.type}
+    if isinstance(case, ConvCase):
+        options["channels_last"] = x.stride(1) == 1
+    return choice.predict(_request(case, **options), plan, training=mode == "training")
 
 
 def rates_source(x_device: str, dtype: torch.dtype) -> str:
     """Tell whether predictions rest on ``"built-in"`` or ``"calibrated"`` rates."""
-    return machine_for(x_device, dtype).source
+    return machine_at(place_now(x_device, dtype)).source
 
 
 def short_name(contestant: str) -> str:

@@ -180,8 +180,9 @@ class Makers:
         """Our layer with plans forced on it."""
         D = self.order
         whole, split, single = (D,), (1, D - 1), (1,) * D
+        by: Any = "triton" if has_kernels() else "torch"
         routes = {
-            "Khatri-Rao": polyadic.LinearRoute(whole, whole),
+            "Khatri-Rao": polyadic.LinearRoute(whole, whole, by=by),
             "split": polyadic.LinearRoute(split, split),
             "per factor": polyadic.LinearRoute(single, single),
             "rebuild": polyadic.LinearRoute(whole, whole, "dense"),

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from polyadic.planner import choice
+
 
 def _backend() -> Any:
     """The module of the library that says whether its kernels serve, None where it has none."""
@@ -41,9 +43,10 @@ def without_kernels() -> Iterator[None]:
 
 
 def _ask_again(backend: Any) -> None:
-    """Forget the remembered answer and remember the new one."""
+    """Forget the remembered answer and remember the new one; plans that rest on it too."""
     backend._serves.cache_clear()
     backend.triton_serves(0)
+    choice.forget()
 
 
 def launcher(kernel: Any) -> Any:

@@ -3,7 +3,6 @@
 from polyadic import finetune, functional, init, nn, reference
 from polyadic.calibration import calibrate
 from polyadic.compression import Report, compress
-from polyadic.explaining import explain
 from polyadic.fitting import (
     DecomposeInterrupted,
     Decomposition,
@@ -13,6 +12,7 @@ from polyadic.fitting import (
 from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic.interop.tltorch import accelerate_tltorch
 from polyadic.nn.freezing import freeze, unfreeze
+from polyadic.planner.explanation import explain
 from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polyadic import checks
 from polyadic.formats import LinearFormat
 from polyadic.functional import cp_linear
-from polyadic.kernels.products import linear, times
+from polyadic.kernels.products import matmul_nn, matmul_nt
 from polyadic.nn import CPLinear
-from polyadic.planner import conv as conv_planner
-from polyadic.planner import linear as linear_planner
-from polyadic.planner.calibrated import computed_dtype, device_type, settle, store, threads_of
-from polyadic.planner.machine import MAPPED, Machine, built_in
-from polyadic.planner.steps import SUMMED, plan_steps
+from polyadic.planner import choice
+from polyadic.planner.calibrated import store
+from polyadic.planner.clocks import Clock, clock_of
+from polyadic.planner.machine import Machine, built_in
+from polyadic.planner.request import Request, request
 from polyadic.plans import Groups, LinearPlan, LinearRoute
+
+# A layer of next to no work, whose time is that of its calls.
+TINY = LinearFormat((2, 2, 2), (2, 2, 2), 2)
+ROWS = 2
 
 
 def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
     """Measure the rates the cost model rests on, and store them for later sessions.
 
     Takes a few seconds. The numbers hold for this device type, dtype and thread count
-    (``torch.get_num_threads()``) and are kept in the user's cache folder; plans made from now on
-    rest on them. Where the folder cannot be written to, a warning says so and they hold for this
-    process alone.
+    (``torch.get_num_threads()``), on a GPU for float32 with or without TF32 as torch's switch says,
+    and are kept in the user's cache folder; plans made from now on rest on them. Where the folder
+    cannot be written to, a warning says so and they hold for this process alone.
+
+    On a CUDA device the work of operations is timed by events in replayed graphs, so that no launch
+    and no synchronisation is in it; what the processor spends on launches is timed by itself.
 
     Args:
         device: device type, such as ``"cpu"`` or ``"cuda"``.
@@ -42,167 +49,168 @@ def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
         TypeError: ``dtype`` is not floating point, or ``device`` is no device.
         ValueError: the device is not there, or computes nothing.
     """
-    computed_dtype(dtype)
-    kind = device_type(device)
+    checks.computed_dtype(dtype)
+    kind = checks.device_type(device)
     try:
         torch.empty(0, device=kind)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"device {kind!r} is not there: {error}") from error
     if kind == "meta":
         raise ValueError("device 'meta' computes nothing that could be measured; use 'cpu'")
-    threads = threads_of(kind)
-    base = built_in(kind, dtype, threads)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            rates = _Rates(kind, dtype)
-            machine = dataclasses.replace(
-                base, **rates.gemm(), **rates.stream(), source="calibrated"
-            )
-            machine = dataclasses.replace(machine, **rates.convolutions(machine))
-        machine = dataclasses.replace(machine, **_calls(kind, dtype, machine))
-    store(machine, kind, dtype, threads)
-    linear_planner.forget()
-    conv_planner.forget()
+    asked = request(TINY, ROWS, dtype, kind)
+    machine = measured(asked, kind, clock_of(kind))
+    store(machine, asked.place)
+    choice.forget()
     return machine
 
 
-def _seconds(run: Callable[[], object], kind: str, budget: float = 0.12) -> float:
-    """Median time of one call, after a warm-up; at least five calls."""
-    run()
-    run()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < budget and len(times) < 400):
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+def measured(asked: Request, device: str, clock: Clock) -> Machine:
+    """Measure the machine of a request with tensors on a device, by a clock."""
+    base = built_in(*asked.place)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            rates = Rates(device, asked.dtype, clock, base.queued)
+            machine = dataclasses.replace(
+                base, **rates.calls(), **rates.gemm(), **rates.stream(), source="calibrated"
+            )
+            machine = dataclasses.replace(machine, **rates.convolutions(machine))
+        return dataclasses.replace(machine, **calls_of_layers(asked, device, machine, clock))
 
 
-class _Rates:
+class Rates:
     """The measurements; each method gives some fields of a ``Machine``."""
 
-    def __init__(self, kind: str, dtype: torch.dtype) -> None:
-        self.kind, self.dtype = kind, dtype
-        settle()
+    def __init__(self, device: str, dtype: torch.dtype, clock: Clock, queued: bool) -> None:
+        self.device, self.dtype, self.clock, self.queued = device, dtype, clock, queued
+        # Tensors of a GPU are so large that it is busy for longer than a kernel takes to start.
+        self.scale = 8 if queued else 1
         one = self._random(4)
         # In a loop of nothing else, as the others are measured: less than in a layer.
-        self.launch = _seconds(lambda: one * one, kind, 0.02)
+        self.kernel = clock.work(lambda: one * one)
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.kind).to(self.dtype)
+        return torch.randn(*shape, device=self.device).to(self.dtype)
 
     def _net(self, run: Callable[[], object], launches: int) -> float:
-        """Time without launches, at least a tenth of the whole."""
-        whole = _seconds(run, self.kind)
-        return max(whole - launches * self.launch, whole / 10)
+        """Time without that of starting so many operations, at least a tenth of the whole."""
+        whole = self.clock.work(run)
+        return max(whole - launches * self.kernel, whole / 10)
+
+    def calls(self) -> dict[str, Any]:
+        """What the processor and the device spend on an operation that does nothing."""
+        if not self.queued:
+            return {}
+        one = self._random(4, 4)
+        view = max(self.clock.host(lambda: one.t()), 1e-9)
+        return {"launch": self.clock.host(lambda: one * one), "view": view, "kernel": self.kernel}
 
     def gemm(self) -> dict[str, Any]:
-        """A large product, and a thin one that mostly reads its right operand."""
-        n = 1024
+        """A large product, and a thin one that mostly reads its operands."""
+        n = 1024 * self.scale
         a, b = self._random(n, n), self._random(n, n)
-        thin, wide = self._random(4, n), self._random(4 * n, n)
-        rate = 2 * n**3 / self._net(lambda: times(a, b), 1)
-        moved = self.dtype.itemsize * (4 * n + 4 * n * n + 16 * n)
-        whole = self._net(lambda: linear(thin, wide), 1)
-        return {
-            "gemm": rate,
-            "gemm_bandwidth": moved / max(whole - 2 * 16 * n * n / rate, whole / 10),
-        }
+        rate = 2 * n**3 / self._net(lambda: matmul_nn(a, b), 1)
+        # The layer's own: on a CPU of few rows, on a GPU of few columns.
+        m, k, r = (n, n // 2, 64) if self.queued else (4, n, 4 * n)
+        thin, wide = self._random(m, k), self._random(r, k)
+        moved = self.dtype.itemsize * (m * k + r * k + m * r)
+        whole = self._net(lambda: matmul_nt(thin, wide), 1)
+        made = 0.0 if self.queued else 2 * m * k * r / rate
+        return {"gemm": rate, "gemm_bandwidth": moved / max(whole - made, whole / 10)}
 
     def stream(self) -> dict[str, Any]:
-        """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows.
-
-        Also a product of a tensor that gets new memory each time, and into memory that is there.
-        """
-        large = self._random(256, 16, 256)
+        """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows."""
+        large = self._random(256 * self.scale, 16, 256)
         # In turns, as a layer's operands are not in the nearest cache when their time comes.
         several = [self._random(64, 16, 64) for _ in range(16)]
         turns = itertools.cycle(several)
         short = self._random(2048, 4, 16)
         weights, narrow, thin = (self._random(16, n) for n in (256, 64, 16))
-        item = self.dtype.itemsize
-        huge = self._random(MAPPED // item)
-        out = torch.empty_like(huge)
-        renewed = self._net(lambda: huge * huge, 1)
-        renewed -= self._net(lambda: torch.mul(huge, huge, out=out), 1)
-        in_cache = self._net(lambda: (next(turns) * narrow).sum(1), SUMMED)
+        item, sums = self.dtype.itemsize, 2 if self.queued else 3
+        in_cache = self._net(lambda: (next(turns) * narrow).sum(1), sums)
         cache_bandwidth = 4 * item * several[0].numel() / in_cache
-        rows = self._net(lambda: (short * thin[:4]).sum(1), SUMMED)
-        return {
-            "memory_bandwidth": 4
-            * item
-            * large.numel()
-            / self._net(lambda: (large * weights).sum(1), SUMMED),
-            "new_bandwidth": MAPPED / max(renewed, 1e-6),
+        whole = self._net(lambda: (large * weights).sum(1), sums)
+        found = {
+            "memory_bandwidth": 4 * item * large.numel() / whole,
             "cache_bandwidth": cache_bandwidth,
-            "row": max(rows - 4 * item * short.numel() / cache_bandwidth, 0.1e-9) / 2048,
         }
+        if not self.queued:
+            rows = self._net(lambda: (short * thin[:4]).sum(1), sums)
+            beside = 4 * item * short.numel() / cache_bandwidth
+            found["row"] = max(rows - beside, 0.1e-9) / 2048
+        return found
 
     def convolutions(self, machine: Machine) -> dict[str, Any]:
         """Depthwise 5×5 and dense 3×3 convolutions in both layouts, of few and of many images."""
-        channels, side, few, many = 64, 28, 4, 16
+        channels, side, few, many = 64, 28, 4 * self.scale, 16 * self.scale
         taps, kernel = self._random(channels, 1, 5, 5), self._random(channels, channels, 3, 3)
         images = self._random(many, channels, side, side)
         depthwise, dense = (2 * t * images[0].numel() for t in (25, 9 * channels))
 
-        def seconds(number: int, weight: Tensor, layout: torch.memory_format) -> float:
+        def convolve(number: int, weight: Tensor, layout: torch.memory_format) -> Callable[[], Any]:
             x = images[:number].contiguous(memory_format=layout)
             pad, groups = weight.shape[2] // 2, channels // weight.shape[1]
-            return _seconds(lambda: torch.conv2d(x, weight, None, 1, pad, 1, groups), self.kind)
+            return lambda: torch.conv2d(x, weight, None, 1, pad, 1, groups)
 
         def rate(
             weight: Tensor, layout: torch.memory_format, flops: int, passes: int
         ) -> tuple[float, float]:
             """FLOP/s beside so many passes over the maps, and seconds of a call."""
-            short, long = (seconds(number, weight, layout) for number in (few, many))
+            short, long = (self.clock.work(convolve(n, weight, layout)) for n in (few, many))
             image = max((long - short) / (many - few), long / many / 2)
             beside = machine.streamed(passes * images.nbytes) / many
             return flops / max(image - beside, image / 10), max(short - few * image, short / 10)
 
         last, first = torch.channels_last, torch.contiguous_format
-        # As many passes as ``_steps_conv`` counts bytes of: one read, a write that counts thrice.
-        fast, call = rate(taps, last, depthwise, 4)
+        # As many passes as the planner counts bytes of: a CPU's write counts thrice.
+        fast, call = rate(taps, last, depthwise, 2 if self.queued else 4)
+        if self.queued:
+            call = self.clock.host(convolve(few, taps, last))
         return {
             "conv_call": call,
             "depthwise": fast,
-            "depthwise_first": rate(taps, first, depthwise, 8)[0],
+            "depthwise_first": rate(taps, first, depthwise, 2 if self.queued else 8)[0],
             "conv": rate(kernel, last, dense, 0)[0],
             "conv_first": rate(kernel, first, dense, 0)[0],
         }
 
 
-def _calls(kind: str, dtype: torch.dtype, machine: Machine) -> dict[str, Any]:
+def calls_of_layers(asked: Request, device: str, machine: Machine, clock: Clock) -> dict[str, Any]:
     """What an operation costs within a layer, and a layer's call beside them, per pass.
 
-    From a layer of next to no work, by plans of few and of many operations.
+    From a layer of next to no work, by plans of few and of many operations. On a GPU the processor
+    alone is timed, and an operation costs what it costs by itself.
     """
-    fmt, rows = LinearFormat((2, 2, 2), (2, 2, 2), 2), 2
-    cp = CPLinear(8, 8, bias=False, rank=2, order=3, device=kind, dtype=dtype)
-    dense = nn.Linear(8, 8, bias=False, device=kind, dtype=dtype)
-    x = torch.zeros(rows, 8, device=kind, dtype=dtype, requires_grad=True)
-    grad = torch.ones(rows, 8, device=kind, dtype=dtype)
+    options: dict[str, Any] = {"device": device, "dtype": asked.dtype}
+    cp = CPLinear(TINY.in_features, TINY.out_features, bias=False, rank=TINY.rank, **options)
+    dense = nn.Linear(TINY.in_features, TINY.out_features, bias=False, **options)
+    x = torch.zeros(ROWS, TINY.in_features, requires_grad=True, **options)
+    grad = torch.ones(ROWS, TINY.out_features, **options)
 
     def seconds(layer: nn.Module, call: Callable[[], Tensor]) -> float:
         wanted = [x, *layer.parameters()]
-        return _seconds(lambda: torch.autograd.grad(call(), wanted, grad), kind)
+        return clock.host(lambda: torch.autograd.grad(call(), wanted, grad))
 
-    def by_plan(groups: Groups) -> tuple[float, int]:
+    def by_plan(groups: Groups) -> tuple[float, list[Any]]:
         route = LinearRoute(groups, groups)
         plan = LinearPlan(route, route)
-        steps = itertools.chain(*plan_steps(fmt, rows, plan, dtype.itemsize, training=True))
         time = seconds(cp, lambda: cp_linear(x, cp.in_factors, cp.out_factors, plan=plan))
-        return time, sum(step.launches for step in steps)
+        return time, list(itertools.chain(*choice.steps(asked, plan)))
 
-    (few, n_few), (many, n_many) = by_plan((3,)), by_plan((1, 1, 1))
-    launch = max((many - few) / (n_many - n_few), machine.launch / 10)
+    few, few_steps = by_plan((3,))
+    found = {}
+    if not machine.queued:
+        many, many_steps = by_plan((1, 1, 1))
+        n_few, n_many = (
+            sum(s.launches + s.views + s.sums for s in steps) for steps in (few_steps, many_steps)
+        )
+        launch = max((many - few) / (n_many - n_few), machine.launch / 10)
+        found = {"launch": launch, "view": launch, "fused_launch": launch}
+        machine = dataclasses.replace(machine, **found)
     theirs = seconds(dense, lambda: dense(x))
+    launched = sum(map(machine.host, few_steps))
     return {
-        "launch": launch,
-        "call": max((few - n_few * launch) / 2, few / 10),
-        "dense_call": max((theirs - 3 * launch) / 2, theirs / 10),
+        **found,
+        "call": max((few - launched) / 2, few / 10),
+        "dense_call": max((theirs - 3 * machine.launch) / 2, theirs / 10),
     }

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from polyadic._torch import memoized
-from polyadic.formats import ConvFormat, LinearFormat, Shape, positive_int
+from polyadic.formats import ConvFormat, Shape, mode_sizes, positive_int
+from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.plans import MEMORY, ConvPlan, LinearPlan, LinearRoute, Memory
+from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
 
+Plan = TypeVar("Plan", LinearPlan, ConvPlan)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -161,38 +163,52 @@ def memory(value: Any) -> Memory:
     raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
 
 
-def linear_plan(plan: Any, fmt: LinearFormat) -> LinearPlan:
-    """Check that a given plan is a LinearPlan whose groups cover the modes of ``fmt``."""
-    if not isinstance(plan, LinearPlan):
-        raise TypeError(f"plan must be a polyadic.LinearPlan, got {type(plan).__name__}")
-    for route in (plan.forward, plan.backward):
-        for groups, modes, name in (
-            (route.in_groups, fmt.in_shape, "in_groups"),
-            (route.out_groups, fmt.out_shape, "out_groups"),
-        ):
-            if sum(groups) != len(modes):
-                raise ValueError(
-                    f"the plan's {name} {groups} cover {sum(groups)} modes, but the layer has "
-                    f"{len(modes)}: {modes}"
-                )
+def plan_of(plan: Any, kind: type[Plan]) -> Plan:
+    """Return a given plan if it is of the kind that the layer follows."""
+    if not isinstance(plan, kind):
+        raise TypeError(f"plan must be a polyadic.{kind.__name__}, got {type(plan).__name__}")
     return plan
 
 
-def conv_plan(plan: Any) -> ConvPlan:
-    """Check that a given plan is a ConvPlan."""
-    if not isinstance(plan, ConvPlan):
-        raise TypeError(f"plan must be a polyadic.ConvPlan, got {type(plan).__name__}")
-    return plan
+def obeyable(plan: LinearPlan | ConvPlan, kind: str, x: Tensor) -> None:
+    """Check that the kernels a given plan asks for can run where x is.
+
+    Raises:
+        ValueError: a route is by "triton" and they cannot.
+    """
+    if plan.forward.by == plan.backward.by == "torch":
+        return
+    reason = why_not(kind, x.device.type, x.dtype)
+    if reason is not None:
+        raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
 
 
-def with_scale(plan: LinearPlan) -> LinearPlan:
-    """Return the plan for λ passed as one more in factor, in front."""
+def device_type(device: Any) -> str:
+    """Return the type of a device, such as ``"cpu"``.
 
-    def shift(route: LinearRoute) -> LinearRoute:
-        first, *rest = route.in_groups
-        return LinearRoute((first + 1, *rest), route.out_groups, route.kind)
+    Raises:
+        TypeError: ``device`` is neither a device nor text.
+        ValueError: it names no device.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be text such as 'cpu', got {device!r}")
+    try:
+        return torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device must be one torch knows, such as 'cpu', got {device!r}") from None
 
-    return LinearPlan(shift(plan.forward), shift(plan.backward), plan.keep)
+
+def computed_dtype(dtype: Any) -> torch.dtype:
+    """Return a dtype if layers compute in it.
+
+    Raises:
+        TypeError: it is no floating-point dtype of two bytes or more.
+    """
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:
+        return dtype
+    raise TypeError(
+        f"dtype must be floating point of two bytes or more, such as torch.float32, got {dtype!r}"
+    )
 
 
 def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
@@ -265,6 +281,25 @@ def transposed_geometry(
                 f"{output_padding!r} with stride {strides} and dilation {dilations}"
             )
     return Geometry(kernel_size, strides, pairs, dilations, True, extra)
+
+
+def spatial_size(size: Any, where: Geometry) -> Shape:
+    """Return the spatial size of an input, one entry per dimension, if the kernel fits into it.
+
+    Raises:
+        ValueError: it is missing, of another length, or smaller than the kernel.
+    """
+    dims = len(where.kernel_size)
+    if size is None:
+        raise ValueError("give the spatial size of the convolution's input, such as size=(32, 32)")
+    sizes = mode_sizes(size if isinstance(size, Sequence) else (size,) * dims, "size")
+    if len(sizes) != dims:
+        raise ValueError(f"size must have {dims} entries, got {sizes}")
+    if min(where.output_size(sizes)) < 1:
+        raise ValueError(
+            f"the kernel {where.kernel_size} does not fit into an input of size {sizes}"
+        )
+    return sizes
 
 
 def channel_groups(value: Any, **channels: int) -> int:

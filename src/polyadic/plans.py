@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from polyadic.formats import ConvFormat, LinearFormat
+
 Groups = tuple[int, ...]
 Kind = Literal["factorized", "dense"]
+Backend = Literal["torch", "triton"]
 Memory = Literal["fast", "balanced", "least"]
 
 MEMORY: tuple[Memory, ...] = ("fast", "balanced", "least")
@@ -44,16 +48,29 @@ class LinearRoute:
             (D,) is the explicit Khatri-Rao matrix, (l, D-l) two-step, (1, …, 1) per factor.
         out_groups: the same for the out modes.
         kind: ``"factorized"``, or ``"dense"`` to rebuild W (M, N) and use one GEMM.
+        by: ``"torch"``, or ``"triton"`` for the library's own kernels, which make both Khatri-Rao
+            matrices in one launch and all gradients of factors in another, on a CUDA device.
+
+    Raises:
+        ValueError: an argument is none of these, or ``by="triton"`` is given with a route that no
+            kernel serves.
     """
 
     in_groups: Groups
     out_groups: Groups
     kind: Kind = "factorized"
+    by: Backend = "torch"
 
     def __post_init__(self) -> None:
         _one_of(self.kind, ("factorized", "dense"), "kind")
         _check_groups(self.in_groups, "in_groups")
         _check_groups(self.out_groups, "out_groups")
+        _one_of(self.by, ("torch", "triton"), "by")
+        if self.by == "triton" and len(self.out_groups) > 1:
+            raise ValueError(
+                f"by='triton' serves routes that contract the out modes by their whole Khatri-Rao "
+                f"matrix, got out_groups {self.out_groups}; use by='torch'"
+            )
 
     @property
     def is_khatri_rao(self) -> bool:
@@ -61,9 +78,10 @@ class LinearRoute:
         return self.kind == "factorized" and len(self.in_groups) == len(self.out_groups) == 1
 
     def __str__(self) -> str:
+        by = "" if self.by == "torch" else f", by {self.by}"
         if self.kind == "dense":
-            return "rebuild W"
-        return f"in {_groups_name(self.in_groups)}, out {_groups_name(self.out_groups)}"
+            return f"rebuild W{by}"
+        return f"in {_groups_name(self.in_groups)}, out {_groups_name(self.out_groups)}{by}"
 
 
 def _groups_name(groups: Groups) -> str:
@@ -74,6 +92,12 @@ def _groups_name(groups: Groups) -> str:
     return "split " + "|".join(map(str, groups))
 
 
+def _with_one_more_in_mode(route: LinearRoute) -> LinearRoute:
+    # Spelled out, as torch.compile does not trace dataclasses.replace.
+    groups = (route.in_groups[0] + 1, *route.in_groups[1:])
+    return LinearRoute(groups, route.out_groups, route.kind, route.by)
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """How a linear layer is computed.
@@ -81,14 +105,17 @@ class LinearPlan:
     Args:
         forward: the route of Y = X W.
         backward: the route of the gradients.
-        keep: what is kept for the backward beside X and the factors: 0 nothing, Z = X K (B, R) is
-            recomputed; 1 Z; 2 all that torch's own autograd keeps of the forward, the Khatri-Rao
-            products too. With 2 there is no closed-form backward but autograd's of the same route,
-            which spares small layers the cost of a call into it.
+        keep: 0, 1 or 2; False and True are taken for 0 and 1. With 0 the backward keeps X and the
+            factors alone and recomputes Z = X KA (B, R), with 1 it keeps Z too. 2 is another thing:
+            there is no closed-form backward, but torch's autograd differentiates the forward, and
+            keeps what it needs for that, the Khatri-Rao products among it. It spares small layers
+            the cost of a call into the closed form. ``keeps_z`` and ``backward_by_autograd`` tell
+            the two ideas apart.
 
     Raises:
         TypeError: a route is no LinearRoute.
-        ValueError: ``keep`` is none of these, or 2 with other than explicit Khatri-Rao routes.
+        ValueError: ``keep`` is none of these; or it is 2 with other routes than the explicit
+            Khatri-Rao ones that torch computes.
     """
 
     forward: LinearRoute
@@ -98,17 +125,68 @@ class LinearPlan:
     def __post_init__(self) -> None:
         _check_routes(self, LinearRoute)
         _one_of(self.keep, (0, 1, 2), "keep")
-        if self.keep == 2 and not (self.forward == self.backward and self.forward.is_khatri_rao):
+        simple = self.forward.is_khatri_rao and self.forward.by == "torch"
+        if self.keep == 2 and not (simple and self.forward == self.backward):
             raise ValueError(
                 f"keep=2 leaves the backward to autograd, which follows the forward; it is for the "
                 f"explicit Khatri-Rao route in both, got {self.forward} and {self.backward}"
             )
+
+    @property
+    def backward_by_autograd(self) -> bool:
+        """Whether torch's autograd differentiates the forward, in place of the closed form."""
+        return self.keep == 2
+
+    @property
+    def keeps_z(self) -> bool:
+        """Whether Z (B, R) stays for the backward."""
+        return self.keep > 0 and self.forward.kind == "factorized"
+
+    def covering(self, fmt: LinearFormat) -> LinearPlan:
+        """Return the plan after a check that its groups cover the modes of a format.
+
+        Raises:
+            ValueError: they cover other numbers of modes.
+        """
+        for route in (self.forward, self.backward):
+            if route.by == "triton" and len(route.in_groups) > 1:
+                raise ValueError(
+                    f"by='triton' serves linear routes that contract the in modes by their whole "
+                    f"Khatri-Rao matrix, got in_groups {route.in_groups}; use by='torch'"
+                )
+            for groups, modes, name in (
+                (route.in_groups, fmt.in_shape, "in_groups"),
+                (route.out_groups, fmt.out_shape, "out_groups"),
+            ):
+                if sum(groups) != len(modes):
+                    raise ValueError(
+                        f"the plan's {name} {groups} cover {sum(groups)} modes, but the layer has "
+                        f"{len(modes)}: {modes}"
+                    )
+        return self
+
+    def with_weights(self) -> LinearPlan:
+        """Return the plan for weights λ passed as one more in factor, in front."""
+        return LinearPlan(
+            _with_one_more_in_mode(self.forward),
+            _with_one_more_in_mode(self.backward),
+            self.keep,
+        )
 
     def __str__(self) -> str:
         kept = ("X", "X and Z", "what autograd keeps")[self.keep]
         if self.keep == 1 and self.forward.kind == "dense":
             kept = "X"
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
+
+
+# Taps up to which a program of the backward's kernel holds a sum for each in its registers.
+MOST_FUSED_TAPS = 27
+
+
+def fused_by_triton(fmt: ConvFormat) -> bool:
+    """Whether Triton kernels serve convolutions of a format."""
+    return not fmt.transposed and math.prod(fmt.kernel_size) <= MOST_FUSED_TAPS
 
 
 @dataclass(frozen=True)
@@ -121,21 +199,36 @@ class ConvRoute:
         depthwise: ``"merged"`` forms the R kernels of all taps, ``"separable"`` convolves one
             spatial dimension after the other.
         kind: ``"factorized"``, or ``"dense"`` to rebuild the kernel and use one convolution.
+        by: ``"torch"``, or ``"triton"`` for the library's own kernels, on a CUDA device: products
+            by GEMMs, and what lies between them fused.
+
+    Raises:
+        ValueError: an argument is none of these, or ``by="triton"`` is given with a route that no
+            kernel serves.
     """
 
     layout: Literal["channels_last", "channels_first"] = "channels_last"
     depthwise: Literal["merged", "separable"] = "merged"
     kind: Kind = "factorized"
+    by: Backend = "torch"
 
     def __post_init__(self) -> None:
         _one_of(self.kind, ("factorized", "dense"), "kind")
+        _one_of(self.by, ("torch", "triton"), "by")
         _one_of(self.layout, ("channels_last", "channels_first"), "layout")
         _one_of(self.depthwise, ("merged", "separable"), "depthwise")
+        own = self.kind, self.layout, self.depthwise
+        if self.by == "triton" and own != ("factorized", "channels_last", "merged"):
+            raise ValueError(
+                f"by='triton' serves the factorized route in channels_last with merged depthwise "
+                f"kernels, got {', '.join(own)}; use by='torch'"
+            )
 
     def __str__(self) -> str:
         if self.kind == "dense":
             return f"rebuild kernel, {self.layout}"
-        return f"{self.depthwise} depthwise, {self.layout}"
+        by = "" if self.by == "torch" else f", by {self.by}"
+        return f"{self.depthwise} depthwise, {self.layout}{by}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +253,19 @@ class ConvPlan:
     def __post_init__(self) -> None:
         _check_routes(self, ConvRoute)
         _one_of(self.keep, (0, 1, 2), "keep")
+
+    def covering(self, fmt: ConvFormat) -> ConvPlan:
+        """Return the plan after a check that it can be followed for a format.
+
+        Raises:
+            ValueError: it asks for Triton kernels where there are none.
+        """
+        if "triton" in (self.forward.by, self.backward.by) and not fused_by_triton(fmt):
+            raise ValueError(
+                f"by='triton' serves convolutions of up to {MOST_FUSED_TAPS} taps that are not "
+                f"transposed, got {fmt}; use by='torch'"
+            )
+        return self
 
     def __str__(self) -> str:
         maps = self.keep if self.forward.kind == "factorized" else 0

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
-from polyadic.exchange import Exchanged, owned
 from polyadic.formats import positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
+from polyadic.interop.exchange import Exchanged, owned
 from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
@@ -137,9 +137,15 @@ class CPTensor(Exchanged):
             nn.init.ones_(self.weights)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Refuse a state dict of a later version than this code writes."""
         version = local_metadata.get("version") or 1
         if version > self._version:
@@ -393,6 +399,7 @@ def _row(index: Any, size: int) -> int:
         raise TypeError(f"the index of a layer must be an int, got {index!r}")
     row = int(index.__index__())
     if not -size <= row < size:
-        raise IndexError(f"there are {size} layers, so that the index must lie in "
-                         f"[{-size}, {size}), got {row}")  # fmt: skip
+        raise IndexError(
+            f"there are {size} layers, so that the index must lie in [{-size}, {size}), got {row}"
+        )
     return row % size

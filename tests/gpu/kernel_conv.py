@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from pretend import counted, fused_kernels, judge_together
 from torch import Tensor
 
 from polyadic.functional import cp_conv
+from polyadic.kernels import fused_conv
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.triton import conv as subject
@@ -121,11 +124,14 @@ def _check_backward(
     taps = draw((math.prod(where.kernel), rank), dtype, integers)
     given = z1, d_z2, taps, where, size, out, groups
     with poisoned():
+        stage = depthwise.depthwise(z1, taps, where, size, out, groups)
         once = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
         twice = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
         alone = depthwise.depthwise_backward(*given, wrt_taps=False, again=False)
     assert alone[1] is None
     assert alone[2] is None
+    assert once[2] is not None
+    assert torch.equal(once[2], stage), f"{name}: Z2 is made in two ways that differ"
     assert torch.equal(once[0], alone[0]), f"{name}: dZ1 depends on what else is wanted"
 
     def way(wide: torch.dtype, low: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +175,7 @@ def _layers() -> Iterator[str]:
             modes = ((2, 4), (3, 2 // groups), (1, *geometry.kernel_size))
             sides = draw_groups(modes, 10, dtype, False)
             factors = [factor for side in sides for factor in side]
-            route = ConvRoute("channels_last", "merged")
+            route = ConvRoute("channels_last", "merged", by="triton")
             layer_map = ConvMap(ConvPlan(route, route, keep), geometry, 2, 2, groups)
             x = draw(shape, dtype, False)
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -186,6 +192,13 @@ def _layers() -> Iterator[str]:
             wide = x.cpu().double(), bias.cpu().double(), [f.double() for f in there[2]]
             exact = _step(layer_map, *wide, grad_y.cpu().double())
             judge_together(name, found, exact, torchs)
+            with fused_kernels(), mock.patch.object(fused_conv, "MOST_PROJECTED_CHANNELS", 0):
+                apart = _step(layer_map, x, bias, factors, grad_y)
+            judge_together(f"{name} projection apart", apart, exact, torchs)
+            # What one way keeps serves the other: only one of the two may be watched by a mode.
+            for pair in (fused_kernels(), nullcontext()), (nullcontext(), fused_kernels()):
+                mixed = _step(layer_map, x, bias, factors, grad_y, ways=pair)
+                judge_together(f"{name} in two ways", mixed, exact, torchs)
             yield name
 
 
@@ -196,12 +209,15 @@ def _step(
     factors: list[Tensor],
     grad_y: Tensor,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    ways: tuple[AbstractContextManager[None], ...] = (nullcontext(), nullcontext()),
 ) -> list[Tensor | None]:
     """Output and gradients, None where they are not needed: of x, the out factors, the others."""
-    y, kept = layer_map.forward(x, bias, factors)
+    with ways[0]:
+        y, kept = layer_map.forward(x, bias, factors)
     cut = layer_map.n_out
     wanted = [needs[0], *[needs[1]] * cut, *[needs[2]] * (len(factors) - cut)]
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
+    with ways[1]:
+        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
     return [y, d_x, *d_factors]
 
 
@@ -211,7 +227,7 @@ def _launches() -> str:
     x = draw((2, 6, 5, 5), torch.bfloat16, False).contiguous(memory_format=torch.channels_last)
     bias = draw((8,), torch.bfloat16, False)
     leaves = [t.requires_grad_() for t in (x, bias, *[f for side in sides for f in side])]
-    route = ConvRoute("channels_last", "merged")
+    route = ConvRoute("channels_last", "merged", by="triton")
     plan = ConvPlan(route, route, 1)
     with torch.enable_grad(), counted() as launches:
         y = cp_conv(x, *sides, bias, padding=1, plan=plan)
@@ -255,9 +271,24 @@ def _forms(
             tensor_cores=dtype != torch.float32,
         )
     yield Form(
+        f"depthwise {name}",
+        depthwise.depthwise_kernel,
+        (*pointers[:3], *("i32",) * 7),
+        depthwise.forward_constants(where, groups, padded),
+    )
+    if padded == 88:
+        yield Form(
+            f"backward without taps {name}",
+            depthwise.depthwise_backward_kernel,
+            (*pointers[:5], "*fp32", *("i32",) * 10),
+            depthwise.backward_constants(where, groups, padded, False),
+        )
+    yield Form(
         f"backward {name}",
         depthwise.depthwise_backward_kernel,
         (*pointers[:5], "*fp32", *("i32",) * 10),
         depthwise.backward_constants(where, groups, padded, True),
         wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
+        # Many taps take the compiler long.
+        capabilities=(80, 90, 100) if math.prod(where.kernel) <= depthwise.MOST_SUMS else (90,),
     )

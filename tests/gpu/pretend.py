@@ -14,6 +14,7 @@ from data import device, error_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from polyadic import checks
 from polyadic.kernels import embedding, fused, pairs, products, projections
 from polyadic.kernels.triton.launch import Launcher
 
@@ -29,10 +30,11 @@ def fused_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if device() == "cpu":
             stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
+            stack.enter_context(mock.patch.object(checks, "why_not", return_value=None))
             for module in (pairs, fused):
                 stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
             for module in (embedding, projections):
-                stack.enter_context(mock.patch.object(module, "tall_unrounded", _unrounded))
+                stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
         yield
 
 
@@ -62,7 +64,7 @@ def judge_together(
 # What torch calls views, and memory without contents: nothing is launched for them.
 NO_LAUNCH = re.compile(
     "_?(unsafe_)?view|t|transpose|permute|(un)?squeeze|expand|slice|select|split|as_strided|alias"
-    "|detach|_?reshape(_alias)?|movedim|(new_)?empty(_strided)?"
+    "|detach|_?reshape(_alias)?|movedim|(new_)?empty(_strided|_like)?"
 )
 
 
@@ -98,8 +100,8 @@ def counted() -> Iterator[Launches]:
     with (
         fused_kernels(),
         # One product, as it is on a GPU.
-        mock.patch.object(embedding, "tall_unrounded", products.tall),
-        mock.patch.object(projections, "tall_unrounded", products.tall),
+        mock.patch.object(embedding, "matmul_tn_unrounded", products.matmul_tn),
+        mock.patch.object(projections, "matmul_tn_unrounded", products.matmul_tn),
         mock.patch.object(fused, "observed", return_value=False),
         mock.patch.object(pairs, "observed", return_value=False),
         mock.patch.object(Launcher, "__call__", started),

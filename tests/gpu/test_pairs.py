@@ -49,7 +49,7 @@ def linear_step(dtype: torch.dtype, rank: int, keep: int, *, scale: bool) -> tup
     """Forward and backward of a layer of 16³ by 16³."""
     ins = [on_gpu(m, rank, dtype=dtype) for m in ([1] if scale else []) + [16] * 3]
     factors = [*ins, *[on_gpu(16, rank, dtype=dtype) for _ in range(3)]]
-    route = LinearRoute((len(ins),), (3,))
+    route = LinearRoute((len(ins),), (3,), by="triton")
     layer_map = LinearMap(LinearPlan(route, route, keep), len(ins))
     x, grad_y = on_gpu(128, 4096, dtype=dtype), on_gpu(128, 4096, dtype=dtype)
     bias = on_gpu(4096, dtype=dtype)
@@ -112,7 +112,7 @@ def test_large_gradients_of_matrices_are_made_whole_on_a_gpu(gpu: None) -> None:
 def test_a_step_that_rebuilds_w_takes_ten_launches(gpu: None) -> None:
     """KA and KC, W, Y; KA and KC, W, dX, dW, dKA, dKC, all factors' gradients."""
     factors = [on_gpu(16, 64) for _ in range(4)]
-    route = LinearRoute((2,), (2,), "dense")
+    route = LinearRoute((2,), (2,), "dense", "triton")
     layer_map = LinearMap(LinearPlan(route, route, 0), 2)
     x, grad_y, bias = on_gpu(512, 256), on_gpu(512, 256), on_gpu(256)
     assert launches(lambda: layer_map.forward(x, bias, factors)).total() == 3
@@ -124,12 +124,18 @@ def test_a_step_that_rebuilds_w_takes_ten_launches(gpu: None) -> None:
 def test_every_plan_runs_on_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """No plan calls what only a CPU has, and padded intermediates pass from route to route."""
     # Without a GPU torch refuses to index such tensors, but not the operation that indexing calls.
-    columns = torch.ops.aten.slice.Tensor
+    columns, copy = torch.ops.aten.slice.Tensor, torch.ops.aten.clone.default
     monkeypatch.setattr(linear, "_unpadded", lambda z, rank: columns(z, 1, 0, rank))
+    monkeypatch.setattr(
+        pairs,
+        "_without_zeros",
+        lambda d, rank: copy(columns(d, 1, 0, rank), memory_format=torch.contiguous_format),
+    )
     factors = [on_gpu(m, rank) for m in (4, 6, 3, 5)]
     x, grad_y, bias = on_gpu(7, 24), on_gpu(7, 15), on_gpu(15)
     routes = [LinearRoute(i, o) for i in ((2,), (1, 1)) for o in ((2,), (1, 1))]
     routes.append(LinearRoute((2,), (2,), "dense"))
+    routes += [LinearRoute((2,), (2,), kind, "triton") for kind in ("factorized", "dense")]
     for forward in routes:
         for backward in routes:
             layer_map = LinearMap(LinearPlan(forward, backward), 2)
@@ -174,7 +180,7 @@ def test_a_compiler_sees_operations(gpu: None, rank: int) -> None:
         graphs.append(module.code)
         return module
 
-    route = LinearRoute((2,), (2,))
+    route = LinearRoute((2,), (2,), by="triton")
     layer_map = LinearMap(LinearPlan(route, route), 2)
 
     def call(x: Tensor, grad_y: Tensor, *factors: Tensor) -> list[Tensor | None]:

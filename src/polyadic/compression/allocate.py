@@ -119,12 +119,15 @@ def _relaxed(
 
 
 def _exchange(
-    options: Sequence[Sequence[Option]], frontiers: Sequence[Sequence[int]], at: list[int],
+    options: Sequence[Sequence[Option]],
+    frontiers: Sequence[Sequence[int]],
+    at: list[int],
     budget: float,
-) -> None:  # fmt: skip
+) -> None:
     """Change the options of one or two layers for the better until none is left, in place."""
-    points = [[each[i] for i in frontier]
-              for each, frontier in zip(options, frontiers, strict=True)]  # fmt: skip
+    points = [
+        [each[i] for i in frontier] for each, frontier in zip(options, frontiers, strict=True)
+    ]
     for _ in range(ROUNDS):
         improved = False
         for first in range(len(at)):
@@ -137,9 +140,10 @@ def _exchange(
                 better = (
                     _best_single(points[first], at[first], budget - rest)
                     if first == second
-                    else _best_pair(points[first], points[second], (at[first], at[second]),
-                                    budget - rest)
-                )  # fmt: skip
+                    else _best_pair(
+                        points[first], points[second], (at[first], at[second]), budget - rest
+                    )
+                )
                 if better is not None:
                     at[first], at[second] = better
                     improved = True

@@ -44,9 +44,12 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Any], forward: Forward | None,
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        forward: Forward | None,
         weights: Weights | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.batches, self.weights = model, batches, weights
         self.forward = forward or call
         self.calls: dict[str, list[Call]] = {}

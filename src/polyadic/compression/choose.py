@@ -61,9 +61,14 @@ class Weighed:
 
 
 def weigh(
-    site: Site, curves: Sequence[Curve], importance: float, calls: Calls, budget: Budget,
-    fixed: bool, obstacle: str,
-) -> Weighed:  # fmt: skip
+    site: Site,
+    curves: Sequence[Curve],
+    importance: float,
+    calls: Calls,
+    budget: Budget,
+    fixed: bool,
+    obstacle: str,
+) -> Weighed:
     """List the options of a site.
 
     Args:
@@ -137,11 +142,15 @@ def choose(weighed: Sequence[Weighed], budget: Budget, limit: float | None = Non
         return [_most_faithful(w) for w in weighed]
     if budget.kind == "max_error":
         bound = (budget.value if limit is None else limit) ** 2
-        pairs = [[(w.loss(o), float(o.cost.parameters)) for o in options]
-                 for w, options in zip(weighed, every, strict=True)]  # fmt: skip
+        pairs = [
+            [(w.loss(o), float(o.cost.parameters)) for o in options]
+            for w, options in zip(weighed, every, strict=True)
+        ]
     else:
-        pairs = [[(float(_amount(o.cost, budget)), w.loss(o)) for o in options]
-                 for w, options in zip(weighed, every, strict=True)]  # fmt: skip
+        pairs = [
+            [(float(_amount(o.cost, budget)), w.loss(o)) for o in options]
+            for w, options in zip(weighed, every, strict=True)
+        ]
         dense = sum(_amount(w.dense.cost, budget) for w in weighed)
         bound = dense / budget.value
     try:

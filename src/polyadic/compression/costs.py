@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from polyadic.compression.targets import Form, Site
@@ -15,13 +14,9 @@ from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn import CPEmbedding
 from polyadic.nn.conv import CPConvBase
-from polyadic.planner import conv as conv_planner
-from polyadic.planner import embedding as embedding_planner
-from polyadic.planner import linear as linear_planner
-from polyadic.planner.calibrated import machine_for, threads_of
-from polyadic.planner.steps import dense_steps
-from polyadic.planner.steps_conv import conv_forward_steps, dense_conv_steps
-from polyadic.planner.steps_embedding import dense_embedding_steps, embedding_forward_steps
+from polyadic.planner import choice
+from polyadic.planner.conv import dense_steps, forward_steps
+from polyadic.planner.request import Request, request
 from polyadic.plans import ConvRoute
 
 
@@ -88,14 +83,11 @@ def _flops(layer: Any, first: Form, form: Form | None, rank: int, call: Call) ->
         m, n = layer.in_features, layer.out_features
         return 2 * call.batch * (m * n if form is None else rank * (m + n))
     fmt, where = _convolution(first, form, rank)
+    asked = request(fmt, call.batch, geometry=where, size=call.size)
     if form is None:
-        steps = dense_conv_steps(fmt, where, call.batch, call.size, 4, training=False)
-        return sum(step.flops for step in steps)
+        return sum(step.flops for step in dense_steps(asked)[0])
     routes = (ConvRoute(depthwise="merged"), ConvRoute(depthwise="separable"))
-    return min(
-        sum(s.flops for s in conv_forward_steps(fmt, where, call.batch, call.size, False, r, 4))
-        for r in routes
-    )
+    return min(sum(s.flops for s in forward_steps(asked, route)) for route in routes)
 
 
 def _convolution(first: Form, form: Form | None, rank: int) -> tuple[ConvFormat, Geometry]:
@@ -108,66 +100,24 @@ def _convolution(first: Form, form: Form | None, rank: int) -> tuple[ConvFormat,
 
 def _seconds(layer: Any, first: Form, form: Form | None, rank: int, call: Call) -> float:
     """Predicted time of a call without gradients."""
-    dtype, device = layer.weight.dtype, layer.weight.device.type
+    options: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device.type}
+    fmt: Any
     if isinstance(layer, nn.Embedding):
-        table = (form or first).at(max(rank, 1))
-        assert isinstance(table, EmbeddingFormat)
-        return _embedding_seconds(
-            table, form is None, call.batch, dtype, device, threads_of(device)
-        )
-    if isinstance(layer, nn.Linear):
-        modes = None
+        fmt = (form or first).at(max(rank, 1))
+        assert isinstance(fmt, EmbeddingFormat)
+    elif isinstance(layer, nn.Linear):
+        fmt = LinearFormat((layer.in_features,), (layer.out_features,), 1)
         if form is not None:
             ins, outs = form.probe.format.in_shape, form.probe.format.out_shape
             # An output head has the embedding's format, with the sides exchanged.
             modes = (outs, ins) if isinstance(form.probe, CPEmbedding) else (ins, outs)
-        sizes = (layer.in_features, layer.out_features)
-        return _linear_seconds(sizes, modes, rank, call.batch, dtype, device, threads_of(device))
-    fmt, where = _convolution(first, form, rank)
-    return _conv_seconds(
-        fmt, where, form is None, call.batch, call.size, dtype, device, threads_of(device)
-    )
+            fmt = LinearFormat(*modes, rank)
+    else:
+        fmt, options["geometry"] = _convolution(first, form, rank)
+        options["size"] = call.size
+    return _predicted(request(fmt, call.batch, **options), form is None)
 
 
 @functools.lru_cache(maxsize=4096)
-def _linear_seconds(
-    sizes: tuple[int, int], modes: tuple[Shape, Shape] | None, rank: int, rows: int,
-    dtype: torch.dtype, device: str, threads: int,
-) -> float:  # fmt: skip
-    machine = machine_for(device, dtype)
-    if modes is None:
-        fmt = LinearFormat((sizes[0],), (sizes[1],), 1)
-        steps = dense_steps(fmt, rows, dtype.itemsize, training=False)
-        return machine.total(steps) + machine.dense_call
-    fmt = LinearFormat(*modes, rank)
-    plan = linear_planner.choose_linear(fmt, linear_planner.bucket(rows), dtype, device, "balanced")
-    time = linear_planner.predict_linear(plan, fmt, rows, dtype, device, training=False)
-    return time + machine.call
-
-
-@functools.lru_cache(maxsize=4096)
-def _embedding_seconds(
-    fmt: EmbeddingFormat, dense: bool, rows: int, dtype: torch.dtype, device: str, threads: int
-) -> float:
-    machine, item = machine_for(device, dtype), dtype.itemsize
-    if dense:
-        forward, _ = dense_embedding_steps(fmt, rows, item, training=False)
-        return machine.total(forward) + machine.dense_call
-    plan = embedding_planner.plan_embedding(fmt, rows, dtype, device, "balanced")
-    return machine.total(embedding_forward_steps(fmt, rows, plan, item)) + machine.call
-
-
-@functools.lru_cache(maxsize=4096)
-def _conv_seconds(
-    fmt: ConvFormat, where: Geometry, dense: bool, images: int, size: Shape, dtype: torch.dtype,
-    device: str, threads: int,
-) -> float:  # fmt: skip
-    machine = machine_for(device, dtype)
-    if dense:
-        steps = dense_conv_steps(fmt, where, images, size, dtype.itemsize, training=False)
-        return machine.total(steps) + machine.dense_call
-    plan = conv_planner.choose_conv(
-        fmt, where, linear_planner.bucket(images), size, False, dtype, device, "balanced"
-    )
-    time = conv_planner.predict_conv(plan, fmt, where, images, size, dtype, device, training=False)
-    return time + machine.call
+def _predicted(asked: Request, dense: bool) -> float:
+    return choice.predict_inference(asked, None if dense else choice.choose(asked))

@@ -93,9 +93,14 @@ def fitted(
 ) -> Decomposition:
     """``decompose`` of a site's weight."""
     probe = form.probe
-    where = {} if metric is None else {
-        "metric": probe._metric(metric), "metric_groups": probe._metric_groups,
-    }  # fmt: skip
+    where = (
+        {}
+        if metric is None
+        else {
+            "metric": probe._metric(metric),
+            "metric_groups": probe._metric_groups,
+        }
+    )
     return decompose(site.target(form), form.modes, rank, **where, **options)  # type: ignore[arg-type]
 
 
@@ -174,17 +179,23 @@ def _ranks(site: Site, form: Form, most: int, fraction: float | None) -> list[in
     fractions: Sequence[float] = FRACTIONS
     if fraction is not None:
         fractions = [AROUND[0] * fraction, AROUND[1] * fraction]
-    wanted = {min(most, max(1, round(f * site.dense_parameters / form.per_rank)))
-              for f in fractions}  # fmt: skip
+    wanted = {
+        min(most, max(1, round(f * site.dense_parameters / form.per_rank))) for f in fractions
+    }
     modes = sum(mode > 1 for group in form.modes for mode in group)
     largest = int((LARGEST_SYSTEMS / modes) ** (1 / 3))
     return sorted({min(rank, largest) for rank in wanted})
 
 
 def _fit(
-    site: Site, form: Form, metric: Tensor | None, ranks: Sequence[int], others: Sequence[Curve],
-    fixed: int | None, seed: int,
-) -> Curve:  # fmt: skip
+    site: Site,
+    form: Form,
+    metric: Tensor | None,
+    ranks: Sequence[int],
+    others: Sequence[Curve],
+    fixed: int | None,
+    seed: int,
+) -> Curve:
     """Fit some ranks, ascending, until the format is seen to be no match for plain low rank."""
     rivals = [c for c in others if c.form.is_low_rank] if fixed is None else []
     done: list[Decomposition] = []
@@ -193,9 +204,16 @@ def _fit(
         equal = [rank * form.per_rank // rival.form.per_rank for rival in rivals]
         best = min([r.error(e) for r, e in zip(rivals, equal, strict=True) if e > 0], default=1.0)
         fit = fitted(
-            site, form, rank, metric, start=start, iterations=SWEEPS, seed=seed, damping=DAMPING,
+            site,
+            form,
+            rank,
+            metric,
+            start=start,
+            iterations=SWEEPS,
+            seed=seed,
+            damping=DAMPING,
             callback=_hopeless(MARGIN * best) if rivals else None,
-        )  # fmt: skip
+        )
         done.append(fit)
         if rivals and promised(fit) > MARGIN * best:
             reason = (

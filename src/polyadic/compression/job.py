@@ -28,7 +28,8 @@ from polyadic.compression.targets import Site
 from polyadic.fitting import Decomposition
 from polyadic.nn.kinds import family_of
 from polyadic.nn.layer import Rank
-from polyadic.planner.calibrated import machine_for
+from polyadic.planner.calibrated import machine_at
+from polyadic.planner.request import place_now
 from polyadic.pretrained import attach
 
 Callback = Callable[[str, int, int, str], object]
@@ -47,10 +48,18 @@ class Job:
     """One compression on its way."""
 
     def __init__(
-        self, model: nn.Module, every: list[Site], wanted: Budget, batches: list[Any] | None,
-        forward: Forward | None, weights: Weights | None, ranks: Mapping[str, Rank], seed: int,
-        tell: Callback, fit_options: Mapping[str, Any],
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        every: list[Site],
+        wanted: Budget,
+        batches: list[Any] | None,
+        forward: Forward | None,
+        weights: Weights | None,
+        ranks: Mapping[str, Rank],
+        seed: int,
+        tell: Callback,
+        fit_options: Mapping[str, Any],
+    ) -> None:
         self.model, self.sites, self.budget = model, every, wanted
         self.ranks, self.seed, self.tell, self.options = ranks, seed, tell, fit_options
         self.size = sum(p.numel() for p in model.parameters())
@@ -89,8 +98,10 @@ class Job:
             metric, obstacle = self.metrics.get(site.name), ""
             if self.calibration is not None and metric is None:
                 obstacle = "was not called with the calibration batches"
-            elif metric is not None and float(metric.sum() if metric.dim() == 1
-                                              else metric.diagonal().sum()) <= 0:  # fmt: skip
+            elif (
+                metric is not None
+                and float(metric.sum() if metric.dim() == 1 else metric.diagonal().sum()) <= 0
+            ):
                 obstacle = "has only zeros for input with the calibration batches"
             own: list[Curve] = []
             if not obstacle:
@@ -99,8 +110,17 @@ class Job:
                 importance = norm / max(sum(norms), 1e-300)
             else:
                 importance = self._effect(site, own)
-            found.append(choose.weigh(site, own, importance, self.calls, self.budget,
-                                    wanted is not None and bool(own), obstacle))  # fmt: skip
+            found.append(
+                choose.weigh(
+                    site,
+                    own,
+                    importance,
+                    self.calls,
+                    self.budget,
+                    wanted is not None and bool(own),
+                    obstacle,
+                )
+            )
         self.tell("curves", len(self.sites), len(self.sites), "")
         return found
 
@@ -139,9 +159,10 @@ class Job:
             self.tell("fits", len(weighed), len(weighed), "")
             made = {
                 name: layer
-                for w in weighed if w.site.name in now
+                for w in weighed
+                if w.site.name in now
                 for name, layer in w.site.made(now[w.site.name].cp).items()
-            }  # fmt: skip
+            }
             reached = choose.as_fitted(weighed, {n: f.error for n, f in now.items()})
             measured = None
             for name, layer in made.items():
@@ -177,13 +198,21 @@ class Job:
         if key not in known:
             self.tell("fits", self.sites.index(w.site), len(self.sites), w.site.name)
             options: dict[str, Any] = {
-                "damping": DAMPING, "iterations": FIT_SWEEPS, **self.options,
-            }  # fmt: skip
+                "damping": DAMPING,
+                "iterations": FIT_SWEEPS,
+                **self.options,
+            }
             near = curve.nearest(option.rank)
             if near is not None:
                 options.setdefault("start", [near, "orthogonal"])
-            known[key] = fitted(w.site, curve.form, option.rank, self.metrics.get(w.site.name),
-                                seed=self.seed, **options)  # fmt: skip
+            known[key] = fitted(
+                w.site,
+                curve.form,
+                option.rank,
+                self.metrics.get(w.site.name),
+                seed=self.seed,
+                **options,
+            )
         return known[key]
 
     def _notes(self) -> tuple[str, ...]:
@@ -206,10 +235,15 @@ class Job:
         )
 
     def report(
-        self, weighed: Sequence[Weighed], chosen: Sequence[Option],
-        fits: Mapping[str, Decomposition], refused: Mapping[str, str], model: nn.Module,
-        measured: float | None, dry_run: bool,
-    ) -> Report:  # fmt: skip
+        self,
+        weighed: Sequence[Weighed],
+        chosen: Sequence[Option],
+        fits: Mapping[str, Decomposition],
+        refused: Mapping[str, str],
+        model: nn.Module,
+        measured: float | None,
+        dry_run: bool,
+    ) -> Report:
         """Put together what was found."""
         layers = {
             w.site.name: self._layer(w, option, fits.get(w.site.name))
@@ -233,7 +267,7 @@ class Job:
             if fits
             else None,
             output_error=measured,
-            machine=machine_for(first.device.type, first.dtype).source,
+            machine=machine_at(place_now(first.device.type, first.dtype)).source,
         )
 
     def _layer(self, w: Weighed, option: Option, fit: Decomposition | None) -> LayerReport:
@@ -243,23 +277,30 @@ class Job:
             "kind": " = ".join(type(layer).__name__ for layer in site.layers),
             "weight_shape": tuple(site.weight.shape),
             "reason": choose.reason(w, option, self.budget),
-            "dense_parameters": dense.parameters, "parameters": cost.parameters,
-            "dense_flops": dense.flops, "flops": cost.flops,
-            "dense_seconds": dense.seconds, "seconds": cost.seconds,
+            "dense_parameters": dense.parameters,
+            "parameters": cost.parameters,
+            "dense_flops": dense.flops,
+            "flops": cost.flops,
+            "dense_seconds": dense.seconds,
+            "seconds": cost.seconds,
             "importance": w.importance,
             "curves": tuple(_points(c) for c in w.curves),
-        }  # fmt: skip
+        }
         if curve is None:
             return LayerReport(decision="dense", **shared)
         through = None
         if fit is not None:
             through = output_error(site, curve.form, fit, self.metrics.get(site.name))
         return LayerReport(
-            decision="converted", order=curve.form.order, modes=curve.form.modes,
-            rank=option.rank, predicted_error=option.error,
-            weight_error=None if fit is None else fit.frobenius_error, output_error=through,
+            decision="converted",
+            order=curve.form.order,
+            modes=curve.form.modes,
+            rank=option.rank,
+            predicted_error=option.error,
+            weight_error=None if fit is None else fit.frobenius_error,
+            output_error=through,
             **shared,
-        )  # fmt: skip
+        )
 
 
 def _points(curve: Curve) -> Points:
@@ -270,17 +311,25 @@ def _points(curve: Curve) -> Points:
         else curve.ranks
     )
     return Points(
-        curve.form.order, curve.form.modes, tuple(ranks),
+        curve.form.order,
+        curve.form.modes,
+        tuple(ranks),
         tuple(rank * curve.form.per_rank for rank in ranks),
-        tuple(curve.error(rank) for rank in ranks), not curve.fits, curve.given_up,
-    )  # fmt: skip
+        tuple(curve.error(rank) for rank in ranks),
+        not curve.fits,
+        curve.given_up,
+    )
 
 
 def _skipped(name: str, layer: nn.Module, why: str) -> LayerReport:
     weights = list(surgery.matrices(layer).values())
     count = sum(p.numel() for p in weights)
     return LayerReport(
-        names=(name,), kind=type(layer).__name__,
-        weight_shape=tuple(weights[0].shape) if weights else (), decision="skipped", reason=why,
-        dense_parameters=count, parameters=count,
-    )  # fmt: skip
+        names=(name,),
+        kind=type(layer).__name__,
+        weight_shape=tuple(weights[0].shape) if weights else (),
+        decision="skipped",
+        reason=why,
+        dense_parameters=count,
+        parameters=count,
+    )

@@ -94,14 +94,24 @@ def modes_text(modes: Sequence[Sequence[int]]) -> str:
 def layer_from(data: Mapping[str, Any]) -> LayerReport:
     """Make it again from plain data."""
     curves = tuple(
-        Points(**{**curve, **{k: tuple(curve[k]) for k in ("ranks", "parameters", "errors")},
-                  "modes": _modes(curve["modes"])})
+        Points(
+            **{
+                **curve,
+                **{k: tuple(curve[k]) for k in ("ranks", "parameters", "errors")},
+                "modes": _modes(curve["modes"]),
+            }
+        )
         for curve in data["curves"]
-    )  # fmt: skip
-    return LayerReport(**{
-        **data, "names": tuple(data["names"]), "weight_shape": tuple(data["weight_shape"]),
-        "modes": _modes(data["modes"]), "curves": curves,
-    })  # fmt: skip
+    )
+    return LayerReport(
+        **{
+            **data,
+            "names": tuple(data["names"]),
+            "weight_shape": tuple(data["weight_shape"]),
+            "modes": _modes(data["modes"]),
+            "curves": curves,
+        }
+    )
 
 
 def _modes(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -19,9 +19,23 @@ _OTHER = "#009e73"
 # Layers with a panel of their own.
 _PANELS = 24
 _HEADINGS = (
-    "layer", "kind", "weight", "decision", "modes", "rank", "parameters", "of", "FLOPs", "of",
-    "predicted ms", "of", "weight error", "output error", "importance", "reason",
-)  # fmt: skip
+    "layer",
+    "kind",
+    "weight",
+    "decision",
+    "modes",
+    "rank",
+    "parameters",
+    "of",
+    "FLOPs",
+    "of",
+    "predicted ms",
+    "of",
+    "weight error",
+    "output error",
+    "importance",
+    "reason",
+)
 
 
 def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> str:
@@ -54,9 +68,12 @@ def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> st
     weighed = [layer for layer in layers if layer.decision != "skipped"]
     if weighed:
         pictures.append(
-            figure("Bars of parameters per layer", _parameters(weighed),
-                   "Parameters of the layers weighed, before and after.")
-        )  # fmt: skip
+            figure(
+                "Bars of parameters per layer",
+                _parameters(weighed),
+                "Parameters of the layers weighed, before and after.",
+            )
+        )
     drawn = [layer for layer in weighed if layer.curves]
     if drawn:
         more = (
@@ -65,11 +82,14 @@ def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> st
             else ""
         )
         pictures.append(
-            figure("Error against parameters for each layer", _curves(drawn[:_PANELS]),
-                   "Relative error, in the metric of the fit, against the fraction of the dense "
-                   "parameters. Lines: plain low rank, exact. Points: other orders, short fits. "
-                   f"Crosses: what was chosen.{more}")
-        )  # fmt: skip
+            figure(
+                "Error against parameters for each layer",
+                _curves(drawn[:_PANELS]),
+                "Relative error, in the metric of the fit, against the fraction of the dense "
+                "parameters. Lines: plain low rank, exact. Points: other orders, short fits. "
+                f"Crosses: what was chosen.{more}",
+            )
+        )
     body = f"""<h1>Compression</h1>
 <p class="lead">{escape(lead)}</p>
 <ul>{sums}</ul>
@@ -82,13 +102,23 @@ def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> st
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     return (
-        " = ".join(layer.names), layer.kind, "×".join(map(str, layer.weight_shape)),
-        layer.decision, modes_text(layer.modes), str(layer.rank or ""),
-        f"{layer.parameters:,}", f"{layer.dense_parameters:,}",
-        _number(layer.flops), _number(layer.dense_flops), _milliseconds(layer.seconds),
-        _milliseconds(layer.dense_seconds), _error(layer.weight_error),
-        _error(layer.output_error), _error(layer.importance), layer.reason,
-    )  # fmt: skip
+        " = ".join(layer.names),
+        layer.kind,
+        "×".join(map(str, layer.weight_shape)),
+        layer.decision,
+        modes_text(layer.modes),
+        str(layer.rank or ""),
+        f"{layer.parameters:,}",
+        f"{layer.dense_parameters:,}",
+        _number(layer.flops),
+        _number(layer.dense_flops),
+        _milliseconds(layer.seconds),
+        _milliseconds(layer.dense_seconds),
+        _error(layer.weight_error),
+        _error(layer.output_error),
+        _error(layer.importance),
+        layer.reason,
+    )
 
 
 def _number(value: int | None) -> str:
@@ -113,10 +143,20 @@ def _parameters(layers: Sequence[LayerReport]) -> bytes:
     with style():
         canvas = new_figure(9.6, 1.2 + 0.24 * len(layers))
         axes = canvas.subplots()
-        axes.barh(places, [layer.dense_parameters for layer in layers], height=0.8,
-                  color="#d9dde3", label="dense")  # fmt: skip
-        axes.barh(places, [layer.parameters for layer in layers], height=0.5, color="#0072b2",
-                  label="after")  # fmt: skip
+        axes.barh(
+            places,
+            [layer.dense_parameters for layer in layers],
+            height=0.8,
+            color="#d9dde3",
+            label="dense",
+        )
+        axes.barh(
+            places,
+            [layer.parameters for layer in layers],
+            height=0.5,
+            color="#0072b2",
+            label="after",
+        )
         axes.set_yticks(places, [_short(layer) for layer in layers])
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlabel("parameters")
@@ -143,11 +183,26 @@ def _curve(axes: Axes, layer: LayerReport) -> None:
         fractions = [count / layer.dense_parameters for count in curve.parameters]
         color = _COLORS.get(curve.order, _OTHER)
         label = "plain low rank" if curve.exact else f"order {curve.order}"
-        axes.plot(fractions, curve.errors, color=color, lw=1.5, ls="-" if curve.exact else ":",
-                  marker="" if curve.exact else "o", ms=4, label=label)  # fmt: skip
+        axes.plot(
+            fractions,
+            curve.errors,
+            color=color,
+            lw=1.5,
+            ls="-" if curve.exact else ":",
+            marker="" if curve.exact else "o",
+            ms=4,
+            label=label,
+        )
     if layer.predicted_error is not None:
-        axes.plot([layer.parameters / layer.dense_parameters], [layer.predicted_error],
-                  color="#d55e00", marker="x", ms=9, mew=2.5, ls="")  # fmt: skip
+        axes.plot(
+            [layer.parameters / layer.dense_parameters],
+            [layer.predicted_error],
+            color="#d55e00",
+            marker="x",
+            ms=9,
+            mew=2.5,
+            ls="",
+        )
     axes.set_xscale("log")
     axes.set_ylim(0, 1.05)
     axes.set_title(_short(layer), fontsize=8)

@@ -148,8 +148,9 @@ class Report:
                 f"({self.machine} machine numbers)"
             )
         what = "of the outputs" if self.calibrated else "of all weights taken together"
-        lines.append(f"relative error {what}, predicted from single layers: "
-                     f"{self.predicted_error:.3g}")  # fmt: skip
+        lines.append(
+            f"relative error {what}, predicted from single layers: {self.predicted_error:.3g}"
+        )
         if self.error is not None:
             lines.append(f"the same with the errors as fitted: {self.error:.3g}")
         if self.output_error is not None:
@@ -182,8 +183,16 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     errors = (layer.output_error, layer.weight_error, layer.predicted_error)
     error = next(error for error in errors if error is not None)
     times = f"{layer.dense_parameters / layer.parameters:.2f}"
-    return (name, shape, modes_text(layer.modes), str(layer.rank), f"{layer.parameters:,}", times,
-            f"{error:.3g}", layer.reason)  # fmt: skip
+    return (
+        name,
+        shape,
+        modes_text(layer.modes),
+        str(layer.rank),
+        f"{layer.parameters:,}",
+        times,
+        f"{error:.3g}",
+        layer.reason,
+    )
 
 
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:

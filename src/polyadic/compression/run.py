@@ -107,13 +107,19 @@ def compress(
     found = surgery.Found(
         {name: modules[name] for name in found.layers}, found.aliases, found.ties, found.skipped
     )
-    ranks = {} if rank_pattern is None else surgery.by_pattern(
-        rank_pattern, found.layers, "rank_pattern"
-    )  # fmt: skip
-    modes = {} if shapes is None else {
-        name: pairs_of(value)
-        for name, value in surgery.by_pattern(shapes, found.layers, "shapes").items()
-    }  # fmt: skip
+    ranks = (
+        {}
+        if rank_pattern is None
+        else surgery.by_pattern(rank_pattern, found.layers, "rank_pattern")
+    )
+    modes = (
+        {}
+        if shapes is None
+        else {
+            name: pairs_of(value)
+            for name, value in surgery.by_pattern(shapes, found.layers, "shapes").items()
+        }
+    )
     every, refused = sites(found, orders, modes)
     if not every:
         why = "; ".join(f"{name} {reason}" for name, reason in list(refused.items())[:8])

@@ -14,11 +14,24 @@ FORMAT = "polyadic.finetune"
 VERSION = 1
 
 _FIELDS = {
-    "settings": dict, "step": int, "epoch": int, "index": int, "parameters": dict,
-    "best_parameters": dict, "best": float, "best_step": int, "stale": int, "losses": Tensor,
-    "validations": list, "optimizer": dict, "rng": dict, "epoch_rng": dict, "done": bool,
-    "stopped_early": bool, "seconds": float,
-}  # fmt: skip
+    "settings": dict,
+    "step": int,
+    "epoch": int,
+    "index": int,
+    "parameters": dict,
+    "best_parameters": dict,
+    "best": float,
+    "best_step": int,
+    "stale": int,
+    "losses": Tensor,
+    "validations": list,
+    "optimizer": dict,
+    "rng": dict,
+    "epoch_rng": dict,
+    "done": bool,
+    "stopped_early": bool,
+    "seconds": float,
+}
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:

@@ -143,9 +143,20 @@ def distill(
     run_model = forward or models.output_tensor
     device = models.device_of(student)
     settings = Settings(
-        total_steps(steps, epochs, batches), lr, schedule, warmup, optimizer, clip, validate_every,
-        patience, as_path(checkpoint), checkpoint_every, resume, callback, seed,
-    )  # fmt: skip
+        total_steps(steps, epochs, batches),
+        lr,
+        schedule,
+        warmup,
+        optimizer,
+        clip,
+        validate_every,
+        patience,
+        as_path(checkpoint),
+        checkpoint_every,
+        resume,
+        callback,
+        seed,
+    )
 
     def batch_loss(batch: Any) -> Tensor:
         batch = moved(batch, device)

@@ -146,10 +146,14 @@ class Loop:
         if self._validate is not None:
             self._copy(self._kept)
         return Recovery(
-            self._step, tuple(self._losses), tuple(self._validations),
+            self._step,
+            tuple(self._losses),
+            tuple(self._validations),
             self._best_step if self._validate is not None else self._step,
-            self._best, self._stopped_early, self._elapsed(),
-        )  # fmt: skip
+            self._best,
+            self._stopped_early,
+            self._elapsed(),
+        )
 
     def _one_step(self) -> None:
         settings = self._settings
@@ -190,9 +194,10 @@ class Loop:
         if settings.callback is not None:
             rate = float(self._optimizer.param_groups[0]["lr"])
             settings.callback(
-                Progress(self._step, settings.steps, value, rate, validation, self._best,
-                         self._elapsed())
-            )  # fmt: skip
+                Progress(
+                    self._step, settings.steps, value, rate, validation, self._best, self._elapsed()
+                )
+            )
 
     def _judge(self) -> float:
         assert self._validate is not None
@@ -220,16 +225,24 @@ class Loop:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "settings": self._record, "step": self._step, "epoch": self._walk.epoch,
-            "index": self._walk.index, "parameters": _detached(self._tensors),
-            "best_parameters": _detached(self._kept or self._tensors), "best": self._best,
-            "best_step": self._best_step, "stale": self._stale,
+            "settings": self._record,
+            "step": self._step,
+            "epoch": self._walk.epoch,
+            "index": self._walk.index,
+            "parameters": _detached(self._tensors),
+            "best_parameters": _detached(self._kept or self._tensors),
+            "best": self._best,
+            "best_step": self._best_step,
+            "stale": self._stale,
             "losses": torch.tensor(self._losses, dtype=torch.float64, device="cpu"),
             "validations": [list(pair) for pair in self._validations],
-            "optimizer": self._optimizer.state_dict(), "rng": self._walk.rng(),
-            "epoch_rng": self._walk.epoch_rng, "done": self._done,
-            "stopped_early": self._stopped_early, "seconds": self._elapsed(),
-        }  # fmt: skip
+            "optimizer": self._optimizer.state_dict(),
+            "rng": self._walk.rng(),
+            "epoch_rng": self._walk.epoch_rng,
+            "done": self._done,
+            "stopped_early": self._stopped_early,
+            "seconds": self._elapsed(),
+        }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Continue where a checkpoint was written; the model is changed last."""

@@ -127,9 +127,20 @@ def match_layers(
     def settings(name: str) -> Settings:
         tell = None if callback is None else (lambda progress: callback(name, progress))
         return Settings(
-            number, lr, schedule, warmup, optimizer, clip, number, None, None, number, False,
-            tell, seed,
-        )  # fmt: skip
+            number,
+            lr,
+            schedule,
+            warmup,
+            optimizer,
+            clip,
+            number,
+            None,
+            None,
+            number,
+            False,
+            tell,
+            seed,
+        )
 
     settings("")
     with models.prepared(student, teacher, trained, False):
@@ -139,9 +150,9 @@ def match_layers(
         found = {}
         for name in called:
             pairs = list(_sequential_calls(student, teacher, name, batches, device))
-            found[name] = _train(
-                {name: layers[name]}, pairs, lambda calls: calls, settings(name)
-            )[name]  # fmt: skip
+            found[name] = _train({name: layers[name]}, pairs, lambda calls: calls, settings(name))[
+                name
+            ]
         return found
 
 

@@ -104,11 +104,16 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """What must be the same when a training is continued."""
         return {
-            "steps": self.steps, "lr": float(self.lr), "schedule": _name(self.schedule),
-            "warmup": self.warmup, "optimizer": _name(self.optimizer),
+            "steps": self.steps,
+            "lr": float(self.lr),
+            "schedule": _name(self.schedule),
+            "warmup": self.warmup,
+            "optimizer": _name(self.optimizer),
             "clip": None if self.clip is None else float(self.clip),
-            "validate_every": self.validate_every, "patience": self.patience, "seed": self.seed,
-        }  # fmt: skip
+            "validate_every": self.validate_every,
+            "patience": self.patience,
+            "seed": self.seed,
+        }
 
 
 def positive(value: Any, name: str) -> float:

@@ -146,9 +146,14 @@ def _semidefinite(value: Tensor, largest: float) -> None:
 
 
 def options(
-    damping: Any, iterations: Any, tolerance: Any, regularization: Any, max_growth: Any,
-    seed: Any, callback: Any,
-) -> None:  # fmt: skip
+    damping: Any,
+    iterations: Any,
+    tolerance: Any,
+    regularization: Any,
+    max_growth: Any,
+    seed: Any,
+    callback: Any,
+) -> None:
     """The numbers.
 
     Raises:

@@ -42,9 +42,12 @@ class Descent:
     """
 
     def __init__(
-        self, problem: Problem, factors: list[Tensor], regularization: float,
+        self,
+        problem: Problem,
+        factors: list[Tensor],
+        regularization: float,
         max_growth: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.errors: list[float] = []
         self.tau, self.steady = regularization, 0
         self._rho = self._least_rho = regularization

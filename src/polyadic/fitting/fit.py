@@ -154,9 +154,16 @@ class _Fit:
     """The state of one fit."""
 
     def __init__(
-        self, problem: Problem, groups: tuple[Shape, ...], rank: int, weight: Tensor, power: int,
-        tau: float, max_growth: float | None, began: float,
-    ) -> None:  # fmt: skip
+        self,
+        problem: Problem,
+        groups: tuple[Shape, ...],
+        rank: int,
+        weight: Tensor,
+        power: int,
+        tau: float,
+        max_growth: float | None,
+        began: float,
+    ) -> None:
         self.problem, self.groups, self.rank, self.weight = problem, groups, rank, weight
         self.tau, self.max_growth, self.began = tau, max_growth, began
         # Each of the weight's factors is one of the problem's times this.
@@ -225,9 +232,12 @@ class _Fit:
         return factors
 
     def race(
-        self, starts: Sequence[Start], generator: torch.Generator, iterations: int,
+        self,
+        starts: Sequence[Start],
+        generator: torch.Generator,
+        iterations: int,
         callback: Callback | None,
-    ) -> tuple[bool, str] | None:  # fmt: skip
+    ) -> tuple[bool, str] | None:
         """A few sweeps from every start; the fit goes on from the best.
 
         Returns:
@@ -259,9 +269,13 @@ class _Fit:
         return self._to_end(self.descent, iterations, tolerance, callback)
 
     def again(
-        self, generator: torch.Generator, iterations: int, tolerance: float,
-        callback: Callback | None, ended: tuple[bool, str],
-    ) -> tuple[bool, str]:  # fmt: skip
+        self,
+        generator: torch.Generator,
+        iterations: int,
+        tolerance: float,
+        callback: Callback | None,
+        ended: tuple[bool, str],
+    ) -> tuple[bool, str]:
         """Whole fits from more random starts, as many as are cheap; the best of all is kept.
 
         Args:

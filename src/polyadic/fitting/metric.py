@@ -30,9 +30,13 @@ CG_STEPS = 3
 
 
 def solve_in_metric(
-    metric: Tensor, factors: Sequence[Tensor], d: int, rhs: Tensor, outer: Tensor,
+    metric: Tensor,
+    factors: Sequence[Tensor],
+    d: int,
+    rhs: Tensor,
+    outer: Tensor,
     penalty: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The factor of mode d that minimises the objective, or lowers it where that is cheaper.
 
     Args:
@@ -49,9 +53,11 @@ def solve_in_metric(
     if size * rank <= DIRECT_UNKNOWNS:
         system = _built(metric, factors, d) * outer.view(1, rank, 1, rank)
         return corrected(
-            factors[d].reshape(1, -1), rhs.reshape(1, -1), system.reshape(size * rank, -1),
+            factors[d].reshape(1, -1),
+            rhs.reshape(1, -1),
+            system.reshape(size * rank, -1),
             penalty.repeat(size),
-        ).view(size, rank)  # fmt: skip
+        ).view(size, rank)
     return _iterated(metric, factors, d, rhs, outer, penalty)
 
 
@@ -62,9 +68,13 @@ def _others(factors: Sequence[Tensor], d: int) -> Tensor:
 
 
 def _row_by_row(
-    metric: Tensor, factors: Sequence[Tensor], d: int, rhs: Tensor, outer: Tensor,
+    metric: Tensor,
+    factors: Sequence[Tensor],
+    d: int,
+    rhs: Tensor,
+    outer: Tensor,
     penalty: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     weights = metric.view([len(f) for f in factors]).movedim(d, 0).reshape(len(factors[d]), -1)
     kernel, result = _others(factors, d), torch.empty_like(factors[d])
     for i, row in enumerate(weights):
@@ -87,9 +97,13 @@ def _built(metric: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
 
 
 def _iterated(
-    metric: Tensor, factors: Sequence[Tensor], d: int, rhs: Tensor, outer: Tensor,
+    metric: Tensor,
+    factors: Sequence[Tensor],
+    d: int,
+    rhs: Tensor,
+    outer: Tensor,
     penalty: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     coupling, pull = outer.to(rhs.dtype), penalty.to(rhs.dtype)
     own = list(factors)
 
@@ -124,9 +138,12 @@ def _preconditioner(
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor,
-    precondition: Callable[[Tensor], Tensor], steps: int,
-) -> Tensor:  # fmt: skip
+    apply: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    start: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    steps: int,
+) -> Tensor:
     """Some preconditioned steps towards H x = rhs from ``start``; H is symmetric and definite."""
     x, residual = start, rhs - apply(start)
     z = precondition(residual)

@@ -163,9 +163,12 @@ def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def make_problem(
-    weight: Tensor, groups: Sequence[Shape], metric: Tensor | None, metric_groups: Sequence[int],
+    weight: Tensor,
+    groups: Sequence[Shape],
+    metric: Tensor | None,
+    metric_groups: Sequence[int],
     damping: float,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """Arrange a checked weight.
 
     Args:

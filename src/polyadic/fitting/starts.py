@@ -46,12 +46,15 @@ def orthogonal_terms(problem: Problem, rank: int, generator: torch.Generator) ->
             for side in (range(cut), range(cut, len(sizes)))
         )
         pending = {
-            side: vectors.t().reshape(-1, *own).permute(0, *(1 + d - base for d in side))
+            side: vectors.t()
+            .reshape(-1, *own)
+            .permute(0, *(1 + d - base for d in side))
             .reshape(len(s), -1)
             for side, vectors, own, base in (
-                (left, u, problem.left, 0), (right, v, problem.right, cut)
+                (left, u, problem.left, 0),
+                (right, v, problem.right, cut),
             )
-        }  # fmt: skip
+        }
         terms = _Terms(s, {}, pending, sizes)
     while terms.pending:
         terms.peel(rank)
@@ -69,9 +72,12 @@ class _Terms:
     """
 
     def __init__(
-        self, scale: Tensor, done: dict[int, Tensor], pending: dict[tuple[int, ...], Tensor],
+        self,
+        scale: Tensor,
+        done: dict[int, Tensor],
+        pending: dict[tuple[int, ...], Tensor],
         sizes: Shape,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.scale, self.done, self.pending, self.sizes = scale, done, pending, sizes
         self._settle()
 

@@ -105,9 +105,13 @@ class Sweeper:
                 diagonal *= grams[e].diagonal()
             if side == 0 and problem.metric is not None:
                 self.factors[d] = solve_in_metric(
-                    problem.metric, [self.factors[e] for e in own], d, rhs,
-                    outer, tau * diagonal,
-                )  # fmt: skip
+                    problem.metric,
+                    [self.factors[e] for e in own],
+                    d,
+                    rhs,
+                    outer,
+                    tau * diagonal,
+                )
             else:
                 system = outer
                 for e in rest:

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from polyadic import checks
-from polyadic._torch import autocasts
+from polyadic._torch import Memo, autocasts
+from polyadic.planner import choice
 from polyadic.plans import Memory
+
+# Validated calls by signature: the map to run, and how its input is laid out.
+known_calls = Memo()
+choice.when_forgotten(known_calls.clear)
 
 _signature = attrgetter("shape", "dtype", "device")
 
 
-def call_key(
+def call_signature(
     x: Any, groups: tuple[Any, ...], bias: Any, weights: Any, *options: Any
 ) -> tuple[Any, ...] | None:
     """All that validation and choice of a plan look at, so that both are done once; or None.

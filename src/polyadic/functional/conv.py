@@ -18,16 +18,16 @@ from polyadic.autograd import run
 from polyadic.formats import ConvFormat, Shape
 from polyadic.functional.boundary import (
     autocast,
-    call_key,
+    call_signature,
     gradient_like,
+    known_calls,
     memory_now,
     nbytes,
 )
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.projections import in_layout
-from polyadic.planner.conv import plan_conv
-from polyadic.planner.linear import settled
+from polyadic.planner.ask import plan_conv
 from polyadic.plans import ConvPlan, Memory
 
 
@@ -100,7 +100,8 @@ def _conv(
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
-        plan = checks.conv_plan(plan)
+        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
+        checks.obeyable(plan, "convolution", x)
     return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
 
 
@@ -194,8 +195,8 @@ def cp_conv(
         try:
             # Told apart by what is printed, as 1.0 and True are equal to 1.
             options = repr((where, groups)), memory, torch.is_grad_enabled(), plan, x.stride()
-            key = call_key(x, factor_groups, bias, weights, *options)
-            found = settled.get(key)
+            key = call_signature(x, factor_groups, bias, weights, *options)
+            found = known_calls.get(key)
         except (AttributeError, TypeError):
             # Not tensors, or of symbolic sizes, which have no hash.
             key = None
@@ -214,7 +215,7 @@ def cp_conv(
         kernel_factors = saved.kernel_factors
         found = _conv_map(saved)
         if key is not None:
-            settled[key] = found
+            known_calls[key] = found
     scale = () if weights is None else (weights.unsqueeze(0),)
     factors = (*out_factors, *in_factors, *scale, *kernel_factors)
     if x.dim() == len(kernel_factors) + 2:

@@ -12,7 +12,7 @@ from polyadic.autograd import run
 from polyadic.formats import ConvFormat
 from polyadic.functional.boundary import autocast, memory_now
 from polyadic.kernels.conv import ConvMap
-from polyadic.planner.conv import plan_conv
+from polyadic.planner.ask import plan_conv
 from polyadic.plans import ConvPlan, Memory
 
 
@@ -80,7 +80,11 @@ def cp_conv_transpose(
     checks.conv_input(x, fmt, where)
     checks.vector(bias, fmt.channels[1], ins[0], cast=cast is not None)
     memory = memory_now(memory)
-    plan = plan_conv(fmt, where, x, memory) if plan is None else checks.conv_plan(plan)
+    if plan is None:
+        plan = plan_conv(fmt, where, x, memory)
+    else:
+        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
+        checks.obeyable(plan, "convolution", x)
     if cast is not None and bias is not None:
         bias = bias.to(cast)
     scale = [] if weights is None else [weights.unsqueeze(0)]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from polyadic import checks
 from polyadic.autograd import run
-from polyadic.formats import LinearFormat
+from polyadic.formats import EmbeddingFormat
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
-from polyadic.planner.embedding import plan_embedding
-from polyadic.plans import Memory
+from polyadic.planner.ask import plan_embedding
+from polyadic.plans import LinearPlan, Memory
 
 # Below this many indices a lookup costs no more than finding the distinct ones.
 FEWEST_TO_COUNT = 512
@@ -97,7 +97,7 @@ def cp_embedding(
     ins = checks.factor_group(in_factors, "in_factors")
     outs = checks.factor_group(out_factors, "out_factors")
     in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
-    fmt = LinearFormat(in_shape, out_shape, rank)
+    fmt = EmbeddingFormat(in_shape, out_shape, rank)
     checks.indices(indices, ins[0])
     size = checks.table_rows(num_embeddings, in_shape)
     padding_idx = checks.padding_index(padding_idx, size)
@@ -119,7 +119,8 @@ def cp_embedding(
         factors = [factor.to(accumulate_dtype(dtype)) for factor in factors]
     plan = plan_embedding(fmt, flat.shape[0], factors[0].dtype, ins[0].device.type, memory)
     if weights is not None:
-        plan = checks.with_scale(plan)
+        # On the class, as torch.compile traces no method of a plan that is a constant to it.
+        plan = LinearPlan.with_weights(plan)
     y = run(EmbeddingMap(plan, len(factors) - len(outs), padding_idx), flat, None, factors)
     if inverse is not None:
         y = F.embedding(inverse, y).to(dtype)

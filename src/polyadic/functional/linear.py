@@ -13,9 +13,15 @@ from torch import Tensor
 from polyadic import checks
 from polyadic.autograd import run
 from polyadic.formats import LinearFormat
-from polyadic.functional.boundary import autocast, call_key, gradient_like, nbytes
+from polyadic.functional.boundary import (
+    autocast,
+    call_signature,
+    gradient_like,
+    known_calls,
+    nbytes,
+)
 from polyadic.kernels.linear import LinearMap
-from polyadic.planner.linear import plan_linear, settled
+from polyadic.planner.ask import plan_linear
 from polyadic.plans import LinearPlan, Memory
 
 
@@ -25,7 +31,8 @@ class LinearSaved:
 
     Attributes:
         x: the input (..., M) as it was given.
-        kept: intermediates the plan keeps: Z (B, R) or nothing.
+        kept: intermediates the plan keeps: Z (B, R) or nothing; on a GPU Z may have columns of
+            zeros added.
         in_factors: (m_d, R) each.
         out_factors: (n_d, R) each.
         weights: λ (R,) or None.
@@ -66,7 +73,8 @@ def _linear(
     if plan is None:
         plan = plan_linear(fmt, x, memory, rebuild)
     else:
-        plan = checks.linear_plan(plan, fmt)
+        plan = checks.plan_of(plan, LinearPlan).covering(fmt)
+        checks.obeyable(plan, "linear", x)
     return fmt, plan, ins, outs
 
 
@@ -79,7 +87,8 @@ def _linear_map(
     """The map a plan stands for and its factors, λ in front as one more in factor."""
     if weights is None:
         return LinearMap(plan, len(in_factors)), [*in_factors, *out_factors]
-    scaled = LinearMap(checks.with_scale(plan), len(in_factors) + 1)
+    # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
+    scaled = LinearMap(LinearPlan.with_weights(plan), len(in_factors) + 1)
     return scaled, [weights.unsqueeze(0), *in_factors, *out_factors]
 
 
@@ -119,8 +128,8 @@ def cp_linear(
     key = found = None
     if not torch.compiler.is_compiling():
         try:
-            key = call_key(x, (in_factors, out_factors), bias, weights, plan, memory)
-            found = settled.get(key)
+            key = call_signature(x, (in_factors, out_factors), bias, weights, plan, memory)
+            found = known_calls.get(key)
         except (AttributeError, TypeError):
             # Not tensors, or of symbolic sizes, which have no hash.
             key = None
@@ -156,7 +165,7 @@ def _cp_linear(
     rows = None if x.dim() == 2 else (math.prod(x.shape[:-1]), fmt.in_features)
     shape = (*x.shape[:-1], fmt.out_features)
     if key is not None:
-        settled[key] = layer_map, rows, shape
+        known_calls[key] = layer_map, rows, shape
     if rows is None:
         return run(layer_map, x, bias, factors)
     return run(layer_map, x.reshape(rows), bias, factors).view(shape)

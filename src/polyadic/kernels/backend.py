@@ -17,7 +17,36 @@ from polyadic._torch import not_traced
 
 SWITCH = "POLYADIC_TRITON"
 LEAST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Kinds of maps that obey a route by "triton".
+KINDS = ("linear", "convolution", "embedding")
 _LOG = logging.getLogger("polyadic")
+
+
+@not_traced
+def serves(kind: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a map of a kind obeys a route by "triton" on a type of device."""
+    return why_not(kind, device_type, dtype) is None
+
+
+@not_traced
+def why_not(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Reason why a map cannot obey a route by "triton", or None."""
+    reason = never(kind, device_type, dtype)
+    if reason is None and not triton_serves(None):
+        reason = _why_not(None)
+    return reason
+
+
+def never(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Reason why no machine obeys a route by "triton" there, or None."""
+    if kind not in KINDS:
+        return f"there are no Triton kernels for a {kind} map"
+    if device_type != "cuda":
+        return f"Triton kernels run on CUDA devices, not on {device_type!r}"
+    if dtype not in DTYPES:
+        return f"Triton kernels compute in float32, float16 and bfloat16, not in {dtype}"
+    return None
 
 
 @not_traced

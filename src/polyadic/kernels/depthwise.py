@@ -6,6 +6,7 @@ dimensions and the channels_last layout exists for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic._torch import known, memoized
-from polyadic.kernels.onednn import in_onednn
+from polyadic.kernels import cpu
 
 Ints = tuple[int, ...]
-
-# Columns of the widest depthwise kernel whose weight gradient is fast on a CPU; its rows are free.
-WIDEST = 3
-# Entries of one image below which the slow way costs less than the calls of the fast one.
-LEAST_FOR_WIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -205,20 +201,16 @@ class Stage:
         """Whether the weight gradient is computed in another way than with that of x."""
         if x.device.type != "cpu":
             return False
-        three, half = len(self.kernel_size) == 3, x.dtype.itemsize == 2
-        return (
-            (half and (three or groups == x.shape[1]))
-            or (three and any(self.padding))
-            or self._is_wide(x, groups)
-        )
+        by_hand = len(self.kernel_size) == 3 and any(self.padding)
+        return x.dtype.itemsize == 2 or by_hand or self._is_wide(x, groups)
 
     def _weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Weight gradient alone, where torch's is wrong or slow on a CPU.
 
         oneDNN leaves parts of it unwritten, so that they hold whatever was in memory: in half
-        precision in three dimensions, and of depthwise convolutions in any, so that those are taken
-        in float32; in float32 in three dimensions, where kernels overlap the padding both in front
-        and behind, so that there the padding is made by hand.
+        precision where taps see nothing but padding, so that it is taken in float32 there; in
+        float32 in three dimensions where kernels overlap the padding both in front and behind, so
+        that there the padding is made by hand.
         """
         if x.dtype.itemsize == 2:
             wide = self._weight_gradient(grad.float(), x.float(), weight.float(), groups)
@@ -236,13 +228,9 @@ class Stage:
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
         """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
-        return (
-            groups == x.shape[1]
-            and len(self.kernel_size) == 2
-            and self.kernel_size[1] > WIDEST
-            and x.device.type == "cpu"
-            and x.shape[1] * x.shape[2] * x.shape[3] >= LEAST_FOR_WIDE
-        )
+        if not x.is_cpu or groups != x.shape[1]:
+            return False
+        return cpu.has_wide_weight_gradient(self.kernel_size, math.prod(x.shape[1:]))
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Weight gradient (r, 1, h, w) of a depthwise stage in two dimensions with many columns.
@@ -257,8 +245,8 @@ class Stage:
             return _weight_gradient(*pair, weight.mT, *where, channels).mT
         x = self._read_by(x, grad.shape[2:])
         pieces = []
-        for first in range(0, width, WIDEST):
-            taps = weight[..., first : first + WIDEST]
+        for first in range(0, width, cpu.WIDE_COLUMNS):
+            taps = weight[..., first : first + cpu.WIDE_COLUMNS]
             lacking = (width - first - taps.shape[3]) * self.dilation[1]
             part = x[..., first * self.dilation[1] : x.shape[3] - lacking]
             stride, dilation = self.stride, self.dilation
@@ -276,7 +264,7 @@ def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:
     """
     if x.dtype.itemsize != 2 or x.device.type != "cpu":
         return False
-    if groups == x.shape[1] and not in_onednn(x.dtype):
+    if groups == x.shape[1] and not cpu.in_onednn(x.dtype):
         return True
     return weight.shape[1] == 1 and not groups == x.shape[1] == weight.shape[0]
 

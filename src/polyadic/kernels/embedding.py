@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyadic._torch import no_autocast
+from polyadic._torch import is_plain, no_autocast
 from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     Groups,
@@ -36,7 +36,7 @@ from polyadic.kernels.multilinear import (
     partials,
 )
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
-from polyadic.kernels.products import tall_unrounded, times
+from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan, LinearRoute
 
 # Rows of one factor up to which a GPU sums into them by comparing each index with each row.
@@ -114,7 +114,7 @@ class EmbeddingMap:
 
     def _is_fused(self, x: Tensor, factors: Sequence[Tensor], route: LinearRoute) -> bool:
         """Whether Triton kernels compute one direction."""
-        if len(route.out_groups) > 1 or not may_fuse(x, factors):
+        if route.by == "torch" or not may_fuse(x, factors):
             return False
         modes = [factor.shape[0] for factor in factors[: self.n_in]]
         return math.prod(modes) <= MOST_ROWS and max(modes) <= MOST_SCATTERED_ROWS
@@ -164,7 +164,7 @@ class EmbeddingMap:
             needs: whether x (never) and each factor needs its gradient.
         """
         with no_autocast(x):
-            if self._is_fused(x, (grad_y, *factors), self.plan.backward):
+            if is_plain(grad_y) and self._is_fused(x, factors, self.plan.backward):
                 return None, self._backward_fused(grad_y, x, kept, factors, needs[1:])
             return None, self._backward(grad_y, x, kept, factors, needs[1:])
 
@@ -190,9 +190,9 @@ class EmbeddingMap:
         d_in: list[Tensor | None] = [None] * len(ins)
         d_out: list[Tensor | None] = [None] * len(outs)
         if wrt_in:
-            d_in = [*scatter(times(grad_y, kc), x, ins, self.padding_idx)]
+            d_in = [*scatter(matmul_nn(grad_y, kc), x, ins, self.padding_idx)]
         if wrt_out:
-            d_out = [*mttkrp_pair([tall_unrounded(grad_y, z)], [outs])[0]]
+            d_out = [*mttkrp_pair([matmul_tn_unrounded(grad_y, z)], [outs])[0]]
         return [*d_in, *d_out]
 
     def _backward(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polyadic.kernels.fused import contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     contract,
     expand,
@@ -23,8 +24,12 @@ from polyadic.kernels.multilinear import (
     product_gradients,
 )
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
-from polyadic.kernels.products import linear, tall, tall_unrounded, times
+from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan
+
+# Rows up to which a GPU computes a layer from its factors in two launches: as in the decoding of a
+# language model, where what is launched costs more than what is computed.
+MOST_DECODED_ROWS = 16
 
 
 def _unpadded(z: Tensor, rank: int) -> Tensor:
@@ -58,16 +63,28 @@ class LinearMap:
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         route = self.plan.forward
         if route.kind == "dense":
-            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype)
-            return linear(x, linear(kc, ka), bias), ()
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+            return matmul_nt(x, matmul_nt(kc, ka), bias), ()
         if x.is_cuda and route.is_khatri_rao:
-            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype)
-            z = times(x, ka)
-            y = linear(z, kc, bias)
+            if route.by == "triton" and self._decodes(x, factors):
+                return self._decoded(x, bias, factors), ()
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+            z = matmul_nn(x, ka)
+            y = matmul_nt(z, kc, bias)
         else:
             z = contract(x, in_factors, route.in_groups)
             y = expand(z, out_factors, route.out_groups, bias)
         return y, (z,) if self.plan.keep else ()
+
+    def _decodes(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
+        """Whether two kernels compute few rows, without Z or a matrix in memory."""
+        return 0 < x.shape[0] <= MOST_DECODED_ROWS and not self.plan.keep and may_fuse(x, factors)
+
+    def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+        from polyadic.kernels.triton.decode import decode
+
+        x, *factors = contiguous((x, *factors))
+        return decode(x, factors[: self.n_in], factors[self.n_in :], bias)
 
     def backward(
         self,
@@ -96,15 +113,18 @@ class LinearMap:
         route = self.plan.backward
         d_x, d_in, d_out = None, None, None
         if route.kind == "dense":
-            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype)
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             if wrt_x:
-                d_x = times(grad_y, linear(kc, ka))
+                d_x = matmul_nn(grad_y, matmul_nt(kc, ka))
             if x.is_cuda and (wrt_in or wrt_out):
-                d_weight = tall(grad_y, x)
-                d_ka, d_kc = tall_unrounded(d_weight, kc), tall_unrounded(d_weight.t(), ka)
-                d_in, d_out = mttkrp_pair((d_ka, d_kc), (in_factors, out_factors))
+                d_weight = matmul_tn(grad_y, x)
+                d_ka, d_kc = (
+                    matmul_tn_unrounded(d_weight, kc),
+                    matmul_tn_unrounded(d_weight.t(), ka),
+                )
+                d_in, d_out = mttkrp_pair((d_ka, d_kc), (in_factors, out_factors), route.by)
             elif wrt_in or wrt_out:
-                d_weight = tall(grad_y, x)
+                d_weight = matmul_tn(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
         elif x.is_cuda and route.is_khatri_rao:
@@ -143,28 +163,29 @@ class LinearMap:
 
         KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
         """
+        by = self.plan.backward.by
         wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
         wanted: list[Sequence[Tensor]] = []
         if wants_ka:
             wanted.append(in_factors)
         if wants_g:
             wanted.append(out_factors)
-        matrices = khatri_rao_pair(wanted, x.dtype) if wanted else []
+        matrices = khatri_rao_pair(wanted, x.dtype, by) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []
         groups: list[Sequence[Tensor]] = []
         if wants_g:
-            g = times(grad_y, matrices[-1])
+            g = matmul_nn(grad_y, matrices[-1])
             if wrt_x:
-                d_x = linear(g, matrices[0])
+                d_x = matmul_nt(g, matrices[0])
             if wrt_in:
-                d_matrices.append(tall_unrounded(x, g))
+                d_matrices.append(matmul_tn_unrounded(x, g))
                 groups.append(in_factors)
         if wrt_out:
-            z = kept[0] if kept else times(x, matrices[0])
-            d_matrices.append(tall_unrounded(grad_y, z))
+            z = kept[0] if kept else matmul_nn(x, matrices[0])
+            d_matrices.append(matmul_tn_unrounded(grad_y, z))
             groups.append(out_factors)
-        gradients = mttkrp_pair(d_matrices, groups) if groups else []
+        gradients = mttkrp_pair(d_matrices, groups, by) if groups else []
         d_in = gradients[0] if wrt_in else [None] * len(in_factors)
         d_out = gradients[-1] if wrt_out else [None] * len(out_factors)
         return d_x, [*d_in, *d_out]

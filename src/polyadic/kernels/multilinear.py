@@ -27,14 +27,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic.kernels.products import linear, plus_bias, tall, tall_unrounded, times
+from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn_unrounded, plus_bias
 
 Groups = tuple[int, ...]
 
-# Elements of a dK (M, R) above which a CPU makes and uses it in pieces, and those of one piece. The
-# memory of a large tensor goes back to the system as it is freed, and comes anew page by page; a
-# GPU's is kept by torch, and each piece would take several launches.
-WHOLE, PIECE = 2**18, 2**17
 _HALVES = (torch.bfloat16, torch.float16)
 # The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
 _LEADING = tuple(tuple(range(d)) for d in range(64))
@@ -113,7 +109,7 @@ def _grouped(
 def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
     """Z = X K: (B, M) → (B, R), the rightmost group by a GEMM, the others by weighted sums."""
     if len(groups) == 1:
-        return times(x, khatri_rao(factors, x.dtype))
+        return matmul_nn(x, khatri_rao(factors, x.dtype))
     *left, last = _grouped(factors, groups, x.dtype)[0]
     return _sum_left(_split_last(x, last), last, x.shape[0], left)[0]
 
@@ -132,7 +128,7 @@ def _sum_left(x: Tensor, last: Tensor, rows: int, left: Sequence[Tensor]) -> lis
     the first and the last in the dtype of x, those between in that of ``left``.
     """
     sizes = [matrix.shape[0] for matrix in left]
-    partials = [times(x, last).view(rows, *sizes, last.shape[1])]
+    partials = [matmul_nn(x, last).view(rows, *sizes, last.shape[1])]
     for matrix in reversed(left):
         partials.insert(0, (partials[0] * matrix).sum(-2))
     partials[0] = _rounded(partials[0], x.dtype)
@@ -167,9 +163,9 @@ def expand(
 ) -> Tensor:
     """X = Z Kᵀ (+ bias): (B, R) → (B, M), all groups but the last multiplied in before the GEMM."""
     if len(groups) == 1:
-        return linear(z, khatri_rao(factors, z.dtype), bias)
+        return matmul_nt(z, khatri_rao(factors, z.dtype), bias)
     *left, last = _grouped(factors, groups, z.dtype)[0]
-    x = linear(_spread(z, left)[-1].reshape(-1, last.shape[1]), last)
+    x = matmul_nt(_spread(z, left)[-1].reshape(-1, last.shape[1]), last)
     return plus_bias(x.view(z.shape[0], math.prod([factor.shape[0] for factor in factors])), bias)
 
 
@@ -203,16 +199,17 @@ def partials(
     if len(groups) == 1:
         wide = _at_least_fp32(factors)
         prefixes = _prefixes(wide)
-        # Before K, as dK is as large.
-        grads = _factor_gradients(x, z, wide, prefixes, own) if wrt_factors else None
+        # Gradients first: dK is as large as K, and need not live beside it.
+        grads = _mttkrp(matmul_tn_unrounded(x, z), wide, prefixes, own) if wrt_factors else None
         if not (wrt_x or wrt_z):
             return None, None, grads
         matrix = _rounded(_product(wide, prefixes), x.dtype)
-        return linear(z, matrix) if wrt_x else None, times(x, matrix) if wrt_z else None, grads
+        d_x = matmul_nt(z, matrix) if wrt_x else None
+        return d_x, matmul_nn(x, matrix) if wrt_z else None, grads
     (*left, last), pieces, grown = _grouped(factors, groups, x.dtype)
     spread = _spread(z, left)
     every = spread[-1].reshape(-1, last.shape[1])
-    d_x = linear(every, last).view(x.shape) if wrt_x else None
+    d_x = matmul_nt(every, last).view(x.shape) if wrt_x else None
     if not (wrt_z or wrt_factors):
         return d_x, None, None
     split = _split_last(x, last)
@@ -224,43 +221,12 @@ def partials(
     for j in range(len(left)):
         d_matrix = _weighted(summed[j + 1], spread[j].unsqueeze(-2)).sum(_LEADING[j + 1])
         grads += _mttkrp(d_matrix, pieces[j], grown[j], own)
-    return d_x, d_z, grads + _factor_gradients(split, every, pieces[-1], grown[-1], own)
+    return d_x, d_z, grads + _mttkrp(matmul_tn_unrounded(split, every), pieces[-1], grown[-1], own)
 
 
 def product_gradients(x: Tensor, z: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the factors of K from dK = Xᵀ Z, x (B, M), z (B, R), in the factors' dtype."""
-    wide = _at_least_fp32(factors)
-    return _factor_gradients(x, z, wide, _prefixes(wide), factors[0].dtype)
-
-
-def _factor_gradients(
-    x: Tensor,
-    z: Tensor,
-    factors: Sequence[Tensor],
-    prefixes: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """The same from factors in fp32 at least and their prefixes, in ``dtype``.
-
-    On a CPU a large dK never exists: rows that share the last mode's factor are made, used and
-    dropped.
-    """
-    rank = z.shape[1]
-    whole = not x.is_cpu or torch.compiler.is_compiling() or x.shape[1] * rank <= WHOLE
-    if not prefixes or whole:
-        d_matrix = tall_unrounded(x, z) if x.is_cuda else tall(x, z)
-        return _mttkrp(d_matrix, factors, prefixes, dtype)
-    last, left = factors[-1], prefixes[-1].reshape(-1, 1, rank)
-    size, step = last.shape[0], max(1, PIECE // (last.shape[0] * rank))
-    tops, sums = [], []
-    for start in range(0, left.shape[0], step):
-        rows = slice(start, start + step)
-        d_rows = tall(x[:, start * size : (start + step) * size], z)
-        cube = _rounded(d_rows, last.dtype).view(-1, size, rank)
-        tops.append((cube * last).sum(1))
-        sums.append((cube * left[rows]).sum(0))
-    top, d_last = torch.cat(tops), torch.stack(sums).sum(0)
-    return [*_mttkrp(top, factors[:-1], prefixes[:-1], dtype), _rounded(d_last, dtype)]
+    return khatri_rao_backward(matmul_tn_unrounded(x, z), factors)
 
 
 def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from polyadic._torch import exporting, is_fake, is_plain, observed, transformed
-from polyadic.kernels.backend import triton_serves
+from polyadic.kernels.backend import DTYPES, triton_serves
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
+from polyadic.plans import Backend
 
 Group = Sequence[Tensor]
 
 PADDED_TO = 8
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def padded_rank(rank: int) -> int:
@@ -39,13 +39,17 @@ def padded_rank(rank: int) -> int:
     return -(-rank // PADDED_TO) * PADDED_TO
 
 
-def khatri_rao_pair(groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]:
+def khatri_rao_pair(
+    groups: Sequence[Group], dtype: torch.dtype, by: Backend = "triton"
+) -> list[Tensor]:
     """Khatri-Rao matrix of each group of factors.
 
     Args:
         groups: factors (m_d, R) of each matrix, all of one rank, dtype and device; the last mode of
             a group varies fastest.
         dtype: dtype of the matrices.
+        by: ``"torch"`` keeps to torch's operations; with ``"triton"`` the kernel makes them where
+            nothing but numbers is wanted.
 
     Returns:
         (Π m_d, R) for each group; on a GPU (Π m_d, R rounded up to a multiple of 8) with zeros in
@@ -55,7 +59,7 @@ def khatri_rao_pair(groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]
     if not (factors[0].is_cuda and all(map(is_plain, factors))):
         return [khatri_rao(group, dtype) for group in groups]
     padded = padded_rank(factors[0].shape[1])
-    if not _may_launch(factors, dtype):
+    if by != "triton" or not _may_launch(factors, dtype):
         return _khatri_raos(groups, dtype, padded)
     if _through_operator(factors):
         lengths = [len(group) for group in groups]
@@ -64,13 +68,16 @@ def khatri_rao_pair(groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]
     return _launch_khatri_raos(groups, dtype, padded)
 
 
-def mttkrp_pair(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
+def mttkrp_pair(
+    d_matrices: Sequence[Tensor], groups: Sequence[Group], by: Backend = "triton"
+) -> list[list[Tensor]]:
     """Gradient of every factor of every group from those of the Khatri-Rao matrices.
 
     Args:
         d_matrices: for each group dK (Π m_d, R or more columns, which are not read), or pieces
             (s, Π m_d, R or more) that add up to it; in the factors' dtype or float32.
         groups: factors (m_d, R) of each matrix.
+        by: as in ``khatri_rao_pair``.
 
     Returns:
         For each group the gradients (m_d, R) of its factors, in their dtype.
@@ -78,7 +85,8 @@ def mttkrp_pair(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[l
     factors = [factor for group in groups for factor in group]
     tensors = [*d_matrices, *factors]
     if not (
-        factors[0].is_cuda
+        by == "triton"
+        and factors[0].is_cuda
         and all(map(is_plain, tensors))
         and _may_launch(factors, *[d_matrix.dtype for d_matrix in d_matrices])
     ):
@@ -93,7 +101,7 @@ def mttkrp_pair(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[l
 def _may_launch(factors: Sequence[Tensor], *dtypes: torch.dtype) -> bool:
     """Whether a Triton kernel may do what is asked, with nothing but numbers wanted."""
     leader = factors[0]
-    if leader.dtype not in _DTYPES or any(dtype not in _DTYPES for dtype in dtypes):
+    if leader.dtype not in DTYPES or any(dtype not in DTYPES for dtype in dtypes):
         return False
     return not transformed() and not exporting() and triton_serves(leader.device.index)
 
@@ -127,9 +135,14 @@ def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list
     for d_matrix, group in zip(d_matrices, groups, strict=True):
         rank = group[0].shape[1]
         total = d_matrix.sum(0) if d_matrix.dim() == 3 else d_matrix
-        total = total[:, :rank].contiguous() if total.shape[1] > rank else total
+        total = _without_zeros(total, rank) if total.shape[1] > rank else total
         gradients.append(khatri_rao_backward(total, group))
     return gradients
+
+
+def _without_zeros(matrix: Tensor, rank: int) -> Tensor:
+    """A copy of the columns that were not added."""
+    return matrix[:, :rank].contiguous()
 
 
 def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyadic.kernels.multilinear import accumulate_dtype
-from polyadic.kernels.products import plus_bias, tall_unrounded, times
+from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded, plus_bias
 
 # Positions of an image from which a product for each is as fast as one of all rows.
 MANY = 64
@@ -52,7 +52,7 @@ def project(
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
         return plus_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
     if _is_rows(x):
-        return _volume(plus_bias(times(_rows(x), matrix), bias), x)
+        return _volume(matmul_nn(_rows(x), matrix, bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
     return _volume(plus_bias(torch.bmm(columns, matrices), bias), x)
 
@@ -106,7 +106,7 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
         x = in_layout(x, layout)
     if last and _is_rows(x):
         if groups == 1:
-            return tall_unrounded(_rows(x), _rows(z))
+            return matmul_tn_unrounded(_rows(x), _rows(z))
         rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)

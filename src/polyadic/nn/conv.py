@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
@@ -18,11 +19,12 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
-from polyadic.functional.conv import padded
+from polyadic.functional.conv import padded, padded_size
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
 from polyadic.nn.layer import Rank
+from polyadic.planner.request import Request
 from polyadic.plans import Memory
 
 
@@ -30,6 +32,10 @@ class CPConvBase(Exchangeable):
     """What convolutions share; subclasses fix the number of spatial dimensions."""
 
     _dims: int
+    padding_mode: str
+
+    def _unit(self) -> ConvFormat:
+        raise NotImplementedError
 
     def _kernel_size(self, value: Any) -> Shape:
         sizes = mode_sizes(
@@ -55,6 +61,20 @@ class CPConvBase(Exchangeable):
     def geometry(self) -> Geometry:
         """Where the kernel goes."""
         raise NotImplementedError
+
+    def _request_of_size(self, request: Request, size: Any) -> Request:
+        where = self.geometry
+        mode = self.padding_mode
+        # Reflect, replicate and circular padding happen before the map, which sees the result.
+        sizes = checks.spatial_size(size, where)
+        beside = 0
+        if mode != "zeros":
+            given, (sizes, where) = sizes, padded_size(sizes, where, mode)
+            if mode != "circular" and sizes != given:
+                # torch's gradient of these paddings keeps what it padded.
+                channels, _ = self._unit().channels
+                beside = request.batch * channels * math.prod(given)
+        return dataclasses.replace(request, geometry=where, size=sizes, kept_beside=beside)
 
     @property
     def kernel_factors(self) -> tuple[Tensor, ...]:

@@ -8,15 +8,13 @@ import torch
 from torch import nn
 
 from polyadic import checks
-from polyadic.formats import ConvFormat, LinearFormat, Shape, mode_sizes, positive_int
+from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
-from polyadic.planner import conv as conv_planner
-from polyadic.planner import linear as linear_planner
+from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
-from polyadic.planner.steps import forward_steps, gemm
-from polyadic.planner.steps_conv import conv_forward_steps, dense_conv_steps
+from polyadic.planner.steps import gemm
 
 Model = TypeVar("Model", bound=nn.Module)
 _CONVOLUTIONS = (CPConv1d, CPConv2d, CPConv3d)
@@ -81,7 +79,8 @@ def unfreeze(model: Model) -> Model:
     for layer in model.modules():
         if isinstance(layer, (CPLinear, *_CONVOLUTIONS)) and layer.frozen is not None:
             for name, parameter in layer.named_parameters():
-                # None is switched off: of shared ones the layer frozen first alone knows the flag.
+                # Flags are only switched on: for a shared parameter, only the layer frozen first
+                # remembers the flag.
                 if layer.frozen.trainable.get(name, False):
                     parameter.requires_grad_(True)
             layer.frozen = None
@@ -109,15 +108,16 @@ def _form(
 def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
     """The Khatri-Rao pair or W, or None where the plan is predicted to be faster than both."""
     m, n, r = layer.in_features, layer.out_features, layer.rank
-    first = layer.cp.factors[0]
-    kind, dtype, item = first.device.type, first.dtype, first.element_size()
-    machine = machine_for(kind, dtype)
-    fmt = LinearFormat(layer.in_shape, layer.out_shape, r)
-    plan = linear_planner.choose_linear(fmt, linear_planner.bucket(rows), dtype, kind, "balanced")
-    pair = machine.total([gemm("X KA", rows, m, r, item), gemm("Z KC^T", rows, r, n, item)])
-    dense = machine.total([gemm("X W", rows, m, n, item)])
-    ours = machine.total(forward_steps(fmt, rows, plan.forward, item)) + machine.call
-    if ours < min(pair, dense) + machine.dense_call:
+    asked = layer.request(rows)
+    machine = machine_for(asked)
+    pair, dense = (
+        machine.total(steps, machine.dense_call)
+        for steps in (
+            [gemm(asked, "X KA", rows, m, r), gemm(asked, "Z KC^T", rows, r, n)],
+            [gemm(asked, "X W", rows, m, n)],
+        )
+    )
+    if choice.predict_inference(asked, choice.choose(asked)) < min(pair, dense):
         return None
     if dense <= pair:
         return FrozenWeight([layer._built_weight().contiguous()], layer)
@@ -129,17 +129,6 @@ def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
 
 
 def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:
-    fmt, where = layer.format, layer.geometry
-    assert isinstance(fmt, ConvFormat)
-    dims = len(layer.kernel_size)
-    sizes = size * dims if len(size) == 1 else size
-    if len(sizes) != dims:
-        raise ValueError(f"size must be an int or {dims} ints for {layer}, got {size}")
-    first = layer.cp.factors[0]
-    kind, dtype = first.device.type, first.dtype
-    machine = machine_for(kind, dtype)
-    plan = conv_planner.choose_conv(fmt, where, batch, sizes, False, dtype, kind, "balanced")
-    steps = conv_forward_steps(fmt, where, batch, sizes, False, plan.forward, dtype.itemsize)
-    dense = dense_conv_steps(fmt, where, batch, sizes, dtype.itemsize, training=False)
-    ours = machine.total(steps) + machine.call
-    return machine.total(dense) + machine.dense_call <= ours
+    asked = layer.request(batch, size if len(size) > 1 else size[0])
+    plan = choice.choose(asked)
+    return choice.predict_inference(asked, None) <= choice.predict_inference(asked, plan)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic.kernels.products import linear, times
+from polyadic.kernels.products import matmul_nn, matmul_nt
 
 
 class Frozen(nn.Module):
@@ -85,7 +85,7 @@ class FrozenPair(Frozen):
         """(..., M) → (..., N)."""
         self.check()
         own, rows = self._buffers, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = linear(times(rows, own["matrix0"]), own["matrix1"], bias)  # type: ignore[arg-type]
+        y = matmul_nt(matmul_nn(rows, own["matrix0"]), own["matrix1"], bias)  # type: ignore[arg-type]
         return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -99,7 +99,7 @@ class FrozenWeight(Frozen):
         self.check()
         if x.dim() != 2:
             return F.linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
-        return linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
+        return matmul_nt(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
 
 
 class FrozenKernel(Frozen):

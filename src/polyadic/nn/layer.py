@@ -21,6 +21,7 @@ from polyadic.formats import (
 from polyadic.init import torch_bias_, torch_std
 from polyadic.nn.frozen import Frozen
 from polyadic.nn.weight import Weighted
+from polyadic.planner.request import Request, request
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
@@ -76,6 +77,33 @@ class CPLayer(Weighted):
     def _unit(self) -> LinearFormat | ConvFormat:
         """The layer's format at rank 1."""
         raise NotImplementedError
+
+    def request(self, batch: int, size: int | Sequence[int] | None = None) -> Request:
+        """What a call of this layer asks of the planner: sizes, batch, dtype and device.
+
+        Args:
+            batch: rows, images or indices.
+            size: spatial size of a convolution's input, int or one per dimension.
+
+        Raises:
+            ValueError: the layer is frozen and follows no plan, or ``size`` is missing, does not
+                fit or is given to a layer that has none.
+        """
+        if self.frozen is not None:
+            raise ValueError(
+                "the layer is frozen and follows no plan; call polyadic.unfreeze first"
+            )
+        first = self.cp.factors[0]
+        made = request(self.format, batch, first.dtype, first.device.type, memory=self.memory)
+        made = dataclasses.replace(made, weights=self.cp.weights is not None)
+        return self._request_of_size(made, size)
+
+    def _request_of_size(self, request: Request, size: Any) -> Request:
+        if size is not None:
+            raise ValueError(
+                f"size is of a convolution's input; a {type(self).__name__} has none, got {size!r}"
+            )
+        return request
 
     def _fan_in(self) -> int:
         raise NotImplementedError

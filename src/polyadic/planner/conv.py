@@ -1,165 +1,378 @@
-"""Choice of a plan for a convolution, batch, size and machine: the cheapest by predicted time.
+"""Plans of a convolution, their steps, and the cheapest for a request.
 
-Routes are few, so all are weighed, forward and backward each by itself.
+The steps mirror ``kernels.conv``. Routes are few, so all are weighed, forward and backward each by
+itself. With g groups the side they do not share counts the channels of all; the other side is
+contracted once for each, so that there are g times as many positions of it, and g·R channels in
+between.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from polyadic._torch import known, not_traced
 from polyadic.formats import ConvFormat, Shape
-from polyadic.kernels.depthwise import Geometry
-from polyadic.planner.calibrated import machine_for, threads_of
-from polyadic.planner.linear import bucket, settled
-from polyadic.planner.steps_conv import conv_backward_steps, conv_forward_steps, conv_plan_steps
-from polyadic.plans import ConvPlan, ConvRoute, Memory
+from polyadic.kernels.backend import serves
+from polyadic.kernels.cpu import WIDE_COLUMNS, has_wide_weight_gradient
+from polyadic.kernels.depthwise import Geometry, Stage, Stages, stages
+from polyadic.kernels.projections import better_as_rows
+from polyadic.planner.calibrated import machine_for
+from polyadic.planner.linear import Steps
+from polyadic.planner.multilinear import khatri_rao_backward_steps, khatri_rao_steps
+from polyadic.planner.request import Request
+from polyadic.planner.steps import Step, gemm, stream, transpose
+from polyadic.plans import ConvPlan, ConvRoute, Memory, fused_by_triton
 
-# As of a symbolic batch of rows: one plan for all numbers of images.
-UNKNOWN_IMAGES = 8
+# Maps of R channels that may be kept for the backward.
+KEEP: dict[Memory, int] = {"fast": 2, "balanced": 1, "least": 0}
 
 
-def conv_plans(memory: Memory = "balanced") -> list[ConvPlan]:
+def _format(request: Request) -> ConvFormat:
+    assert isinstance(request.format, ConvFormat)
+    return request.format
+
+
+def _geometry(request: Request) -> Geometry:
+    assert request.geometry is not None
+    return request.geometry
+
+
+def candidates(request: Request) -> list[ConvPlan]:
     """Every plan with the same route forward and backward."""
-    keep = _conv_keep(memory)
+    keep = KEEP[request.memory]
     routes = [
         ConvRoute(layout, form)
         for layout in ("channels_last", "channels_first")
         for form in ("merged", "separable")
     ]
-    routes += [
-        ConvRoute("channels_last", kind="dense"),
-        ConvRoute("channels_first", kind="dense"),
-    ]
+    if serves("convolution", request.device, request.dtype) and fused_by_triton(_format(request)):
+        routes.append(ConvRoute(by="triton"))
+    if request.rebuild:
+        routes += [
+            ConvRoute("channels_last", kind="dense"),
+            ConvRoute("channels_first", kind="dense"),
+        ]
     return [ConvPlan(route, route, keep if route.kind == "factorized" else 0) for route in routes]
 
 
-def _conv_keep(memory: Memory) -> int:
-    return {"fast": 2, "balanced": 1, "least": 0}[memory]
+def simplest(request: Request) -> ConvPlan:
+    """The plan that is right for any sizes, where a compiler does not know them."""
+    return ConvPlan(ConvRoute(), ConvRoute(), KEEP[request.memory])
 
 
-def plan_conv(
-    fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory, rebuild: bool = True
-) -> ConvPlan:
-    """The plan for x (B, Cin, *S) or (Cin, *S); one for all sizes where a size is symbolic.
-
-    With ``rebuild`` the dense kernel may be built where that is cheapest.
-    """
-    dims = len(fmt.kernel_size)
-    size = tuple(x.shape[-dims:])
-    batch = x.shape[0] if x.dim() == dims + 2 else 1
-    if torch.compiler.is_compiling():
-        every = (*fmt.out_shape, *fmt.in_shape, *fmt.kernel_size, fmt.rank, *size)
-        if not known(*every):
-            return ConvPlan(ConvRoute(), ConvRoute(), _conv_keep(memory))
-        batch = bucket(batch) if known(batch) else UNKNOWN_IMAGES
-        plan: ConvPlan = _constant_conv(
-            (fmt.out_shape, fmt.in_shape, fmt.kernel_size, fmt.rank, fmt.groups, fmt.transposed),
-            (geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding),
-            batch, size, x.dtype, x.device.type, memory, rebuild,
-        )  # fmt: skip
-        return plan
-    last = x.dim() == dims + 2 and _is_channels_last(x)
-    return choose_conv(
-        fmt, geometry, bucket(batch), size, last, x.dtype, x.device.type, memory, rebuild
-    )
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.shape[1] > 1
-
-
-@not_traced
-def _constant_conv(
-    numbers: tuple[Shape, Shape, Shape, int, int, bool],
-    where: tuple[Shape, tuple[tuple[int, int], ...], Shape, Shape],
-    batch: int,
-    size: Shape,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool,
-) -> ConvPlan:
-    fmt = ConvFormat(*numbers)
-    stride, padding, dilation, extra = where
-    geometry = Geometry(fmt.kernel_size, stride, padding, dilation, fmt.transposed, extra)
-    return choose_conv(fmt, geometry, batch, size, False, dtype, device_type, memory, rebuild)
-
-
-def choose_conv(
-    fmt: ConvFormat,
-    geometry: Geometry,
-    batch: int,
-    size: Shape,
-    channels_last: bool,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool = True,
-) -> ConvPlan:
-    """The cheapest plan for an input (batch, Cin, *size) on this machine; cached."""
-    return _cheapest_conv(
-        fmt, geometry, batch, size, channels_last, dtype, device_type, threads_of(device_type),
-        memory, rebuild,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _cheapest_conv(
-    fmt: ConvFormat,
-    geometry: Geometry,
-    batch: int,
-    size: Shape,
-    channels_last: bool,
-    dtype: torch.dtype,
-    device_type: str,
-    threads: int,
-    memory: Memory,
-    rebuild: bool,
-) -> ConvPlan:
-    machine = machine_for(device_type, dtype)
-    routes = [plan.forward for plan in conv_plans()]
-    if not rebuild:
-        routes = [route for route in routes if route.kind == "factorized"]
-    if dtype.itemsize == 2:
+def choose(request: Request) -> ConvPlan:
+    """The cheapest plan for the request as it is; ``choice.choose`` remembers what this finds."""
+    machine = machine_for(request)
+    routes = [plan.forward for plan in candidates(request)]
+    if request.is_half:
         # Separable stages round once more than torch's error, twice over, allows.
         routes = [route for route in routes if route.depthwise == "merged"]
-    keep, item = _conv_keep(memory), dtype.itemsize
-    where = (fmt, geometry, batch, size, channels_last)
-    # A layer hands on the layout it is given, as torch's do.
-    onward = [r for r in routes if r.layout == "channels_last"] if channels_last else routes
-    forward = min(onward, key=lambda r: machine.total(conv_forward_steps(*where, r, item)))
-    kept = keep if forward.kind == "factorized" else 0
+    onward = routes
+    if request.channels_last:
+        # A layer hands on the layout it is given, as torch's do.
+        onward = [route for route in routes if route.layout == "channels_last"]
+    forward = min(onward, key=lambda route: machine.total(forward_steps(request, route)))
+    kept = KEEP[request.memory] if forward.kind == "factorized" else 0
     backward = min(
-        routes, key=lambda r: machine.total(conv_backward_steps(*where, r, item, kept=kept))
+        routes, key=lambda route: machine.total(backward_steps(request, route, kept=kept))
     )
     return ConvPlan(forward, backward, kept if backward.kind == "factorized" else 0)
 
 
-def forget() -> None:
-    """Forget all choices, as a machine description has changed."""
-    _cheapest_conv.cache_clear()
-    settled.clear()
-
-
-def predict_conv(
-    plan: ConvPlan,
-    fmt: ConvFormat,
-    geometry: Geometry,
-    batch: int,
-    size: Shape,
-    dtype: torch.dtype = torch.float32,
-    device_type: str = "cpu",
-    *,
-    channels_last: bool = False,
-    training: bool = True,
-) -> float:
-    """Predicted seconds of forward (and backward) by a plan, without per-call overhead."""
-    forward, backward = conv_plan_steps(
-        fmt, geometry, batch, size, channels_last, plan, dtype.itemsize, training=training
+def steps(request: Request, plan: ConvPlan) -> Steps:
+    """Steps of a plan, forward and backward."""
+    kept = plan.keep if plan.forward.kind == "factorized" else 0
+    return (
+        forward_steps(request, plan.forward),
+        backward_steps(request, plan.backward, kept=kept),
     )
-    machine = machine_for(device_type, dtype)
-    return machine.total(forward) + machine.total(backward)
+
+
+def _sizes(split: Stages, size: Shape) -> list[Shape]:
+    """Spatial size in front of each stage and behind the last."""
+    lifted = (1, *size) if len(size) == 1 else size
+    sizes = [tuple(-(-n // step) for n, step in zip(lifted, split.skip, strict=True))]
+    for stage in split.depthwise:
+        sizes.append(stage.output_size(sizes[-1]))
+    return sizes
+
+
+class _Sizes:
+    """The numbers that all steps of one convolution are made of."""
+
+    def __init__(self, request: Request, route: ConvRoute) -> None:
+        fmt, geometry = _format(request), _geometry(request)
+        self.request, self.fmt, self.route = request, fmt, route
+        self.batch, size, self.item = request.batch, request.size, request.item
+        self.stages = stages(geometry, route.depthwise, len(fmt.kernel_size))
+        self.sizes = _sizes(self.stages, size)
+        self.positions = self.batch * math.prod(size)
+        self.taken = self.batch * math.prod(self.sizes[0])
+        self.out_positions = self.batch * math.prod(geometry.output_size(size))
+        self.rank, self.groups = fmt.rank, fmt.groups
+        self.maps = fmt.groups * fmt.rank
+        # Channels that one group contracts, on either side.
+        self.c, self.n = (channels // fmt.groups for channels in fmt.channels)
+
+    @property
+    def inner(self) -> Sequence[int]:
+        """Modes of the in-projection: a 1×1 kernel's join the in modes."""
+        ins, kernel = self.fmt.in_shape, self.fmt.kernel_size
+        return ins if self.stages.depthwise else (*kernel, *ins)
+
+    @property
+    def depthwise_taps(self) -> int:
+        """Taps of the merged depthwise convolution."""
+        return math.prod(self.fmt.kernel_size)
+
+    def taps(self, stage: Stage) -> list[int]:
+        """Modes of the kernel factors that one stage's taps are made of."""
+        return [self.fmt.kernel_size[i] for i in stage.held]
+
+    def project(self, name: str, positions: int, k: int, n: int) -> Step:
+        if self.route.layout == "channels_first":
+            # The positions are the columns of the product.
+            return gemm(self.request, name, n * self.groups, k, positions)
+        return gemm(self.request, name, positions * self.groups, k, n)
+
+    def outer(self, name: str, channels: int, positions: int, rows: bool) -> list[Step]:
+        """Gradient of KA or KC; ``rows``: X (or dY) is stored channels_last."""
+        product = gemm(self.request, name, channels, positions * self.groups, self.rank)
+        if self.route.layout == "channels_last":
+            if rows:
+                return [product]
+            if better_as_rows(self.maps, self.groups * positions // max(self.batch, 1)):
+                side = name.split()[-2]
+                return [self.to_rows(side, channels * self.groups, positions), product]
+        partial = self.batch * self.groups * channels * self.rank
+        return [product, stream(f"{name} over images", 2 * self.item * partial, partial)]
+
+    def to_rows(self, name: str, channels: int, positions: int) -> Step:
+        return transpose(self.request, f"{name} to channels_last", channels * positions)
+
+    def passed(self, read: int, written: int) -> int:
+        """Bytes of a depthwise convolution.
+
+        On a CPU new memory counts three times, as writing takes longer where pages are touched
+        first, and in channels_first torch's kernels convert what they read and write.
+        """
+        if not self.request.on_cpu:
+            return self.item * (read + written)
+        converted = 0 if self.route.layout == "channels_last" else 2 * (read + written)
+        return self.item * (read + 3 * written + converted)
+
+    def depthwise(self, name: str, stage: Stage, before: Shape, after: Shape) -> Step:
+        """Two FLOPs for each tap and position: the output's or, transposed, the input's."""
+        read, written = self._elements(before, after)
+        taps = math.prod(stage.kernel_size)
+        return Step(
+            name,
+            "depthwise",
+            2 * taps * (read if stage.transposed else written),
+            self.passed(read, written),
+            elements=written,
+            channels_last=self.route.layout == "channels_last",
+        )
+
+    def _elements(self, before: Shape, after: Shape) -> tuple[int, int]:
+        read, written = (self.maps * self.batch * math.prod(size) for size in (before, after))
+        return read, written
+
+    def depthwise_backward(self, stage: Stage, before: Shape, after: Shape) -> list[Step]:
+        """Two convolutions more, at half the rate; on a CPU wide taps read copies."""
+        one = self.depthwise("", stage, before, after)
+        z, grad = self._elements(before, after)
+        calls, copied = 1, 0
+        entries = self.maps * math.prod(before)
+        wide = self.request.on_cpu and has_wide_weight_gradient(stage.kernel_size, entries)
+        if wide and stage.kernel_size[0] > 1:
+            calls = -(-stage.kernel_size[1] // WIDE_COLUMNS)
+            copied = 2 * (calls + 1) * z
+        d_z = dataclasses.replace(
+            one,
+            name="depthwise backward: dZ",
+            padded_flops=2 * one.flops,
+            nbytes=self.passed(grad, z),
+            elements=z,
+        )
+        d_taps = dataclasses.replace(
+            d_z,
+            name="depthwise backward: dtaps",
+            launches=calls,
+            nbytes=self.passed(z + grad, 0) + self.item * copied,
+            elements=self.maps * math.prod(stage.kernel_size),
+        )
+        return [d_z, d_taps]
+
+    def dense(self, name: str) -> Step:
+        fmt, (c, n) = self.fmt, self.fmt.channels
+        at = self.positions if fmt.transposed else self.out_positions
+        moved = self.positions * c + self.out_positions * n + fmt.dense_parameters
+        return Step(
+            name,
+            "conv",
+            2 * at * fmt.dense_parameters,
+            self.item * moved,
+            elements=self.out_positions * n,
+            channels_last=self.route.layout == "channels_last",
+        )
+
+    def kernel_sides(self) -> tuple[Shape, Shape]:
+        """Modes of the first dimension of torch's kernel, and of all others."""
+        fmt = self.fmt
+        if fmt.transposed:
+            return fmt.in_shape, (*fmt.out_shape, *fmt.kernel_size)
+        return fmt.out_shape, (*fmt.in_shape, *fmt.kernel_size)
+
+    def kernel(self) -> list[Step]:
+        """The dense kernel from its factors."""
+        (first, rest), request = self.kernel_sides(), self.request
+        return [
+            *khatri_rao_steps(request, "K of the kernel's first side", first, self.rank),
+            *khatri_rao_steps(request, "K of the other side and taps", rest, self.rank),
+            gemm(request, "W = K K'^T", math.prod(first), self.rank, math.prod(rest)),
+        ]
+
+
+def forward_steps(request: Request, route: ConvRoute) -> list[Step]:
+    """Y by one route."""
+    s = _Sizes(request, route)
+    if route.by == "triton":
+        return _fused_forward(s)
+    if route.kind == "dense":
+        steps = s.kernel()
+        if route.layout == "channels_last" and not request.channels_last:
+            steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
+        return [*steps, s.dense("dense convolution")]
+    steps = khatri_rao_steps(request, "KA", s.inner, s.rank)
+    steps.append(s.project("Z1 = X KA", s.taken, s.c, s.rank))
+    for stage, before, after in zip(s.stages.depthwise, s.sizes, s.sizes[1:], strict=False):
+        steps += khatri_rao_steps(request, "taps", s.taps(stage), s.rank)
+        steps.append(s.depthwise("depthwise", stage, before, after))
+    steps += khatri_rao_steps(request, "KC", s.fmt.out_shape, s.rank)
+    return [*steps, s.project("Y = Z2 KC^T", s.out_positions, s.rank, s.n)]
+
+
+def backward_steps(request: Request, route: ConvRoute, *, kept: int) -> list[Step]:
+    """All gradients by one route, with ``kept`` R-channel maps from the forward.
+
+    The gradient of Y is taken to come in the route's layout.
+    """
+    s = _Sizes(request, route)
+    if route.by == "triton":
+        return _fused_backward(s, kept)
+    if route.kind == "dense":
+        return _dense_backward(s)
+    steps = khatri_rao_steps(request, "KA", s.inner, s.rank)
+    steps += khatri_rao_steps(request, "KC", s.fmt.out_shape, s.rank)
+    for stage in s.stages.depthwise:
+        steps += khatri_rao_steps(request, "taps", s.taps(stage), s.rank)
+    if not kept:
+        steps.append(s.project("Z1 = X KA again", s.taken, s.c, s.rank))
+    through = list(zip(s.stages.depthwise, s.sizes, s.sizes[1:], strict=False))
+    for stage, before, after in through if kept < 2 else through[:-1]:
+        steps.append(s.depthwise("depthwise again", stage, before, after))
+    steps += [
+        *s.outer("dKC = dY Z2", s.n, s.out_positions, rows=True),
+        *khatri_rao_backward_steps(request, "MTTKRP out", s.fmt.out_shape, s.rank),
+        s.project("dZ2 = dY KC", s.out_positions, s.n, s.rank),
+    ]
+    for stage, before, after in reversed(through):
+        steps += s.depthwise_backward(stage, before, after)
+        steps += khatri_rao_backward_steps(request, "MTTKRP taps", s.taps(stage), s.rank)
+    return [
+        *steps,
+        *s.outer("dKA = X dZ1", s.c, s.taken, rows=request.channels_last),
+        *khatri_rao_backward_steps(request, "MTTKRP in", s.inner, s.rank),
+        s.project("dX = dZ1 KA^T", s.taken, s.rank, s.c),
+    ]
+
+
+def _matrices(s: _Sizes) -> Step:
+    """KA, KC and the taps in one launch."""
+    elements = s.rank * (s.c + s.n + math.prod(s.fmt.kernel_size))
+    return Step("KA, KC and taps", "fused", 0, s.item * elements, elements=elements)
+
+
+def _fused_forward(s: _Sizes) -> list[Step]:
+    """The in-projection by a GEMM, then depthwise and out-projection in one kernel."""
+    steps = [_matrices(s)]
+    if not s.request.channels_last:
+        steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
+    steps.append(s.project("Z1 = X KA", s.taken, s.c, s.rank))
+    flops = 2 * s.out_positions * s.rank * (s.n * s.groups + s.groups * s.depthwise_taps)
+    moved = s.item * (s.taken * s.maps + s.out_positions * s.n * s.groups)
+    return [*steps, Step("Y from Z1", "fused", flops, moved, elements=s.out_positions * s.n)]
+
+
+def _fused_backward(s: _Sizes, kept: int) -> list[Step]:
+    """Products by GEMMs; both gradients of the depthwise stage, and Z2 again, in one kernel."""
+    request = s.request
+    again = [] if kept else [s.project("Z1 = X KA again", s.taken, s.c, s.rank)]
+    flops = 6 * s.out_positions * s.maps * s.depthwise_taps
+    moved = s.item * s.maps * 2 * (s.taken + s.out_positions)
+    inner = math.prod(s.inner) + s.n + math.prod(s.fmt.kernel_size)
+    return [
+        _matrices(s),
+        *again,
+        s.project("dZ2 = dY KC", s.out_positions, s.n, s.rank),
+        Step("dZ1, dtaps and Z2", "fused", flops, moved, elements=s.maps * s.taken),
+        Step("dtaps over programs", "fused", 0, 8 * s.rank * 1024, elements=s.rank),
+        gemm(request, "dKC = dY^T Z2", s.n, s.out_positions, s.rank),
+        s.project("dX = dZ1 KA^T", s.taken, s.rank, s.c),
+        gemm(request, "dKA = X^T dZ1", s.c, s.taken, s.rank),
+        Step("MTTKRPs", "fused", 0, 4 * 3 * inner * s.rank, elements=inner * s.rank),
+    ]
+
+
+def _dense_backward(s: _Sizes) -> list[Step]:
+    steps, request = s.kernel(), s.request
+    if s.route.layout == "channels_last" and not request.channels_last:
+        steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
+    first, rest = s.kernel_sides()
+    rows, columns = math.prod(first), math.prod(rest)
+    return [
+        *steps,
+        s.dense("dX"),
+        s.dense("dW"),
+        gemm(request, "dK = dW K'", rows, columns, s.rank),
+        gemm(request, "dK' = dW^T K", columns, rows, s.rank),
+        *khatri_rao_backward_steps(request, "MTTKRP of the first side", first, s.rank),
+        *khatri_rao_backward_steps(request, "MTTKRP of the other side and taps", rest, s.rank),
+    ]
+
+
+def kept_elements(request: Request, plan: ConvPlan) -> int:
+    """Elements that stay for the backward beside the parameters: X and the maps kept."""
+    s = _Sizes(request, plan.forward)
+    kept = s.positions * s.fmt.channels[0] + request.kept_beside
+    if plan.forward.kind == "dense" or not plan.keep:
+        return kept
+    two = plan.keep == 2 and bool(s.stages.depthwise)
+    return kept + s.maps * (s.taken + (s.out_positions if two else 0))
+
+
+def dense_steps(request: Request) -> Steps:
+    """What a dense convolution layer does: one convolution forward, two backward."""
+    s = _Sizes(request, ConvRoute("channels_first", kind="dense"))
+    return [s.dense("Y")], [s.dense("dX"), s.dense("dW")]
+
+
+def dense_kept(request: Request) -> int:
+    """Elements a dense layer keeps for the backward beside its parameters: X."""
+    channels, _ = _format(request).channels
+    return request.batch * math.prod(request.size) * channels + request.kept_beside
+
+
+def describe(request: Request) -> str:
+    """The format and the batch in words."""
+    fmt = _format(request)
+    c, n = fmt.channels
+    kernel, spatial = ("x".join(map(str, sizes)) for sizes in (fmt.kernel_size, request.size))
+    of_groups = f" in {fmt.groups} groups of channels" if fmt.groups > 1 else ""
+    return (
+        f"{'transposed ' if fmt.transposed else ''}convolution {c} -> {n}{of_groups}, kernel "
+        f"{kernel}, modes out {fmt.out_shape} in {fmt.in_shape}, rank {fmt.rank}, {request.batch} "
+        f"images of {spatial}, {request.dtype}"
+    )

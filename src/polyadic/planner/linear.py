@@ -1,41 +1,35 @@
-"""Choice of a plan for a linear layer, batch and machine: the cheapest by predicted time.
+"""Plans of a linear layer: which there are, their steps, and the cheapest for a request.
 
-A linear layer's four pieces (each side, forward and backward) are independent of each other, so
-each takes its own cheapest grouping; rebuilding W competes with the factorized whole. Choices are
-cached by format and batch bucket (the next power of two), so that the hot path only looks up.
+The steps mirror ``kernels.linear``. A linear layer's four pieces (each side, forward and backward)
+do not depend on each other, so each takes its own grouping of the modes; rebuilding W, and the
+library's own kernels where the device has them, compete with the factorized whole.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import torch
-from torch import Tensor
-
-from polyadic._torch import UNKNOWN_BATCH, Memo, known, not_traced
 from polyadic.formats import LinearFormat, Shape
-from polyadic.planner.calibrated import machine_for, threads_of
-from polyadic.planner.machine import Step
-from polyadic.planner.steps import (
-    backward_steps,
+from polyadic.kernels.backend import serves
+from polyadic.kernels.pairs import padded_rank
+from polyadic.planner.calibrated import machine_for
+from polyadic.planner.machine import Machine
+from polyadic.planner.multilinear import (
     contract_steps,
     expand_steps,
-    forward_steps,
+    khatri_rao_backward_steps,
+    khatri_rao_steps,
     partials_steps,
-    plan_steps,
 )
-from polyadic.plans import Groups, LinearPlan, LinearRoute, Memory
+from polyadic.planner.request import Request
+from polyadic.planner.steps import Step, gemm, stream
+from polyadic.plans import Backend, Groups, LinearPlan, LinearRoute
 
-# Calls a function has checked and found a plan for; the function says by what key.
-settled = Memo()
-
-
-def bucket(rows: int) -> int:
-    """The next power of two, at least 1."""
-    return 1 << (max(rows, 1) - 1).bit_length()
+Steps = tuple[list[Step], list[Step]]
 
 
 def compositions(total: int) -> Iterator[Groups]:
@@ -56,140 +50,279 @@ def groupings(order: int) -> list[Groups]:
     return [(order,), *two, (1,) * order]
 
 
-def linear_plans(fmt: LinearFormat, memory: Memory = "balanced") -> list[LinearPlan]:
-    """Every plan with the same route forward and backward: each grouping, and rebuilding W."""
-    keep = int(memory != "least")
+def _format(request: Request) -> LinearFormat:
+    assert isinstance(request.format, LinearFormat)
+    return request.format
+
+
+def candidates(request: Request) -> list[LinearPlan]:
+    """Every plan with the same route forward and backward."""
+    fmt, keep = _format(request), int(request.memory != "least")
     m, n = len(fmt.in_shape), len(fmt.out_shape)
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
-    rebuild = LinearRoute((m,), (n,), "dense")
-    return [*(LinearPlan(route, route, keep) for route in routes), LinearPlan(rebuild, rebuild, 0)]
+    backends: list[Backend] = ["torch"]
+    if serves("linear", request.device, request.dtype):
+        routes.append(LinearRoute((m,), (n,), by="triton"))
+        backends.append("triton")
+    plans = [LinearPlan(route, route, keep) for route in routes]
+    if request.rebuild:
+        rebuilding = [LinearRoute((m,), (n,), "dense", by) for by in backends]
+        plans += [LinearPlan(route, route, 0) for route in rebuilding]
+    return plans
 
 
-def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = True) -> LinearPlan:
-    """The plan for x (..., M)."""
-    return plan_rows(fmt, tuple(x.shape[:-1]), x.dtype, x.device.type, memory, rebuild)
+def simplest(request: Request) -> LinearPlan:
+    """The plan that is right for any sizes, where a compiler does not know them."""
+    fmt = _format(request)
+    route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
+    return LinearPlan(route, route, int(request.memory != "least"))
 
 
-def plan_rows(
-    fmt: LinearFormat,
-    shape: Shape,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool = True,
-) -> LinearPlan:
-    """The plan for rows of a leading ``shape``; one for all where it is symbolic.
+def choose(request: Request) -> LinearPlan:
+    """The cheapest plan for the request as it is; ``choice.choose`` remembers what this finds."""
+    machine, fmt, keep = machine_for(request), _format(request), request.memory != "least"
+    m, n = (len(fmt.in_shape),), (len(fmt.out_shape),)
 
-    With ``rebuild`` W may be built where that is cheapest.
-    """
-    if not torch.compiler.is_compiling():
-        return choose_linear(fmt, bucket(math.prod(shape)), dtype, device_type, memory, rebuild)
-    modes = (*fmt.in_shape, *fmt.out_shape, fmt.rank)
-    if not known(*modes):
-        route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
-        return LinearPlan(route, route, int(memory != "least"))
-    rows = UNKNOWN_BATCH
-    if known(*shape):
-        rows = bucket(math.prod(shape))
-    return _constant_linear(
-        fmt.in_shape, fmt.out_shape, fmt.rank, rows, dtype, device_type, memory, rebuild
-    )
+    rivals = [LinearRoute(m, n, "dense")] if request.rebuild else []
+    if serves("linear", request.device, request.dtype):
+        rivals += [dataclasses.replace(route, by="triton") for route in rivals]
+        rivals.append(LinearRoute(m, n, by="triton"))
 
+    def cheapest(first: LinearRoute, steps: Callable[[LinearRoute], list[Step]]) -> LinearRoute:
+        return min((first, *rivals), key=lambda route: machine.total(steps(route)))
 
-@not_traced
-def _constant_linear(
-    in_shape: Shape,
-    out_shape: Shape,
-    rank: int,
-    rows: int,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool,
-) -> LinearPlan:
-    fmt = LinearFormat(in_shape, out_shape, rank)
-    return choose_linear(fmt, rows, dtype, device_type, memory, rebuild)
-
-
-def choose_linear(
-    fmt: LinearFormat,
-    rows: int,
-    dtype: torch.dtype,
-    device_type: str,
-    memory: Memory,
-    rebuild: bool = True,
-) -> LinearPlan:
-    """The cheapest plan for ``rows`` rows of ``dtype`` on this machine; cached."""
-    threads = threads_of(device_type)
-    return _cheapest_linear(fmt, rows, dtype, device_type, threads, memory, rebuild)
-
-
-def forget() -> None:
-    """Forget all choices, as a machine description has changed."""
-    _cheapest_linear.cache_clear()
-    settled.clear()
-
-
-@functools.lru_cache(maxsize=4096)
-def _cheapest_linear(
-    fmt: LinearFormat,
-    rows: int,
-    dtype: torch.dtype,
-    device_type: str,
-    threads: int,
-    memory: Memory,
-    rebuild: bool,
-) -> LinearPlan:
-    # The key names the machine, for a description's own hash takes longer than the look-up.
-    machine, item = machine_for(device_type, dtype), dtype.itemsize
-    keep = memory != "least"
-    ins, outs = groupings(len(fmt.in_shape)), groupings(len(fmt.out_shape))
-    m, n, r = fmt.in_shape, fmt.out_shape, fmt.rank
-
-    def best(candidates: list[Groups], steps: dict[Groups, list[Step]]) -> Groups:
-        return min(candidates, key=lambda groups: machine.total(steps[groups]))
-
-    forward = LinearRoute(
-        best(ins, {g: contract_steps(rows, m, r, g, item) for g in ins}),
-        best(outs, {g: expand_steps(rows, n, r, g, item) for g in outs}),
-    )
-
-    def in_gradients(groups: Groups) -> list[Step]:
-        again = [] if keep else contract_steps(rows, m, r, groups, item)
-        return again + partials_steps(rows, m, r, groups, item, wrt_x=True, wrt_z=False)
-
-    backward = LinearRoute(
-        best(ins, {g: in_gradients(g) for g in ins}),
-        best(
-            outs,
-            {g: partials_steps(rows, n, r, g, item, wrt_x=False, wrt_z=True) for g in outs},
-        ),
-    )
-    dense = [LinearRoute((len(m),), (len(n),), "dense")] if rebuild else []
-    forward = min(
-        (forward, *dense), key=lambda route: machine.total(forward_steps(fmt, rows, route, item))
-    )
+    forward = cheapest(_forward_route(request, machine), lambda r: forward_steps(request, r))
     kept = int(keep and forward.kind == "factorized")
-    backward = min(
-        (backward, *dense),
-        key=lambda route: machine.total(backward_steps(fmt, rows, route, item, kept=kept)),
+    backward = cheapest(
+        _backward_route(request, machine), lambda r: backward_steps(request, r, kept=kept)
     )
-    if memory == "fast" and forward.is_khatri_rao and backward == forward:
+    simple = forward.is_khatri_rao and forward.by == "torch"
+    if request.memory == "fast" and simple and backward == forward:
         return LinearPlan(forward, backward, keep=2)
     # Z is of no use to a backward that rebuilds W.
-    return LinearPlan(forward, backward, keep=kept if backward.kind == "factorized" else 0)
+    return LinearPlan(forward, backward, kept if backward.kind == "factorized" else 0)
 
 
-def predict_linear(
-    plan: LinearPlan,
-    fmt: LinearFormat,
-    rows: int,
-    dtype: torch.dtype = torch.float32,
-    device_type: str = "cpu",
-    *,
-    training: bool = True,
-) -> float:
-    """Predicted seconds of forward (and backward) by a plan, without per-call overhead."""
-    forward, backward = plan_steps(fmt, rows, plan, dtype.itemsize, training=training)
-    machine = machine_for(device_type, dtype)
-    return machine.total(forward) + machine.total(backward)
+Spent = Mapping[Groups, tuple[float, float]]
+
+
+def _cheapest(machine: Machine, ins: Spent, outs: Spent) -> LinearRoute:
+    """The groupings of both sides that are cheapest together.
+
+    On a CPU that is the cheapest of each side. On a GPU it need not be: one side may have many
+    launches where the other has much work.
+    """
+
+    def time(pair: tuple[Groups, Groups]) -> float:
+        (host, work), (more_host, more_work) = ins[pair[0]], outs[pair[1]]
+        return machine.time(host + more_host, work + more_work)
+
+    return LinearRoute(*min(itertools.product(ins, outs), key=time))
+
+
+def _forward_route(request: Request, machine: Machine) -> LinearRoute:
+    fmt, rows = _format(request), request.batch
+    ins = {
+        g: machine.spent(contract_steps(request, rows, fmt.in_shape, fmt.rank, g))
+        for g in groupings(len(fmt.in_shape))
+    }
+    outs = {
+        g: machine.spent(expand_steps(request, rows, fmt.out_shape, fmt.rank, g))
+        for g in groupings(len(fmt.out_shape))
+    }
+    return _cheapest(machine, ins, outs)
+
+
+def _backward_route(request: Request, machine: Machine) -> LinearRoute:
+    fmt, rows = _format(request), request.batch
+    keep = request.memory != "least"
+
+    def in_steps(g: Groups) -> list[Step]:
+        again = [] if keep else contract_steps(request, rows, fmt.in_shape, fmt.rank, g)
+        side = (request, rows, fmt.in_shape, fmt.rank, g)
+        return again + partials_steps(*side, wrt_x=True, wrt_z=False)
+
+    def out_steps(g: Groups) -> list[Step]:
+        side = (request, rows, fmt.out_shape, fmt.rank, g)
+        return partials_steps(*side, wrt_x=False, wrt_z=True)
+
+    ins = {g: machine.spent(in_steps(g)) for g in groupings(len(fmt.in_shape))}
+    outs = {g: machine.spent(out_steps(g)) for g in groupings(len(fmt.out_shape))}
+    return _cheapest(machine, ins, outs)
+
+
+def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
+    """What runs: weights λ come as one more in factor, of mode size 1, in front."""
+    if not request.weights:
+        return request, plan
+    fmt = _format(request)
+    fmt = dataclasses.replace(fmt, in_shape=(1, *fmt.in_shape))
+    return dataclasses.replace(request, format=fmt, weights=False), plan.with_weights()
+
+
+def steps(request: Request, plan: LinearPlan) -> Steps:
+    """Steps of a plan, forward and backward."""
+    request, plan = _obeyed(request, plan)
+    kept = plan.keep if plan.forward.kind == "factorized" else 0
+    return (
+        forward_steps(request, plan.forward),
+        backward_steps(request, plan.backward, kept=kept),
+    )
+
+
+def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
+    """Y = X W by one route."""
+    fmt, rows = _format(request), request.batch
+    m, n, r = fmt.in_features, fmt.out_features, fmt.rank
+    if route.is_khatri_rao and request.device == "cuda":
+        r = padded_rank(r)
+        return [
+            *_both_matrices(request, fmt, r, route),
+            gemm(request, "Z = X KA", rows, m, r),
+            gemm(request, "Y = Z KC^T", rows, r, n, views=1),
+        ]
+    if route.kind == "dense":
+        r = padded_rank(r) if request.device == "cuda" else r
+        return [
+            *_both_matrices(request, fmt, r, route),
+            gemm(request, "W^T = KC KA^T", n, r, m, views=1),
+            gemm(request, "Y = X W", rows, m, n, views=1),
+        ]
+    contract = contract_steps(request, rows, fmt.in_shape, r, route.in_groups)
+    expand = expand_steps(request, rows, fmt.out_shape, r, route.out_groups)
+    return [*_side("in", contract), *_side("out", expand)]
+
+
+def _side(side: str, steps: Iterable[Step]) -> list[Step]:
+    """The same steps, named by the side they work on."""
+    return [dataclasses.replace(step, name=f"{side}: {step.name}") for step in steps]
+
+
+def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[Step]:
+    """All gradients by one route, with what ``LinearPlan.keep`` says kept."""
+    fmt, rows = _format(request), request.batch
+    m, n, r = fmt.in_features, fmt.out_features, fmt.rank
+    if route.is_khatri_rao and request.device == "cuda" and kept < 2:
+        r = padded_rank(r)
+        again = [] if kept else [gemm(request, "Z = X KA again", rows, m, r)]
+        return [
+            *_both_matrices(request, fmt, r, route),
+            *again,
+            gemm(request, "G = dY KC", rows, n, r),
+            gemm(request, "dKC = dY^T Z", n, rows, r, views=1),
+            gemm(request, "dX = G KA^T", rows, r, m, views=1),
+            gemm(request, "dKA = X^T G", m, rows, r, views=1),
+            *_all_mttkrps(request, fmt, r, route),
+        ]
+    if route.kind == "dense":
+        on_gpu = request.device == "cuda"
+        r = padded_rank(r) if on_gpu else r
+        steps = [
+            *_both_matrices(request, fmt, r, route),
+            gemm(request, "W^T = KC KA^T", n, r, m, views=1),
+            gemm(request, "dX = dY W^T", rows, n, m),
+            gemm(request, "dW^T = dY^T X", n, rows, m, views=1),
+            gemm(request, "dKA = dW KC", m, n, r, views=1),
+            gemm(request, "dKC = dW^T KA", n, m, r, views=2),
+        ]
+        if on_gpu:
+            return steps + _all_mttkrps(request, fmt, r, route)
+        for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
+            steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, r)
+        return steps
+    again = [] if kept else contract_steps(request, rows, fmt.in_shape, r, route.in_groups)
+    options = {"matrices_kept": kept == 2}
+    outs = partials_steps(
+        request, rows, fmt.out_shape, r, route.out_groups, wrt_x=False, wrt_z=True, **options
+    )
+    ins = partials_steps(
+        request, rows, fmt.in_shape, r, route.in_groups, wrt_x=True, wrt_z=False, **options
+    )
+    return [*_side("again in", again), *_side("out", outs), *_side("in", ins)]
+
+
+def _both_khatri_rao(request: Request, fmt: LinearFormat) -> list[Step]:
+    return [
+        *khatri_rao_steps(request, "KA", fmt.in_shape, fmt.rank),
+        *khatri_rao_steps(request, "KC", fmt.out_shape, fmt.rank),
+    ]
+
+
+def _both_matrices(
+    request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
+) -> list[Step]:
+    """KA and KC with so many columns, padded on a GPU; by Triton in one launch."""
+    sides = fmt.in_features, fmt.out_features
+    if route.by == "triton":
+        # The factors come from the cache.
+        nbytes = request.item * sum(sides) * columns
+        return [Step("KA and KC", "fused", 0, nbytes, elements=max(sides) * columns)]
+    steps = _both_khatri_rao(request, fmt)
+    if columns > fmt.rank:
+        steps += [
+            stream("columns of zeros", 2 * request.item * rows * columns, rows * columns)
+            for rows in sides
+        ]
+    return steps
+
+
+def _all_mttkrps(
+    request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
+) -> list[Step]:
+    """Gradients of all factors on a GPU from dK in float32; by Triton in one launch."""
+    if route.by == "triton":
+        # dK is read once for each factor.
+        read = len(fmt.in_shape) * fmt.in_features + len(fmt.out_shape) * fmt.out_features
+        written = max(*fmt.in_shape, *fmt.out_shape) * fmt.rank
+        return [Step("MTTKRPs", "fused", 0, 4 * read * columns, elements=written)]
+    steps: list[Step] = []
+    for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
+        if columns > fmt.rank:
+            elements = math.prod(shape) * fmt.rank
+            steps.append(stream("columns of zeros off", 8 * elements, elements, views=2))
+        steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, fmt.rank, wide=True)
+    return steps
+
+
+def kept_elements(request: Request, plan: LinearPlan) -> int:
+    """Elements that stay for the backward beside the parameters: X and what the plan keeps."""
+    fmt = _format(request)
+    kept = request.batch * fmt.in_features + request.kept_beside
+    if plan.forward.kind == "dense" or not plan.keep:
+        return kept
+    kept += request.batch * fmt.rank
+    if plan.keep < 2:
+        return kept
+    ins = (1, *fmt.in_shape) if request.weights else fmt.in_shape
+    return kept + fmt.rank * (_products(ins) + _products(fmt.out_shape))
+
+
+def _products(modes: Shape) -> int:
+    """Rows of all partial Khatri-Rao products on the way to the whole one."""
+    rows: int = sum(itertools.accumulate(modes, operator.mul))
+    return rows - modes[0]
+
+
+def dense_steps(request: Request) -> Steps:
+    """What a dense linear layer does: one GEMM forward, two backward."""
+    fmt, rows = _format(request), request.batch
+    m, n = fmt.in_features, fmt.out_features
+    forward = [gemm(request, "Y = X W", rows, m, n)]
+    return forward, [
+        gemm(request, "dX = dY W^T", rows, n, m),
+        gemm(request, "dW = X^T dY", m, rows, n),
+    ]
+
+
+def dense_kept(request: Request) -> int:
+    """Elements a dense layer keeps for the backward beside its parameters: X."""
+    return request.batch * _format(request).in_features + request.kept_beside
+
+
+def describe(request: Request) -> str:
+    """The format and the batch in words."""
+    fmt = _format(request)
+    return (
+        f"linear {fmt.in_features} -> {fmt.out_features}, modes {fmt.in_shape} -> "
+        f"{fmt.out_shape}, rank {fmt.rank}, {request.batch} rows of {request.dtype}"
+    )

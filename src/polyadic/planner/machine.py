@@ -1,79 +1,53 @@
-"""What a step of a plan costs: FLOPs, bytes, launches, and the seconds a machine needs for them."""
+"""A machine's rates, and the seconds that it is predicted to need for the steps of a plan."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 
-from polyadic.kernels.onednn import in_onednn
-
-StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout"]
-
-
-# Bytes from which glibc's allocator never keeps memory that was freed (DEFAULT_MMAP_THRESHOLD_MAX).
-MAPPED = 2**25
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation (or a few that belong together) of a plan.
-
-    Args:
-        name: what it computes, in the axes of the kernels.
-        kind: which rate of the machine it runs at.
-        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them.
-        nbytes: least bytes read and written.
-        launches: torch operations dispatched that touch memory or make a view; of a convolution,
-            calls of torch's.
-        rows: outer iterations of an elementwise step whose inner loop is short.
-        elements: elements of the largest tensor written.
-        padded_flops: FLOPs at the width the vector units work in, or of a convolution those that
-            take as long at the forward's rate; ``flops`` by default.
-        channels_last: of a convolution, the layout.
-        pieces: in how many pieces it is done, one after the other.
-        new: bytes of the largest tensor it makes, of all pieces.
-    """
-
-    name: str
-    kind: StepKind
-    flops: int = 0
-    nbytes: int = 0
-    launches: int = 1
-    rows: int = 0
-    elements: int = 0
-    padded_flops: int = 0
-    channels_last: bool = True
-    pieces: int = 1
-    new: int = 0
+from polyadic.kernels.cpu import in_onednn
+from polyadic.planner.steps import Step
 
 
 @dataclass(frozen=True)
 class Machine:
     """Rates of one device with one dtype and thread count; seconds, bytes and FLOPs.
 
+    A processor does one step after the other. A GPU works through a queue while the processor
+    beside it still fills it: what takes longer of both is what a plan takes, and in a CUDA graph,
+    which is launched as a whole, only the GPU's part is left.
+
     Args:
         gemm: FLOP/s of a large matrix product.
-        gemm_bandwidth: bytes/s at which a product reads and packs its operands beforehand.
+        gemm_bandwidth: bytes/s at which a product reads its operands (and writes its result).
         memory_bandwidth: bytes/s of elementwise steps on tensors larger than the cache.
-        cache_bandwidth: the same where they fit.
-        cache: bytes of the cache meant.
-        new_bandwidth: bytes/s at which a tensor larger than ``MAPPED`` gets its memory, which the
-            system hands out anew each time, page by page.
-        launch: seconds per operation.
+        cache_bandwidth: bytes/s of elementwise steps on tensors that fit into the cache.
+        cache: bytes of the cache.
+        launch: seconds of the processor per operation.
+        view: seconds of the processor per operation that only makes a view.
+        fused_launch: seconds of the processor per kernel of the library's own.
+        kernel: seconds of a GPU per kernel, beside its work.
         row: seconds per outer iteration of an elementwise step.
         depthwise: FLOP/s of a depthwise convolution in channels_last, beside the time to read and
             write its maps.
-        depthwise_first: the same in channels_first.
+        depthwise_first: FLOP/s of a depthwise convolution in channels_first.
         conv: FLOP/s of a dense convolution in channels_last.
-        conv_first: the same in channels_first.
-        conv_call: seconds a convolution takes beside its work.
-        call: seconds a CP layer's call costs beside its operations, per pass.
-        dense_call: the same of a torch layer.
+        conv_first: FLOP/s of a dense convolution in channels_first.
+        conv_call: seconds of the processor per convolution.
+        call: seconds of the processor per pass through a CP layer, beside its operations.
+        dense_call: seconds of the processor per pass through a torch layer.
+        queued: whether the device works while the processor launches.
         source: ``"built-in"`` or ``"calibrated"``.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: a rate is not above 0, a time is below 0, or one of them is not finite.
     """
 
     gemm: float = 150e9
@@ -81,8 +55,10 @@ class Machine:
     memory_bandwidth: float = 50e9
     cache_bandwidth: float = 50e9
     cache: float = 1.5e6
-    new_bandwidth: float = 2.5e9
     launch: float = 2.6e-6
+    view: float = 2.6e-6
+    fused_launch: float = 2.6e-6
+    kernel: float = 0.0
     row: float = 60e-9
     depthwise: float = 120e9
     depthwise_first: float = 120e9
@@ -91,66 +67,124 @@ class Machine:
     conv_call: float = 30e-6
     call: float = 40e-6
     dense_call: float = 15e-6
+    queued: bool = False
     source: str = "built-in"
 
-    def seconds(self, step: Step) -> float:
-        """Predicted time of one step."""
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            wanted: Any = {"float": (int, float), "bool": bool, "str": str}[str(field.type)]
+            if not isinstance(value, wanted) or (type(value) is bool) != (wanted is bool):
+                raise TypeError(f"{field.name} must be a {field.type}, got {value!r}")
+            if field.type == "float" and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{field.name} must be a number of at least 0, got {value!r}")
+            if field.name in RATES and value == 0:
+                raise ValueError(f"{field.name} must be above 0, got {value!r}")
+
+    def host(self, step: Step) -> float:
+        """Seconds of the processor to launch a step."""
+        each = self.fused_launch if step.kind == "fused" else self.launch
+        if step.kind in ("conv", "depthwise"):
+            each = self.conv_call
+        calls = step.launches if self.queued else step.launches + step.sums
+        return calls * each + step.views * self.view
+
+    def work(self, step: Step) -> float:
+        """Seconds of the device for a step once it is launched."""
         flops = step.padded_flops or step.flops
-        streamed = step.pieces * self.streamed(step.nbytes / step.pieces)
+        streamed, fixed = self.streamed(step.nbytes), step.launches * self.kernel
         if step.kind == "depthwise":
             rate = self.depthwise if step.channels_last else self.depthwise_first
-            return step.launches * self.conv_call + flops / rate + streamed
+            return fixed + flops / rate + streamed
         if step.kind == "conv":
             rate = self.conv if step.channels_last else self.conv_first
-            return step.launches * self.conv_call + max(flops / rate, streamed)
-        time = step.launches * self.launch + step.rows * self.row
-        if step.new >= MAPPED * step.pieces:
-            time += step.new / self.new_bandwidth
+            return fixed + max(flops / rate, streamed)
         if step.kind == "gemm":
-            return time + flops / self.gemm + step.nbytes / self.gemm_bandwidth
-        return time + streamed
+            made, read = flops / self.gemm, step.nbytes / self.gemm_bandwidth
+            # A processor packs its operands before it multiplies; a GPU does both at once.
+            return fixed + (max(made, read) * step.slowed if self.queued else made + read)
+        if step.kind == "fused":
+            return fixed + max(flops / self.gemm, streamed)
+        return fixed + step.rows * self.row + streamed
+
+    def seconds(self, step: Step) -> float:
+        """Predicted time of one step by itself."""
+        return self.total([step])
 
     def streamed(self, nbytes: float) -> float:
         """Seconds to read and write so many bytes in passing."""
         return nbytes / (self.cache_bandwidth if nbytes <= self.cache else self.memory_bandwidth)
 
-    def total(self, steps: Iterable[Step]) -> float:
-        """Predicted time of steps one after the other."""
-        return sum(map(self.seconds, steps))
+    def spent(self, steps: Iterable[Step]) -> tuple[float, float]:
+        """Seconds of the processor and of the device for steps one after the other."""
+        listed = list(steps)
+        return sum(map(self.host, listed)), sum(map(self.work, listed))
 
+    def time(self, host: float, work: float) -> float:
+        """Seconds that pass while the processor and the device are busy for so long."""
+        return max(host, work) if self.queued else host + work
+
+    def total(self, steps: Iterable[Step], calls: float = 0.0) -> float:
+        """Predicted time of steps, with so many seconds of calls of layers beside them."""
+        host, work = self.spent(steps)
+        return self.time(host + calls, work)
+
+    def in_graph(self) -> Machine:
+        """The machine as it is for what is captured in a graph, whose launches cost nothing."""
+        names = ("launch", "view", "fused_launch", "conv_call", "call", "dense_call")
+        nothing: dict[str, Any] = dict.fromkeys(names, 0.0)
+        return dataclasses.replace(self, **nothing)
+
+
+RATES = (
+    "gemm", "gemm_bandwidth", "memory_bandwidth", "cache_bandwidth", "cache", "depthwise",
+    "depthwise_first", "conv", "conv_first",
+)  # fmt: skip
 
 CPU_THREAD = Machine()
-# An accelerator's rates are orders of magnitude, enough to weigh launches against work; measured
-# ones come from ``polyadic.calibrate(device="cuda")``.
-ACCELERATOR = Machine(
-    new_bandwidth=1e15,
-    gemm=40e12,
-    gemm_bandwidth=1.5e12,
-    memory_bandwidth=1.5e12,
-    cache_bandwidth=3e12,
-    cache=40e6,
-    launch=6e-6,
+# What an NVIDIA H100 does in bfloat16. Not measured: data sheet, and the literature's fractions of
+# it. Numbers of the machine at hand come from ``polyadic.calibrate(device="cuda")``.
+GPU = Machine(
+    gemm=700e12,
+    gemm_bandwidth=2.25e12,
+    memory_bandwidth=3.0e12,
+    cache_bandwidth=5.0e12,
+    cache=30e6,
+    launch=5e-6,
+    view=1.2e-6,
+    fused_launch=8e-6,
+    kernel=2e-6,
     row=0.0,
-    depthwise=2e12,
-    depthwise_first=2e12,
-    conv=30e12,
-    conv_first=30e12,
+    depthwise=5e12,
+    depthwise_first=5e12,
+    conv=500e12,
+    conv_first=350e12,
     conv_call=12e-6,
+    call=25e-6,
+    dense_call=8e-6,
+    queued=True,
 )
-# Rates that grow with threads. Bandwidths do not: what one core made the others read from it.
+# FLOP/s of the same GPU in other dtypes: products, dense convolutions. float32 without TF32.
+GPU_RATES: dict[tuple[torch.dtype, bool], dict[str, Any]] = {
+    (torch.float32, False): {"gemm": 50e12, "conv": 40e12, "conv_first": 40e12},
+    (torch.float32, True): {"gemm": 350e12, "conv": 250e12, "conv_first": 175e12},
+    (torch.float64, False): {"gemm": 50e12, "conv": 25e12, "conv_first": 25e12},
+}
+# Rates that grow with threads. Bandwidths do not: cores read what other cores wrote.
 _COMPUTE = ("gemm", "depthwise", "depthwise_first", "conv", "conv_first")
 
 
 @functools.lru_cache(maxsize=64)
-def built_in(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
+def built_in(device_type: str, dtype: torch.dtype, threads: int, tf32: bool = False) -> Machine:
     """Built-in numbers for a device type and dtype: one thread's, scaled where it is a CPU."""
-    base = CPU_THREAD if device_type == "cpu" else ACCELERATOR
+    if device_type != "cpu":
+        return dataclasses.replace(GPU, **GPU_RATES.get((dtype, tf32), {}))
     width = {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1.0)
-    cores = threads if device_type == "cpu" else 1
-    scaled = {name: getattr(base, name) * cores * width for name in _COMPUTE}
+    fields: dict[str, Any] = {
+        name: getattr(CPU_THREAD, name) * threads * width for name in _COMPUTE
+    }
     # A half-precision depthwise stage that oneDNN cannot do is computed in float32.
     staged = torch.float32 if dtype.itemsize == 2 else dtype
-    if device_type == "cpu" and not in_onednn(staged):
-        scaled["depthwise"], scaled["depthwise_first"] = 0.4e9 * threads, 2e9 * threads
-    fields = {**base.__dict__, **scaled}
-    return Machine(**fields)
+    if not in_onednn(staged):
+        fields["depthwise"], fields["depthwise_first"] = 0.4e9 * threads, 2e9 * threads
+    return dataclasses.replace(CPU_THREAD, **fields)

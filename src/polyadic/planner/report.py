@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyadic.planner.machine import Machine, Step
-from polyadic.plans import ConvPlan, LinearPlan
-
-Plan = LinearPlan | ConvPlan
+from polyadic.planner.choice import Plan
+from polyadic.planner.machine import Machine
+from polyadic.planner.steps import Step
+from polyadic.plans import LinearPlan
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Costed:
         backward: steps of the backward pass; empty for inference.
         kept_bytes: what stays for the backward beside parameters: the input and intermediates.
         seconds: predicted time, per-call overhead included.
+        graph_seconds: predicted time in a CUDA graph, where nothing is launched; None on a CPU.
     """
 
     plan: Plan | None
@@ -29,6 +30,7 @@ class Costed:
     backward: tuple[Step, ...]
     kept_bytes: int
     seconds: float
+    graph_seconds: float | None = None
 
     @property
     def flops(self) -> int:
@@ -73,6 +75,17 @@ class Explanation:
         """Whether the dense layer is predicted to be faster than the chosen plan."""
         return self.dense.seconds < self.chosen.seconds
 
+    @property
+    def dense_is_faster_in_a_graph(self) -> bool:
+        """Whether that holds where both are captured in a CUDA graph; on a CPU there is none."""
+        if self.dense.graph_seconds is None or self.chosen.graph_seconds is None:
+            return self.dense_is_faster
+        return self.dense.graph_seconds < self.chosen.graph_seconds
+
+    def _time(self, step: Step) -> float:
+        """Seconds of a step; of a GPU those of its own work, as launches overlap with it."""
+        return self.machine.work(step) if self.machine.queued else self.machine.seconds(step)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
 
@@ -80,6 +93,7 @@ class Explanation:
             return {
                 "plan": "dense layer" if c.plan is None else str(c.plan),
                 "seconds": c.seconds,
+                "graph_seconds": c.graph_seconds,
                 "flops": c.flops,
                 "bytes": c.nbytes,
                 "kept_bytes": c.kept_bytes,
@@ -90,7 +104,7 @@ class Explanation:
                         "step": step.name,
                         "flops": step.flops,
                         "bytes": step.nbytes,
-                        "seconds": self.machine.seconds(step),
+                        "seconds": self._time(step),
                     }
                     for name, steps in (("forward", c.forward), ("backward", c.backward))
                     for step in steps
@@ -111,34 +125,45 @@ class Explanation:
     def __str__(self) -> str:
         chosen, dense = self.chosen, self.dense
         lines = [self.title, f"plan     {chosen.plan}", ""]
-        lines.append(f"{'step':<44}{'FLOPs':>10}{'bytes':>10}{'time':>10}")
+        column = "GPU time" if self.machine.queued else "time"
+        lines.append(f"{'step':<44}{'FLOPs':>10}{'bytes':>10}{column:>10}")
         for name, steps in (("forward", chosen.forward), ("backward", chosen.backward)):
             if steps:
                 lines.append(name)
             for step in steps:
-                time = _seconds(self.machine.seconds(step))
+                time = _seconds(self._time(step))
                 work = _count(step.flops) if step.flops else "-"
                 lines.append(f"  {step.name:<42}{work:>10}{_count(step.nbytes):>10}{time:>10}")
         lines += ["", f"{'':<22}{'this plan':>12}{'dense layer':>14}"]
-        for label, ours, theirs in (
+        rows = [
             ("FLOPs", _count(chosen.flops), _count(dense.flops)),
             ("bytes moved", _count(chosen.nbytes), _count(dense.nbytes)),
             ("kept for backward, B", _count(chosen.kept_bytes), _count(dense.kept_bytes)),
             ("largest tensor", _count(chosen.largest), _count(dense.largest)),
             ("predicted time", _seconds(chosen.seconds), _seconds(dense.seconds)),
-        ):
+        ]
+        if chosen.graph_seconds is not None and dense.graph_seconds is not None:
+            graphs = _seconds(chosen.graph_seconds), _seconds(dense.graph_seconds)
+            rows.append(("in a CUDA graph", *graphs))
+        for label, ours, theirs in rows:
             lines.append(f"{label:<22}{ours:>12}{theirs:>14}")
         head = "" if dense.flops else ", as an output head: a lookup has none"
         lines += ["", f"rank {self.rank}, break-even rank {self.break_even_rank} (in FLOPs{head})"]
-        ratio = chosen.seconds / dense.seconds
-        if self.dense_is_faster:
-            lines.append(f"dense is faster here: the plan takes {ratio:.2f} times as long")
-        else:
-            lines.append(f"the plan is predicted {1 / ratio:.2f} times as fast as dense")
+        lines.append(_compared("here", chosen.seconds, dense.seconds))
+        if chosen.graph_seconds is not None and dense.graph_seconds is not None:
+            lines.append(_compared("in a CUDA graph", chosen.graph_seconds, dense.graph_seconds))
         lines += ["", f"rejected, by predicted time ({self.machine.source} machine numbers)"]
         for other, reason in self.rejected:
             lines.append(f"  {_seconds(other.seconds):>9}  {_route(other.plan)}: {reason}")
         return "\n".join(lines)
+
+
+def _compared(where: str, ours: float, theirs: float) -> str:
+    """Which of the plan and the dense layer is faster, and by how much."""
+    if theirs < ours:
+        return f"dense is faster {where}: the plan takes {ours / theirs:.2f} times as long"
+    there = "" if where == "here" else f"{where} "
+    return f"{there}the plan is predicted {theirs / ours:.2f} times as fast as dense"
 
 
 def _route(plan: Plan | None) -> str:
@@ -160,18 +185,23 @@ def _seconds(value: float) -> str:
 
 
 def costed(
-    plan: Plan | None,
-    steps: tuple[Sequence[Step], Sequence[Step]],
-    kept: int,
-    machine: Machine,
+    plan: Plan | None, steps: tuple[Sequence[Step], Sequence[Step]], kept: int, machine: Machine
 ) -> Costed:
     """A plan (None: the dense layer) of some forward and backward steps, keeping some bytes."""
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
-    left = isinstance(plan, LinearPlan) and plan.keep == 2
-    back = machine.dense_call if left else call
-    seconds = machine.total(forward) + machine.total(backward) + call + (back if backward else 0)
-    return Costed(plan, tuple(forward), tuple(backward), kept if backward else 0, seconds)
+    by_autograd = isinstance(plan, LinearPlan) and plan.backward_by_autograd
+    calls = call + ((machine.dense_call if by_autograd else call) if backward else 0.0)
+    every = [*forward, *backward]
+    graph = machine.in_graph().total(every) if machine.queued else None
+    return Costed(
+        plan,
+        tuple(forward),
+        tuple(backward),
+        kept if backward else 0,
+        machine.total(every, calls),
+        graph,
+    )
 
 
 def rejected(

@@ -205,9 +205,11 @@ def _is_size(value: Any) -> bool:
 
 def _are_sizes(value: Any) -> bool:
     """Of one to three spatial dimensions; padding and the like may be 0."""
-    return isinstance(value, tuple) and 1 <= len(value) <= 3 and all(
-        _is_int(size) and 0 <= size <= LARGEST for size in value
-    )  # fmt: skip
+    return (
+        isinstance(value, tuple)
+        and 1 <= len(value) <= 3
+        and all(_is_int(size) and 0 <= size <= LARGEST for size in value)
+    )
 
 
 def _are_modes(value: Any) -> bool:

@@ -168,8 +168,9 @@ def _shards(directory: Path) -> dict[Path, set[str] | None]:
                 or not file.endswith(".safetensors")
                 or set(file) & set("/\\:\0")
             ):
-                raise ValueError(f"{name!r:.80} must be in a .safetensors file beside it, got "
-                                 f"{file!r:.80}")  # fmt: skip
+                raise ValueError(
+                    f"{name!r:.80} must be in a .safetensors file beside it, got {file!r:.80}"
+                )
             names.setdefault(file, set()).add(name)
         shards.update({directory / file: held for file, held in names.items()})
         return shards

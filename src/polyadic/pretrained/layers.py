@@ -15,8 +15,9 @@ from polyadic.nn.kinds import BY_CP, BY_NAME, is_cp
 from polyadic.nn.layer import CPLayer
 from polyadic.tensor import CPSlice, CPTensor
 
-DTYPES = {str(d).split(".")[1]: d
-          for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}  # fmt: skip
+DTYPES = {
+    str(d).split(".")[1]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,13 @@ def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
         modes = tensor.tensorized_shape[: tensor.layer_modes]
         joint = tuple(mode for (mode,) in modes), layer.cp.index
     return LayerConfig(
-        kind.name, arguments, dtypes.pop(), tensor.weights is not None, joint,
+        kind.name,
+        arguments,
+        dtypes.pop(),
+        tensor.weights is not None,
+        joint,
         None if owner == name else owner,
-    )  # fmt: skip
+    )
 
 
 def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]) -> None:
@@ -129,9 +134,13 @@ def _head_sizes(embedding: LayerConfig) -> dict[str, int]:
 def head_of(embedding: LayerConfig, name: str, bias: bool) -> LayerConfig:
     """The output head tied to an embedding of that name."""
     return LayerConfig(
-        "CPTiedLinear", {**_head_sizes(embedding), "bias": bias}, embedding.dtype,
-        embedding.weights, embedding.joint, embedding.tied_to or name,
-    )  # fmt: skip
+        "CPTiedLinear",
+        {**_head_sizes(embedding), "bias": bias},
+        embedding.dtype,
+        embedding.weights,
+        embedding.joint,
+        embedding.tied_to or name,
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -220,8 +229,11 @@ def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None)
         wants, has = _arguments_of_both(config, module)
     else:
         return [f"it is {type(module).__name__}, not {config.dense.__name__} or {config.kind}"]
-    return [f"{key} is {has.get(key)!r}, not {value!r}"
-            for key, value in wants.items() if has.get(key) != value]  # fmt: skip
+    return [
+        f"{key} is {has.get(key)!r}, not {value!r}"
+        for key, value in wants.items()
+        if has.get(key) != value
+    ]
 
 
 def of_another_size(config: LayerConfig, module: nn.Module) -> bool:

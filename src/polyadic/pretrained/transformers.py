@@ -218,8 +218,10 @@ def _in_names_of(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict
         layer = layers[name]
         if layer.tied_to is not None:
             if layer.tied_to not in names:
-                raise ValueError(f"{type(model).__name__} has no layer {layer.tied_to!r:.80}, to "
-                                 f"which {name!r:.80} is tied")  # fmt: skip
+                raise ValueError(
+                    f"{type(model).__name__} has no layer {layer.tied_to!r:.80}, to "
+                    f"which {name!r:.80} is tied"
+                )
             layer = dataclasses.replace(layer, tied_to=names[layer.tied_to])
         renamed[own] = layer
     return renamed

@@ -67,9 +67,11 @@ def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from (tensor._indices(), tensor._values())
     else:
         rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-        yield from (tensor.crow_indices(), tensor.col_indices()) if rows else (
-            tensor.ccol_indices(), tensor.row_indices()
-        )  # fmt: skip
+        yield from (
+            (tensor.crow_indices(), tensor.col_indices())
+            if rows
+            else (tensor.ccol_indices(), tensor.row_indices())
+        )
         yield tensor.values()
 
 

@@ -90,10 +90,12 @@ def depthwise_project_kernel(
         COLUMNS: channels of a program.
         TERMS: maps at a time.
     """
-    # Programs of the same positions are neighbours: what they read of z1 is in the cache.
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.program_id(2)
+    # One axis, as the others have room for 65,535 programs. Those of the same positions are
+    # neighbours: what they read of z1 is in the cache.
+    across: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    strip, g = tl.program_id(0) % across, tl.program_id(1)
+    n = strip * COLUMNS + tl.arange(0, COLUMNS)
+    p = tl.program_id(0) // across * BLOCK + tl.arange(0, BLOCK)
     inside, real = p < positions, n < CHANNELS
     dtype: tl.constexpr = kc.dtype.element_ty
     total = tl.zeros((COLUMNS, BLOCK), tl.float32)
@@ -108,7 +110,7 @@ def depthwise_project_kernel(
         z2 = rounded(z2, dtype)
         if KEEP:
             at = kept + p[:, None].to(tl.int64) * (GROUPS * PADDED) + (g * PADDED + r)[None, :]
-            if tl.program_id(0) == 0:
+            if strip == 0:
                 tl.store(at, z2, mask=inside[:, None] & ranked[None, :])
         at = kc + (g * CHANNELS + n)[:, None] * PADDED + r[None, :]
         rows = tl.load(at, mask=real[:, None] & ranked[None, :], other=0.0)
@@ -192,7 +194,7 @@ def depthwise_project(
     added, kept = kc if bias is None else bias, y if z2 is None else z2
     LAUNCHER(
         (constants, z1.dtype, added.dtype),
-        (-(-channels // columns), -(-positions // block), groups),
+        (-(-channels // columns) * -(-positions // block), groups, 1),
         (z1, taps, kc, added, y, kept),
         (z1, taps, kc, added, y, kept, positions, *size, *out, *constants),
         warps=project_warps(columns),

@@ -71,17 +71,84 @@ def depthwise_rows(
     first = (((image * size_0 + i).to(tl.int64) * size_1 + j) * size_2 + k) * MAPS
     base = z1 + first[:, None] + r[None, :]
     total = tl.zeros((p.shape[0], r.shape[0]), tl.float32)
-    for t in tl.static_range(TAPS):
-        u = t // (KERNEL[1] * KERNEL[2]) * DILATION[0]
-        v = (t // KERNEL[2]) % KERNEL[1] * DILATION[1]
-        w = t % KERNEL[2] * DILATION[2]
-        there = inside & (i + u >= 0) & (i + u < size_0) & (j + v >= 0) & (j + v < size_1)
-        there &= (k + w >= 0) & (k + w < size_2)
-        step = ((u * size_1 + v) * size_2 + w) * MAPS
-        z = tl.load(base + step, mask=there[:, None] & ranked[None, :], other=0.0)
-        tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
-        total += z.to(tl.float32) * tap.to(tl.float32)[None, :]
+    # Of many taps so many at a time: with all loads in flight the registers would not do.
+    together: tl.constexpr = TAPS if TAPS <= 9 else 9
+    for first_tap in range(0, TAPS, together):
+        for s in tl.static_range(together):
+            t = first_tap + s
+            u = t // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+            v = (t // KERNEL[2]) % KERNEL[1] * DILATION[1]
+            w = t % KERNEL[2] * DILATION[2]
+            # Of the last few there may be fewer; as tensors, for the interpreter mixes no others.
+            there = inside & (t + 0 * i < TAPS) & (i + u >= 0) & (i + u < size_0)
+            there &= (j + v >= 0) & (j + v < size_1) & (k + w >= 0) & (k + w < size_2)
+            step = ((u * size_1 + v) * size_2 + w) * MAPS
+            z = tl.load(base + step, mask=there[:, None] & ranked[None, :], other=0.0)
+            tap = tl.load(taps + t * PADDED + r, mask=ranked & (t + 0 * r < TAPS), other=0.0)
+            total += z.to(tl.float32) * tap.to(tl.float32)[None, :]
     return total
+
+
+@triton.jit(
+    do_not_specialize=["positions", "size_0", "size_1", "size_2", "out_0", "out_1", "out_2"]
+)
+def depthwise_kernel(
+    z1,
+    taps,
+    z2,
+    positions,
+    size_0,
+    size_1,
+    size_2,
+    out_0,
+    out_1,
+    out_2,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write Z2 (p, GROUPS · PADDED), a tile a program.
+
+    Args:
+        z1: (b, *s, GROUPS · PADDED).
+        taps: (t, PADDED).
+        z2: written.
+        positions: number of positions p of all images.
+        size_0: first spatial size of z1.
+        size_1: second.
+        size_2: third.
+        out_0: first spatial size of z2.
+        out_1: second.
+        out_2: third.
+        KERNEL: taps along each dimension.
+        STRIDE: along each dimension.
+        PADDING: zeros in front, along each dimension.
+        DILATION: along each dimension.
+        TAPS: number of taps.
+        GROUPS: groups of channels.
+        PADDED: maps of a group.
+        BLOCK: positions of a program.
+        COLUMNS: maps of a program.
+    """
+    across: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
+    g = tl.program_id(1)
+    r = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    p = tl.program_id(0) // across * BLOCK + tl.arange(0, BLOCK)
+    inside, ranked = p < positions, r < PADDED
+    rows = depthwise_rows(
+        z1 + g * PADDED, taps, p, inside, r, ranked,
+        size_0, size_1, size_2, out_0, out_1, out_2,
+        KERNEL, STRIDE, PADDING, DILATION, TAPS, GROUPS * PADDED, PADDED,
+    )  # fmt: skip
+    at = p[:, None].to(tl.int64) * (GROUPS * PADDED) + (g * PADDED + r)[None, :]
+    result = rounded(rows, z2.dtype.element_ty)
+    tl.store(z2 + at, result, mask=inside[:, None] & ranked[None, :])
 
 
 @triton.jit(
@@ -156,7 +223,8 @@ def depthwise_backward_kernel(
     if program < in_programs:
         first = program * share
         last = tl.minimum(first + share, in_positions)
-        sums = (tl.zeros((BLOCK, COLUMNS), tl.float32),) * (TAPS if SUMMED else 0)
+        # At least one, as a loop carries no tuple of nothing.
+        sums = (tl.zeros((BLOCK, COLUMNS), tl.float32),) * (TAPS if SUMMED else 1)
         for start in range(first, last, BLOCK):
             q = start + tl.arange(0, BLOCK)
             inside = q < last
@@ -168,7 +236,7 @@ def depthwise_backward_kernel(
             j = (q // size_2) % size_1 + PADDING[1]
             k = q % size_2 + PADDING[2]
             total = tl.zeros((BLOCK, COLUMNS), tl.float32)
-            grown = ()
+            grown = () if SUMMED else sums
             for t in tl.static_range(TAPS):
                 # Position p that tap t takes from q, where there is one: a whole number of strides.
                 x = i - (t // (KERNEL[1] * KERNEL[2])) * DILATION[0]
@@ -185,7 +253,7 @@ def depthwise_backward_kernel(
                 tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
                 total += gradient * tap.to(tl.float32)[None, :]
                 if SUMMED:
-                    grown = grown + (sums[t] + gradient * own,)  # type: ignore  # noqa: RUF005
+                    grown = grown + (sums[t] + gradient * own,)  # noqa: RUF005
             sums = grown
             at = q[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
             tl.store(d_z1 + at, rounded(total, dtype), mask=inside[:, None] & ranked[None, :])
@@ -208,7 +276,8 @@ def depthwise_backward_kernel(
             tl.store(z2 + at, rounded(rows, dtype), mask=inside[:, None] & ranked[None, :])
 
 
-LAUNCHER = Launcher(depthwise_backward_kernel)
+FORWARD = Launcher(depthwise_kernel)
+BACKWARD = Launcher(depthwise_backward_kernel)
 
 Three = tuple[int, int, int]
 
@@ -234,13 +303,45 @@ class Where(NamedTuple):
         return self.kernel[0] * self.kernel[1] * self.kernel[2]
 
 
+def _columns(padded: int) -> int:
+    """Maps of a program: fewer where more would reach far beyond the last map."""
+    columns = 64 if -padded % 64 <= 16 else 32
+    return min(columns, max(16, up_to_power_of_two(padded)))
+
+
+def forward_constants(where: Where, groups: int, padded: int) -> tuple[Any, ...]:
+    """Constants of the forward's kernel."""
+    columns = _columns(padded)
+    return (*where, where.taps, groups, padded, TILE // columns, columns)
+
+
+def depthwise(
+    z1: Tensor, taps: Tensor, where: Where, size: Three, out: Three, groups: int
+) -> Tensor:
+    """Z2 (b·s', g·r) of Z1 (b·s, g·r), in one launch; arguments as of ``depthwise_backward``."""
+    images = z1.shape[0] // (size[0] * size[1] * size[2])
+    positions = images * out[0] * out[1] * out[2]
+    z2 = z1.new_empty((positions, z1.shape[1]))
+    constants = forward_constants(where, groups, taps.shape[1])
+    block, columns = constants[-2:]
+    programs = -(-taps.shape[1] // columns) * -(-positions // block)
+    FORWARD(
+        (constants, z1.dtype),
+        (programs, groups, 1),
+        (z1, taps, z2),
+        (z1, taps, z2, positions, *size, *out, *constants),
+    )
+    return z2
+
+
 def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
     """Constants of the backward's kernel."""
     taps = where.taps
-    tile = TILE if taps <= MOST_SUMS else TILE // 2
-    # Narrower columns where wide ones would reach far beyond the last map.
-    columns = 64 if -padded % 64 <= 16 else 32
-    columns = min(columns, max(16, up_to_power_of_two(padded)))
+    # The sums take most registers: with none of them a tile may be larger.
+    tile = 2 * TILE
+    if wrt_taps:
+        tile = TILE if taps <= MOST_SUMS else TILE // 2
+    columns = _columns(padded)
     return (*where, taps, groups, padded, wrt_taps, tile // columns, columns)
 
 
@@ -289,7 +390,7 @@ def depthwise_backward(
         (in_programs * groups, taps.shape[0], padded) if wrt_taps else (1,), dtype=torch.float32
     )
     tensors = z1, d_z2, taps, d_z1, d_z1 if z2 is None else z2, partial
-    LAUNCHER(
+    BACKWARD(
         (constants, z1.dtype),
         (across, in_programs + out_programs, groups),
         tensors,

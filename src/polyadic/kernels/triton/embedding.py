@@ -81,8 +81,11 @@ def lookup_kernel(
 
     With KEEP the programs of the first columns write z (b, PADDED) as well.
     """
-    b = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    # One axis, as the others have room for 65,535 programs; neighbours have the same indices.
+    across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    program, strip = tl.program_id(0) // across, tl.program_id(0) % across
+    b = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = strip * COLUMNS + tl.arange(0, COLUMNS)
     index, real = looked_up(indices, b, count, TABLE, padding)
     dtype: tl.constexpr = in_factors[0].dtype.element_ty
     total = tl.zeros((BLOCK, COLUMNS), tl.float32)
@@ -94,8 +97,8 @@ def lookup_kernel(
         z = rounded(tl.where(mask, z, 0.0), dtype)
         if KEEP:
             inside = (b < count)[:, None] & (r < PADDED)[None, :]
-            # Every program along the first axis has made the same z.
-            if tl.program_id(0) == 0:
+            # Every neighbour has made the same z.
+            if strip == 0:
                 tl.store(kept + b[:, None] * PADDED + r[None, :], z, mask=inside)
         mask = (e < WIDTH)[:, None] & ranked
         kc = khatri_rao_rows(out_factors, e, r, mask, MODES, RIGHT, 1, RANK, -1)
@@ -129,8 +132,9 @@ def rows_kernel(
 
     Columns from RANK on are zero.
     """
-    program = tl.program_id(1)
-    r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    across: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0) // across
+    r = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     ranked, written = (r < RANK)[None, :], (r < PADDED)[None, :]
     if program < row_programs:
         b = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -306,7 +310,7 @@ def lookup(
     pointers = indices, tuple(in_factors), tuple(out_factors)
     LOOKUP(
         (constants, tile.warps, leader.dtype, indices.dtype),
-        (-(-width // tile.columns), -(-count // tile.rows), 1),
+        (-(-width // tile.columns) * -(-count // tile.rows), 1, 1),
         (indices, *in_factors, *out_factors, y, kept),
         (*pointers, y, kept, count, _padding(padding_idx), *constants),
         warps=tile.warps,
@@ -341,7 +345,7 @@ def rows(
     pointers = indices, tuple(in_factors), tuple(out_factors)
     ROWS(
         (constants, leader.dtype, indices.dtype),
-        (-(-padded // columns), row_programs - -width // block, 1),
+        (-(-padded // columns) * (row_programs - -width // block), 1, 1),
         (indices, *in_factors, *out_factors, z, kc),
         (*pointers, z, kc, count, _padding(padding_idx), row_programs, *constants),
     )

@@ -1,1 +1,0 @@
-"""The command line; only ``main`` can be imported without typer and rich."""

@@ -1,0 +1,65 @@
+"""What a CPU alone needs. Portable code asks here after it has seen that a tensor is on a CPU.
+
+Each constant names its unit, and the machine and the day of the measurement that it rests on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from polyadic._torch import not_traced
+
+# ``addmm`` first spreads the bias over the whole output, which is one more pass over it. Adding the
+# bias afterwards costs one more call instead: with more elements than these that is faster, 1.13 to
+# 1.25 times (Xeon with AVX-512, one thread, November 2026).
+BIAS_FUSED_UP_TO_ELEMENTS = 2**14
+# With fewer columns than these a BLAS may add all terms of Xᵀ Z in one chain, whose rounding error
+# grows with the square root of their number; sums of blocks of so many rows keep it small.
+BLOCKED_BELOW_COLUMNS, BLOCK_ROWS = 4, 256
+
+
+def adds_bias_apart(elements: int) -> bool:
+    """Whether a product with so many elements had better be made without its bias."""
+    return not is_compiling() and elements > BIAS_FUSED_UP_TO_ELEMENTS
+
+
+def sums_in_blocks(x: Tensor) -> bool:
+    """Whether Xᵀ Z, for x (n, w), is a long sum to few columns."""
+    if is_dynamo_compiling():
+        return False
+    rows, width = x.shape
+    return width < BLOCKED_BELOW_COLUMNS and rows >= 2 * BLOCK_ROWS
+
+
+def matmul_tn_in_blocks(x: Tensor, z: Tensor) -> Tensor:
+    """Xᵀ Z of x (n, w), z (n, r), the sum of the products of blocks of rows."""
+    (rows, width), rank = x.shape, z.shape[1]
+    cut = rows - rows % BLOCK_ROWS
+    blocks = x[:cut].reshape(-1, BLOCK_ROWS, width), z[:cut].reshape(-1, BLOCK_ROWS, rank)
+    total = torch.bmm(blocks[0].mT, blocks[1]).sum(0)
+    return total if cut == rows else total + x[cut:].t() @ z[cut:]
+
+
+@not_traced
+def in_onednn(dtype: torch.dtype) -> bool:
+    """Whether convolutions of this dtype run in oneDNN; torch's own depthwise ones are slow."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+# torch's weight gradient of a depthwise convolution is fast for kernels of up to so many columns,
+# whatever their rows; wider ones are split into such, 1.6 to 2.4 times as fast (Xeon with AVX-512,
+# one thread, November 2026). Images of fewer entries cost less than the further calls.
+WIDE_COLUMNS, WIDE_FROM_ENTRIES = 3, 8192
+
+
+def has_wide_weight_gradient(kernel_size: tuple[int, ...], entries: int) -> bool:
+    """Whether a depthwise weight gradient is split by columns, for images of so many entries."""
+    return len(kernel_size) == 2 and kernel_size[1] > WIDE_COLUMNS and entries >= WIDE_FROM_ENTRIES

@@ -1,0 +1,226 @@
+"""A linear map of few rows from its factors alone: Y = X KA KCᵀ + bias in two launches.
+
+With few rows there is next to nothing to compute; what costs is what is launched and what is read.
+The first kernel contracts: each program makes some rows of KA from the factors, multiplies its part
+of X with them and writes a partial Z. The second adds these up in a fixed order, rounds Z once,
+makes rows of KC and multiplies. Neither matrix ever stands in memory.
+
+Rows are padded to 16, the least that tensor cores take.
+
+Axes: t rows, i in features (M), n out features, r rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
+from polyadic.kernels.triton.numerics import (
+    khatri_rao_rows,
+    product,
+    right_of,
+    rounded,
+    up_to_power_of_two,
+)
+
+# Rows of X at most.
+MOST_ROWS = 16
+# Parts that the in features are divided into, for up to 8 rows and for more: the second kernel
+# holds all partial sums of a tile at once.
+PARTS_OF_FEW, PARTS_OF_MORE = 32, 16
+# In features and columns of a tile of the first kernel; out features and terms of the second.
+BLOCK, COLUMNS, OUT_FEATURES, TERMS = 64, 32, 32, 64
+
+
+@triton.jit(do_not_specialize=["rows"])
+def contract_kernel(
+    x,
+    factors,
+    partial,
+    rows,
+    MODES: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write partial[part, t, r], the sum of X[t, i] KA[i, r] over the in features of a part.
+
+    Args:
+        x: (t, SIZE).
+        factors: pointers to the in factors (m_d, RANK).
+        partial: (parts, ROWS, RANK) in float32; rows beyond ``rows`` are not written.
+        rows: number of rows t.
+        MODES: of the in factors and of the out factors.
+        RIGHT: how far a step in each moves.
+        SIZE: in features.
+        RANK: columns of a factor.
+        ROWS: the number of rows, up to a power of two.
+        SHARE: in features of a part, a multiple of BLOCK.
+        BLOCK: in features at a time.
+        COLUMNS: columns of a program.
+    """
+    t = tl.arange(0, 16)
+    r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    ranked = (r < RANK)[None, :]
+    first = tl.program_id(1) * SHARE
+    dtype: tl.constexpr = x.dtype.element_ty
+    total = tl.zeros((16, COLUMNS), tl.float32)
+    for start in range(0, SHARE, BLOCK):
+        i = first + start + tl.arange(0, BLOCK)
+        real = i < SIZE
+        mask = real[:, None] & ranked
+        ka = khatri_rao_rows(factors, i, r, mask, MODES, RIGHT, 0, RANK, -1)
+        ka = rounded(tl.where(mask, ka, 0.0), dtype)
+        at = x + t[:, None] * SIZE + i[None, :]
+        part = tl.load(at, mask=(t < rows)[:, None] & real[None, :], other=0.0)
+        total = product(part, ka, total)
+    at = partial + (tl.program_id(1) * ROWS + t)[:, None] * RANK + r[None, :]
+    tl.store(at, total, mask=(t < rows)[:, None] & ranked)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def expand_kernel(
+    partial,
+    factors,
+    bias,
+    y,
+    rows,
+    MODES: tl.constexpr,
+    RIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIASED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Write COLUMNS out features of Y from the partial sums of Z.
+
+    Args:
+        partial: (PARTS, ROWS, RANK) in float32.
+        factors: pointers to the out factors (n_d, RANK).
+        bias: (WIDTH,), read where BIASED.
+        y: (t, WIDTH).
+        rows: number of rows t.
+        MODES: of the in factors and of the out factors.
+        RIGHT: how far a step in each moves.
+        WIDTH: out features.
+        RANK: columns of a factor.
+        ROWS: the number of rows, up to a power of two.
+        PARTS: number of partial sums.
+        BIASED: whether the bias is added.
+        COLUMNS: out features of a program.
+        TERMS: terms of a sum at a time.
+    """
+    t = tl.arange(0, 16)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = n < WIDTH
+    dtype: tl.constexpr = y.dtype.element_ty
+    total = tl.zeros((COLUMNS, 16), tl.float32)
+    for start in range(0, RANK, TERMS):
+        r = start + tl.arange(0, TERMS)
+        ranked = (r < RANK)[None, :]
+        at = partial + t[:, None] * RANK + r[None, :]
+        mask = (t < rows)[:, None] & ranked
+        z = tl.load(at, mask=mask, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            z += tl.load(at + part * (ROWS * RANK), mask=mask, other=0.0)
+        mask = real[:, None] & ranked
+        kc = khatri_rao_rows(factors, n, r, mask, MODES, RIGHT, 1, RANK, -1)
+        kc = rounded(tl.where(mask, kc, 0.0), dtype)
+        total = product(kc, tl.trans(rounded(z, dtype)), total)
+    if BIASED:
+        total += tl.load(bias + n, mask=real, other=0.0).to(tl.float32)[:, None]
+    at = y + t[None, :] * WIDTH + n[:, None]
+    tl.store(at, rounded(total, dtype), mask=(t < rows)[None, :] & real[:, None])
+
+
+CONTRACT = Launcher(contract_kernel)
+EXPAND = Launcher(expand_kernel)
+
+Modes = tuple[int, ...]
+
+
+class Form(NamedTuple):
+    """Grids and constants of both kernels; parts of the in features; rows of a partial sum."""
+
+    contract_grid: tuple[int, int, int]
+    contract: tuple[Any, ...]
+    expand_grid: tuple[int, int, int]
+    expand: tuple[Any, ...]
+    parts: int
+    rows: int
+
+
+@functools.lru_cache(maxsize=4096)
+def form_of(
+    modes: tuple[Modes, Modes], rank: int, rows: int, biased: bool, dtype: torch.dtype
+) -> Form:
+    """What both kernels are started with."""
+    size, width = map(math.prod, modes)
+    right = right_of(modes[0]), right_of(modes[1])
+    # The same tiles take more registers of float32, of more rows, or read entry by entry.
+    wide = rows <= 8 and rank * dtype.itemsize % ALIGNMENT_BYTES == 0
+    block = BLOCK // 2 if dtype == torch.float32 else BLOCK
+    columns = max(16, min(COLUMNS, up_to_power_of_two(rank)))
+    terms = max(16, min(TERMS if wide else TERMS // 2, up_to_power_of_two(rank)))
+    padded = up_to_power_of_two(rows)
+    most = PARTS_OF_FEW if rows <= 8 else PARTS_OF_MORE
+    share = -(-size // (most * block)) * block
+    parts = -(-size // share)
+    return Form(
+        (-(-rank // columns), parts, 1),
+        (modes, right, size, rank, padded, share, block, columns),
+        (-(-width // OUT_FEATURES), 1, 1),
+        (modes, right, width, rank, padded, parts, biased, OUT_FEATURES, terms),
+        parts,
+        padded,
+    )
+
+
+def decode(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    """Y = X KA KCᵀ + bias.
+
+    Args:
+        x: (t, M), 1 to 16 rows, contiguous.
+        in_factors: (m_d, R) with Π m_d = M, contiguous, in the dtype of x.
+        out_factors: (n_d, R), likewise.
+        bias: (Π n_d,) or None.
+    """
+    rows, rank = x.shape[0], in_factors[0].shape[1]
+    modes = tuple([tuple([f.shape[0] for f in side]) for side in (in_factors, out_factors)])
+    form = form_of(modes, rank, rows, bias is not None, x.dtype)
+    partial = x.new_empty((form.parts, form.rows, rank), dtype=torch.float32)
+    y = x.new_empty((rows, form.expand[2]))
+    CONTRACT(
+        (form.contract, x.dtype),
+        form.contract_grid,
+        (x, *in_factors, partial),
+        (x, tuple(in_factors), partial, rows, *form.contract),
+    )
+    added = partial if bias is None else bias
+    EXPAND(
+        (form.expand, x.dtype, added.dtype),
+        form.expand_grid,
+        (partial, *out_factors, added, y),
+        (partial, tuple(out_factors), added, y, rows, *form.expand),
+    )
+    return y

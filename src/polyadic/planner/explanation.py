@@ -1,0 +1,173 @@
+"""``polyadic.explain``: the plan of a layer step by step, its costs, and what was rejected."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from polyadic import checks
+from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, mode_sizes, positive_int
+from polyadic.kernels.backend import never
+from polyadic.planner import choice, embedding
+from polyadic.planner.calibrated import machine_for
+from polyadic.planner.report import Costed, Explanation, costed, rejected
+from polyadic.planner.request import Request, request
+from polyadic.plans import ConvPlan, LinearPlan, Memory
+
+# What an option is where it is not given.
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+
+
+class Layer(Protocol):
+    """What explain asks of a layer."""
+
+    def request(self, batch: int, size: Any = None) -> Request:
+        """The request that a call of the layer makes of the planner.
+
+        Args:
+            batch: rows, images or indices.
+            size: spatial size of a convolution's input, int or one per dimension.
+
+        Raises:
+            ValueError: the layer follows no plan, or ``size`` is missing or does not fit.
+        """
+
+
+def explain(
+    layer: Layer | LinearFormat | ConvFormat,
+    *,
+    batch: int,
+    size: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    output_padding: int | Sequence[int] = 0,
+    plan: choice.Plan | None = None,
+    memory: Memory | None = None,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Explanation:
+    """Explain how a layer will be computed, what that costs, and what was weighed against it.
+
+    Times are predictions of a cost model (FLOPs, bytes and launches over the machine's rates);
+    ``polyadic.calibrate()`` measures the rates of the machine at hand.
+
+    Args:
+        layer: a CP layer, or a ``LinearFormat`` or ``ConvFormat``.
+        batch: rows of a linear layer (all leading dimensions multiplied), images of a convolution,
+            indices of an embedding (distinct ones where they are looked up once).
+        size: spatial size of a convolution's input, int or one per dimension.
+        stride: of a ``ConvFormat``; a layer has its own, and is refused one.
+        padding: of a ``ConvFormat``.
+        dilation: of a ``ConvFormat``.
+        output_padding: of a transposed ``ConvFormat``.
+        plan: a plan to explain in place of the planner's choice; an embedding takes none.
+        memory: ``"fast"``, ``"balanced"`` or ``"least"``; the layer's own by default.
+        training: forward and backward, or forward alone.
+        dtype: the layer's by default, else float32.
+        device: device type, the layer's by default, else ``"cpu"``.
+
+    Raises:
+        TypeError: ``layer`` or another argument is of another type.
+        ValueError: a size is missing or does not fit, an option is given that is the layer's own,
+            or the layer is frozen, which follows no plan.
+    """
+    batch = positive_int(batch, "batch")
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    options["output_padding"] = output_padding
+    if isinstance(layer, ConvFormat):
+        asked = _request_of_conv(_checked(layer), batch, size, options)
+    else:
+        _refuse(options, layer)
+        if isinstance(layer, LinearFormat):
+            asked = request(_checked(layer), batch)
+            if size is not None:
+                raise ValueError(f"size is of a convolution's input, got {size!r} for {layer}")
+        elif callable(getattr(layer, "request", None)):
+            asked = layer.request(batch, size)
+        else:
+            raise TypeError(
+                f"explain expects a CPLinear, CPConvNd, CPConvTransposeNd, CPEmbedding, "
+                f"LinearFormat or ConvFormat, got {type(layer).__name__}"
+            )
+    asked = asked.at(
+        checks.device_type(asked.device if device is None else device),
+        checks.computed_dtype(asked.dtype if dtype is None else dtype),
+    )
+    if memory is not None:
+        asked = dataclasses.replace(asked, memory=checks.memory(memory))
+    return explained(asked, plan, training)
+
+
+def explained(request: Request, plan: Any, training: bool) -> Explanation:
+    """Explain a request: the plan given or chosen, the dense layer, and all other plans."""
+    kind, machine = choice.kind_of(request), machine_for(request)
+    indices = 0
+    if isinstance(request.format, EmbeddingFormat):
+        if plan is not None:
+            raise ValueError(f"an embedding takes no plan, got {plan}")
+        indices = embedding.kept_bytes_of_indices(request)
+    if plan is not None:
+        if isinstance(request.format, ConvFormat):
+            plan = checks.plan_of(plan, ConvPlan).covering(request.format)
+            reason = never("convolution", request.device, request.dtype)
+        else:
+            plan = checks.plan_of(plan, LinearPlan).covering(request.format)
+            reason = never("linear", request.device, request.dtype)
+        if reason is not None and "triton" in (plan.forward.by, plan.backward.by):
+            raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
+
+    def cost(plan: Any) -> Costed:
+        if plan is None:
+            (forward, backward), kept = kind.dense_steps(request), kind.dense_kept(request)
+        else:
+            forward, backward = kind.steps(request, plan)
+            kept = kind.kept_elements(request, plan)
+        steps = forward, backward if training else []
+        return costed(plan, steps, request.item * kept + indices, machine)
+
+    chosen = cost(choice.choose(request) if plan is None else plan)
+    others = rejected([cost(other) for other in kind.candidates(request)], chosen, machine)
+    passes = "forward and backward" if training else "forward"
+    title = f"{kind.describe(request)} on {request.device}, {passes}, memory={request.memory!r}"
+    fmt = request.format
+    return Explanation(title, chosen, cost(None), others, fmt.break_even_rank, fmt.rank, machine)
+
+
+def _request_of_conv(
+    fmt: ConvFormat, batch: int, size: int | Sequence[int] | None, options: dict[str, Any]
+) -> Request:
+    if fmt.transposed:
+        where = checks.transposed_geometry(fmt.kernel_size, **options)
+    else:
+        _refuse({"output_padding": options.pop("output_padding")}, fmt)
+        where = checks.geometry(fmt.kernel_size, **options)
+    sizes = checks.spatial_size(size, where)
+    return request(fmt, batch, geometry=where, size=sizes)
+
+
+def _checked(fmt: Any) -> Any:
+    """A format with plain ints, after a check of them."""
+    names = [name for name in ("in_shape", "out_shape", "kernel_size") if hasattr(fmt, name)]
+    shapes = {name: mode_sizes(getattr(fmt, name), name) for name in names}
+    fmt = dataclasses.replace(fmt, **shapes, rank=positive_int(fmt.rank, "rank"))
+    if isinstance(fmt, ConvFormat):
+        side = "in_channels" if fmt.transposed else "out_channels"
+        checks.channel_groups(fmt.groups, **{side: getattr(fmt, side)})
+        if len(fmt.kernel_size) > 3:
+            raise ValueError(f"kernel_size must have 1 to 3 entries, got {fmt.kernel_size}")
+    return fmt
+
+
+def _refuse(options: dict[str, Any], layer: object) -> None:
+    """Refuse what a layer or format has no use for, so that nothing is ignored."""
+    for name, value in options.items():
+        if value != _DEFAULTS[name]:
+            raise ValueError(
+                f"{name} is not an option of a {type(layer).__name__}, got {value!r}; a layer has "
+                f"its own, a ConvFormat is given it"
+            )

@@ -1,0 +1,252 @@
+"""``polyadic compress``: a model of transformers from a directory into another."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from polyadic_cli.app import app
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# What a model of transformers puts out that is worth comparing, the first that is there.
+_OUTPUTS = ("logits", "last_hidden_state")
+
+
+@app.command(short_help="Convert a trained model of transformers within one budget.")
+def compress(
+    model_dir: Annotated[Path, typer.Argument(help="Directory of a model of transformers.")],
+    ratio: Annotated[float | None, typer.Option(help="Times fewer parameters.")] = None,
+    flops_ratio: Annotated[float | None, typer.Option(help="Times fewer FLOPs.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Bound on the relative error.")] = None,
+    speed: Annotated[
+        str | None, typer.Option(help="never-slower: no layer slower than dense, by prediction.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file, a sample per line, that weighs the errors.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the converted model.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, save none.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Regular expression for whole names of layers.")
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(help="Likewise, what to leave alone.")] = None,
+    orders: Annotated[
+        str | None, typer.Option(help="Modes per side to weigh, as in 1,2; 1 is low rank.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Most lines of the text.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Lines in a batch.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a line, the rest is cut.")] = 128,
+    iterations: Annotated[int, typer.Option(min=1, help="Most sweeps of a fit.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
+) -> None:
+    """Convert a trained model of transformers to CP format within one budget.
+
+    One of --ratio, --flops-ratio, --max-error and --speed is the budget; --speed may be added to
+    another. The model is loaded as the class its configuration names, from local files alone, and
+    saved so that transformers loads it after polyadic.register_transformers().
+    """
+    import polyadic
+
+    _check_paths(model_dir, calibration, out, dry_run)
+    _check_files(html=html, json=json)
+    options: dict[str, Any] = {
+        "ratio": ratio,
+        "flops_ratio": flops_ratio,
+        "max_error": max_error,
+        "speed": speed,
+        "target_modules": target,
+        "exclude_modules": exclude,
+        "orders": _orders(orders),
+        "dry_run": dry_run,
+        "seed": seed,
+        "iterations": iterations,
+    }
+    try:
+        model, tokenizer = _load(model_dir)
+        if calibration is not None:
+            lines = _lines(calibration, samples)
+            options |= _calibration(model, tokenizer, model_dir, lines, batch, length)
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            made, report = polyadic.compress(model, inplace=True, callback=_shown(bar), **options)
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        print(f"polyadic: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except (OSError, TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    print(report)
+    try:
+        _write(report, html, json)
+        if dry_run or out is None:
+            return
+        if not report.converted:
+            print("polyadic: no layer was converted, nothing is saved", file=sys.stderr)
+            raise typer.Exit(1)
+        polyadic.save_pretrained(made, out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+    except (ImportError, OSError) as error:
+        print(f"polyadic: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    print(f"saved: {out}")
+
+
+def _check_paths(model_dir: Path, calibration: Path | None, out: Path | None, dry: bool) -> None:
+    if not model_dir.is_dir():
+        raise typer.BadParameter(f"there is no directory {model_dir}")
+    if not (model_dir / "config.json").is_file():
+        raise typer.BadParameter(
+            f"{model_dir} has no config.json; expected what save_pretrained of transformers writes"
+        )
+    if calibration is not None and not calibration.is_file():
+        raise typer.BadParameter(f"there is no file {calibration} for --calibration")
+    if dry:
+        return
+    if out is None:
+        raise typer.BadParameter("give --out, the directory to save to, or --dry-run")
+    if out.exists() and (not out.is_dir() or out.resolve() == model_dir.resolve()):
+        raise typer.BadParameter(f"--out must be a directory other than the model's, got {out}")
+    made = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not made.is_dir() or not os.access(made, os.W_OK):
+        raise typer.BadParameter(f"--out cannot be made or written to, because of {made}")
+
+
+def _check_files(**files: Path | None) -> None:
+    """See that reports can be written, before any time is spent."""
+    for option, file in files.items():
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise typer.BadParameter(
+                f"--{option} must be a file in a directory that is there, got {file}"
+            )
+
+
+def _orders(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"--orders must be counts separated by commas, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _load(folder: Path) -> tuple[nn.Module, Any]:
+    """The model, as the class its configuration names, and its tokenizer if it has one.
+
+    CP layers of an earlier conversion are loaded as such.
+    """
+    from polyadic.pretrained import register_transformers
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "models are loaded by transformers: pip install 'polyadic[compress]'"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    register_transformers()
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    named = list(config.architectures or [])
+    cls = getattr(transformers, named[0], None) if named else None
+    cls = cls or transformers.AutoModel
+    model = cls.from_pretrained(folder, local_files_only=True, config=config)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+def _lines(path: Path, most: int) -> list[str]:
+    """The first lines that are not empty.
+
+    Raises:
+        ValueError: there is none, or the file is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} has no line with text")
+    return lines[:most]
+
+
+def _calibration(
+    model: Any, tokenizer: Any, folder: Path, lines: list[str], batch: int, length: int
+) -> dict[str, Any]:
+    """The arguments of ``polyadic.compress`` that have to do with calibration."""
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer that loads, which --calibration needs")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"--calibration does not support encoder-decoder models such as "
+            f"{type(model).__name__}; call polyadic.compress from Python with batches of yours"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batches = [
+        dict(
+            tokenizer(
+                lines[i : i + batch],
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+        )
+        for i in range(0, len(lines), batch)
+    ]
+    return {"calibration": batches, "forward": _output, "weights": _mask}
+
+
+def _mask(batch: dict[str, Tensor]) -> Tensor:
+    """Which positions are text and not padding, (B, T)."""
+    import torch
+
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def _output(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """What the model puts out, zero where the text is padded."""
+    found = model(**batch)
+    for name in _OUTPUTS:
+        y = found.get(name)
+        if y is not None:
+            mask = _mask(batch)
+            per_token = y.dim() == 3 and y.shape[:2] == mask.shape
+            return y * mask.unsqueeze(-1) if per_token else y
+    return found
+
+
+def _shown(bar: Progress) -> Callable[[str, int, int, str], None]:
+    """A callback that moves a bar for each stage."""
+    tasks: dict[str, Any] = {}
+
+    def show(stage: str, done: int, total: int, name: str) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done, total=total, description=f"{stage} {name}")
+
+    return show
+
+
+def _write(report: Any, html: Path | None, json: Path | None) -> None:
+    if json is not None:
+        report.to_json(json)
+    if html is not None:
+        report.to_html(html)

@@ -1,0 +1,83 @@
+"""The features of the matrix that change a layer's output in place, as torch's own layers allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matrix_features import (
+    _double_backward,
+    _grad,
+    _jacobians,
+    _jvp,
+    _vmap,
+    of_functions,
+)
+from matrix_layers import Layer, assert_same, results
+from torch import Tensor
+
+from compare import assert_close
+
+
+def _zeroed(y: Tensor) -> Tensor:
+    y[..., :1] = 0
+    return y
+
+
+def _dropped(y: Tensor) -> Tensor:
+    torch.manual_seed(7)
+    return F.dropout(y, 0.4, inplace=True)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": partial(F.relu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+    "+=": lambda y: y.add_(y.detach().abs()),
+    "*=": lambda y: y.mul_(3),
+    "y[...] = 0": _zeroed,
+    "dropout": _dropped,
+    "view": lambda y: y.flatten().clamp_(-0.5, 0.5),
+}
+
+
+def eager(layer: Layer) -> None:
+    """Training and evaluation, with gradients and without."""
+    for change in CHANGES.values():
+        for training in (True, False):
+            module, x = layer.make().train(training), layer.input()
+            want = results(module, lambda x, m=module, c=change: c(layer.dense(m, x)), x)
+            assert_same(results(module, lambda x, m=module, c=change: c(m(x)), x), want)
+            for off in (torch.no_grad, torch.inference_mode):
+                with off():
+                    assert_close(change(module(x)), want["y"], "y without gradients")
+
+
+def compiled(layer: Layer) -> None:
+    """Changed in the layer's own graph, and by eager code behind it."""
+    torch.compiler.reset()
+    module, x = layer.make(), layer.input()
+    alone = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for name in ("relu", "y[...] = 0"):
+        change = CHANGES[name]
+        want = results(module, lambda x, c=change: c(layer.dense(module, x)), x)
+        assert_same(results(module, lambda x, c=change: c(alone(x)), x), want)
+
+    def both(x: Tensor) -> Tensor:
+        return F.relu(_zeroed(module(x)), inplace=True)
+
+    want = results(module, lambda x: F.relu(_zeroed(layer.dense(module, x))), x)
+    assert_same(results(module, torch.compile(both, fullgraph=True, backend="aot_eager"), x), want)
+
+
+def transformed(layer: Layer) -> None:
+    """Inside torch.func's transforms, in forward mode, and before a second backward."""
+    for change in (CHANGES["hardswish"], CHANGES["y[...] = 0"], CHANGES["*="]):
+
+        def changed(transform: Any, c: Any = change) -> Any:
+            return lambda f, tensors: transform(lambda *t: c(f(*t)), tensors)
+
+        for transform in (_grad, _vmap, _jvp, _jacobians, _double_backward):
+            of_functions(changed(transform))(layer)

@@ -1,0 +1,183 @@
+"""The layers of the matrix, with options that are not the defaults, and what torch computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cases import by_einsum
+from compare import assert_close
+from polyadic import CPTensor
+from polyadic import nn as pnn
+
+
+def weight(layer: Any) -> Tensor:
+    """The weight in the order of its groups of modes, by one einsum; differentiable."""
+    cp = layer.cp
+    joint = getattr(cp, "joint", None)
+    weights = cp.weights if joint is None else joint.weights
+    scales = [] if joint is None else [joint.factors[0][cp.index[0]]]
+    full = by_einsum([*cp.factors], *scales, *([] if weights is None else [weights]))
+    return full.reshape([math.prod(group) for group in cp.tensorized_shape])
+
+
+def dense_linear(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(x, weight(layer).t(), layer.bias)
+
+
+def dense_conv(layer: Any, x: Tensor) -> Tensor:
+    dims = len(layer.kernel_size)
+    kernel = weight(layer).unflatten(-1, layer.kernel_size)
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        sides = [side for p in reversed(padding) for side in (p, p)]
+        x, padding = F.pad(x, sides, layer.padding_mode), 0
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    return convolve(x, kernel, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def dense_conv_transpose(layer: Any, x: Tensor) -> Tensor:
+    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    return convolve[len(layer.kernel_size) - 1](
+        x, weight(layer).unflatten(-1, layer.kernel_size), layer.bias, layer.stride, layer.padding,
+        layer.output_padding, layer.groups, layer.dilation,
+    )  # fmt: skip
+
+
+def dense_embedding(layer: Any, x: Tensor) -> Tensor:
+    table = weight(layer)[: layer.num_embeddings]
+    keep = torch.ones(len(table), 1, dtype=table.dtype)
+    keep[layer.padding_idx] = 0
+    return F.embedding(x, table * keep)
+
+
+def dense_tied(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(x, weight(layer)[: layer.out_features], layer.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the table.
+
+    Args:
+        build: makes it, given device and dtype.
+        dense: what torch computes with its parameters.
+        sample: shape of one sample of the input.
+        scaled: put a λ into its CP tensor.
+    """
+
+    build: Callable[..., Any]
+    dense: Callable[[Any, Tensor], Tensor]
+    sample: tuple[int, ...]
+    scaled: bool = True
+
+    def make(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+        """The layer, all parameters of order 1 drawn by the seed, every one by itself."""
+        torch.manual_seed(seed)
+        layer = self.build(dtype=torch.float64)
+        owner: CPTensor = getattr(layer.cp, "joint", layer.cp)
+        if self.scaled:
+            owner.weights = nn.Parameter(torch.empty(owner.rank, dtype=torch.float64))
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                signs = torch.randn_like(parameter).sign()
+                parameter.copy_(signs * (0.5 + torch.rand_like(parameter)))
+            # Outputs of order 1: what is compared in half precision must not grow with the sizes.
+            for factor in owner.factors:
+                factor.mul_(owner.rank ** (-0.5 / owner.order))
+        return layer.to(dtype)
+
+    def input(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if self.indices:
+            return torch.randint(23, (batch, *self.sample), generator=generator)
+        shape = (batch, *self.sample)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    @property
+    def indices(self) -> bool:
+        """Whether the input are indices, which have no gradient."""
+        return self.dense is dense_embedding
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions of the input."""
+        return len(self.sample) - 1 if self.dense in (dense_conv, dense_conv_transpose) else 0
+
+
+def _linear(**kwargs: Any) -> Any:
+    return pnn.CPLinear(12, 10, rank=4, in_shape=(3, 2, 2), out_shape=(2, 5), **kwargs)
+
+
+def _embedding(**kwargs: Any) -> Any:
+    return pnn.CPEmbedding(23, 6, 3, rank=4, in_shape=(2, 3, 4), out_shape=(3, 2), **kwargs)
+
+
+def _conv(name: str, *args: Any, **own: Any) -> Callable[..., Any]:
+    return lambda **kwargs: getattr(pnn, name)(*args, rank=4, **own, **kwargs)
+
+
+def _joint(cls: Any, *args: Any, **own: Any) -> Callable[..., Any]:
+    return lambda **kwargs: cls.joint(3, *args, rank=4, **own, **kwargs)[1]
+
+
+LAYERS = {
+    "CPLinear": Layer(_linear, dense_linear, (12,)),
+    "CPConv1d": Layer(
+        _conv("CPConv1d", 6, 4, 4, padding="same", dilation=2), dense_conv, (6, 11), scaled=False
+    ),
+    "CPConv2d": Layer(
+        _conv("CPConv2d", 6, 4, (3, 2), 2, (2, 1), groups=2, padding_mode="circular"),
+        dense_conv, (6, 7, 5),
+    ),
+    "CPConv3d": Layer(_conv("CPConv3d", 4, 6, (2, 3, 1), (1, 2, 1), 1), dense_conv, (4, 3, 5, 2)),
+    "CPConvTranspose1d": Layer(
+        _conv("CPConvTranspose1d", 6, 4, 3, 2, 1, 1, bias=False), dense_conv_transpose, (6, 5)
+    ),
+    "CPConvTranspose2d": Layer(
+        _conv("CPConvTranspose2d", 6, 4, (3, 2), 2, 1, groups=2), dense_conv_transpose, (6, 4, 3)
+    ),
+    "CPConvTranspose3d": Layer(
+        _conv("CPConvTranspose3d", 4, 6, (1, 2, 3), (2, 1, 1)), dense_conv_transpose, (4, 2, 3, 2)
+    ),
+    "CPEmbedding": Layer(_embedding, dense_embedding, (5,)),
+    "CPTiedLinear": Layer(lambda **kw: _embedding(**kw).as_linear(True), dense_tied, (6,)),
+    "CPLinear.joint": Layer(_joint(pnn.CPLinear, 12, 10), dense_linear, (12,)),
+    "CPConv2d.joint": Layer(
+        _joint(pnn.CPConv2d, 4, 6, 3, padding=1), dense_conv, (4, 5, 6), scaled=False
+    ),
+    "CPEmbedding.joint": Layer(_joint(pnn.CPEmbedding, 23, 6, 3), dense_embedding, (5,)),
+}  # fmt: skip
+
+
+def results(layer: Any, call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Output, and gradients of input and parameters for one and the same gradient of the output."""
+    leaves = dict(layer.named_parameters())
+    if x.is_floating_point():
+        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        leaves = {"x": x, **leaves}
+    y = call(x)
+    generator = torch.Generator().manual_seed(2)
+    grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], **kwargs: Any) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_close(got[name], want[name], name, **kwargs)
+
+
+def assert_near(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float) -> None:
+    """Relative L2 error of results in a lower precision against float64."""
+    assert got.keys() == want.keys()
+    for name in want:
+        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"

@@ -1,0 +1,189 @@
+"""Counted, not timed: what a call of a small linear layer costs beside its arithmetic."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compare import assert_close
+from polyadic import LinearPlan, LinearRoute
+from polyadic import functional as PF
+from polyadic.functional import linear as linear_module
+from polyadic.functional.boundary import known_calls
+from polyadic.nn import CPLinear
+from polyadic.planner import choice
+from polyadic.testing import LiveBytes, launches
+
+
+def python_calls(run: Callable[[], Any]) -> int:
+    """Calls of Python functions; of what C calls into Python, too.
+
+    Without a garbage collection in between, of which others (hypothesis) ask to be told.
+    """
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    collecting = gc.isenabled()
+    gc.disable()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+        if collecting:
+            gc.enable()
+    return count
+
+
+def test_a_garbage_collection_is_not_counted() -> None:
+    """It comes when it likes, and tells whoever wants to know."""
+
+    def told(phase: str, info: dict[str, int]) -> None:
+        pass
+
+    gc.callbacks.append(told)
+    try:
+        assert python_calls(lambda: [[] for _ in range(5000)]) <= 2
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(told)
+
+
+SMALL = [
+    # In and out features, rank, order, rows; operations and Python calls forward, backward.
+    pytest.param(16, 10, 2, 2, 4, (9, 55), (23, 70), id="16-10"),
+    pytest.param(256, 128, 16, 3, 32, (13, 55), (35, 70), id="256-128"),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "rank", "order", "rows", "forward", "backward"), SMALL)
+def test_a_small_layer_makes_few_calls(
+    m: int,
+    n: int,
+    rank: int,
+    order: int,
+    rows: int,
+    forward: tuple[int, int],
+    backward: tuple[int, int],
+) -> None:
+    """Two products and a transposed view; per mode beyond the first a view and a multiplication."""
+    layer = CPLinear(m, n, bias=False, rank=rank, order=order)
+    route = LinearRoute((order,), (order,))
+    plan = LinearPlan(route, route)
+    x, grad_y = torch.randn(rows, m, requires_grad=True), torch.randn(rows, n)
+    wanted = [x, *layer.parameters()]
+
+    def call() -> Tensor:
+        return PF.cp_linear(x, layer.in_factors, layer.out_factors, plan=plan)
+
+    def back(y: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(y, wanted, grad_y)
+
+    # A call settled by an equal plan of another test compares the two, each time.
+    known_calls.clear()
+    back(call())()
+    assert launches(call) <= forward[0]
+    assert python_calls(call) <= forward[1]
+    assert launches(back(call())) <= backward[0]
+    assert python_calls(back(call())) <= backward[1]
+    with torch.no_grad():
+        layer(x)
+        assert python_calls(lambda: layer(x)) <= 35
+
+
+def test_the_count_of_calls_can_fail() -> None:
+    """The first call, which checks and plans, makes many more."""
+    layer, x = CPLinear(24, 18, rank=3), torch.randn(5, 24)
+    assert python_calls(lambda: layer(x)) > 100
+    assert python_calls(lambda: layer(x)) < 60
+
+
+def test_a_second_call_checks_and_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = CPLinear(24, 18, rank=3)
+    x, longer = torch.randn(2, 5, 24), torch.randn(2, 6, 24)
+    first = layer(x)
+
+    def seen(*args: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(linear_module, "_linear", seen)
+    assert torch.equal(layer(x), first)
+    for other in (longer, x.double(), x.to("meta"), x[..., :12]):
+        with pytest.raises(AssertionError):
+            layer(other)
+    choice.forget()
+    with pytest.raises(AssertionError):
+        layer(x)
+
+
+def test_what_was_remembered_is_not_the_values() -> None:
+    """Factors changed in any way count at the next call."""
+    layer, x = (
+        CPLinear(24, 18, rank=3, bias=False, dtype=torch.float64),
+        torch.randn(5, 24).double(),
+    )
+    layer(x)
+    for change in (
+        lambda f: f.data.mul_(2),
+        lambda f: setattr(f, "data", torch.randn_like(f)),
+        lambda f: f.data.copy_(torch.randn_like(f)),
+    ):
+        for factor in layer.cp.factors:
+            change(factor)
+        assert_close(layer(x), x @ layer.weight.t(), "y")
+
+
+def test_mistakes_are_named_after_a_right_call() -> None:
+    """The remembered call of the same sizes does not let another dtype or rank through."""
+    layer, x = CPLinear(24, 18, rank=3, bias=False), torch.randn(5, 24)
+    ins, outs = layer.in_factors, layer.out_factors
+    PF.cp_linear(x, ins, outs)
+    with pytest.raises(TypeError, match="in_factors"):
+        PF.cp_linear(x, (ins[0], ins[1].double(), ins[2]), outs)
+    with pytest.raises(ValueError, match="same rank"):
+        PF.cp_linear(x, (ins[0][:, :1], *ins[1:]), outs)
+    with pytest.raises(TypeError, match="x is"):
+        PF.cp_linear(x.double(), ins, outs)
+    with pytest.raises(ValueError, match="memory"):
+        PF.cp_linear(x, ins, outs, memory="most")
+    with pytest.raises(ValueError, match="memory"):
+        PF.cp_linear(x, ins, outs, memory=["fast"])
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        PF.cp_linear(x.tolist(), ins, outs)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank", "rows"),
+    [
+        (((4, 4, 16), (4, 4, 8)), 100, 32),
+        (((4, 4), (2, 5)), 2, 4),
+        (((8, 8, 16), (8, 8, 16)), 512, 256),
+    ],
+)
+def test_a_training_step_needs_no_more_memory_than_dense(
+    shapes: tuple[tuple[int, ...], ...], rank: int, rows: int
+) -> None:
+    """Parameters, input, gradients and all intermediates, at ranks up to beyond break-even."""
+    m, n = map(math.prod, shapes)
+    cp = CPLinear(m, n, bias=False, rank=rank, in_shape=shapes[0], out_shape=shapes[1])
+    x, grad_y = torch.randn(rows, m, requires_grad=True), torch.randn(rows, n)
+    peaks = []
+    for layer in (cp, torch.nn.Linear(m, n, bias=False)):
+        wanted = [x, *layer.parameters()]
+        with LiveBytes([grad_y, *wanted]) as live:
+            y = layer(x)
+            grads = torch.autograd.grad(y, wanted, grad_y)
+        assert live.current >= sum(grad.nbytes for grad in grads)
+        peaks.append(live.peak)
+        del y, grads
+    assert peaks[0] <= peaks[1]

@@ -1,0 +1,101 @@
+"""Tables of the kernels of a linear map of few rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from compiled import Form, pointers_to
+from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from pretend import counted
+
+from polyadic.kernels.linear import LinearMap
+from polyadic.kernels.multilinear import khatri_rao
+from polyadic.kernels.triton import decode as subject
+from polyadic.plans import LinearPlan, LinearRoute
+
+# In modes, out modes, rank, rows.
+SHAPES = (
+    ((4, 4), (2, 5), 3, 5),
+    ((13,), (11,), 5, 1),
+    ((1, 8, 9), (4, 2, 3, 2), 17, 3),
+    ((16, 18), (9, 8), 72, 16),
+)
+
+
+def check() -> Iterator[str]:
+    """Each row of the table that holds."""
+    for dtype in DTYPES:
+        for in_modes, out_modes, rank, rows in SHAPES:
+            for integers in (True, False):
+                name = f"{short(dtype)} {in_modes} to {out_modes} rank {rank} {rows=} {integers=}"
+                ins, outs = draw_groups((in_modes, out_modes), rank, dtype, integers)
+                x = draw((rows, math.prod(in_modes)), dtype, integers)
+                bias = draw((math.prod(out_modes),), dtype, integers) if rows != 5 else None
+                with poisoned():
+                    once = subject.decode(x, ins, outs, bias)
+                    again = subject.decode(x, ins, outs, bias)
+                assert torch.equal(once, again), f"{name}: differs from run to run"
+                a, c = [f.cpu() for f in ins], [f.cpu() for f in outs]
+                added = torch.zeros(1) if bias is None else bias.cpu()
+                z = x.cpu().double() @ khatri_rao([f.double() for f in a])
+                exact = z @ khatri_rao([f.double() for f in c]).t() + added.double()
+                low_z = x.cpu().float() @ khatri_rao(a).float()
+                low = low_z.to(dtype).float() @ khatri_rao(c).float().t() + added.float()
+                small = integers and z.abs().max() <= 2**8
+                judge(name, once, exact, low.to(dtype), bool(small))
+                yield name
+    yield _layer()
+
+
+def _layer() -> str:
+    """A layer of few rows launches two kernels, and gives what the kernels give."""
+    ins, outs = draw_groups(((1, 4, 6), (3, 5)), 8, torch.bfloat16, False)
+    x, bias = draw((2, 24), torch.bfloat16, False), draw((15,), torch.bfloat16, False)
+    route = LinearRoute((3,), (2,), by="triton")
+    layer_map = LinearMap(LinearPlan(route, route, 0), 3)
+    with counted() as launches:
+        y, kept = layer_map.forward(x, bias, [*ins, *outs])
+    assert kept == ()
+    assert launches.names == ["contract_kernel", "expand_kernel"]
+    assert torch.equal(y, subject.decode(x, ins, outs, bias))
+    return "layer"
+
+
+def forms() -> Iterator[Form]:
+    """What is compiled ahead of time."""
+    for in_modes, out_modes, rank in (
+        ((16, 16, 16), (16, 16, 16), 64),
+        ((1, 64, 64), (86, 128), 256),
+        ((64, 64), (64, 64), 89),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (1, 16):
+                yield from _forms((in_modes, out_modes), rank, rows, dtype)
+
+
+def _forms(
+    modes: tuple[tuple[int, ...], tuple[int, ...]], rank: int, rows: int, dtype: torch.dtype
+) -> Iterator[Form]:
+    (pointer,) = pointers_to(dtype, 1)
+    form = subject.form_of(modes, rank, rows, True, dtype)
+    ins, outs = (pointers_to(dtype, len(side)) for side in modes)
+    name = f"{modes} rank {rank} {rows=} {short(dtype)}"
+    cores, wide = dtype != torch.float32, rank * dtype.itemsize % 16 == 0
+    yield Form(
+        f"contract {name}",
+        subject.contract_kernel,
+        (pointer, ins, "*fp32", "i32"),
+        form.contract,
+        wide_loads=wide,
+        tensor_cores=cores,
+    )
+    yield Form(
+        f"expand {name}",
+        subject.expand_kernel,
+        ("*fp32", outs, pointer, pointer, "i32"),
+        form.expand,
+        wide_loads=wide,
+        tensor_cores=cores,
+    )

@@ -1,0 +1,105 @@
+"""The weight gradient of wide depthwise kernels: the same numbers by other calls of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polyadic.kernels import cpu
+from polyadic.kernels.depthwise import Stage
+
+Pair = tuple[int, int]
+
+
+@st.composite
+def wide_stages(draw: st.DrawFn) -> tuple[Stage, Pair, int, int, bool]:
+    """A stage of 4 to 8 columns, a size of x, its channels and images, and whether channels last.
+
+    Some are so small that a whole block of columns sees padding alone.
+    """
+
+    def pair(low: int, high: int) -> Pair:
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    transposed = draw(st.booleans())
+    stride, dilation = pair(1, 3), pair(1, 3)
+    extra: Any = ()
+    if transposed:
+        extra = tuple(
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
+    excess = (0, 0) if transposed else pair(0, 1)
+    stage = Stage(
+        (draw(st.integers(1, 5)), draw(st.integers(4, 8))), stride, pair(0, 4), excess, dilation,
+        (), transposed, extra,
+    )  # fmt: skip
+    size = draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    assume(min(stage.output_size(size)) >= 1)
+    return (
+        stage,
+        size,
+        draw(st.sampled_from([1, 3, 8])),
+        draw(st.integers(0, 2)),
+        draw(st.booleans()),
+    )
+
+
+def tensors(stage: Stage, size: Pair, rank: int, batch: int, last: bool) -> list[Tensor]:
+    """Whole numbers, which every order of summation adds exactly: x, taps, gradient of y."""
+    x = torch.randint(-4, 5, (batch, rank, *size)).double()
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    taps = torch.randint(-4, 5, (rank, 1, *stage.kernel_size)).double()
+    return [x, taps, torch.randint(-4, 5, stage.forward(x, taps, None, rank).shape).double()]
+
+
+@given(wide_stages())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_gradients_of_wide_stages_are_torchs(drawn: Any) -> None:
+    torch.manual_seed(0)
+    stage, rank = drawn[0], drawn[2]
+    x, taps, grad = tensors(*drawn)
+    x.requires_grad_()
+    taps.requires_grad_()
+    expected = torch.autograd.grad(stage.forward(x, taps, None, rank), [x, taps], grad)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(cpu, "WIDE_FROM_ENTRIES", 0)
+        got = stage.backward(grad, x, taps, rank, (True, True))
+        alone = stage.backward(grad, x, taps, rank, (False, True))
+    for mine, right in zip(got, expected, strict=True):
+        assert mine is not None
+        assert torch.equal(mine, right), stage
+    assert alone[0] is None
+    assert torch.equal(alone[1], expected[1])
+
+
+class Widths(TorchDispatchMode):
+    """The columns of every weight whose gradient torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[10][1]:
+            self.seen.append(args[2].shape[3])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "seen"), [((5, 5), [3, 2]), ((1, 7), [1]), ((4, 7), [3, 3, 1]), ((7, 3), [3])]
+)
+def test_torch_is_asked_for_no_more_columns_than_it_is_fast_at(
+    kernel: Pair, seen: list[int]
+) -> None:
+    stage = Stage(kernel, (1, 1), (0, 0), (0, 0), (1, 1))
+    x, taps, grad = tensors(stage, (16, 16), 32, 2, last=True)
+    with Widths() as widths:
+        stage.backward(grad, x, taps, 32, (True, True))
+    assert widths.seen == seen

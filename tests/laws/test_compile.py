@@ -1,0 +1,286 @@
+"""torch.compile, torch.export and autocast in what the matrix does not show; names in files."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+
+from cases import BY_ID, Case, params, truth
+from compare import assert_close
+from polyadic import CPTensor, functional
+from polyadic.nn import CPConv2d
+from polyadic.plans import ConvPlan, ConvRoute
+
+REPRESENTATIVE = [
+    BY_ID[name]
+    for name in (
+        "linear-order2-transposed",
+        "linear-order3-primes-lambda",
+        "linear-unequal-4-2",
+        "conv-1d-k4-same",
+        "conv-1x1-stride",
+        "conv-3x3-all-options",
+        "conv-4x2-same-mixed",
+        "conv-3d-2x3x2-same",
+    )
+]
+FEW = [BY_ID["linear-order3-primes-lambda"], BY_ID["conv-3x3-all-options"]]
+INDUCTOR = [BY_ID["linear-order3-primes-lambda"], BY_ID["conv-3x3-stride-tuple"]]
+each = pytest.mark.parametrize("case", params(REPRESENTATIVE))
+few = pytest.mark.parametrize("case", params(FEW))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def results(layer: nn.Module, call: Any, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of input and parameters, by name."""
+    layer.zero_grad()
+    dynamic = getattr(x, "_dynamo_dynamic_indices", None)
+    x = x.detach().clone().requires_grad_()
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    y = call(x)
+    y.backward(grad_y)
+    assert x.grad is not None
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **grads}  # type: ignore[dict-item]
+
+
+def batch(case: Case, size: int) -> tuple[Tensor, Tensor]:
+    """Input and output gradient with another leading size."""
+    other = Case(**{**vars(case), "lead": (size, *case.lead[1:]), "strides": "contiguous"})
+    return other.leaves().x, other.grad_y()
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_close(got[name], want[name], name)
+
+
+@each
+def test_compiled_in_one_graph(case: Case) -> None:
+    layer, x, grad_y = case.make(), case.leaves().x, case.grad_y()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same(results(layer, compiled, x, grad_y), results(layer, layer, x, grad_y))
+    assert_close(compiled(x), truth(case)[0], "y")
+
+
+@few
+def test_marked_dynamic_batch_compiles_once(case: Case) -> None:
+    """``mark_dynamic`` refuses to be specialised: this fails where a plan pins the batch."""
+    layer, counter = case.make(), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for size in (23, 17, 29):
+        x, _ = batch(case, size)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert_close(compiled(x), layer(x), "y")
+    assert counter.frame_count == 1
+
+
+def test_recompiles_are_counted() -> None:
+    """The counter counts: with a static batch each size is compiled again."""
+    case, counter = FEW[0], CompileCounter()
+    layer = case.make()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=counter)
+    for size in (5, 7, 12):
+        compiled(batch(case, size)[0])
+    assert counter.frame_count == 3
+
+
+@few
+def test_second_call_does_not_recompile(case: Case) -> None:
+    layer, counter = case.make(), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for _ in range(3):
+        compiled(case.leaves().x)
+        layer.zero_grad()
+    with torch.no_grad():
+        layer.cp.factors[0].mul_(2)
+    assert_close(compiled(case.leaves().x), layer(case.leaves().x), "y after an update")
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic-batch"])
+@pytest.mark.parametrize("case", params(INDUCTOR))
+def test_inductor(case: Case, dynamic: bool) -> None:
+    """A dynamic batch only: Inductor itself fails to sort strides of dynamic spatial sizes."""
+    layer = case.make()
+    compiled = torch.compile(layer, fullgraph=True)
+    for size in (23, 17) if dynamic else (6,):
+        x, grad_y = batch(case, size)
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        assert_same(results(layer, compiled, x, grad_y), results(layer, layer, x, grad_y))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", ["contiguous", "channels_last"])
+def test_compiled_convolutions_keep_channels_innermost(stride: int, given: str) -> None:
+    """No map is copied to another layout, neither by the graph nor by the compiler.
+
+    Inductor takes layouts from the convolutions of a graph, of which a backward is none.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    layer = CPConv2d(24, 32, 3, stride=stride, padding=1, rank=16)
+    channels_last = ConvRoute("channels_last")
+    plan = ConvPlan(channels_last, channels_last)
+    x = torch.randn(2, 24, 33, 31, requires_grad=True)
+    if given == "channels_last":
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        return functional.cp_conv(
+            x, layer.out_factors, layer.in_factors, layer.kernel_factors, layer.bias,
+            stride=stride, padding=1, plan=plan,
+        )  # fmt: skip
+
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    y, expected = compiled(x), call(x)
+    assert y.stride() == expected.stride()
+    assert y.stride(1) == 1
+    grad = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
+    wanted = [x, *layer.parameters()]
+    pairs = zip(
+        torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad),
+        strict=True,
+    )  # fmt: skip
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+    _, backward = graphs
+    calls = [node for node in backward.graph.nodes if node.op == "call_function"]
+    copied = [
+        node for node in calls
+        if node.target == torch.ops.aten.clone.default and node.meta["val"].dim() == 4
+        and node.meta["val"].numel() > 24 * 32 * 9
+    ]  # fmt: skip
+    assert not copied
+    # args[6]: transposed.
+    convolutions = [node for node in calls if node.target == torch.ops.aten.convolution.default]
+    assert True in [node.args[6] for node in convolutions]
+    for node in calls:
+        if node.target == torch.ops.aten.convolution_backward.default:
+            maps = node.args[:2]
+            assert all(arg.meta["val"].stride(1) == 1 for arg in maps)
+
+
+@few
+def test_compiled_without_gradients(case: Case) -> None:
+    compiled = torch.compile(case.make(), fullgraph=True, backend="aot_eager")
+    expected = truth(case)
+    with torch.no_grad():
+        assert_close(compiled(case.leaves().x), expected[0], "y")
+
+
+@few
+def test_exported_program_survives_a_file(case: Case) -> None:
+    layer, x = case.make().eval(), case.leaves().x
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(layer, (x,)), buffer)
+    buffer.seek(0)
+    assert_close(torch.export.load(buffer).module()(x), truth(case)[0], "y")
+
+
+@few
+def test_compiled_autocast(case: Case) -> None:
+    layer = case.make(torch.float32)
+    check_autocast(case, layer, torch.compile(layer, fullgraph=True, backend="aot_eager"))
+
+
+def check_autocast(case: Case, layer: nn.Module, call: Any) -> None:
+    x = case.leaves(torch.float32).x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(x)
+    assert y.dtype == torch.bfloat16
+    y.backward(case.grad_y(torch.bfloat16))
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    want, want_grads = truth(case)
+    assert (y.double() - want).norm() <= 0.02 * want.norm()
+    assert (x.grad.double() - want_grads["x"]).norm() <= 0.02 * want_grads["x"].norm()
+
+
+@few
+def test_autocast_takes_half_precision_input(case: Case) -> None:
+    """As torch's layers do: under autocast the input may already be cast."""
+    layer = case.make(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(case.leaves(torch.bfloat16).x).dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert layer(case.leaves(torch.float32).x).dtype == torch.float32
+
+
+@few
+def test_autocast_leaves_float64_alone(case: Case) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(case.make()(case.leaves().x), truth(case)[0], "y")
+
+
+@each
+def test_state_dict_names_and_tensors(case: Case) -> None:
+    """Flat, stable names; contiguous tensors of one dimension at least, as FSDP2 wants them."""
+    state = case.make().state_dict()
+    names = {f"cp.factors.{i}" for i in range(len(case.modes))}
+    names |= {"bias"} if case.bias else set()
+    names |= {"cp.weights"} if case.weights else set()
+    assert set(state) == names
+    assert all(t.is_contiguous() and t.dim() >= 1 for t in state.values())
+
+
+def test_state_dict_of_another_shape_is_refused() -> None:
+    state = BY_ID["linear-order3"].make().state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for cp\.factors"):
+        BY_ID["linear-order3-primes-lambda"].make().load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@few
+def test_to_dtype(case: Case, dtype: torch.dtype) -> None:
+    layer = case.make().to(dtype)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert layer(case.leaves(dtype).x).dtype == dtype
+
+
+def test_tensor_round_trips() -> None:
+    cp = CPTensor(((2, 3), (4,)), 5, weights=True)
+    for other in (copy.deepcopy(cp), pickle.loads(pickle.dumps(cp))):
+        assert torch.equal(other.to_matrix(), cp.to_matrix())
+        assert other.tensorized_shape == cp.tensorized_shape
+
+
+@few
+def test_training_step_with_compiled_layer_in_a_model(case: Case) -> None:
+    """The layer inside a compiled model with other modules, one graph, and an optimizer step."""
+    layer = case.make()
+    model = nn.Sequential(layer, nn.ReLU())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = compiled(case.leaves().x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]

@@ -1,0 +1,316 @@
+"""First and second derivatives in every mode: gradcheck, double backward, torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from cases import BY_ID, CASES, Case, Leaves, every_case, params
+from compare import assert_close
+from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute, autograd
+from polyadic.nn import CPLinear
+
+# Entry by entry where there are few; the others along random directions (fast_mode).
+SMALL = [c for c in CASES if 0 < c.numel <= 45]
+NOT_EMPTY = [c for c in CASES if c.numel and 0 not in c.lead and not c.dtypes]
+FUNC = [
+    BY_ID[name]
+    for name in (
+        "linear-order2-rank1-lambda",
+        "linear-order3",
+        "linear-unequal-4-2",
+        "conv-1d-k4-same",
+        "conv-1x1-stride",
+        "conv-3x3-stride-tuple",
+        "conv-3x3-channels-last-lambda",
+        "conv-3d-2x3x2-same",
+    )
+]
+Function = Callable[..., Tensor]
+
+
+def keeping(case: Case) -> Callable[[Leaves], Tensor]:
+    """The case by a plan that keeps an intermediate, as the planner's for a small one need not."""
+    plan: LinearPlan | ConvPlan
+    if case.linear:
+        ins, outs = map(len, case.tensorized_shape)
+        route = LinearRoute((ins,), (outs,))
+        plan = LinearPlan(route, route, keep=1)
+    else:
+        plan = ConvPlan(ConvRoute(), ConvRoute(), keep=1)
+    return lambda leaves: case.cp(leaves, plan=plan)
+
+
+def as_function(case: Case, compute: Callable[[Leaves], Tensor]) -> tuple[Function, list[Tensor]]:
+    """A function of the tensors a case depends on, and these tensors."""
+    leaves = case.leaves()
+    names = list(leaves.named())
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        factors = tuple(given[f"factor {i}"] for i in range(len(leaves.factors)))
+        return compute(Leaves(given["x"], factors, given.get("bias"), given.get("weights")))
+
+    return function, list(leaves.named().values())
+
+
+def both(case: Case) -> tuple[Function, Function, list[Tensor]]:
+    """The layer and its dense counterpart as functions of the same tensors."""
+    cp, tensors = as_function(case, case.cp)
+    dense, _ = as_function(case, case.expected)
+    return cp, dense, tensors
+
+
+def assert_trees_close(got: Any, want: Any, name: str = "entry") -> None:
+    if isinstance(want, Tensor):
+        return assert_close(got, want, name)
+    assert len(got) == len(want)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert_trees_close(g, w, f"{name} {i}")
+    return None
+
+
+@pytest.mark.parametrize("case", params(SMALL))
+def test_gradcheck(case: Case) -> None:
+    function, tensors = as_function(case, case.cp)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("case", params(NOT_EMPTY))
+def test_gradcheck_along_directions(case: Case) -> None:
+    function, tensors = as_function(case, case.cp)
+    tensors = [t.contiguous().requires_grad_() for t in tensors]
+    assert gradcheck(function, tensors, fast_mode=True, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", params([c for c in SMALL if c.numel <= 30]))
+def test_gradgradcheck(case: Case) -> None:
+    function, tensors = as_function(case, case.cp)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    assert gradgradcheck(function, tensors, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("case", params(NOT_EMPTY))
+def test_gradgradcheck_along_directions(case: Case) -> None:
+    function, tensors = as_function(case, case.cp)
+    tensors = [t.contiguous().requires_grad_() for t in tensors]
+    assert gradgradcheck(function, tensors, fast_mode=True, check_fwd_over_rev=True)
+
+
+def second_derivatives(case: Case, compute: Callable[[Leaves], Tensor]) -> list[Tensor]:
+    """Gradients of Σ |gradient of every leaf|², with respect to every leaf and the output's."""
+    leaves = case.leaves().map(Tensor.requires_grad_)
+    tensors, grad_y = list(leaves.named().values()), case.grad_y().requires_grad_()
+    first = torch.autograd.grad(compute(leaves), tensors, grad_y, create_graph=True)
+    # The layer is linear in the bias: its gradient does not depend on the leaves, hence zeros.
+    return list(
+        torch.autograd.grad(
+            sum(g.square().sum() for g in first), [*tensors, grad_y], materialize_grads=True
+        )
+    )
+
+
+@every_case
+def test_double_backward(case: Case) -> None:
+    expected = second_derivatives(case, case.expected)
+    assert_trees_close(second_derivatives(case, case.cp), expected)
+    assert_trees_close(second_derivatives(case, keeping(case)), expected)
+
+
+@pytest.mark.parametrize("case", params([BY_ID["linear-order2"], BY_ID["conv-3x3"]]))
+def test_double_backward_sees_kept_intermediates(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the backward did not recompute what the forward kept, the test above would fail."""
+    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: False)
+    ours = second_derivatives(case, keeping(case))
+    with pytest.raises(AssertionError, match="off by"):
+        assert_trees_close(ours, second_derivatives(case, case.expected))
+
+
+def forward_over_reverse(
+    case: Case, compute: Callable[[Leaves], Tensor], moved: str
+) -> list[Tensor]:
+    """Tangents of every gradient where one leaf moves, without ``create_graph``."""
+    leaves = case.leaves().map(Tensor.requires_grad_)
+    named = leaves.named()
+    generator = torch.Generator().manual_seed(2)
+    tangent = torch.randn(named[moved].shape, generator=generator, dtype=torch.float64)
+    with fwAD.dual_level():
+        dual = leaves.map(lambda t: fwAD.make_dual(t, tangent) if t is named[moved] else t)
+        grads = torch.autograd.grad(compute(dual), list(named.values()), case.grad_y())
+        tangents = [fwAD.unpack_dual(g).tangent for g in grads]
+    zeros = [torch.zeros_like(t) for t in named.values()]
+    return [z if t is None else t for t, z in zip(tangents, zeros, strict=True)]
+
+
+@pytest.mark.parametrize("case", params(FUNC))
+def test_forward_over_reverse(case: Case) -> None:
+    """Here grad mode is off inside the backward, and still it is being differentiated."""
+    for moved in case.leaves().named():
+        expected = forward_over_reverse(case, case.expected, moved)
+        assert_trees_close(forward_over_reverse(case, case.cp, moved), expected)
+        assert_trees_close(forward_over_reverse(case, keeping(case), moved), expected)
+
+
+@pytest.mark.parametrize("case", params([BY_ID["linear-order2"], BY_ID["conv-3x3"]]))
+def test_forward_over_reverse_sees_kept_intermediates(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: torch.is_grad_enabled())
+    with pytest.raises(AssertionError, match="off by"):
+        assert_trees_close(
+            forward_over_reverse(case, keeping(case), "x"),
+            forward_over_reverse(case, case.expected, "x"),
+        )
+
+
+@pytest.mark.parametrize("case", params(FUNC))
+class TestFunc:
+    """torch.func transforms against the same transform of the dense counterpart."""
+
+    def test_grad(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        every = tuple(range(len(tensors)))
+        got = grad(lambda *t: cp(*t).square().sum(), every)(*tensors)
+        assert_trees_close(got, grad(lambda *t: dense(*t).square().sum(), every)(*tensors))
+
+    def test_vjp(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        assert_trees_close(
+            vjp(cp, *tensors)[1](case.grad_y()), vjp(dense, *tensors)[1](case.grad_y())
+        )
+
+    def test_jvp(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        tangents = tuple(torch.randn_like(t) for t in tensors)
+        assert_trees_close(jvp(cp, tuple(tensors), tangents), jvp(dense, tuple(tensors), tangents))
+
+    def test_jvp_of_each_argument_alone(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        for i, tensor in enumerate(tensors):
+            got, want = (
+                jvp(
+                    lambda t, f=f, i=i: f(*tensors[:i], t, *tensors[i + 1 :]),
+                    (tensor,),
+                    (torch.ones_like(tensor),),
+                )
+                for f in (cp, dense)
+            )
+            assert_trees_close(got, want)
+
+    def test_jvp_without_grad_mode(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        tangents = tuple(torch.randn_like(t) for t in tensors)
+        with torch.no_grad():
+            got = jvp(cp, tuple(tensors), tangents)
+        assert_trees_close(got, jvp(dense, tuple(tensors), tangents))
+
+    @pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+    def test_jacobian(self, case: Case, jacobian: Any) -> None:
+        cp, dense, tensors = both(case)
+        for argument in (1, len(tensors) - 1):
+            got, want = jacobian(cp, argument)(*tensors), jacobian(dense, argument)(*tensors)
+            assert_close(got, want, f"jacobian of argument {argument}")
+
+    def test_hessian(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        # Of two factors of different groups: the mixed block goes through what is kept.
+        arguments = (1, len(case.tensorized_shape[0]) + 1)
+        got = hessian(lambda *t: cp(*t).sin().sum(), arguments)(*tensors)
+        assert_trees_close(got, hessian(lambda *t: dense(*t).sin().sum(), arguments)(*tensors))
+
+    def test_jvp_of_grad(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        every = tuple(range(len(tensors)))
+        tangents = tuple(torch.randn_like(t) for t in tensors)
+        got, want = (
+            jvp(grad(lambda *t, f=f: f(*t).square().sum(), every), tuple(tensors), tangents)
+            for f in (cp, dense)
+        )
+        assert_trees_close(got, want)
+
+    def test_vmap_over_every_argument(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        stacked = [torch.stack([t, 2 * t + 1, -t]) for t in tensors]
+        assert_close(vmap(cp)(*stacked), vmap(dense)(*stacked), "y")
+
+    def test_vmap_over_each_argument(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        for i, tensor in enumerate(tensors):
+            arguments = [*tensors[:i], torch.stack([tensor, 1 - tensor], -1), *tensors[i + 1 :]]
+            dims = tuple(-1 if j == i else None for j in range(len(tensors)))
+            got, want = vmap(cp, dims)(*arguments), vmap(dense, dims)(*arguments)
+            assert_close(got, want, f"y over argument {i}")
+
+    def test_vmap_of_backward(self, case: Case) -> None:
+        cp, dense, tensors = both(case)
+        for tensor in tensors:
+            tensor.requires_grad_()
+        grads_y = torch.stack([case.grad_y(), case.grad_y(seed=5)])
+        got, want = (
+            torch.autograd.grad(f(*tensors), tensors, grads_y, is_grads_batched=True)
+            for f in (cp, dense)
+        )
+        assert_trees_close(got, want)
+
+    def test_per_sample_gradients(self, case: Case) -> None:
+        """vmap(grad) of the module itself, one gradient of each parameter per sample."""
+        layer, x = case.make(), case.leaves().x
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+        def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return functional_call(layer, values, (sample,)).square().sum()
+
+        got = vmap(grad(loss), (None, 0))(parameters, x)
+        for i, sample in enumerate(x):
+            layer.zero_grad()
+            layer(sample).square().sum().backward()
+            for name, parameter in layer.named_parameters():
+                assert_close(got[name][i], parameter.grad, f"sample {i}, {name}")
+
+
+def test_gradients_of_frozen_parameters_are_none() -> None:
+    case = BY_ID["linear-order3"]
+    layer = case.make()
+    layer.cp.factors[1].requires_grad_(False)
+    layer(case.leaves().x).sum().backward()
+    assert layer.cp.factors[1].grad is None
+    assert layer.cp.factors[0].grad is not None
+
+
+@pytest.mark.parametrize("case", params([BY_ID["linear-order3"], BY_ID["conv-3x3"]]))
+def test_explicit_pair_is_differentiable(case: Case) -> None:
+    """The closed-form backward consists of differentiable operations."""
+    leaves = case.leaves().map(Tensor.requires_grad_)
+    named = leaves.named()
+    _, saved = case.cp_forward(leaves)
+    grads = case.cp_backward(case.grad_y(), saved)
+    got = torch.autograd.grad(
+        sum(g.square().sum() for g in grads.values()), [named[name] for name in grads]
+    )
+    leaves = case.leaves().map(Tensor.requires_grad_)
+    tensors = [leaves.named()[name] for name in grads]
+    first = torch.autograd.grad(case.expected(leaves), tensors, case.grad_y(), create_graph=True)
+    want = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+    assert_trees_close(got, want)
+
+
+def test_a_bias_batched_alone_under_vmap() -> None:
+    """The bias is added in place, which vmap refuses where only the bias is batched."""
+    layer, x = CPLinear(12, 8, rank=2, dtype=torch.float64), torch.randn(3, 12).double()
+    biases = torch.randn(5, 8, dtype=torch.float64)
+    got = torch.func.vmap(lambda bias: torch.func.functional_call(layer, {"bias": bias}, (x,)))(
+        biases
+    )
+    torch.testing.assert_close(got, (layer(x) - layer.bias) + biases.unsqueeze(1))

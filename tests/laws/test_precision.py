@@ -1,0 +1,204 @@
+"""Errors in fp32, bf16 and fp16: at most twice those of dense torch in the same dtype.
+
+Both are measured against float64 on the same (already rounded) inputs, as relative L2 over several
+draws. Dense torch gets its weight W from the factors in fp32 (``reference.dense``), rounded once to
+the dtype; then everything is ``F.linear`` or ``F.conv*d`` in that dtype. Its factor gradients come
+from its dW, in the dtype, by autograd through ``reference.dense`` in fp32.
+
+Where the bound comes from: in half precision the error is a count of roundings. Dense rounds
+twice on the way to any result (W and y, or dW and the result). An explicit Khatri-Rao layer rounds
+four times, so √2 times the error; a convolution with one depthwise stage six times, √3.
+
+In fp32 operands are exact and what is counted are the roundings within sums, and there twice
+dense's error is no measure: one library adds a long sum in a single chain and another, or the same
+library for another processor or product, in many short ones. So in fp32 there is a floor: what a
+single chain has. The partial sum of k terms of random sign is √k of a term and rounded by up to u =
+2⁻²⁴ of itself, by u/√3 in the root mean square; over K terms that is u √(1 + 2 + … + K)/√3 of a
+term, u √(K/6) of the sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_plans import FEW, every_plan, plans_one_route
+from torch import Tensor
+
+from cases import BY_ID, CASES, HALVES, Case, Leaves, gradients, params
+from polyadic import ConvPlan, LinearPlan, reference
+
+FACTOR = 2.0
+DRAWS = 8
+LARGE = [case for case in CASES if case.dtypes]
+Results = dict[str, Tensor]
+Plan = LinearPlan | ConvPlan
+
+
+def dense_results(case: Case, dtype: torch.dtype, seed: int) -> Results:
+    """Output and gradients of dense torch in ``dtype``."""
+    given = case.leaves(dtype, seed)
+    wide = given.to(torch.float32).map(Tensor.requires_grad_)
+    x = given.x.requires_grad_()
+    bias = None if given.bias is None else given.bias.requires_grad_()
+    cp = SimpleNamespace(
+        tensorized_shape=case.tensorized_shape, factors=wide.factors, weights=wide.weights
+    )
+    weight = reference.dense(cp)
+    y = case.dense(x, (weight.T if case.linear else weight).to(dtype), bias)
+    leaves = {**wide.named(), "x": x, **({} if bias is None else {"bias": bias})}
+    grads = torch.autograd.grad(y, list(leaves.values()), case.grad_y(dtype, seed + 1))
+    return {"y": y.detach()} | {
+        name: grad.to(dtype) for name, grad in zip(leaves, grads, strict=True)
+    }
+
+
+def cp_results(case: Case, dtype: torch.dtype, seed: int, plan: Plan | None) -> Results:
+    leaves = case.leaves(dtype, seed).map(Tensor.requires_grad_)
+    y = case.cp(leaves) if plan is None else case.cp(leaves, plan=plan)
+    return {"y": y.detach(), **gradients(y, leaves, case.grad_y(dtype, seed + 1))}
+
+
+@functools.cache
+def exact_results(case: Case, dtype: torch.dtype, seed: int) -> Results:
+    leaves = case.leaves(dtype, seed).to(torch.float64).map(Tensor.requires_grad_)
+    y = case.expected(leaves)
+    grad_y = case.grad_y(dtype, seed + 1).double()
+    return {"y": y.detach(), **gradients(y, leaves, grad_y)}
+
+
+def errors(case: Case, dtype: torch.dtype, results: list[Results]) -> dict[str, float]:
+    """Relative L2 error of every result, over all draws together."""
+    wrong: dict[str, float] = defaultdict(float)
+    right: dict[str, float] = defaultdict(float)
+    for seed, result in enumerate(results):
+        exact = exact_results(case, dtype, seed)
+        assert result.keys() == exact.keys()
+        for name, value in result.items():
+            assert value.dtype == dtype, f"{name} is {value.dtype}"
+            wrong[name] += (value.double() - exact[name]).square().sum().item()
+            right[name] += exact[name].square().sum().item()
+    return {name: (wrong[name] / right[name]) ** 0.5 for name in wrong}
+
+
+@functools.cache
+def dense_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    try:
+        results = [dense_results(case, dtype, seed) for seed in range(DRAWS)]
+    except RuntimeError as error:
+        if "not implemented for" in str(error):
+            pytest.skip(f"torch has no dense {dtype} here: {error}")
+        raise
+    return errors(case, dtype, results)
+
+
+def of_a_chain(case: Case, dtype: torch.dtype) -> float:
+    """Relative error of sums that are added term by term; nothing in half precision, see above."""
+    if dtype != torch.float32:
+        return 0.0
+    taps = 1 if case.linear else math.prod(case.tensorized_shape[2])
+    positions = math.prod(case.lead) * math.prod(case.size)
+    # On the way to any gradient there are sums over either side, the components and the positions.
+    terms = taps * (case.in_features + case.out_features) + case.rank + positions
+    return float(torch.finfo(dtype).eps / 2 * math.sqrt(terms / 6))
+
+
+def assert_within_twice(case: Case, dtype: torch.dtype, plan: Plan | None) -> None:
+    ours = errors(case, dtype, [cp_results(case, dtype, seed, plan) for seed in range(DRAWS)])
+    assert_errors_within_twice(case, dtype, ours, plan)
+
+
+def assert_errors_within_twice(
+    case: Case, dtype: torch.dtype, ours: dict[str, float], plan: Plan | None
+) -> None:
+    dense = dense_errors(case, dtype)
+    for name, error in ours.items():
+        limit = FACTOR * max(dense[name], of_a_chain(case, dtype))
+        assert error <= limit, f"{name}: {error:.2e}, dense torch {dense[name]:.2e}, by {plan}"
+
+
+def separable_in_half(plan: Plan, dtype: torch.dtype) -> bool:
+    routes = (plan.forward, plan.backward)
+    return dtype.itemsize == 2 and any(
+        getattr(r, "depthwise", None) == "separable" and r.kind == "factorized" for r in routes
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", params(LARGE))
+def test_error_at_most_twice_that_of_dense_torch(case: Case, dtype: torch.dtype) -> None:
+    assert_within_twice(case, dtype, None)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", params([c for c in LARGE if c.linear]))
+def test_linear_plans_stay_within_twice(case: Case, dtype: torch.dtype) -> None:
+    """However many groups there are, products between them are rounded once."""
+    for plan in plans_one_route(case):
+        if plan.keep and plan.forward.in_groups == plan.forward.out_groups:
+            assert_within_twice(case, dtype, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", params([c for c in LARGE if not c.linear]))
+def test_merged_conv_plans_stay_within_twice(case: Case, dtype: torch.dtype) -> None:
+    for plan in plans_one_route(case):
+        if plan.keep == 1 and not separable_in_half(plan, dtype):
+            assert_within_twice(case, dtype, plan)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 19)])
+def test_the_rule_can_fail(dtype: torch.dtype, bits: int) -> None:
+    """Noise of one unit in the last place of bf16 is noticed, and of a few units of fp32."""
+    case = BY_ID["linear-notebook"]
+    results = [cp_results(case, dtype, seed, None) for seed in range(DRAWS)]
+    noisy = [
+        {name: (v.double() * (1 + 2**-bits * torch.randn_like(v.double()))).to(v.dtype)
+         for name, v in result.items()}
+        for result in results
+    ]  # fmt: skip
+    ours = errors(case, dtype, noisy)
+    with pytest.raises(AssertionError, match="dense torch"):
+        assert_errors_within_twice(case, dtype, ours, None)
+
+
+@pytest.mark.parametrize("case", params(CASES))
+def test_small_integers_are_exact(case: Case) -> None:
+    """Equal to the last bit: a fault of indexing cannot hide below a tolerance."""
+    check_integers(case, None)
+
+
+@pytest.mark.parametrize("case", params(FEW))
+def test_small_integers_are_exact_by_every_plan(case: Case) -> None:
+    for plan in every_plan(case):
+        check_integers(case, plan)
+
+
+@functools.cache
+def integer_problem(case: Case) -> tuple[Leaves, Tensor, Results]:
+    """Leaves and gradient in {-1, 0, 1} and the exact results; all sums far below 2²⁴."""
+    generator = torch.Generator().manual_seed(3)
+
+    def integers(like: Tensor) -> Tensor:
+        return torch.randint(-1, 2, like.shape, generator=generator).to(like)
+
+    leaves = case.leaves(torch.float32).map(integers)
+    grad_y = integers(case.grad_y(torch.float32))
+    exact = leaves.to(torch.float64).map(Tensor.requires_grad_)
+    y = case.expected(exact)
+    want = {"y": y.detach(), **gradients(y, exact, grad_y.double())}
+    assert all(v.numel() == 0 or v.abs().max() < 2**20 for v in want.values())
+    return leaves, grad_y, want
+
+
+def check_integers(case: Case, plan: Plan | None) -> None:
+    leaves, grad_y, want = integer_problem(case)
+    leaves = leaves.map(lambda t: t.detach().clone().requires_grad_())
+    y = case.cp(leaves) if plan is None else case.cp(leaves, plan=plan)
+    got = {"y": y, **gradients(y, leaves, grad_y)}
+    for name in want:
+        assert torch.equal(got[name].double(), want[name]), f"{name} by {plan}"
