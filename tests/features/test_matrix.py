@@ -182,6 +182,8 @@ SPOILT = {
     "torch.fx: a leaf of the graph": unrecorded,
     "torch.jit.script is refused": scripts,
     "frozen, after torch.export that is not strict": unwatched,
+    "frozen, exported to ONNX": hooked(one_more_where_exporting),
+    "frozen, offloaded by accelerate": unwatched,
     "reset_parameters module by module, in any order": without_drawing,
     "construction costs a few times the factors": square_blocks,
     "construction under a default device": hooked(one_more_by_default),
