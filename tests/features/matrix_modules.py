@@ -441,7 +441,9 @@ def frozen_and_offloaded(layer: Layer) -> None:
             want = model(x)
             polyadic.freeze(model, batch=64, size=3)
             assert model[0].frozen is not None
-            how(model, *([folder] if how is accelerate.disk_offload else []), execution_device="cpu")
+            how(
+                model, *([folder] if how is accelerate.disk_offload else []), execution_device="cpu"
+            )
             for _ in range(2):
                 assert_close(model(x), want, "y", 1e-5)
             accelerate.hooks.remove_hook_from_module(model, recurse=True)
