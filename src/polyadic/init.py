@@ -94,10 +94,8 @@ def _fill_with_orthonormal_columns(factor: Tensor, scale: float) -> None:
         return
     whole = rank // width
     columns = _haar(_normal(factor, whole, size, width))
-    # (count, m, w) → (m, count, w), the blocks side by side.
-    factor[:, : whole * width].unflatten(1, (whole, width)).copy_(
-        columns.transpose(0, 1).mul_(scale)
-    )
+    side_by_side = factor[:, : whole * width].view(size, whole, width)
+    side_by_side.copy_(columns.transpose(0, 1).mul_(scale))
     if rank % width:
         factor[:, whole * width :].copy_(_haar(_normal(factor, size, rank % width)).mul_(scale))
 
@@ -122,14 +120,15 @@ def _haar(normal: Tensor) -> Tensor:
 def _haar_of_tall(normal: Tensor, scale: float) -> Tensor:
     """What ``_haar`` returns for a Gaussian X (m, w), m ≥ 4 w, times a scale, in matrix products.
 
-    With XᵀX = L Lᵀ the matrix X L⁻ᵀ has orthonormal columns, and Lᵀ is the R of the QR factors whose
-    diagonal is positive. Its error grows with the square of X's condition number, at most 9 here.
+    With XᵀX = L Lᵀ the matrix X L⁻ᵀ has orthonormal columns, and Lᵀ is the R of the QR factors
+    whose diagonal is positive. Its error grows with the square of X's condition number, at most 9 here.
     """
     with no_autocast(normal):
         lower = torch.linalg.cholesky_ex(normal.t() @ normal).L
         one = torch.eye(len(lower), device=normal.device, dtype=normal.dtype)
         inverse = torch.linalg.solve_triangular(lower, one, upper=False)
-        return normal @ inverse.t().mul(scale)
+        columns: Tensor = normal @ inverse.t().mul(scale)
+    return columns
 
 
 def torch_std(fan_in: int) -> float:

@@ -83,7 +83,7 @@ class Source:
         return Source(constant, (), self.owner, self.like, self.shape, self.strides)
 
 
-class _ComparedWithParameters(type(Tensor)):
+class _ComparedWithParameters(type(Tensor)):  # type: ignore[misc]
     """The type of ``DenseWeight``; to ask whether a parameter is one of it is answered with yes.
 
     torch.testing.assert_close compares what is related: one operand has to be an instance of the

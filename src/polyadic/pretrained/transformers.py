@@ -196,7 +196,8 @@ def _offloaded(module: nn.Module, key: str) -> bool:
     owner = module.get_submodule(path)
     hook = getattr(owner, "_hf_hook", None)
     maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
-    return owner._parameters[name].is_meta and any(name in values for values in maps if values)
+    without = owner.get_parameter(name).is_meta
+    return without and any(name in values for values in maps if values is not None)
 
 
 def _name(dtype: torch.dtype) -> str | None:
