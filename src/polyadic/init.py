@@ -89,7 +89,7 @@ def _fill_with_orthonormal_columns(factor: Tensor, scale: float) -> None:
     widest = WIDEST_BLOCK if factor.numel() <= MOST_ENTRIES_IN_WIDE_BLOCKS else WIDEST_BLOCK_OF_MANY
     width = min(size, rank, widest)
     if size >= TALL * width:
-        for block in factor.split(width, 1):
+        for block in torch.split(factor, width, 1):
             block.copy_(_haar_of_tall(_normal(factor, *block.shape), scale))
         return
     whole = rank // width
@@ -121,7 +121,7 @@ def _haar_of_tall(normal: Tensor, scale: float) -> Tensor:
     """What ``_haar`` returns for a Gaussian X (m, w), m ≥ 4 w, times a scale, in matrix products.
 
     With XᵀX = L Lᵀ the matrix X L⁻ᵀ has orthonormal columns, and Lᵀ is the R of the QR factors
-    whose diagonal is positive. Its error grows with the square of X's condition number, at most 9 here.
+    whose diagonal is positive. Its error grows with the square of X's condition number, 9 here.
     """
     with no_autocast(normal):
         lower = torch.linalg.cholesky_ex(normal.t() @ normal).L
