@@ -116,7 +116,7 @@ def test_a_second_call_checks_and_plans_nothing(monkeypatch: pytest.MonkeyPatch)
     def seen(*args: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(linear_module, "_linear", seen)
+    monkeypatch.setattr(linear_module, "_checked", seen)
     assert torch.equal(layer(x), first)
     for other in (longer, x.double(), x.to("meta"), x[..., :12]):
         with pytest.raises(AssertionError):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from compiled import Form, pointers_to
 from data import DTYPES, device, draw, draw_groups, judge, poisoned, short
+from polyadic.autograd import run
 from pretend import counted, fused_kernels, judge_together
 from torch import Tensor
 
-from polyadic.autograd import run
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.kernels.pairs import padded_rank

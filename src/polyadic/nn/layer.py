@@ -28,12 +28,6 @@ from polyadic.tensor import CPTensor
 Rank = int | float | str
 
 
-def parameter(module: nn.Module, name: str) -> Any:
-    """A module's parameter; the dict is faster than getattr, which a parametrized one needs."""
-    own = module._parameters
-    return own[name] if name in own else getattr(module, name)
-
-
 class CPLayer(Weighted):
     """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
 
