@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+import polyadic
+from polyadic import functional
 from polyadic.kernels import backend, linear, pairs
 from polyadic.kernels.linear import LinearMap
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
-from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute, Memory
 from polyadic.testing import Flops, Operations
 
 KHATRI_RAO, MTTKRP = "polyadic.khatri_rao.default", "polyadic.mttkrp.default"
@@ -197,6 +201,66 @@ def test_a_compiler_sees_operations(gpu: None, rank: int) -> None:
     assert [g.shape for g in gradients] == [f.shape for f in factors]
     assert graphs[0].count("polyadic.khatri_rao") == 2
     assert graphs[0].count("polyadic.mttkrp") == 1
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="autograd needs a torch that knows CUDA"
+)
+
+
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("memory", ["balanced", "least"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_layer_compiles(gpu: None, memory: Memory, scaled: bool, training: bool) -> None:
+    """By the plan that the planner gives, which a compiler keeps as a constant."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_code(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    def call(x: Tensor, bias: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
+        return functional.cp_linear(
+            x, factors[:2], factors[2:], bias, weights=weights if scaled else None, memory=memory
+        )
+
+    x, bias, weights, *factors = (
+        on_gpu(*shape).requires_grad_(training)
+        for shape in ((7, 24), (15,), (5,), (4, 5), (6, 5), (3, 5), (5, 5))
+    )
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        y = torch.compile(call, backend=keep_code, fullgraph=True)(x, bias, weights, *factors)
+    assert y.shape == (7, 15)
+    assert y.requires_grad == training
+    # Forward and backward of the autograd Function are graphs within the graph.
+    code = "".join(part.code for part in graphs[0].modules() if hasattr(part, "code"))
+    assert code.count("polyadic.khatri_rao") == 1 + training
+    assert code.count("polyadic.mttkrp") == training
+
+
+PLANS = (LinearRoute, LinearPlan, ConvRoute, ConvPlan)
+PROPERTIES = {
+    name for kind in PLANS for name, value in vars(kind).items() if isinstance(value, property)
+}
+TRACED = ("kernels", "functional", "autograd.py")
+
+
+def properties_read(source: str) -> list[str]:
+    """Attributes read in a source that bear the name of a property of a plan."""
+    nodes = ast.walk(ast.parse(source))
+    return [n.attr for n in nodes if isinstance(n, ast.Attribute) and n.attr in PROPERTIES]
+
+
+def test_no_traced_code_reads_a_property_of_a_plan() -> None:
+    """The compiler of torch 2.11 cannot, where a plan is a constant: every compiled layer fails."""
+    assert properties_read("route.is_khatri_rao") == ["is_khatri_rao"]
+    package = Path(polyadic.__file__).parent
+    files = [f for name in TRACED for f in [*(package / name).rglob("*.py"), package / name]]
+    sources = [file for file in files if file.is_file()]
+    assert len(sources) > 20
+    for file in sources:
+        assert not properties_read(file.read_text(encoding="utf-8")), file.name
 
 
 @torch.no_grad()

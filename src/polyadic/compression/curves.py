@@ -28,8 +28,9 @@ from polyadic._torch import no_autocast
 from polyadic.compression.targets import Candidate, Target
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.problem import Problem, make_problem
-from polyadic.formats import resolve_rank
-from polyadic.nn.layer import Rank
+from polyadic.formats import (
+    Rank,
+)
 
 # Sweeps of a short fit, whose error is extrapolated.
 SWEEPS = 8
@@ -169,7 +170,9 @@ def curves(
     for candidate in sorted(
         target.candidates, key=lambda candidate: (not candidate.is_low_rank, candidate.order)
     ):
-        fixed = None if wanted is None else resolve_rank(wanted, candidate.at(1))
+        fixed = None
+        if wanted is not None:
+            fixed = candidate.probe._resolved(wanted, "meta", target.weight.dtype)
         most = (target.dense_parameters - 1) // candidate.per_rank if fixed is None else fixed
         if most < 1:
             continue

@@ -27,7 +27,7 @@ from polyadic.compression.fits import Outcome, fit_within
 from polyadic.compression.report import Report
 from polyadic.compression.targets import Target, find_targets
 from polyadic.compression.weigh import weigh
-from polyadic.nn.layer import Rank
+from polyadic.formats import Rank
 from polyadic.nn.wrapped import check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)

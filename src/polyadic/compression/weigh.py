@@ -14,7 +14,7 @@ from polyadic.compression.calibration import Calibration, Evidence
 from polyadic.compression.costs import Calls, Cost, cp_cost, dense_cost
 from polyadic.compression.curves import DAMPING, Curve, approximation, curves, fitted
 from polyadic.compression.targets import Target
-from polyadic.nn.layer import Rank
+from polyadic.formats import Rank
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
 PROBED = 1 / 4

@@ -1,7 +1,8 @@
 """A convolution on a GPU: products by cuBLAS, all between them by Triton kernels.
 
 Forward three launches: KA, KC and the taps; Z1 = X KA; then the depthwise stage, the projection
-with KC and the bias in one, so that Z2 never stands in memory. Backward eight: the matrices;
+with KC and the bias in one, so that Z2 never stands in memory; with many out channels the stage and
+the projection are two. Backward eight: the matrices;
 dZ2 = dY KC; dZ1, partial sums of the taps' gradient and Z2 again in one, and these sums added in
 another; dKC, dKA and dX; the gradients of all factors.
 
@@ -26,6 +27,12 @@ from polyadic.kernels.fused import MOST_ROWS, may_fuse
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
 from polyadic.kernels.projections import outer, project, project_back
 from polyadic.plans import MOST_FUSED_TAPS, ConvRoute
+
+# Out channels of a group up to which the projection is made in the kernel of the depthwise stage.
+# Its programs go through the maps one tile after the other, and with more channels there are more
+# maps: with 128 that kernel takes 30.6 µs (28² pixels, 32 images, 184 maps, bfloat16 on an H200,
+# November 2026), where Z2 by a kernel without such a chain and a GEMM move bytes of 15 µs at most.
+MOST_PROJECTED_CHANNELS = 64
 
 
 def is_fused(route: ConvRoute, plan: Stages, x: Tensor, factors: Sequence[Tensor]) -> bool:
@@ -99,8 +106,16 @@ class FusedConv:
             y = project(z1, self._each(kc).mT, "channels_last", self.groups, bias)
             return y, (z1,) if keep else ()
         from polyadic.kernels.triton.conv import depthwise_project
+        from polyadic.kernels.triton.depthwise import depthwise
 
         where, size, out = self._where(self.stage, taken.shape[2:])
+        if kc.shape[0] // self.groups > MOST_PROJECTED_CHANNELS:
+            rows = depthwise(
+                _rows(z1), taps[0], where, _three(size, 1), _three(out, 1), self.groups
+            )
+            last = _volume(rows, taken.shape[0], out)
+            y = project(last, self._each(kc).mT, "channels_last", self.groups, bias)
+            return y, (z1, last)[:keep]
         rows, z2 = depthwise_project(
             _rows(z1), taps[0], kc, bias, where, _three(size, 1), _three(out, 1), self.groups,
             keep=keep == 2,

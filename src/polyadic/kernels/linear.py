@@ -25,11 +25,21 @@ from polyadic.kernels.multilinear import (
 )
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
-from polyadic.plans import LinearPlan
+from polyadic.plans import LinearPlan, LinearRoute
 
 # Rows up to which a GPU computes a layer from its factors in two launches: as in the decoding of a
 # language model, where what is launched costs more than what is computed.
 MOST_DECODED_ROWS = 16
+
+
+def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
+    """Whether both sides are contracted on a GPU with their whole Khatri-Rao matrices.
+
+    A compiler keeps a plan as a constant, and that of torch 2.11 sees a constant's attributes but
+    not its properties; so this asks for attributes alone.
+    """
+    whole = len(route.in_groups) == 1 and len(route.out_groups) == 1
+    return x.is_cuda and route.kind == "factorized" and whole
 
 
 def _unpadded(z: Tensor, rank: int) -> Tensor:
@@ -65,7 +75,7 @@ class LinearMap:
         if route.kind == "dense":
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             return matmul_nt(x, matmul_nt(kc, ka), bias), ()
-        if x.is_cuda and route.is_khatri_rao:
+        if _in_pairs(x, route):
             if route.by == "triton" and self._decodes(x, factors):
                 return self._decoded(x, bias, factors), ()
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
@@ -127,7 +137,7 @@ class LinearMap:
                 d_weight = matmul_tn(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
-        elif x.is_cuda and route.is_khatri_rao:
+        elif _in_pairs(x, route):
             return self._backward_in_pairs(
                 grad_y, x, kept, in_factors, out_factors, wrt_x, wrt_in, wrt_out
             )

@@ -16,6 +16,7 @@ from polyadic.formats import ConvFormat, Shape
 from polyadic.kernels.backend import serves
 from polyadic.kernels.cpu import WIDE_COLUMNS, has_wide_weight_gradient
 from polyadic.kernels.depthwise import Geometry, Stage, Stages, stages
+from polyadic.kernels.fused_conv import MOST_PROJECTED_CHANNELS
 from polyadic.kernels.projections import better_as_rows
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.linear import Steps
@@ -296,11 +297,19 @@ def _matrices(s: _Sizes) -> Step:
 
 
 def _fused_forward(s: _Sizes) -> list[Step]:
-    """The in-projection by a GEMM, then depthwise and out-projection in one kernel."""
+    """The in-projection by a GEMM, then depthwise and out-projection in one kernel.
+
+    With many out channels the out-projection is a GEMM as well.
+    """
     steps = [_matrices(s)]
     if not s.request.channels_last:
         steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
     steps.append(s.project("Z1 = X KA", s.taken, s.c, s.rank))
+    if s.n > MOST_PROJECTED_CHANNELS and s.stages.depthwise:
+        flops = 2 * s.out_positions * s.maps * s.depthwise_taps
+        moved = s.item * s.maps * (s.taken + s.out_positions)
+        stage = Step("Z2 from Z1", "fused", flops, moved, elements=s.out_positions * s.maps)
+        return [*steps, stage, s.project("Y = Z2 KC^T", s.out_positions, s.rank, s.n)]
     flops = 2 * s.out_positions * s.rank * (s.n * s.groups + s.groups * s.depthwise_taps)
     moved = s.item * (s.taken * s.maps + s.out_positions * s.n * s.groups)
     return [*steps, Step("Y from Z1", "fused", flops, moved, elements=s.out_positions * s.n)]
