@@ -16,7 +16,7 @@ from cases import BY_ID, CASES, every_case, params
 from cases.functions import as_function, both, keeping, second_derivatives
 from cases.protocol import Case, Leaves
 from compare import assert_close, assert_trees_close
-from polyadic import autograd
+from polyadic.functional import boundary
 from polyadic.nn import CPLinear
 
 # Entry by entry where there are few; the others along random directions (fast_mode).
@@ -96,7 +96,7 @@ def test_double_backward_sees_kept_intermediates(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the backward did not recompute what the forward kept, the test above would fail."""
-    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: False)
+    monkeypatch.setattr(boundary, "_differentiated", lambda inputs: False)
     ours = second_derivatives(case, keeping(case))
     with pytest.raises(AssertionError, match="off by"):
         assert_trees_close(ours, second_derivatives(case, case.dense))
@@ -131,7 +131,7 @@ def test_forward_over_reverse(case: Case) -> None:
 def test_forward_over_reverse_sees_kept_intermediates(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: torch.is_grad_enabled())
+    monkeypatch.setattr(boundary, "_differentiated", lambda inputs: torch.is_grad_enabled())
     moved = "x" if case.differentiable else "factor 0"
     with pytest.raises(AssertionError, match="off by"):
         assert_trees_close(
