@@ -30,12 +30,6 @@ from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
 
-def parameter(module: nn.Module, name: str) -> Any:
-    """A module's parameter; the dict is faster than getattr, which a parametrized one needs."""
-    own = module._parameters
-    return own[name] if name in own else getattr(module, name)
-
-
 class CPLayer(Weighted):
     """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
 

@@ -19,7 +19,6 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
 from polyadic.nn.inputs import by_rows, call_recorded
-from polyadic.nn.layer import parameter
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
@@ -162,11 +161,13 @@ class CPLinear(Exchangeable):
                 return recorded
         elif x.is_nested:
             return by_rows(self, x)
-        frozen, bias = self._modules.get("frozen"), parameter(self, "bias")
-        if frozen is not None:
-            y: Tensor = frozen.forward(x, bias)
+        # From the dicts, as a module's getattr is slow; a parametrized bias is an attribute alone.
+        parts, own = self._modules, self._parameters
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not looked up each time
+        if parts.get("frozen") is not None:
+            y: Tensor = parts["frozen"].forward(x, bias)  # type: ignore[union-attr]
             return y
-        cp: CPTensor = self._modules["cp"]  # type: ignore[assignment]
+        cp: CPTensor = parts["cp"]  # type: ignore[assignment]
         (in_factors, out_factors), scale = cp.parts()
         return functional.cp_linear(
             x, in_factors, out_factors, bias, weights=scale, memory=self.memory
