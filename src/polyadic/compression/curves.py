@@ -84,7 +84,7 @@ class Curve:
 def problem_of(site: Site, form: Form, metric: Tensor | None, damping: float = DAMPING) -> Problem:
     """The least-squares problem that ``decompose`` solves for a site in a format."""
     probe = form.probe
-    inside = None if metric is None else probe._metric(metric)
+    inside = None if metric is None else probe._fit_metric(metric)
     return make_problem(site.target(form), form.modes, inside, probe._metric_groups, damping)
 
 
@@ -97,7 +97,7 @@ def fitted(
         {}
         if metric is None
         else {
-            "metric": probe._metric(metric),
+            "metric": probe._fit_metric(metric),
             "metric_groups": probe._metric_groups,
         }
     )

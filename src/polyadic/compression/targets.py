@@ -90,7 +90,7 @@ class Site:
 
     def target(self, form: Form) -> Tensor:
         """What a CP tensor of a format is fitted to."""
-        return form.probe._target(self.weight)
+        return form.probe._fit_target(self.weight)
 
     def made(self, cp: CPTensor) -> dict[str, nn.Module]:
         """The layers in CP format with a fitted weight, by name; tied ones share its factors."""

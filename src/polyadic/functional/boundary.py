@@ -79,12 +79,12 @@ def autocast(x: Any) -> tuple[Any, torch.dtype | None]:
 
 def memory_now(memory: Any) -> Memory:
     """Return the level asked for; ``"least"`` without gradients, for nothing is kept then."""
-    level = checks.memory(memory)
+    level = checks.check_memory(memory)
     return level if torch.is_grad_enabled() else "least"
 
 
 def gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
     """Check that a gradient has the output's shape, and x's dtype and device."""
-    checks.same_place(grad_y, x, "grad_y")
+    checks.check_like_factors(grad_y, x, "grad_y")
     if grad_y.shape != shape:
         raise ValueError(f"grad_y must have the output's shape {shape}, got {tuple(grad_y.shape)}")

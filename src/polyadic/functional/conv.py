@@ -81,33 +81,33 @@ def _conv(
 
     x is returned padded where the padding is not of zeros: what pads it is no part of the map.
     """
-    outs = checks.factor_group(groups[0], "out_factors")
-    ins = checks.factor_group(groups[1], "in_factors")
-    kernels = checks.factor_group(groups[2], "kernel_factors")
-    checks.not_sharded(kernels, "kernel_factors")
+    outs = checks.check_factor_group(groups[0], "out_factors")
+    ins = checks.check_factor_group(groups[1], "in_factors")
+    kernels = checks.check_factor_group(groups[2], "kernel_factors")
+    checks.check_not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
-    out_shape, in_shape, kernel_size, (rank,) = checks.ranked(
+    out_shape, in_shape, kernel_size, (rank,) = checks.check_factors(
         weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
-    n_groups = checks.channel_groups(n_groups, out_channels=math.prod(out_shape))
+    n_groups = checks.check_channel_groups(n_groups, out_channels=math.prod(out_shape))
     fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups)
-    checks.same_place(x, ins[0], "x", cast=cast)
-    geometry = checks.geometry(kernel_size, *where)
-    checks.conv_input(x, fmt, geometry)
-    if checks.padding_mode(padding_mode) != "zeros":
+    checks.check_like_factors(x, ins[0], "x", cast=cast)
+    geometry = checks.check_geometry(kernel_size, *where)
+    checks.check_conv_input(x, fmt, geometry)
+    if checks.check_padding_mode(padding_mode) != "zeros":
         x, geometry = padded(x, geometry, padding_mode)
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
-        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
-        checks.obeyable(plan, "convolution", x)
+        plan = checks.check_plan(plan, ConvPlan).covering(fmt)
+        checks.check_backend(plan, "convolution", x)
     return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
 
 
 def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     """Pad x by its own entries, and the geometry that is left to do."""
-    checks.padding_fits(x, where, mode)
+    checks.check_padding_fits(x, where, mode)
     widths = [width for pair in reversed(where.padding) for width in pair]
     none = ((0, 0),) * len(where.padding)
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
@@ -207,7 +207,7 @@ def cp_conv(
             padding_mode,
         )  # fmt: skip
         x = saved.x
-        checks.vector(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
+        checks.check_bias(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
         if cast is not None and bias is not None:
             bias = bias.to(cast)
         # As tuples: an iterator was gone through when it was checked.

@@ -64,27 +64,27 @@ def cp_conv_transpose(
         ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
     """
     x, cast = autocast(x)
-    ins = checks.factor_group(in_factors, "in_factors")
-    outs = checks.factor_group(out_factors, "out_factors")
-    kernels = checks.factor_group(kernel_factors, "kernel_factors")
-    checks.not_sharded(kernels, "kernel_factors")
+    ins = checks.check_factor_group(in_factors, "in_factors")
+    outs = checks.check_factor_group(out_factors, "out_factors")
+    kernels = checks.check_factor_group(kernel_factors, "kernel_factors")
+    checks.check_not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
-    in_shape, out_shape, kernel_size, (rank,) = checks.ranked(
+    in_shape, out_shape, kernel_size, (rank,) = checks.check_factors(
         weights, in_factors=ins, out_factors=outs, kernel_factors=kernels
     )
-    groups = checks.channel_groups(groups, in_channels=math.prod(in_shape))
+    groups = checks.check_channel_groups(groups, in_channels=math.prod(in_shape))
     fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, groups, transposed=True)
-    checks.same_place(x, ins[0], "x", cast=cast is not None)
-    where = checks.transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
-    checks.conv_input(x, fmt, where)
-    checks.vector(bias, fmt.channels[1], ins[0], cast=cast is not None)
+    checks.check_like_factors(x, ins[0], "x", cast=cast is not None)
+    where = checks.check_transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
+    checks.check_conv_input(x, fmt, where)
+    checks.check_bias(bias, fmt.channels[1], ins[0], cast=cast is not None)
     memory = memory_now(memory)
     if plan is None:
         plan = plan_conv(fmt, where, x, memory)
     else:
-        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
-        checks.obeyable(plan, "convolution", x)
+        plan = checks.check_plan(plan, ConvPlan).covering(fmt)
+        checks.check_backend(plan, "convolution", x)
     if cast is not None and bias is not None:
         bias = bias.to(cast)
     scale = [] if weights is None else [weights.unsqueeze(0)]

@@ -94,17 +94,17 @@ def cp_embedding(
         ValueError: shapes, ranks or devices do not fit together.
         IndexError: an index is outside [0, V).
     """
-    ins = checks.factor_group(in_factors, "in_factors")
-    outs = checks.factor_group(out_factors, "out_factors")
-    in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
+    ins = checks.check_factor_group(in_factors, "in_factors")
+    outs = checks.check_factor_group(out_factors, "out_factors")
+    in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt = EmbeddingFormat(in_shape, out_shape, rank)
-    checks.indices(indices, ins[0])
-    size = checks.table_rows(num_embeddings, in_shape)
-    padding_idx = checks.padding_index(padding_idx, size)
-    memory = checks.memory(memory)
+    checks.check_indices(indices, ins[0])
+    size = checks.check_table_rows(num_embeddings, in_shape)
+    padding_idx = checks.check_padding_index(padding_idx, size)
+    memory = checks.check_memory(memory)
     flat = indices.reshape(math.prod(indices.shape))
     if not torch.compiler.is_compiling():
-        checks.within(flat, size)
+        checks.check_in_range(flat, size)
     inverse = None
     if unique:
         flat, inverse = torch.unique(flat, return_inverse=True)

@@ -63,18 +63,18 @@ def _linear(
     rebuild: bool = True,
 ) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Validate the arguments of a linear map and settle its plan."""
-    ins = checks.factor_group(in_factors, "in_factors")
-    outs = checks.factor_group(out_factors, "out_factors")
-    in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
+    ins = checks.check_factor_group(in_factors, "in_factors")
+    outs = checks.check_factor_group(out_factors, "out_factors")
+    in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt = LinearFormat(in_shape, out_shape, rank)
-    checks.same_place(x, ins[0], "x", cast=cast)
-    checks.last_dimension(x, fmt.in_features, "x")
-    memory = checks.memory(memory)
+    checks.check_like_factors(x, ins[0], "x", cast=cast)
+    checks.check_last_dimension(x, fmt.in_features, "x")
+    memory = checks.check_memory(memory)
     if plan is None:
         plan = plan_linear(fmt, x, memory, rebuild)
     else:
-        plan = checks.plan_of(plan, LinearPlan).covering(fmt)
-        checks.obeyable(plan, "linear", x)
+        plan = checks.check_plan(plan, LinearPlan).covering(fmt)
+        checks.check_backend(plan, "linear", x)
     return fmt, plan, ins, outs
 
 
@@ -158,7 +158,7 @@ def _cp_linear(
     fmt, plan, ins, outs = _linear(
         x, in_factors, out_factors, weights, plan, memory, cast is not None
     )
-    checks.vector(bias, fmt.out_features, ins[0], cast=cast is not None)
+    checks.check_bias(bias, fmt.out_features, ins[0], cast=cast is not None)
     if cast is not None and bias is not None:
         bias = bias.to(cast)
     layer_map, factors = _linear_map(plan, ins, outs, weights)

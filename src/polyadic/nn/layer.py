@@ -43,11 +43,11 @@ class CPLayer(Weighted):
     _in_group, _out_group = 0, 1
     # Groups of the tensorized shape over which the input of the layer has its second moment.
     _metric_groups: tuple[int, ...] = (0,)
-    _stands_for: type[nn.Module]
+    _torch_class: type[nn.Module]
     # Arguments of the constructor that are attributes, here and in torch's layer.
-    _kept: tuple[str, ...]
+    _shared_arguments: tuple[str, ...]
 
-    def _own(
+    def _create(
         self,
         tensorized_shape: Sequence[Shape],
         rank: Rank,
@@ -58,7 +58,7 @@ class CPLayer(Weighted):
         """Create the parameters and fill them; ``bias`` is its length, or None."""
         self.frozen = None
         # Made without values: reset_parameters draws them, once.
-        resolved = resolve_rank(rank, self._unit())
+        resolved = resolve_rank(rank, self._format_of_rank_1())
         self.cp = CPTensor._without_values(tensorized_shape, resolved, None, device, dtype)
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
@@ -74,7 +74,7 @@ class CPLayer(Weighted):
         if name == "cp" and isinstance(value, CPTensor):
             value.std = self._std()
 
-    def _unit(self) -> LinearFormat | ConvFormat:
+    def _format_of_rank_1(self) -> LinearFormat | ConvFormat:
         """The layer's format at rank 1."""
         raise NotImplementedError
 
@@ -112,18 +112,18 @@ class CPLayer(Weighted):
         """Standard deviation of an initial weight."""
         return torch_std(self._fan_in())
 
-    def _target(self, weight: Tensor) -> Tensor:
+    def _fit_target(self, weight: Tensor) -> Tensor:
         """What the CP tensor is fitted to, for the weight of the torch layer."""
         return weight
 
-    def _metric(self, metric: Tensor | None) -> Tensor | None:
+    def _fit_metric(self, metric: Tensor | None) -> Tensor | None:
         """The metric of the fit, for that of the torch layer's input or none."""
         return metric
 
     @property
     def format(self) -> LinearFormat | ConvFormat:
         """Modes and rank of the layer."""
-        return dataclasses.replace(self._unit(), rank=self.rank)
+        return dataclasses.replace(self._format_of_rank_1(), rank=self.rank)
 
     @classmethod
     def joint(
@@ -153,7 +153,7 @@ class CPLayer(Weighted):
         """
         each = _differences(layers)
         first = cls(*args, **{**options, **each[0], "device": "meta"})
-        rank = resolve_rank(options["rank"], JointFormat(first._unit(), len(each)))
+        rank = resolve_rank(options["rank"], JointFormat(first._format_of_rank_1(), len(each)))
         made = [cls(*args, **{**options, **own, "rank": rank}) for own in each]
         kinds = dict.fromkeys(layer._kind() for layer in made)
         if len(kinds) > 1:

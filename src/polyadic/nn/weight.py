@@ -103,9 +103,12 @@ class DenseWeight(Tensor):
     @staticmethod
     def _empty(source: Source) -> DenseWeight:
         made: DenseWeight = torch.Tensor._make_wrapper_subclass(
-            DenseWeight, source.shape, strides=source.strides, dtype=source.like.dtype,
+            DenseWeight,
+            source.shape,
+            strides=source.strides,
+            dtype=source.like.dtype,
             device=source.like.device,
-        )  # fmt: skip
+        )
         made._source = source
         return made
 

@@ -129,7 +129,7 @@ class _Sizes:
 
     def taps(self, stage: Stage) -> list[int]:
         """Modes of the kernel factors that one stage's taps are made of."""
-        return [self.fmt.kernel_size[i] for i in stage.held]
+        return [self.fmt.kernel_size[i] for i in stage.factor_positions]
 
     def project(self, name: str, positions: int, k: int, n: int) -> Step:
         if self.route.layout == "channels_first":

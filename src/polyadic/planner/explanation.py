@@ -95,11 +95,11 @@ def explain(
                 f"LinearFormat or ConvFormat, got {type(layer).__name__}"
             )
     asked = asked.at(
-        checks.device_type(asked.device if device is None else device),
-        checks.computed_dtype(asked.dtype if dtype is None else dtype),
+        checks.check_device(asked.device if device is None else device),
+        checks.check_dtype(asked.dtype if dtype is None else dtype),
     )
     if memory is not None:
-        asked = dataclasses.replace(asked, memory=checks.memory(memory))
+        asked = dataclasses.replace(asked, memory=checks.check_memory(memory))
     return explained(asked, plan, training)
 
 
@@ -113,10 +113,10 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
         indices = embedding.kept_bytes_of_indices(request)
     if plan is not None:
         if isinstance(request.format, ConvFormat):
-            plan = checks.plan_of(plan, ConvPlan).covering(request.format)
+            plan = checks.check_plan(plan, ConvPlan).covering(request.format)
             reason = never("convolution", request.device, request.dtype)
         else:
-            plan = checks.plan_of(plan, LinearPlan).covering(request.format)
+            plan = checks.check_plan(plan, LinearPlan).covering(request.format)
             reason = never("linear", request.device, request.dtype)
         if reason is not None and "triton" in (plan.forward.by, plan.backward.by):
             raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
@@ -142,11 +142,11 @@ def _request_of_conv(
     fmt: ConvFormat, batch: int, size: int | Sequence[int] | None, options: dict[str, Any]
 ) -> Request:
     if fmt.transposed:
-        where = checks.transposed_geometry(fmt.kernel_size, **options)
+        where = checks.check_transposed_geometry(fmt.kernel_size, **options)
     else:
         _refuse({"output_padding": options.pop("output_padding")}, fmt)
-        where = checks.geometry(fmt.kernel_size, **options)
-    sizes = checks.spatial_size(size, where)
+        where = checks.check_geometry(fmt.kernel_size, **options)
+    sizes = checks.check_spatial_size(size, where)
     return request(fmt, batch, geometry=where, size=sizes)
 
 
@@ -157,7 +157,7 @@ def _checked(fmt: Any) -> Any:
     fmt = dataclasses.replace(fmt, **shapes, rank=positive_int(fmt.rank, "rank"))
     if isinstance(fmt, ConvFormat):
         side = "in_channels" if fmt.transposed else "out_channels"
-        checks.channel_groups(fmt.groups, **{side: getattr(fmt, side)})
+        checks.check_channel_groups(fmt.groups, **{side: getattr(fmt, side)})
         if len(fmt.kernel_size) > 3:
             raise ValueError(f"kernel_size must have 1 to 3 entries, got {fmt.kernel_size}")
     return fmt
