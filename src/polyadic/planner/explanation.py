@@ -1,4 +1,4 @@
-"""``polyadic.explain``: the plan of a layer step by step, its costs, and what was rejected."""
+"""``polyadic.explain`` says which plan a layer follows, step by step, what it costs, and why."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from polyadic.planner.report import Costed, Explanation, costed, rejected
 from polyadic.planner.request import Request, request
 from polyadic.plans import ConvPlan, LinearPlan, Memory
 
-# What an option is where it is not given.
+# The values of options that are not given.
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 
 class Layer(Protocol):
-    """What explain asks of a layer."""
+    """What ``explain`` asks of a layer: the request that it makes of the planner."""
 
     def request(self, batch: int, size: Any = None) -> Request:
-        """The request that a call of the layer makes of the planner.
+        """Return the request that a call of the layer makes of the planner.
 
         Args:
             batch: rows, images or indices.
@@ -151,7 +151,7 @@ def _request_of_conv(
 
 
 def _checked(fmt: Any) -> Any:
-    """A format with plain ints, after a check of them."""
+    """Check the sizes of a format and return it with plain ints."""
     names = [name for name in ("in_shape", "out_shape", "kernel_size") if hasattr(fmt, name)]
     shapes = {name: mode_sizes(getattr(fmt, name), name) for name in names}
     fmt = dataclasses.replace(fmt, **shapes, rank=positive_int(fmt.rank, "rank"))
@@ -164,7 +164,7 @@ def _checked(fmt: Any) -> Any:
 
 
 def _refuse(options: dict[str, Any], layer: object) -> None:
-    """Refuse what a layer or format has no use for, so that nothing is ignored."""
+    """Refuse options that a layer or format does not take, so that none is ignored."""
     for name, value in options.items():
         if value != _DEFAULTS[name]:
             raise ValueError(
