@@ -174,9 +174,14 @@ RANKS: list[tuple[str, Any, type[Exception], str]] = [
     ("float-above-1", 1.5, ValueError, "give an int for an absolute rank"),
     ("float-whole", 8.0, ValueError, "must lie in (0, 1], got 8.0"),
     ("inf", float("inf"), ValueError, "must lie in (0, 1], got inf"),
-    ("bool", True, TypeError, "rank must be an int, a float in (0, 1] or 'break-even', got True"),
-    ("string", "full", ValueError, "'break-even', got 'full'"),
-    ("number-as-string", "8", ValueError, "'break-even', got '8'"),
+    (
+        "bool",
+        True,
+        TypeError,
+        "a float in (0, 1], 'break-even' or 'faster', got True",
+    ),
+    ("string", "full", ValueError, "'faster', got 'full'"),
+    ("number-as-string", "8", ValueError, "'faster', got '8'"),
     ("none", None, TypeError, "got None (NoneType)"),
     ("tuple", (3, 4), TypeError, "got (3, 4) (tuple)"),
 ]

@@ -63,6 +63,7 @@ class Contestant:
         copies: modules with weights of their own, None for as many as there are inputs.
         explained: a call (module, training) that returns the plan and its predicted seconds.
         exact: makes the float64 copy of a module that its numbers are held against.
+        launches: ``"graph"`` and ``"eager"``, or one of them.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Contestant:
     copies: int | None = None
     explained: Callable[[nn.Module, bool], tuple[str, float]] | None = None
     exact: Callable[[nn.Module], nn.Module] = in_double
+    launches: tuple[str, ...] = ("graph", "eager")
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,13 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
             for name, one in ready.items()
             if mode == "forward" or not one.contestant.inference
         }
-        _timed(bench, cell, mode, "graph", ready, calls)
-        _timed(bench, cell, mode, "eager", ready, calls)
+        for launch in ("graph", "eager"):
+            wanted = {
+                name: some
+                for name, some in calls.items()
+                if launch in ready[name].contestant.launches
+            }
+            _timed(bench, cell, mode, launch, ready, wanted)
 
 
 def _fields(cell: Cell, contestant: Contestant, bench: Bench) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import polyadic
 from benchmarks.gpu import floors
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.captured import Started, uncaptured_in_double
 from benchmarks.gpu.contest import MOST_WEIGHTS, Cell, Contestant, NotApplicableError
 from benchmarks.gpu.switch import has_kernels, without_kernels
 from polyadic import functional
@@ -175,6 +176,17 @@ class Makers:
             return layer
 
         return Contestant("tltorch", "tltorch", build, copies=1)
+
+    def started(self, contestant: Contestant, label: str, how: str) -> Contestant:
+        """A contestant whose module is captured or compiled; one copy, as each takes its time."""
+
+        def build() -> nn.Module:
+            return Started(contestant.build(), how, self.bench.compiler)
+
+        return Contestant(
+            f"{contestant.name}, {label}", contestant.family, build, copies=1,
+            exact=uncaptured_in_double, launches=("eager",),
+        )  # fmt: skip
 
     def plans(self, wanted: Sequence[str] | None = None) -> list[Contestant]:
         """Our layer with plans forced on it."""

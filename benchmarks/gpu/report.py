@@ -67,6 +67,8 @@ def section(run: Run) -> str:
         ("Linear layers, forward", _forwards(run)),
         ("Linear layers in float32, one training step", _steps(run, "linear_float32")),
         ("Few rows, forward", _decode(run)),
+        ("One layer's step, started in other ways", _started(run, "captured")),
+        ("Layers that share an input, one training step", _started(run, "shared")),
         ("Embedding", _both(run, "embedding")),
         ("Convolution, bfloat16 in channels_last", _both(run, "conv")),
         ("A whole training step of a GPT", _networks(run)),
@@ -202,6 +204,17 @@ def _both(run: Run, group: str) -> str:
                 _time(eager.get(OURS)), _time(eager.get(DENSE)),
             ])  # fmt: skip
     return markdown_rows(rows, "ll" + "r" * 7) if cells else ""
+
+
+def _started(run: Run, group: str) -> str:
+    """Training steps of everybody in a graph and as a loop calls them."""
+    rows = [["cell", "contestant", "called eagerly, µs", "in a graph, µs"]]
+    for cell in _cells(run, group):
+        eager, graph = (
+            run.timed(cell["cell"], "training", launch) for launch in ("eager", "graph")
+        )
+        rows += [[cell["title"], who, _time(eager[who]), _time(graph.get(who))] for who in eager]
+    return markdown_rows(rows, "llrr") if len(rows) > 1 else ""
 
 
 def _networks(run: Run) -> str:

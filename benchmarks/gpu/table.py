@@ -11,13 +11,16 @@ from benchmarks.records import Record
 MOST = 11_500
 MOST_FAILURES = 16
 PAIR = "low-rank pair"
+# Groups of linear cells that have lines of their own.
+OTHER = ("decode", "captured", "shared")
+STARTED = OTHER[1:]
 
 
 def short_table(run: Run) -> str:
     """All sections, the later ones cut where they are too long."""
     sections = [
-        _head, _goals, _failures, _rates, _networks, _linear, _others, _products, _decode,
-        _profiles,
+        _head, _goals, _failures, _rates, _networks, _captured, _linear, _others, _products,
+        _decode, _profiles,
     ]  # fmt: skip
     lines: list[str] = []
     room = MOST
@@ -106,7 +109,7 @@ def _products(run: Run) -> Iterator[str]:
 
 def _linear(run: Run) -> Iterator[str]:
     who = (OURS, ATEN, PAIR, DENSE)
-    cells = [c for c in run.cells.values() if c["layer"] == "linear" and c["group"] != "decode"]
+    cells = [c for c in run.cells.values() if c["layer"] == "linear" and c["group"] not in OTHER]
     if not cells:
         return
     yield (
@@ -148,6 +151,15 @@ def _decode(run: Run) -> Iterator[str]:
             _times(run, cell["cell"], "forward", how, who) for how in ("graph", "eager")
         )
         yield f"{cell['title']}: {graph} | {eager}"
+
+
+def _captured(run: Run) -> Iterator[str]:
+    for cell in run.cells.values():
+        if cell["group"] not in STARTED:
+            continue
+        timed = run.timed(cell["cell"], "training", "eager")
+        words = [f"{who} {_us(r['median'])}" for who, r in timed.items()]
+        yield f"== {cell['title']}, step called eagerly, µs: {'; '.join(words)}"
 
 
 def _others(run: Run) -> Iterator[str]:

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--task", choices=("language", "digits"), default="language")
+    parser.add_argument("--contestants", type=int, help="so many of them, the most telling first")
     given = parser.parse_args()
     settings = {
         "task": given.task,
@@ -47,7 +48,7 @@ def main() -> None:
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
     run_all(
-        jobs.sweep(given.task, entries, given.steps),
+        jobs.sweep(given.task, entries[: given.contestants], given.steps),
         store,
         device=given.device,
         workers=given.workers,

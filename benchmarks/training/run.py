@@ -140,7 +140,8 @@ def run_all(
                 for job in [*swept, *repeats(swept, losses)]
                 if job not in losses and job not in failed and job not in running.values()
             ]
-            for job in ready[: 0 if late else workers - len(running)]:
+            free = 0 if late else workers - len(running)
+            for job in ready[:free]:
                 running[pool.submit(run, job, device, checkpoints)] = job
             if not running:
                 return
@@ -157,7 +158,7 @@ def run_all(
                     f"{job.task} {job.layer} width {job.width} blocks {job.blocks} "
                     f"lr {job.lr:g}{' groups' if job.groups else ''} seed {job.seed}: "
                     f"loss {record['loss']:.4f} after {record['seconds']:.0f} s; "
-                    f"{len(ready) - 1} wait"
+                    f"{len(ready[free:])} wait"
                 )
 
 

@@ -13,6 +13,7 @@ from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic.interop.tltorch import accelerate_tltorch
 from polyadic.nn.freezing import freeze, unfreeze
 from polyadic.planner.explanation import explain
+from polyadic.planner.ranks import rank_for
 from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
@@ -51,6 +52,7 @@ __all__ = [
     "nn",
     "padded_shape",
     "param_groups",
+    "rank_for",
     "reference",
     "register_transformers",
     "save_pretrained",

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -51,9 +51,13 @@ def known(*sizes: int) -> bool:
     return known
 
 
+# Whether a transform of torch.func is active.
+transforms_active = torch._C._are_functorch_transforms_active
+
+
 def in_transform() -> bool:
     """Whether a transform of torch.func is active, or a level of forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or forward_ad._current_level >= 0
 
 
 def transformed() -> bool:
@@ -64,6 +68,20 @@ def transformed() -> bool:
 def observed() -> bool:
     """Whether a mode or a tracer wants to see each operation that runs now."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+# A tensor that a transform of torch.func has left behind, as the plain one in it.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+
+def direct_apply(function: type[Function]) -> Callable[..., Any]:
+    """A Function's ``apply`` for plain tensors outside transforms, without what torch asks there.
+
+    ``Function.apply`` looks for transforms and unwraps arguments in Python, which takes as long as
+    one product of a small layer.
+    """
+    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -104,7 +122,7 @@ class Memo(dict[Any, Any]):
 
 def memoized(function: Callable[P, T]) -> Callable[P, T]:
     """Remember results by argument; under torch.compile, which cannot see a memo, just call."""
-    remembered = functools.lru_cache(maxsize=MOST, typed=True)(function)
+    remembered = functools.lru_cache(maxsize=MOST)(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

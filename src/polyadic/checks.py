@@ -229,20 +229,6 @@ def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any)
         TypeError: not ints, tuples of ints or (padding) a string.
         ValueError: wrong length, too small, an unknown string, or 'same' with a stride.
     """
-
-    def hashable(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    given = (hashable(stride), hashable(padding), hashable(dilation))
-    # The memo takes (1.0, 1) for (1, 1), so that the types inside tuples have to be told apart.
-    kinds = tuple([tuple(map(type, v)) if isinstance(v, tuple) else type(v) for v in given])
-    return _geometry(kernel_size, *given, kinds)
-
-
-@memoized
-def _geometry(
-    kernel_size: Shape, stride: Any, padding: Any, dilation: Any, kinds: tuple[Any, ...]
-) -> Geometry:
     dims = len(kernel_size)
     strides = _per_dimension(stride, dims, "stride", 1)
     dilations = _per_dimension(dilation, dims, "dilation", 1)

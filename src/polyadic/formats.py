@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Shape = tuple[int, ...]
+Rank = int | float | Literal["break-even", "faster"]
+# Ranks beyond the largest that any tensor needs are let through up to here, as they cost little.
+_HARMLESS_RANK = 4096
 
 
 def positive_int(value: Any, name: str) -> int:
@@ -201,8 +204,17 @@ class LinearFormat:
         return self.in_features * self.out_features
 
     @property
+    def largest_rank(self) -> int:
+        """A rank that suffices for every weight: the product of all modes but the largest."""
+        return _largest_rank((*self.in_shape, *self.out_shape))
+
+    @property
     def break_even_rank(self) -> int:
-        """Largest rank whose factorized FLOPs, 2·B·R·(M+N), do not exceed dense 2·B·M·N."""
+        """Largest rank whose factorized FLOPs, 2·B·R·(M+N), do not exceed dense 2·B·M·N.
+
+        Products with the factors alone are counted, which for large batches are nearly all;
+        ``polyadic.rank_for`` counts every step of the plan for a batch.
+        """
         return max(1, self.dense_parameters // (self.in_features + self.out_features))
 
 
@@ -275,6 +287,11 @@ class ConvFormat:
         return min(math.prod(longer), sum(longer)) if longer else 0
 
     @property
+    def largest_rank(self) -> int:
+        """A rank that suffices for every kernel: the product of all modes but the largest."""
+        return _largest_rank((*self.out_shape, *self.in_shape, *self.kernel_size))
+
+    @property
     def break_even_rank(self) -> int:
         """Largest rank whose FLOPs per position, 2·R·(Cin+taps+Cout), do not exceed dense.
 
@@ -310,29 +327,31 @@ class JointFormat:
         return self.layers * self.one.dense_parameters
 
     @property
-    def break_even_rank(self) -> int:
-        """Largest rank whose FLOPs do not exceed the dense layers': that of one layer."""
-        return self.one.break_even_rank
+    def largest_rank(self) -> int:
+        """A rank that suffices for all weights, each with components of its own."""
+        return self.layers * self.one.largest_rank
+
+
+def _largest_rank(modes: Shape) -> int:
+    return math.prod(modes) // max(modes)
 
 
 def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | JointFormat) -> int:
-    """Turn a rank as users write it into an integer.
+    """Turn a rank that is a number into an integer.
 
     Args:
-        rank: a positive int; a float in (0, 1], the fraction of the dense layer's parameters
-            (rounded down, at least 1); or ``"break-even"``.
+        rank: a positive int; or a float in (0, 1], the fraction of the dense layer's parameters
+            (rounded down, at least 1).
         unit: the layer's format at rank 1.
 
     Raises:
         TypeError: ``rank`` is of another type.
-        ValueError: a float outside (0, 1] (NaN too), an int below 1, or another string.
+        ValueError: a float outside (0, 1] (NaN too), an int below 1 or so large that it makes no
+            sense, or a string.
     """
+    allowed = "rank must be an int, a float in (0, 1], 'break-even' or 'faster'"
     if isinstance(rank, str):
-        if rank != "break-even":
-            raise ValueError(
-                f"rank must be an int, a float in (0, 1] or 'break-even', got {rank!r}"
-            )
-        return unit.break_even_rank
+        raise ValueError(f"{allowed}, got {rank!r}")
     if isinstance(rank, float):
         if not 0.0 < rank <= 1.0:
             raise ValueError(
@@ -341,12 +360,16 @@ def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | JointFormat) -> in
             )
         return max(1, int(rank * unit.dense_parameters / unit.parameters))
     try:
-        return positive_int(rank, "rank")
+        number = positive_int(rank, "rank")
     except TypeError:
-        raise TypeError(
-            f"rank must be an int, a float in (0, 1] or 'break-even', "
-            f"got {rank!r} ({type(rank).__name__})"
-        ) from None
+        raise TypeError(f"{allowed}, got {rank!r} ({type(rank).__name__})") from None
+    if number > max(unit.largest_rank, _HARMLESS_RANK):
+        raise ValueError(
+            f"rank must be at most {unit.largest_rank}, got {number}: every weight of these modes "
+            f"is a sum of {unit.largest_rank} components, so that more of them represent nothing "
+            f"else"
+        )
+    return number
 
 
 def factored_shape(value: Sequence[int] | None, features: int, default: Shape, name: str) -> Shape:

@@ -211,7 +211,7 @@ class CPTensor(Exchanged):
         own = self._parameters
         # Not get(), which would look up the default each time.
         scale = own["weights"] if "weights" in own else self.weights  # noqa: SIM401
-        return tuple([every[piece] for piece in self._pieces]), scale
+        return tuple(map(every.__getitem__, self._pieces)), scale
 
     def to_tensor(self) -> Tensor:
         """Build the full tensor, one dimension per mode; differentiable."""

@@ -6,18 +6,20 @@ import gc
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import polyadic
 from compare import assert_close
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.functional import linear as linear_module
 from polyadic.functional.boundary import known_calls
-from polyadic.nn import CPLinear
+from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
 from polyadic.planner import choice
 from polyadic.testing import LiveBytes, launches
 
@@ -101,6 +103,59 @@ def test_a_small_layer_makes_few_calls(
         assert python_calls(lambda: layer(x)) <= 35
 
 
+PACKAGE = str(Path(polyadic.__file__).parent)
+
+
+def own_calls(run: Callable[[], Any]) -> tuple[int, int]:
+    """Calls of the package's own Python functions, and the files these stand in."""
+    files: list[str] = []
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return len(files), len(set(files))
+
+
+WARM = {
+    # Calls and files of a second forward; a Python before 3.12 counts comprehensions too.
+    "linear": (lambda: (CPLinear(1024, 1024, rank=64), torch.randn(256, 1024)), (30, 7)),
+    "conv": (
+        lambda: (CPConv2d(16, 16, 3, padding=1, rank=8), torch.randn(2, 16, 8, 8)),
+        (55, 11),
+    ),
+    "conv, padded by entries": (
+        lambda: (
+            CPConv2d(16, 16, 3, padding=1, rank=8, padding_mode="circular"),
+            torch.randn(2, 16, 8, 8),
+        ),
+        (62, 11),
+    ),
+    "conv_transpose": (
+        lambda: (CPConvTranspose2d(16, 16, 3, padding=1, rank=8), torch.randn(2, 16, 8, 8)),
+        (55, 11),
+    ),
+    "embedding": (lambda: (CPEmbedding(1000, 64, rank=8), torch.randint(1000, (2, 7))), (40, 9)),
+}
+
+
+@pytest.mark.parametrize("name", WARM)
+def test_a_second_call_takes_the_short_way(name: str) -> None:
+    made, (calls, files) = WARM[name]
+    known_calls.clear()
+    layer, x = made()
+    assert own_calls(lambda: layer(x))[0] > 3 * calls
+    layer(x)
+    found = own_calls(lambda: layer(x))
+    assert found[0] <= calls
+    assert found[1] <= files
+
+
 def test_the_count_of_calls_can_fail() -> None:
     """The first call, which checks and plans, makes many more."""
     layer, x = CPLinear(24, 18, rank=3), torch.randn(5, 24)
@@ -116,7 +171,7 @@ def test_a_second_call_checks_and_plans_nothing(monkeypatch: pytest.MonkeyPatch)
     def seen(*args: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(linear_module, "_linear", seen)
+    monkeypatch.setattr(linear_module, "_checked", seen)
     assert torch.equal(layer(x), first)
     for other in (longer, x.double(), x.to("meta"), x[..., :12]):
         with pytest.raises(AssertionError):
@@ -187,3 +242,67 @@ def test_a_training_step_needs_no_more_memory_than_dense(
         peaks.append(live.peak)
         del y, grads
     assert peaks[0] <= peaks[1]
+
+
+IMAGE, TAPS = torch.randn(2, 4, 5, 5), (torch.randn(3, 2), torch.randn(3, 2))
+SIDES = (torch.randn(4, 2),), (torch.randn(4, 2),)
+RIGHT = {"stride": (1, 1), "padding": 1, "dilation": (1, 1), "groups": 1}
+
+
+@pytest.mark.parametrize("function", [PF.cp_conv, PF.cp_conv_transpose])
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [("stride", (1.0, 1)), ("stride", True), ("padding", 1.0), ("dilation", (True, 1)),
+     ("groups", True)],
+)  # fmt: skip
+def test_an_equal_option_of_another_type_is_another(
+    function: Callable[..., Tensor], option: str, wrong: Any
+) -> None:
+    """1.0 and True are equal to 1 and hash alike, but are no strides."""
+    function(IMAGE, *SIDES, TAPS, **RIGHT)
+    with pytest.raises(TypeError, match=option):
+        function(IMAGE, *SIDES, TAPS, **{**RIGHT, option: wrong})
+
+
+@pytest.mark.parametrize(("option", "wrong"), [("padding_idx", True), ("num_embeddings", 4.0)])
+def test_an_equal_option_of_a_lookup_is_another(option: str, wrong: Any) -> None:
+    right = {"padding_idx": 1, "num_embeddings": 4}
+    PF.cp_embedding(torch.arange(4), *SIDES, **right)
+    with pytest.raises(TypeError, match=option):
+        PF.cp_embedding(torch.arange(4), *SIDES, **{**right, option: wrong})
+
+
+def test_a_stack_of_factors_is_no_group_after_a_right_call() -> None:
+    x, factors = torch.randn(3, 16), torch.randn(2, 4, 2)
+    PF.cp_linear(x, list(factors), list(factors))
+    with pytest.raises(TypeError, match="in_factors"):
+        PF.cp_linear(x, factors, list(factors))
+
+
+def test_calls_under_autocast_are_remembered_apart() -> None:
+    layer, x = CPLinear(24, 18, rank=3), torch.randn(5, 24)
+    known_calls.clear()
+    wide = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer(x)
+        settled = len(known_calls)
+        assert torch.equal(layer(x), half)
+        assert len(known_calls) == settled == 2
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(layer(x), wide)
+
+
+def test_a_tensor_that_a_transform_left_behind() -> None:
+    """It counts as the plain tensor in it, as for torch's own operations."""
+    layer, left = CPLinear(24, 18, rank=3), []
+
+    def leak(t: Tensor) -> Tensor:
+        left.append(t * 2)
+        return t.sum()
+
+    x = torch.randn(5, 24)
+    torch.func.grad(leak)(x)
+    y = layer(left[0])
+    assert_close(y, layer(2 * x), "y")
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())

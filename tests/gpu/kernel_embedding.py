@@ -13,7 +13,7 @@ from data import DTYPES, device, draw, draw_groups, judge, poisoned, short
 from pretend import counted, fused_kernels, judge_together
 from torch import Tensor
 
-from polyadic.autograd import run
+from polyadic.functional.boundary import Call
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.kernels.pairs import padded_rank
@@ -176,7 +176,7 @@ def _launches() -> str:
     route = LinearRoute((1, 1, 1), (2,), by="triton")
     layer_map = EmbeddingMap(LinearPlan(route, route, 0), 3, 3)
     with torch.enable_grad(), counted() as launches:
-        y = run(layer_map, indices, None, leaves)
+        y = Call(layer_map, 0).run(indices, (leaves,), None, None)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
     # The gradient of y is made here; the function that users call launches two more, as a check.
     names = [name for name in launches.names if name != "ones_like"]

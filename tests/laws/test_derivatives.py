@@ -14,7 +14,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from cases import BY_ID, CASES, Case, Leaves, every_case, params
 from compare import assert_close
-from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute, autograd
+from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.functional import boundary
 from polyadic.nn import CPLinear
 
 # Entry by entry where there are few; the others along random directions (fast_mode).
@@ -132,7 +133,7 @@ def test_double_backward_sees_kept_intermediates(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the backward did not recompute what the forward kept, the test above would fail."""
-    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: False)
+    monkeypatch.setattr(boundary, "_differentiated", lambda inputs: False)
     ours = second_derivatives(case, keeping(case))
     with pytest.raises(AssertionError, match="off by"):
         assert_trees_close(ours, second_derivatives(case, case.expected))
@@ -167,7 +168,7 @@ def test_forward_over_reverse(case: Case) -> None:
 def test_forward_over_reverse_sees_kept_intermediates(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autograd, "_differentiated", lambda inputs: torch.is_grad_enabled())
+    monkeypatch.setattr(boundary, "_differentiated", lambda inputs: torch.is_grad_enabled())
     with pytest.raises(AssertionError, match="off by"):
         assert_trees_close(
             forward_over_reverse(case, keeping(case), "x"),

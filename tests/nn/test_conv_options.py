@@ -420,9 +420,9 @@ def test_initial_variance_is_that_of_torch(transposed: bool, groups: int) -> Non
 def test_break_even_rank_with_groups(transposed: bool) -> None:
     """R·(own side + g·(taps + shared side)) multiply-adds per position, against the kernel's."""
     kind = pnn.CPConvTranspose2d if transposed else pnn.CPConv2d
-    layer = kind(24, 48, 3, groups=4, rank="break-even")
+    layer = kind(24, 48, 3, groups=4, rank=1)
     own, shared = (24, 12) if transposed else (48, 6)
-    assert layer.rank == own * shared * 9 // (own + 4 * (6 + shared))
+    assert layer.format.break_even_rank == own * shared * 9 // (own + 4 * (6 + shared))
 
 
 X = torch.ones(1, 4, 5, 5)

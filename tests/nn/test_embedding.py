@@ -19,7 +19,6 @@ from cases import by_einsum, cp_by_einsum
 from compare import assert_close
 from polyadic import CPTensor
 from polyadic import functional as PF
-from polyadic.functional import embedding as embedding_module
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.nn import CPEmbedding, CPTiedLinear
 from polyadic.plans import LinearPlan, LinearRoute
@@ -131,9 +130,9 @@ class TestUnique:
     def test_rule(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """From 512 indices on, where at most half of them are distinct, each is looked up once."""
         rows: list[int] = []
-        run = embedding_module.run
+        forward = EmbeddingMap.forward
         monkeypatch.setattr(
-            embedding_module, "run", lambda m, x, b, f: rows.append(len(x)) or run(m, x, b, f)
+            EmbeddingMap, "forward", lambda m, x, b, f: rows.append(len(x)) or forward(m, x, b, f)
         )
         layer = make(1000, (10, 10, 10), (2, 3), 3)
         repeated, distinct = torch.arange(256), torch.arange(512)
@@ -185,9 +184,9 @@ def test_factors_are_joined_where_indices_are_many(
 ) -> None:
     """From twice as many indices on as the Khatri-Rao product has rows, the last modes first."""
     seen: list[Any] = []
-    run = embedding_module.run
+    forward = EmbeddingMap.forward
     monkeypatch.setattr(
-        embedding_module, "run", lambda m, x, b, f: seen.append(m.plan) or run(m, x, b, f)
+        EmbeddingMap, "forward", lambda m, x, b, f: seen.append(m.plan) or forward(m, x, b, f)
     )
     layer = make(24, (2, 3, 4), (3, 2), 5)
     layer(torch.randint(24, (rows,)))

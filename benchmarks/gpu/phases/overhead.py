@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.contest import train
 from benchmarks.gpu.timer import Call
-from polyadic.autograd import run as through_autograd
+from polyadic.functional.boundary import Call as Settled
 from polyadic.kernels.linear import LinearMap
 from polyadic.nn import CPLinear
 from polyadic.plans import LinearPlan, LinearRoute
@@ -140,8 +140,8 @@ def _parts(layer: CPLinear, x: Tensor, grad: Tensor) -> Iterator[tuple[str, Call
         _, kept = layer_map.forward(x, None, factors)
     yield "map, forward", _quietly(lambda: layer_map.forward(x, None, factors))
     yield "map, backward", _quietly(lambda: layer_map.backward(grad, x, kept, factors, needs))
-    leaves = [f.clone().requires_grad_() for f in factors]
-    yield "map behind autograd, forward", lambda: through_autograd(layer_map, x, None, leaves)
+    leaves, settled = [f.clone().requires_grad_() for f in factors], Settled(layer_map, 0)
+    yield "map behind autograd, forward", lambda: settled.run(x, (leaves,), None, None)
     try:
         from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
     except ImportError:

@@ -20,8 +20,9 @@ from polyadic._torch import no_autocast
 from polyadic.compression.targets import Form, Site
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.problem import Problem, make_problem
-from polyadic.formats import resolve_rank
-from polyadic.nn.layer import Rank
+from polyadic.formats import (
+    Rank,
+)
 
 SWEEPS = 8
 # A doubling of the sweeps gains about this fraction of what the doubling before gained; fits end
@@ -155,7 +156,7 @@ def curves(
     found: list[Curve] = []
     # Where two modes per side are no match for plain low rank, three are not either.
     for form in sorted(site.forms, key=lambda form: (not form.is_low_rank, form.order)):
-        fixed = None if wanted is None else resolve_rank(wanted, form.at(1))
+        fixed = None if wanted is None else form.probe._resolved(wanted, "meta", site.weight.dtype)
         most = (site.dense_parameters - 1) // form.per_rank if fixed is None else fixed
         if most < 1:
             continue

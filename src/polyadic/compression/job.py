@@ -26,8 +26,8 @@ from polyadic.compression.layer_report import LayerReport, Points
 from polyadic.compression.report import Report
 from polyadic.compression.targets import Site
 from polyadic.fitting import Decomposition
+from polyadic.formats import Rank
 from polyadic.nn.kinds import family_of
-from polyadic.nn.layer import Rank
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.request import place_now
 from polyadic.pretrained import attach

@@ -17,7 +17,7 @@ from polyadic.compression.calibration import Weights
 from polyadic.compression.job import Callback, Job
 from polyadic.compression.report import Report
 from polyadic.compression.targets import sites
-from polyadic.nn.layer import Rank
+from polyadic.formats import Rank
 
 Model = TypeVar("Model", bound=nn.Module)
 

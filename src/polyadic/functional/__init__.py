@@ -11,8 +11,13 @@ convolution is in-projection, depthwise convolution, out-projection (Lebedev et 
 Convolutional Neural Networks Using Fine-tuned CP-Decomposition, ICLR 2015).
 """
 
-from polyadic.functional.conv import ConvSaved, cp_conv, cp_conv_backward, cp_conv_forward
-from polyadic.functional.conv_transpose import cp_conv_transpose
+from polyadic.functional.conv import (
+    ConvSaved,
+    cp_conv,
+    cp_conv_backward,
+    cp_conv_forward,
+    cp_conv_transpose,
+)
 from polyadic.functional.embedding import cp_embedding
 from polyadic.functional.linear import (
     LinearSaved,

@@ -1,61 +1,223 @@
-"""What every public function does at its boundary: autocast, shapes of gradients, bytes held."""
+"""The boundary that every public function crosses: check, settle and run.
+
+A function hands its arguments to ``call`` together with a function that settles such calls: it
+checks the arguments, has a plan chosen, and returns a ``Call``, which is the map to run and how
+arguments are laid out for it. What has been settled is remembered by the signature of the
+arguments: all that checks and planner look at, and nothing computed from the values of tensors.
+
+A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward``, ``backward`` and
+``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself, which is
+all that forward mode needs; or x are indices, which have neither gradient nor tangent. It runs
+
+- by its own operations alone, where no gradient is asked for, where the graph is to be exported,
+  and where the plan leaves the backward to torch's autograd;
+- in ``_Compiled`` while a compiler traces, which knows no Function with a ``jvp``;
+- in ``_Transformed``, with ``jvp``, in a transform of torch.func or a level of forward mode;
+- in ``_Eager`` else, which knows neither and whose call costs a fifth of that.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad, profiler
 
-from polyadic import checks
-from polyadic._torch import Memo, autocasts
+from polyadic._torch import (
+    Memo,
+    autocasts,
+    direct_apply,
+    exporting,
+    transforms_active,
+    unwrap_if_dead,
+)
+from polyadic.formats import Shape
 from polyadic.planner import choice
-from polyadic.plans import Memory
 
-# Validated calls by signature: the map to run, and how its input is laid out.
+Groups = tuple[Sequence[Tensor], ...]
+
+
+class MultilinearMap(Protocol):
+    """What the boundary needs of a map."""
+
+    @property
+    def plan(self) -> object:
+        """What it obeys; printed in a profiler's label."""
+
+    @property
+    def output_channels_last(self) -> bool:
+        """Whether the output's channels are innermost in memory."""
+
+    @property
+    def autograd_backward(self) -> bool:
+        """Whether torch's autograd differentiates the forward, in place of ``backward``."""
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output, and the intermediates kept for the backward."""
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        factors: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of x and of each factor."""
+
+    def bias_gradient(self, grad_y: Tensor) -> Tensor:
+        """Gradient of the bias."""
+
+
+def joined(groups: Groups, weights: Tensor | None, weights_at: int) -> tuple[Tensor, ...]:
+    """The factors of all groups in one row, and λ among them as one more factor (1, R).
+
+    Args:
+        groups: sequences of factors.
+        weights: λ (R,) or None.
+        weights_at: how many factors stand in front of λ.
+    """
+    factors = tuple(itertools.chain.from_iterable(groups))
+    if weights is None:
+        return factors
+    return (*factors[:weights_at], weights.unsqueeze(0), *factors[weights_at:])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that has been checked: the map to run, and how arguments are laid out for it.
+
+    Args:
+        map: takes a batch.
+        weights_at: how many factors stand in front of λ.
+        batch: x's leading dimensions and its shape with one batch dimension in their place; None
+            where it has one already.
+        prepare: what is done to a batch before the map sees it, or None.
+    """
+
+    map: MultilinearMap
+    weights_at: int
+    batch: tuple[Shape, Shape] | None = None
+    prepare: Callable[[Tensor], Tensor] | None = None
+
+    def run(self, x: Tensor, groups: Groups, bias: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Apply the map to such arguments, differentiably."""
+        if self.batch is not None:
+            x = x.reshape(self.batch[1])
+        if self.prepare is not None:
+            x = self.prepare(x)
+        y = _apply(self.map, x, bias, joined(groups, weights, self.weights_at))
+        return y if self.batch is None else self.unbatched(y)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """Reshape x to one batch dimension."""
+        return x if self.batch is None else x.reshape(self.batch[1])
+
+    def unbatched(self, y: Tensor) -> Tensor:
+        """Give outputs, or gradients of x, the leading dimensions that x has."""
+        return y if self.batch is None else y.view(*self.batch[0], *y.shape[1:])
+
+
+Settled = TypeVar("Settled", bound=Call)
+
+
+def as_batch(x: Tensor, dims: int) -> tuple[Shape, Shape] | None:
+    """``Call.batch`` for x whose last ``dims`` dimensions belong to one element of a batch."""
+    if x.dim() == dims + 1:
+        return None
+    lead, rest = x.shape[: x.dim() - dims], x.shape[x.dim() - dims :]
+    return tuple(lead), (math.prod(lead), *rest)
+
+
+# Calls by signature.
 known_calls = Memo()
 choice.when_forgotten(known_calls.clear)
 
 _signature = attrgetter("shape", "dtype", "device")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def call_signature(
-    x: Any, groups: tuple[Any, ...], bias: Any, weights: Any, *options: Any
-) -> tuple[Any, ...] | None:
-    """All that validation and choice of a plan look at, so that both are done once; or None.
+def _placements(tensor: Tensor) -> Any:
+    """How a DTensor is spread over processes; a convolution refuses some of the ways."""
+    return getattr(tensor, "placements", None)
+
+
+def call(
+    settle: Callable[..., tuple[Call, Groups]],
+    x: Any,
+    groups: tuple[Any, ...],
+    bias: Any,
+    weights: Any,
+    *options: Any,
+) -> Tensor:
+    """Check, settle and run a call whose x and bias autocast may cast.
 
     Args:
+        settle: takes (x, groups, bias, weights, whether autocast has cast, *options) and returns
+            the call and the groups as tuples; raises where an argument does not fit.
         x: the input.
-        groups: sequences of factors; None is returned where one is no tuple or list.
+        groups: sequences of factors.
         bias: the bias or None.
         weights: λ or None.
-        options: whatever else decides, told apart by hash and equality.
-
-    Raises:
-        AttributeError: one of the tensors is none.
-        TypeError: a group has no elements to go through, or an option no hash.
+        options: whatever else decides.
     """
-    if torch._C._is_any_autocast_enabled():
-        return None
-    for group in groups:
-        if type(group) is not tuple and type(group) is not list:
-            return None
-    return (
-        tuple(map(len, groups)),
-        tuple(map(_signature, itertools.chain((x,), *groups))),
-        None if bias is None else _signature(bias),
-        None if weights is None else _signature(weights),
-        torch.get_num_threads(),
-        options,
-    )
+    cast = False
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        x, bias, cast = autocast(x, bias)
+    found, groups = settled(settle, x, groups, bias, weights, cast, *options)
+    return found.run(x, groups, bias, weights)
 
 
-def nbytes(tensors: Sequence[Tensor | None]) -> int:
-    """Bytes of all tensors that are given."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+def settled(
+    settle: Callable[..., tuple[Settled, Groups]],
+    x: Any,
+    groups: tuple[Any, ...],
+    bias: Any,
+    weights: Any,
+    *options: Any,
+) -> tuple[Settled, Groups]:
+    """What ``settle`` makes of a call, remembered; and the groups, as tuples at the first time.
+
+    Options are told apart by their types too, and those of entries of tuples, as a dict takes 1,
+    1.0 and True for one key and the first of them alone is a stride. A call whose signature cannot
+    be told is settled each time: one that a compiler traces, of symbolic sizes, of iterators, or
+    of what are no tensors.
+    """
+    if torch.compiler.is_compiling():
+        return settle(x, groups, bias, weights, *options)
+    try:
+        sizes = tuple(map(len, groups))
+        tensors = (x, *itertools.chain.from_iterable(groups))
+        classes = tuple(map(type, tensors))
+        key = (
+            settle,
+            sizes,
+            tuple(map(type, groups)),
+            tuple(map(_signature, tensors)),
+            None if _PLAIN.issuperset(classes) else (classes, tuple(map(_placements, tensors))),
+            x.stride(),
+            None if bias is None else _signature(bias),
+            None if weights is None else _signature(weights),
+            options,
+            tuple([tuple(map(type, o)) if type(o) is tuple else type(o) for o in options]),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+        )
+        found: Settled | None = known_calls.get(key)
+    except (AttributeError, TypeError):
+        return settle(x, groups, bias, weights, *options)
+    if found is None:
+        found, groups = settle(x, groups, bias, weights, *options)
+        known_calls[key] = found
+    return found, groups
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -66,25 +228,191 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
-def autocast(x: Any) -> tuple[Any, torch.dtype | None]:
-    """Cast x as autocast asks, and return to which dtype; what is no floating tensor stays.
+def autocast(x: Any, bias: Any) -> tuple[Any, Any, bool]:
+    """Cast x and the bias as autocast asks, and return whether it does.
 
-    A plan is chosen for the dtype computed in, so this comes first.
+    A plan is chosen for the dtype computed in, so this comes first. What is no floating tensor
+    stays, for the checks to name.
     """
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        return x, None
-    dtype = autocast_dtype(x)
-    return (x if dtype is None else x.to(dtype)), dtype
+    dtype = autocast_dtype(x) if _is_floating(x) else None
+    if dtype is None:
+        return x, bias, False
+    return x.to(dtype), bias.to(dtype) if _is_floating(bias) else bias, True
 
 
-def memory_now(memory: Any) -> Memory:
-    """Return the level asked for; ``"least"`` without gradients, for nothing is kept then."""
-    level = checks.check_memory(memory)
-    return level if torch.is_grad_enabled() else "least"
+def _is_floating(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype.is_floating_point
 
 
-def gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Check that a gradient has the output's shape, and x's dtype and device."""
-    checks.check_like_factors(grad_y, x, "grad_y")
-    if grad_y.shape != shape:
-        raise ValueError(f"grad_y must have the output's shape {shape}, got {tuple(grad_y.shape)}")
+def _apply(
+    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
+    """Apply a map, differentiably; under a profiler with a label that names map and plan."""
+    # Compiled code asks for no profiler: what it reads is guarded, and starting one would compile
+    # it again.
+    if torch.compiler.is_compiling():
+        return _traced(layer_map, x, bias, factors)
+    # Entering a label costs more than a small layer's product.
+    if profiler._is_profiler_enabled:
+        with profiler.record_function(f"polyadic.{type(layer_map).__name__}({layer_map.plan})"):
+            return _eager(layer_map, x, bias, factors)
+    return _eager(layer_map, x, bias, factors)
+
+
+def _traced(
+    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
+    if layer_map.autograd_backward or not torch.is_grad_enabled() or exporting():
+        return layer_map.forward(x, bias, factors)[0]
+    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    return y.movedim(-1, 1) if layer_map.output_channels_last else y
+
+
+def _eager(
+    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
+    if layer_map.autograd_backward or not torch.is_grad_enabled():
+        return layer_map.forward(x, bias, factors)[0]
+    if transforms_active() or forward_ad._current_level >= 0:
+        y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+        return y
+    bias = None if bias is None else unwrap_if_dead(bias)
+    y = _apply_eager(layer_map, unwrap_if_dead(x), bias, *map(unwrap_if_dead, factors))
+    return y
+
+
+class _ClosedForm(Function):
+    """Closed-form backward around a map's forward; reverse mode and vmap, for those below."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, kept = layer_map.forward(x, bias, factors)
+        return (_own(y), *kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        layer_map, x, _, *factors = inputs
+        ctx.layer_map = layer_map
+        ctx.n_factors = len(factors)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grads[0])
+
+
+def _own(y: Tensor) -> Tensor:
+    """The output as a tensor that is no view, so that it can be changed in place.
+
+    A map turns its result to the layout it promises, and torch refuses to change in place a view
+    that was made inside a Function: how to differentiate the base it does not know. The map holds
+    no other reference to that base, so the result may as well be a tensor of its own. They share
+    the counter of changes, by which autograd still finds out what was changed after it was saved.
+    """
+    return y.detach() if y._is_view() else y
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the map's arguments, for that of its output."""
+    n_factors: int = ctx.n_factors
+    if grad_y is None:
+        return (None,) * (3 + n_factors)
+    layer_map: MultilinearMap = ctx.layer_map
+    x, *rest = ctx.saved_tensors
+    factors, kept = rest[:n_factors], rest[n_factors:]
+    if _differentiated((x, *factors)):
+        # Kept intermediates are constants to autograd: second derivatives need them recomputed.
+        kept = []
+    needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
+    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs_x, *needs_factors))
+    d_bias = layer_map.bias_gradient(grad_y) if needs_bias else None
+    return (None, d_x, d_bias, *d_factors)
+
+
+def _differentiated(inputs: Sequence[Tensor]) -> bool:
+    """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
+
+
+class _Compiled(_ClosedForm):
+    """``_ClosedForm`` with the output's channels last where they are innermost in memory.
+
+    Dynamo makes gradients contiguous, which is then no pass over them.
+    """
+
+    @staticmethod
+    def forward(
+        layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, kept = layer_map.forward(x, bias, factors)
+        # Dynamo cannot ask whether it is a view; detaching costs compiled code nothing.
+        return ((y.movedim(1, -1) if layer_map.output_channels_last else y).detach(), *kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y = grads[0]
+        if grad_y is not None and ctx.layer_map.output_channels_last:
+            grad_y = grad_y.movedim(-1, 1)
+        return _gradients(ctx, grad_y)
+
+
+class _Eager(Function):
+    """What ``_ClosedForm`` does, for eager code outside transforms.
+
+    torch asks a Function with ``setup_context`` for its signature at each call, which takes longer
+    than a small layer; this one is called without it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        y, kept = layer_map.forward(x, bias, factors)
+        ctx.layer_map = layer_map
+        ctx.n_factors = len(factors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *kept)
+        return _own(y)
+
+    backward = _ClosedForm.backward
+
+
+class _Transformed(_ClosedForm):
+    """``_ClosedForm`` with forward mode, which torch.compile refuses to trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _ClosedForm.setup_context(ctx, inputs, output)
+        _, x, bias, *factors = inputs
+        ctx.n_kept = len(output) - 1
+        ctx.save_for_forward(x, bias, *factors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """Σ over the arguments of the map with that one argument replaced by its tangent."""
+        _, t_x, t_bias, *t_factors = tangents
+        x, _, *factors = ctx.saved_tensors
+        terms: list[Tensor] = []
+        if t_x is not None:
+            terms.append(ctx.layer_map.forward(t_x, None, factors)[0])
+        for position, tangent in enumerate(t_factors):
+            if tangent is not None:
+                moved = [*factors[:position], tangent, *factors[position + 1 :]]
+                terms.append(ctx.layer_map.forward(x, None, moved)[0])
+        if t_bias is not None:
+            zeros = torch.zeros_like(x)
+            terms.append(ctx.layer_map.forward(zeros, t_bias, factors)[0])
+        return (sum(terms[1:], terms[0]) if terms else None, *[None] * ctx.n_kept)
+
+
+_apply_eager = direct_apply(_Eager)

@@ -1,10 +1,14 @@
-"""CP convolutions: validate, plan, run; and the explicit pair of forward and backward."""
+"""CP convolutions, transposed ones too; and the explicit pair of forward and backward.
+
+A transposed convolution is the adjoint of a convolution. Its factors come as those of a convolution
+do, so that one flow serves both: (*out, *in, λ if any, *kernel).
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +18,20 @@ from torch import Tensor
 
 from polyadic import checks
 from polyadic._torch import no_autocast
-from polyadic.autograd import run
 from polyadic.formats import ConvFormat, Shape
-from polyadic.functional.boundary import (
-    autocast,
-    call_signature,
-    gradient_like,
-    known_calls,
-    memory_now,
-    nbytes,
-)
+from polyadic.functional.boundary import Call, Groups, as_batch, call
+from polyadic.functional.saved import Saved, explicit_backward, explicit_forward, gradient_like
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.projections import in_layout
 from polyadic.planner.ask import plan_conv
 from polyadic.plans import ConvPlan, Memory
 
+Prepare = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
-class ConvSaved:
+class ConvSaved(Saved):
     """What ``cp_conv_forward`` hands to ``cp_conv_backward``.
 
     Attributes:
@@ -58,28 +57,62 @@ class ConvSaved:
     plan: ConvPlan
     groups: int = 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors held: input, intermediates and factors."""
-        factors = [*self.out_factors, *self.in_factors, *self.kernel_factors]
-        return nbytes([self.x, *self.kept, *factors, self.weights])
+
+@dataclass(frozen=True)
+class _Checked:
+    """The arguments of a convolution after all checks.
+
+    Args:
+        fmt: sizes of the factors.
+        geometry: where the kernel goes, without a padding that is done before.
+        plan: chosen or given.
+        groups: factors out, in and kernel.
+        prepare: pads a batch by its own entries; None for zeros, which the map pads with.
+    """
+
+    fmt: ConvFormat
+    geometry: Geometry
+    plan: ConvPlan
+    groups: tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
+    prepare: Prepare | None = None
+
+    def call(self, x: Tensor) -> Call:
+        outs, ins, _ = self.groups
+        return _call(
+            x, self.plan, self.geometry, (len(outs), len(ins)), self.fmt.groups, self.prepare
+        )
 
 
-def _conv(
+def _call(
     x: Tensor,
-    groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    plan: ConvPlan,
+    geometry: Geometry,
+    counts: tuple[int, int],
+    n_groups: int,
+    prepare: Prepare | None = None,
+) -> Call:
+    """The call of the map that a plan stands for, with so many out and in factors."""
+    layer_map = ConvMap(plan, geometry, *counts, n_groups)
+    return Call(layer_map, sum(counts), as_batch(x, len(geometry.kernel_size) + 1), prepare)
+
+
+def _checked(
+    x: Tensor,
+    groups: Groups,
     weights: Tensor | None,
-    where: tuple[Any, Any, Any],
+    cast: bool,
+    transposed: bool,
+    where: tuple[Any, ...],
+    n_groups: int,
+    padding_mode: str,
     plan: ConvPlan | None,
     memory: Memory,
-    cast: bool,
-    n_groups: int = 1,
-    padding_mode: str = "zeros",
     rebuild: bool = True,
-) -> tuple[ConvFormat, ConvSaved]:
-    """Validate the arguments of a convolution and settle its plan; nothing is kept yet.
+) -> _Checked:
+    """Check the arguments of a convolution, and choose a plan or check the one that is given.
 
-    x is returned padded where the padding is not of zeros: what pads it is no part of the map.
+    ``where`` are the arguments of ``checks.check_geometry``, or of
+    ``checks.check_transposed_geometry``.
     """
     outs = checks.check_factor_group(groups[0], "out_factors")
     ins = checks.check_factor_group(groups[1], "in_factors")
@@ -90,56 +123,90 @@ def _conv(
     out_shape, in_shape, kernel_size, (rank,) = checks.check_factors(
         weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
-    n_groups = checks.check_channel_groups(n_groups, out_channels=math.prod(out_shape))
-    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups)
+    # The side whose factors hold the rows of every group.
+    divided = {"in_channels": in_shape} if transposed else {"out_channels": out_shape}
+    n_groups = checks.check_channel_groups(
+        n_groups, **{k: math.prod(v) for k, v in divided.items()}
+    )
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups, transposed=transposed)
     checks.check_like_factors(x, ins[0], "x", cast=cast)
-    geometry = checks.check_geometry(kernel_size, *where)
+    geometry_of = checks.check_transposed_geometry if transposed else checks.check_geometry
+    geometry = geometry_of(kernel_size, *where)
     checks.check_conv_input(x, fmt, geometry)
+    prepare = None
     if checks.check_padding_mode(padding_mode) != "zeros":
+        prepare = functools.partial(_pad, widths=_widths(geometry), mode=padding_mode)
         x, geometry = padded(x, geometry, padding_mode)
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
         plan = checks.check_plan(plan, ConvPlan).covering(fmt)
         checks.check_backend(plan, "convolution", x)
-    return fmt, ConvSaved(x, (), outs, ins, kernels, weights, geometry, plan, n_groups)
+    return _Checked(fmt, geometry, plan, (outs, ins, kernels), prepare)
+
+
+def _settle(
+    x: Tensor,
+    groups: Groups,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    cast: bool,
+    transposed: bool,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    dilation: Any,
+    n_groups: int,
+    padding_mode: str,
+    plan: ConvPlan | None,
+    memory: Memory,
+) -> tuple[Call, Groups]:
+    """Check and plan a call of ``cp_conv`` or ``cp_conv_transpose``."""
+    where: tuple[Any, ...] = (stride, padding, dilation)
+    if transposed:
+        where = (stride, padding, output_padding, dilation)
+    # Nothing is kept where there are no gradients.
+    level = checks.check_memory(memory)
+    level = level if torch.is_grad_enabled() else "least"
+    found = _checked(
+        x, groups, weights, cast, transposed, where, n_groups, padding_mode, plan, level
+    )
+    checks.check_bias(bias, found.fmt.channels[1], found.groups[1][0], cast=cast)
+    return found.call(x), found.groups
+
+
+def _widths(where: Geometry) -> list[int]:
+    """A padding as ``torch.nn.functional.pad`` takes it, the last dimension first."""
+    return [width for pair in reversed(where.padding) for width in pair]
+
+
+def _pad(x: Tensor, widths: list[int], mode: str) -> Tensor:
+    """Pad a batch by its own entries."""
+    if not any(widths):
+        return x
+    # torch's autocast would pad in float32 and leave the input so.
+    with no_autocast(x):
+        wider = F.pad(x, widths, mode)
+    if mode == "circular" and x.stride(1) == 1 and x.shape[1] > 1:
+        # Of torch's paddings the one that loses channels_last.
+        wider = in_layout(wider, "channels_last")
+    return wider
 
 
 def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     """Pad x by its own entries, and the geometry that is left to do."""
     checks.check_padding_fits(x, where, mode)
-    widths = [width for pair in reversed(where.padding) for width in pair]
     none = ((0, 0),) * len(where.padding)
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
-    if not any(widths):
-        return x, rest
-    # torch's autocast would pad in float32 and leave the input so.
-    with no_autocast(x):
-        if x.dim() != len(where.padding) + 2:
-            return F.pad(x.unsqueeze(0), widths, mode).squeeze(0), rest
-        wider = F.pad(x, widths, mode)
-    if mode == "circular" and x.stride(1) == 1 and x.shape[1] > 1:
-        # Of torch's paddings the one that loses channels_last.
-        wider = in_layout(wider, "channels_last")
-    return wider, rest
+    if x.dim() == len(where.padding) + 2:
+        return _pad(x, _widths(where), mode), rest
+    return _pad(x.unsqueeze(0), _widths(where), mode).squeeze(0), rest
 
 
 def padded_size(size: Shape, where: Geometry, mode: str) -> tuple[Shape, Geometry]:
     """The same of a spatial size alone."""
     wider, rest = padded(torch.empty(1, 1, *size, device="meta"), where, mode)
     return tuple(wider.shape[2:]), rest
-
-
-def _conv_map(saved: ConvSaved) -> ConvMap:
-    """The map a plan stands for."""
-    n_out, n_in = len(saved.out_factors), len(saved.in_factors)
-    return ConvMap(saved.plan, saved.geometry, n_out, n_in, saved.groups)
-
-
-def _factors(saved: ConvSaved) -> list[Tensor]:
-    """What the map takes, λ as one more kernel factor."""
-    scale = [] if saved.weights is None else [saved.weights.unsqueeze(0)]
-    return [*saved.out_factors, *saved.in_factors, *scale, *saved.kernel_factors]
 
 
 def cp_conv(
@@ -189,38 +256,63 @@ def cp_conv(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
     """
-    where, factor_groups = (stride, padding, dilation), (out_factors, in_factors, kernel_factors)
-    key = found = None
-    if padding_mode == "zeros" and not torch.compiler.is_compiling():
-        try:
-            # Told apart by what is printed, as 1.0 and True are equal to 1.
-            options = repr((where, groups)), memory, torch.is_grad_enabled(), plan, x.stride()
-            key = call_signature(x, factor_groups, bias, weights, *options)
-            found = known_calls.get(key)
-        except (AttributeError, TypeError):
-            # Not tensors, or of symbolic sizes, which have no hash.
-            key = None
-    if found is None:
-        x, cast = autocast(x)
-        fmt, saved = _conv(
-            x, factor_groups, weights, where, plan, memory_now(memory), cast is not None, groups,
-            padding_mode,
-        )  # fmt: skip
-        x = saved.x
-        checks.check_bias(bias, fmt.out_channels, saved.in_factors[0], cast=cast is not None)
-        if cast is not None and bias is not None:
-            bias = bias.to(cast)
-        # As tuples: an iterator was gone through when it was checked.
-        out_factors, in_factors = saved.out_factors, saved.in_factors
-        kernel_factors = saved.kernel_factors
-        found = _conv_map(saved)
-        if key is not None:
-            known_calls[key] = found
-    scale = () if weights is None else (weights.unsqueeze(0),)
-    factors = (*out_factors, *in_factors, *scale, *kernel_factors)
-    if x.dim() == len(kernel_factors) + 2:
-        return run(found, x, bias, factors)
-    return run(found, x.unsqueeze(0), bias, factors).squeeze(0)
+    return call(
+        _settle, x, (out_factors, in_factors, kernel_factors), bias, weights,
+        False, stride, padding, None, dilation, groups, padding_mode, plan, memory,
+    )  # fmt: skip
+
+
+def cp_conv_transpose(
+    x: Tensor,
+    in_factors: Sequence[Tensor],
+    out_factors: Sequence[Tensor],
+    kernel_factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    plan: ConvPlan | None = None,
+    memory: Memory = "balanced",
+) -> Tensor:
+    """1-, 2- or 3-D transposed convolution by a kernel in CP format, without building the kernel.
+
+    The kernel is (Cin, Cout/groups, *k) as torch's, factors in this order. The adjoint of
+    ``cp_conv`` with the sides exchanged: in-projection, depthwise transposed convolution,
+    out-projection. With groups each has its own rows of the in side; out side and taps are the
+    same for all.
+
+    Args:
+        x: (B, Cin, *S) or (Cin, *S), floating point.
+        in_factors: tensors (m_d, R) with Π m_d = Cin.
+        out_factors: tensors (n_d, R) with Π n_d = Cout / groups.
+        kernel_factors: one tensor (k_i, R) per spatial dimension.
+        bias: (Cout,) or None.
+        weights: λ (R,) or None for ones.
+        stride: int or one per spatial dimension.
+        padding: positions cut off on both sides; int or one per spatial dimension.
+        output_padding: positions added behind, fewer than stride or dilation; int or one per
+            spatial dimension.
+        groups: groups of channels that are convolved separately; divides Cin and Cout.
+        dilation: int or one per spatial dimension.
+        plan: a ConvPlan to obey; None lets the planner choose.
+        memory: as in ``cp_conv``.
+
+    Returns:
+        (B, Cout, *S') or (Cout, *S') with S' = (S−1)·stride − 2·padding + dilation·(k−1) +
+        output_padding + 1, in x's dtype (under autocast in autocast's).
+
+    Raises:
+        TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
+        ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
+    """
+    return call(
+        _settle, x, (out_factors, in_factors, kernel_factors), bias, weights,
+        True, stride, padding, output_padding, dilation, groups, "zeros", plan, memory,
+    )  # fmt: skip
 
 
 def cp_conv_forward(
@@ -257,15 +349,13 @@ def cp_conv_forward(
         TypeError: see ``cp_conv``.
         ValueError: see ``cp_conv``.
     """
-    where = (stride, padding, dilation)
-    fmt, saved = _conv(
-        x, (out_factors, in_factors, kernel_factors), weights, where, plan, "balanced",
-        cast=False, n_groups=groups, rebuild=False,
+    found = _checked(
+        x, (out_factors, in_factors, kernel_factors), weights, False, False,
+        (stride, padding, dilation), groups, "zeros", plan, "balanced", rebuild=False,
     )  # fmt: skip
-    batched = x.dim() == len(fmt.kernel_size) + 2
-    layer_map, factors = _conv_map(saved), _factors(saved)
-    y, kept = layer_map.forward(x if batched else x.unsqueeze(0), None, factors)
-    return y if batched else y.squeeze(0), dataclasses.replace(saved, kept=kept)
+    y, kept = explicit_forward(found.call(x), x, found.groups, weights)
+    fmt, geometry = found.fmt, found.geometry
+    return y, ConvSaved(x, kept, *found.groups, weights, geometry, found.plan, fmt.groups)
 
 
 def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
@@ -292,20 +382,7 @@ def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
     out_channels = math.prod([f.shape[0] for f in saved.out_factors])
     lead, size = saved.x.shape[: -dims - 1], saved.geometry.output_size(saved.x.shape[-dims:])
     gradient_like(grad_y, saved.x, (*lead, out_channels, *size))
-    batched = bool(lead)
-    x = saved.x if batched else saved.x.unsqueeze(0)
-    grad = grad_y if batched else grad_y.unsqueeze(0)
-    layer_map, factors = _conv_map(saved), _factors(saved)
-    needs = (True,) * (1 + len(factors))
-    grad_x, grads = layer_map.backward(grad, x, saved.kept, factors, needs)
-    assert grad_x is not None
-    n_out, n_in = len(saved.out_factors), len(saved.in_factors)
-    kernel = grads[n_out + n_in :]
-    scale = [] if saved.weights is None else [kernel.pop(0)]
-    return (
-        grad_x if batched else grad_x.squeeze(0),
-        grads[:n_out],
-        grads[n_out : n_out + n_in],
-        kernel,
-        *(g.squeeze(0) for g in scale if g is not None),
-    )
+    groups = saved.out_factors, saved.in_factors, saved.kernel_factors
+    counts = len(saved.out_factors), len(saved.in_factors)
+    found = _call(saved.x, saved.plan, saved.geometry, counts, saved.groups)
+    return explicit_backward(found, grad_y, saved.x, saved.kept, groups, saved.weights)

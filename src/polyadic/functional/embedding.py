@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic import checks
-from polyadic.autograd import run
+from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
+from polyadic.functional.boundary import Call, Groups, as_batch, settled
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding
@@ -31,7 +32,7 @@ def _may_count(flat: Tensor, dtype: torch.dtype) -> bool:
         and dtype == accumulate_dtype(dtype)
         and type(flat) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_active()
         and len(flat) >= FEWEST_TO_COUNT
     )
 
@@ -47,6 +48,46 @@ def _distinct(flat: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
             return None
     distinct, places = torch.unique(flat, return_inverse=True)
     return (distinct, places) if 2 * len(distinct) <= len(flat) else None
+
+
+@dataclass(frozen=True)
+class _Lookup(Call):
+    """A settled call of ``cp_embedding``.
+
+    Args:
+        size: V, rows of the table.
+        dtype: of the factors.
+    """
+
+    size: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+def _settle(
+    indices: Tensor,
+    groups: Groups,
+    bias: None,
+    weights: Tensor | None,
+    padding_idx: int | None,
+    num_embeddings: int | None,
+    memory: Memory,
+) -> tuple[_Lookup, Groups]:
+    """Check and plan a call of ``cp_embedding``; λ comes in front, as one more in factor."""
+    ins = checks.check_factor_group(groups[0], "in_factors")
+    outs = checks.check_factor_group(groups[1], "out_factors")
+    in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
+    fmt, first = EmbeddingFormat(in_shape, out_shape, rank), ins[0]
+    checks.check_indices(indices, first)
+    size = checks.check_table_rows(num_embeddings, in_shape)
+    padding_idx = checks.check_padding_index(padding_idx, size)
+    memory = checks.check_memory(memory)
+    plan = plan_embedding(fmt, indices.numel(), first.dtype, first.device.type, memory)
+    n_in = len(ins)
+    if weights is not None:
+        # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
+        plan, n_in = LinearPlan.with_weights(plan), n_in + 1
+    layer_map = EmbeddingMap(plan, n_in, padding_idx)
+    return _Lookup(layer_map, 0, as_batch(indices, 0), None, size, first.dtype), (ins, outs)
 
 
 def cp_embedding(
@@ -94,34 +135,25 @@ def cp_embedding(
         ValueError: shapes, ranks or devices do not fit together.
         IndexError: an index is outside [0, V).
     """
-    ins = checks.check_factor_group(in_factors, "in_factors")
-    outs = checks.check_factor_group(out_factors, "out_factors")
-    in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
-    fmt = EmbeddingFormat(in_shape, out_shape, rank)
-    checks.check_indices(indices, ins[0])
-    size = checks.check_table_rows(num_embeddings, in_shape)
-    padding_idx = checks.check_padding_index(padding_idx, size)
-    memory = checks.check_memory(memory)
-    flat = indices.reshape(math.prod(indices.shape))
+    options = padding_idx, num_embeddings, memory
+    found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
+    flat = found.batched(indices)
     if not torch.compiler.is_compiling():
-        checks.check_in_range(flat, size)
-    inverse = None
+        checks.check_in_range(flat, found.size)
+    distinct = None
     if unique:
-        flat, inverse = torch.unique(flat, return_inverse=True)
-    elif unique is None and _may_count(flat, ins[0].dtype):
-        flat, inverse = _distinct(flat, size) or (flat, None)
-    factors, dtype = [*ins, *outs], ins[0].dtype
-    if weights is not None:
-        factors.insert(0, weights.unsqueeze(0))
-    if inverse is not None:
-        # The gradients of a row's repeats, of which there can be thousands, are summed before they
-        # reach the factors. In half precision such a sum ends where a term is below its rounding.
-        factors = [factor.to(accumulate_dtype(dtype)) for factor in factors]
-    plan = plan_embedding(fmt, flat.shape[0], factors[0].dtype, ins[0].device.type, memory)
-    if weights is not None:
-        # On the class, as torch.compile traces no method of a plan that is a constant to it.
-        plan = LinearPlan.with_weights(plan)
-    y = run(EmbeddingMap(plan, len(factors) - len(outs), padding_idx), flat, None, factors)
-    if inverse is not None:
-        y = F.embedding(inverse, y).to(dtype)
-    return y.view(*indices.shape, fmt.out_features)
+        distinct = torch.unique(flat, return_inverse=True)
+    elif unique is None and _may_count(flat, found.dtype):
+        distinct = _distinct(flat, found.size)
+    if distinct is None:
+        return found.run(indices, groups, None, weights)
+    # The gradients of a row's repeats, of which there can be thousands, are summed before they
+    # reach the factors. In half precision such a sum ends where a term is below its rounding.
+    flat, places = distinct
+    wide = accumulate_dtype(found.dtype)
+    groups = tuple(tuple([factor.to(wide) for factor in group]) for group in groups)
+    weights = None if weights is None else weights.to(wide)
+    # Not remembered: there is another number of distinct indices each time.
+    fewer, groups = _settle(flat, groups, None, weights, *options)
+    rows = fewer.run(flat, groups, None, weights)
+    return found.unbatched(F.embedding(places, rows).to(found.dtype))

@@ -7,26 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polyadic import checks
-from polyadic.autograd import run
 from polyadic.formats import LinearFormat
-from polyadic.functional.boundary import (
-    autocast,
-    call_signature,
-    gradient_like,
-    known_calls,
-    nbytes,
-)
+from polyadic.functional.boundary import Call, Groups, as_batch, call
+from polyadic.functional.saved import Saved, explicit_backward, explicit_forward, gradient_like
 from polyadic.kernels.linear import LinearMap
 from polyadic.planner.ask import plan_linear
 from polyadic.plans import LinearPlan, Memory
 
 
 @dataclass(frozen=True)
-class LinearSaved:
+class LinearSaved(Saved):
     """What ``cp_linear_forward`` hands to ``cp_linear_backward``.
 
     Attributes:
@@ -46,25 +39,19 @@ class LinearSaved:
     weights: Tensor | None
     plan: LinearPlan
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors held: input, intermediates and factors."""
-        return nbytes([self.x, *self.kept, *self.in_factors, *self.out_factors, self.weights])
 
-
-def _linear(
+def _checked(
     x: Tensor,
-    in_factors: Sequence[Tensor],
-    out_factors: Sequence[Tensor],
+    groups: Groups,
     weights: Tensor | None,
+    cast: bool,
     plan: LinearPlan | None,
     memory: Memory,
-    cast: bool,
     rebuild: bool = True,
 ) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Validate the arguments of a linear map and settle its plan."""
-    ins = checks.check_factor_group(in_factors, "in_factors")
-    outs = checks.check_factor_group(out_factors, "out_factors")
+    """Check the arguments of a linear map, and choose a plan or check the one that is given."""
+    ins = checks.check_factor_group(groups[0], "in_factors")
+    outs = checks.check_factor_group(groups[1], "out_factors")
     in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt = LinearFormat(in_shape, out_shape, rank)
     checks.check_like_factors(x, ins[0], "x", cast=cast)
@@ -78,18 +65,27 @@ def _linear(
     return fmt, plan, ins, outs
 
 
-def _linear_map(
-    plan: LinearPlan,
-    in_factors: Sequence[Tensor],
-    out_factors: Sequence[Tensor],
+def _call(x: Tensor, plan: LinearPlan, n_in: int, weights: Tensor | None) -> Call:
+    """The call of the map that a plan stands for; λ comes in front, as one more in factor."""
+    if weights is not None:
+        # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
+        plan, n_in = LinearPlan.with_weights(plan), n_in + 1
+    return Call(LinearMap(plan, n_in), 0, as_batch(x, 1))
+
+
+def _settle(
+    x: Tensor,
+    groups: Groups,
+    bias: Tensor | None,
     weights: Tensor | None,
-) -> tuple[LinearMap, list[Tensor]]:
-    """The map a plan stands for and its factors, λ in front as one more in factor."""
-    if weights is None:
-        return LinearMap(plan, len(in_factors)), [*in_factors, *out_factors]
-    # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
-    scaled = LinearMap(LinearPlan.with_weights(plan), len(in_factors) + 1)
-    return scaled, [weights.unsqueeze(0), *in_factors, *out_factors]
+    cast: bool,
+    plan: LinearPlan | None,
+    memory: Memory,
+) -> tuple[Call, Groups]:
+    """Check and plan a call of ``cp_linear``."""
+    fmt, plan, ins, outs = _checked(x, groups, weights, cast, plan, memory)
+    checks.check_bias(bias, fmt.out_features, ins[0], cast=cast)
+    return _call(x, plan, len(ins), weights), (ins, outs)
 
 
 def cp_linear(
@@ -125,50 +121,7 @@ def cp_linear(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the plan is for other modes.
     """
-    key = found = None
-    if not torch.compiler.is_compiling():
-        try:
-            key = call_signature(x, (in_factors, out_factors), bias, weights, plan, memory)
-            found = known_calls.get(key)
-        except (AttributeError, TypeError):
-            # Not tensors, or of symbolic sizes, which have no hash.
-            key = None
-    if found is None:
-        return _cp_linear(x, in_factors, out_factors, bias, weights, plan, memory, key)
-    layer_map, rows, shape = found
-    scale = () if weights is None else (weights.unsqueeze(0),)
-    factors = (*scale, *in_factors, *out_factors)
-    if rows is None:
-        return run(layer_map, x, bias, factors)
-    return run(layer_map, x.reshape(rows), bias, factors).view(shape)
-
-
-def _cp_linear(
-    x: Tensor,
-    in_factors: Sequence[Tensor],
-    out_factors: Sequence[Tensor],
-    bias: Tensor | None,
-    weights: Tensor | None,
-    plan: LinearPlan | None,
-    memory: Memory,
-    key: Any,
-) -> Tensor:
-    """``cp_linear`` of arguments not seen before: check, settle, remember and run."""
-    x, cast = autocast(x)
-    fmt, plan, ins, outs = _linear(
-        x, in_factors, out_factors, weights, plan, memory, cast is not None
-    )
-    checks.check_bias(bias, fmt.out_features, ins[0], cast=cast is not None)
-    if cast is not None and bias is not None:
-        bias = bias.to(cast)
-    layer_map, factors = _linear_map(plan, ins, outs, weights)
-    rows = None if x.dim() == 2 else (math.prod(x.shape[:-1]), fmt.in_features)
-    shape = (*x.shape[:-1], fmt.out_features)
-    if key is not None:
-        known_calls[key] = layer_map, rows, shape
-    if rows is None:
-        return run(layer_map, x, bias, factors)
-    return run(layer_map, x.reshape(rows), bias, factors).view(shape)
+    return call(_settle, x, (in_factors, out_factors), bias, weights, plan, memory)
 
 
 def cp_linear_forward(
@@ -195,13 +148,12 @@ def cp_linear_forward(
         TypeError: see ``cp_linear``.
         ValueError: see ``cp_linear``.
     """
-    fmt, plan, ins, outs = _linear(
-        x, in_factors, out_factors, weights, plan, "balanced", cast=False, rebuild=False
+    _, plan, ins, outs = _checked(
+        x, (in_factors, out_factors), weights, False, plan, "balanced", rebuild=False
     )
-    layer_map, factors = _linear_map(plan, ins, outs, weights)
-    y, kept = layer_map.forward(x.reshape(math.prod(x.shape[:-1]), fmt.in_features), None, factors)
-    saved = LinearSaved(x, kept, ins, outs, weights, plan)
-    return y.view(*x.shape[:-1], fmt.out_features), saved
+    found = _call(x, plan, len(ins), weights)
+    y, kept = explicit_forward(found, x, (ins, outs), weights)
+    return y, LinearSaved(x, kept, ins, outs, weights, plan)
 
 
 def cp_linear_backward(grad_y: Tensor, saved: LinearSaved) -> tuple[Any, ...]:
@@ -226,18 +178,6 @@ def cp_linear_backward(grad_y: Tensor, saved: LinearSaved) -> tuple[Any, ...]:
         raise TypeError(f"saved must come from cp_linear_forward, got {type(saved).__name__}")
     out_features = math.prod([f.shape[0] for f in saved.out_factors])
     gradient_like(grad_y, saved.x, (*saved.x.shape[:-1], out_features))
-    batch = math.prod(saved.x.shape[:-1])
-    x, rows = saved.x.reshape(batch, saved.x.shape[-1]), grad_y.reshape(batch, out_features)
-    layer_map, factors = _linear_map(saved.plan, saved.in_factors, saved.out_factors, saved.weights)
-    needs = (True,) * (1 + len(factors))
-    grad_x, grads = layer_map.backward(rows, x, saved.kept, factors, needs)
-    assert grad_x is not None
-    n_out = len(saved.out_factors)
-    grad_in, grad_out = grads[:-n_out], grads[-n_out:]
-    scale = [] if saved.weights is None else [grad_in.pop(0)]
-    return (
-        grad_x.view(saved.x.shape),
-        grad_in,
-        grad_out,
-        *(g.squeeze(0) for g in scale if g is not None),
-    )
+    groups = saved.in_factors, saved.out_factors
+    found = _call(saved.x, saved.plan, len(saved.in_factors), saved.weights)
+    return explicit_backward(found, grad_y, saved.x, saved.kept, groups, saved.weights)

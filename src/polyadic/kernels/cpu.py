@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 from polyadic._torch import not_traced
 
@@ -18,11 +18,6 @@ BIAS_FUSED_UP_TO_ELEMENTS = 2**14
 # With fewer columns than these a BLAS may add all terms of Xᵀ Z in one chain, whose rounding error
 # grows with the square root of their number; sums of blocks of so many rows keep it small.
 BLOCKED_BELOW_COLUMNS, BLOCK_ROWS = 4, 256
-
-
-def adds_bias_apart(elements: int) -> bool:
-    """Whether a product with so many elements had better be made without its bias."""
-    return not is_compiling() and elements > BIAS_FUSED_UP_TO_ELEMENTS
 
 
 def sums_in_blocks(x: Tensor) -> bool:

@@ -29,7 +29,12 @@ def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul_nt(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Z Kᵀ + bias of z (n, r), matrix (m, r), bias (m,)."""
-    if bias is not None and z.is_cpu and cpu.adds_bias_apart(z.shape[0] * matrix.shape[0]):
+    if (
+        bias is not None
+        and z.is_cpu
+        and z.shape[0] * matrix.shape[0] > cpu.BIAS_FUSED_UP_TO_ELEMENTS
+        and not is_compiling()
+    ):
         return plus_bias(F.linear(z, matrix), bias)
     return F.linear(z, matrix, bias)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polyadic import checks, functional
 from polyadic.formats import (
     ConvFormat,
+    Rank,
     Shape,
     factored_shape,
     mode_sizes,
@@ -23,8 +24,8 @@ from polyadic.functional.conv import padded, padded_size
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
-from polyadic.nn.layer import Rank
 from polyadic.planner.request import Request
+from polyadic.planner.search import WORD_IMAGES, word_size
 from polyadic.plans import Memory
 
 
@@ -75,6 +76,10 @@ class CPConvBase(Exchangeable):
                 channels, _ = self._format_of_rank_1().channels
                 beside = request.batch * channels * math.prod(given)
         return dataclasses.replace(request, geometry=where, size=sizes, kept_beside=beside)
+
+    def _usual_call(self) -> tuple[int, Shape]:
+        where = self.geometry
+        return WORD_IMAGES, word_size(where.kernel_size, where.dilation)
 
     @property
     def kernel_factors(self) -> tuple[Tensor, ...]:
@@ -269,7 +274,9 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built
         bias: own a bias (Cout,).
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
-            ``"break-even"``, the largest rank whose FLOPs do not exceed the dense layer's.
+            a word for the largest rank that does not compute more than the dense layer,
+            ``"break-even"``, or is predicted to be faster, ``"faster"`` (see
+            ``polyadic.rank_for``).
         order: D, modes per channel side, where ``in_shape`` or ``out_shape`` are not given.
         in_shape: in modes with product Cin / groups; ``polyadic.tensorize`` of both by default.
         out_shape: out modes with product Cout.

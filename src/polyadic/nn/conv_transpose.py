@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks, functional
-from polyadic.formats import ConvFormat, Shape, positive_int
+from polyadic.formats import (
+    ConvFormat,
+    Rank,
+    Shape,
+    positive_int,
+)
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
-from polyadic.nn.layer import Rank
 from polyadic.plans import Memory
 
 Transposed = TypeVar("Transposed", bound="_CPConvTranspose")
@@ -237,7 +241,9 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format and never
         dilation: int or one per spatial dimension.
         padding_mode: ``"zeros"``; another value is refused, as by torch.
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
-            ``"break-even"``, the largest rank whose FLOPs do not exceed the dense layer's.
+            a word for the largest rank that does not compute more than the dense layer,
+            ``"break-even"``, or is predicted to be faster, ``"faster"`` (see
+            ``polyadic.rank_for``).
         order: D, modes per channel side, where ``in_shape`` or ``out_shape`` are not given.
         in_shape: in modes with product Cin; ``polyadic.tensorize`` of both by default.
         out_shape: out modes with product Cout / groups.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from polyadic.fitting import Decomposition, decompose
-from polyadic.formats import JointFormat, Shape, resolve_rank
-from polyadic.nn.layer import CPLayer, Rank
+from polyadic.formats import (
+    Rank,
+    Shape,
+)
+from polyadic.nn.layer import CPLayer
 from polyadic.nn.source import weight_of
 from polyadic.tensor import CPTensor
 
@@ -182,7 +185,7 @@ def _empty(
     arguments = {**options, **shapes, "device": "meta", "dtype": modules[0].weight.dtype}
     if given is None and len(modules) > 1:
         probe = cls(**_arguments(cls, modules[0]), **arguments, rank=1)
-        rank = resolve_rank(rank, JointFormat(probe._format_of_rank_1(), len(modules)))
+        rank = probe._resolved(cast(Rank, rank), "meta", arguments["dtype"], modules)
     layers = [cls(**_arguments(cls, module), **arguments, rank=rank) for module in modules]
     needed = layers[0].cp.tensorized_shape
     if given is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from polyadic import checks, functional
 from polyadic.formats import (
     EmbeddingFormat,
+    LinearFormat,
+    Rank,
     factored_shape,
     mode_sizes,
     padded_shape,
@@ -22,8 +25,8 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
 from polyadic.nn.inputs import by_rows, call_recorded
-from polyadic.nn.layer import Rank
 from polyadic.nn.weight import Weighted
+from polyadic.planner.request import Request
 from polyadic.plans import Memory
 from polyadic.tensor import CPSlice
 
@@ -45,8 +48,8 @@ class CPEmbedding(Exchangeable):
         scale_grad_by_freq: False; True is refused.
         sparse: False; True is refused, since every factor's gradient is small and dense.
         rank: R as an int; a float in (0, 1], the fraction of the table's entries; or
-            ``"break-even"``, the largest rank whose FLOPs in ``as_linear`` do not exceed those of
-            a dense output head.
+            ``"break-even"`` or ``"faster"``, the largest rank whose FLOPs in ``as_linear`` do not
+            exceed those of a dense output head, or which is predicted to be faster there.
         order: D, modes per side, where ``in_shape`` or ``out_shape`` are not given.
         in_shape: in modes with a product of at least V; ``polyadic.padded_shape`` by default.
         out_shape: out modes with product E.
@@ -118,6 +121,13 @@ class CPEmbedding(Exchangeable):
 
     def _format_of_rank_1(self) -> EmbeddingFormat:
         return EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
+
+    def _request_of_words(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Request:
+        """That of the output head: a lookup in a dense table has neither FLOPs nor much time."""
+        made = super()._request_of_words(device, dtype)
+        return dataclasses.replace(made, format=LinearFormat(self.out_shape, self.in_shape, 1))
 
     def _std(self) -> float:
         return 1.0

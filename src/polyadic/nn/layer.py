@@ -12,26 +12,22 @@ from torch import Tensor, nn
 
 from polyadic.formats import (
     ConvFormat,
+    EmbeddingFormat,
     JointFormat,
     LinearFormat,
+    Rank,
     Shape,
     positive_int,
     resolve_rank,
 )
 from polyadic.init import torch_bias_, torch_std
 from polyadic.nn.frozen import Frozen
+from polyadic.nn.ranks import warn_above_break_even
 from polyadic.nn.weight import Weighted
 from polyadic.planner.request import Request, request
+from polyadic.planner.search import WORD_ROWS, rank_of_word
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
-
-Rank = int | float | str
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """A module's parameter; the dict is faster than getattr, which a parametrized one needs."""
-    own = module._parameters
-    return own[name] if name in own else getattr(module, name)
 
 
 class CPLayer(Weighted):
@@ -58,11 +54,50 @@ class CPLayer(Weighted):
         """Create the parameters and fill them; ``bias`` is its length, or None."""
         self.frozen = None
         # Made without values: reset_parameters draws them, once.
-        resolved = resolve_rank(rank, self._format_of_rank_1())
+        resolved = self._resolved(rank, device, dtype)
         self.cp = CPTensor._without_values(tensorized_shape, resolved, None, device, dtype)
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self.reset_parameters()
+
+    def _resolved(
+        self,
+        rank: Rank,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        joint: Sequence[Any] = (),
+    ) -> int:
+        """The rank as an integer, that of the layers in ``joint`` together where there are any.
+
+        The words are resolved for this layer's options, dtype and device; FLOPs and time are those
+        of one layer, whether or not it shares its weight.
+        """
+        unit = self._format_of_rank_1()
+        if isinstance(rank, str) and rank in ("break-even", "faster"):
+            return rank_of_word(rank, self._request_of_words(device, dtype))
+        resolved = resolve_rank(rank, JointFormat(unit, len(joint)) if joint else unit)
+        on_meta = device is not None and torch.device(device).type == "meta"
+        if not on_meta and not isinstance(unit, EmbeddingFormat):
+            # A lookup in a dense table has no FLOPs that a rank could save.
+            asked = self._request_of_words(device, dtype)
+            fmt = dataclasses.replace(unit, rank=resolved)
+            warn_above_break_even(type(self), dataclasses.replace(asked, format=fmt))
+        return resolved
+
+    def _request_of_words(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Request:
+        """The request at rank 1 for which words are resolved, of a usual batch."""
+        where = torch.device(torch.get_default_device() if device is None else device).type
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        batch, size = self._usual_call()
+        where = "cpu" if where == "meta" else where
+        made = request(self._format_of_rank_1(), batch, dtype, where, memory=self.memory)
+        return self._request_of_size(made, size)
+
+    def _usual_call(self) -> tuple[int, Shape | None]:
+        """The batch and the spatial size for which words are resolved."""
+        return WORD_ROWS, None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Tell a CP tensor that becomes the weight how this layer draws it.
@@ -153,7 +188,7 @@ class CPLayer(Weighted):
         """
         each = _differences(layers)
         first = cls(*args, **{**options, **each[0], "device": "meta"})
-        rank = resolve_rank(options["rank"], JointFormat(first._format_of_rank_1(), len(each)))
+        rank = first._resolved(options["rank"], options.get("device"), options.get("dtype"), each)
         made = [cls(*args, **{**options, **own, "rank": rank}) for own in each]
         kinds = dict.fromkeys(layer._kind() for layer in made)
         if len(kinds) > 1:

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from polyadic import functional
 from polyadic.checks import check_memory
-from polyadic.formats import LinearFormat, factored_shape, positive_int, tensorize
+from polyadic.formats import (
+    LinearFormat,
+    Rank,
+    factored_shape,
+    positive_int,
+    tensorize,
+)
 from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
 from polyadic.nn.inputs import by_rows, call_recorded
-from polyadic.nn.layer import Rank, parameter
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
@@ -30,7 +35,9 @@ class CPLinear(Exchangeable):
         out_features: N.
         bias: own a bias (N,).
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
-            ``"break-even"``, the largest rank whose FLOPs do not exceed the dense layer's.
+            a word for the largest rank that does not compute more than the dense layer,
+            ``"break-even"``, or is predicted to be faster, ``"faster"`` (see
+            ``polyadic.rank_for``).
         order: D, modes per side, where ``in_shape`` or ``out_shape`` are not given.
         in_shape: in modes with product M; ``polyadic.tensorize`` by default.
         out_shape: out modes with product N; may differ in number from the in modes.
@@ -161,11 +168,13 @@ class CPLinear(Exchangeable):
                 return recorded
         elif x.is_nested:
             return by_rows(self, x)
-        frozen, bias = self._modules.get("frozen"), parameter(self, "bias")
-        if frozen is not None:
-            y: Tensor = frozen.forward(x, bias)
+        # From the dicts, as a module's getattr is slow; a parametrized bias is an attribute alone.
+        parts, own = self._modules, self._parameters
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not looked up each time
+        if parts.get("frozen") is not None:
+            y: Tensor = parts["frozen"].forward(x, bias)  # type: ignore[union-attr]
             return y
-        cp: CPTensor = self._modules["cp"]  # type: ignore[assignment]
+        cp: CPTensor = parts["cp"]  # type: ignore[assignment]
         (in_factors, out_factors), scale = cp.parts()
         return functional.cp_linear(
             x, in_factors, out_factors, bias, weights=scale, memory=self.memory

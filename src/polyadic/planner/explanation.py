@@ -15,6 +15,7 @@ from polyadic.planner import choice, embedding
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.report import Costed, Explanation, costed, rejected
 from polyadic.planner.request import Request, request
+from polyadic.planner.search import break_even
 from polyadic.plans import ConvPlan, LinearPlan, Memory
 
 # The values of options that are not given.
@@ -76,9 +77,29 @@ def explain(
         ValueError: a size is missing or does not fit, an option is given that is the layer's own,
             or the layer is frozen, which follows no plan.
     """
-    batch = positive_int(batch, "batch")
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     options["output_padding"] = output_padding
+    asked = requested(layer, batch, size, options, dtype, device)
+    if memory is not None:
+        asked = dataclasses.replace(asked, memory=checks.check_memory(memory))
+    return explained(asked, plan, training)
+
+
+def requested(
+    layer: Any,
+    batch: int,
+    size: int | Sequence[int] | None,
+    options: dict[str, Any],
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+) -> Request:
+    """What a layer or format asks of the planner; the arguments are those of ``explain``.
+
+    Raises:
+        TypeError: ``layer`` or another argument is of another type.
+        ValueError: a size is missing or does not fit, or an option is given that is the layer's.
+    """
+    batch = positive_int(batch, "batch")
     if isinstance(layer, ConvFormat):
         asked = _request_of_conv(_checked(layer), batch, size, options)
     else:
@@ -91,16 +112,13 @@ def explain(
             asked = layer.request(batch, size)
         else:
             raise TypeError(
-                f"explain expects a CPLinear, CPConvNd, CPConvTransposeNd, CPEmbedding, "
+                f"expected a CPLinear, CPConvNd, CPConvTransposeNd, CPEmbedding, "
                 f"LinearFormat or ConvFormat, got {type(layer).__name__}"
             )
-    asked = asked.at(
+    return asked.at(
         checks.check_device(asked.device if device is None else device),
         checks.check_dtype(asked.dtype if dtype is None else dtype),
     )
-    if memory is not None:
-        asked = dataclasses.replace(asked, memory=checks.check_memory(memory))
-    return explained(asked, plan, training)
 
 
 def explained(request: Request, plan: Any, training: bool) -> Explanation:
@@ -135,7 +153,9 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
     passes = "forward and backward" if training else "forward"
     title = f"{kind.describe(request)} on {request.device}, {passes}, memory={request.memory!r}"
     fmt = request.format
-    return Explanation(title, chosen, cost(None), others, fmt.break_even_rank, fmt.rank, machine)
+    is_lookup = isinstance(fmt, EmbeddingFormat)
+    even = fmt.break_even_rank if is_lookup else break_even(request, training)
+    return Explanation(title, chosen, cost(None), others, even, fmt.rank, machine)
 
 
 def _request_of_conv(

@@ -57,7 +57,8 @@ class Explanation:
         chosen: the plan that will run.
         dense: the dense layer, to compare with.
         rejected: the other plans, cheapest first, each with the reason.
-        break_even_rank: largest rank whose FLOPs do not exceed the dense layer's.
+        break_even_rank: largest rank up to which the plan chosen for this batch has no more FLOPs
+            than the dense layer; at least 1.
         rank: the layer's rank.
         machine: the rates the predictions rest on.
     """

@@ -9,10 +9,14 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from polyadic import checks, surgery
-from polyadic.formats import Shape, positive_int
+from polyadic.formats import (
+    Rank,
+    Shape,
+    positive_int,
+)
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
-from polyadic.nn.layer import Rank
+from polyadic.planner.search import NoRankError
 from polyadic.pretrained import attach
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,7 +115,8 @@ def factorize(
 
     Args:
         model: any module, changed in place.
-        rank: R of every layer: an int, a fraction of the dense parameters, or ``"break-even"``.
+        rank: R of every layer: an int, a fraction of the dense parameters, ``"break-even"`` or
+            ``"faster"``, which leaves a layer that no rank makes faster.
         order: modes a side; the layers' own default where None.
         target_modules: a regular expression for whole names, or names or last parts of names, as in
             PEFT; ``"all-linear"`` for every ``nn.Linear`` but the output head; all layers by
@@ -151,8 +156,11 @@ def factorize(
         options = {} if own_order is None else {"order": own_order}
         if reason is None:
             cls = cast(type[Exchangeable], BY_DENSE[type(first)].cp)
-            layer = shaped(cls, first, ranks.get(names[0], rank), **options)
-            reason = None if names[0] in ranks else _pays(first, layer)
+            try:
+                layer = shaped(cls, first, ranks.get(names[0], rank), **options)
+                reason = None if names[0] in ranks else _pays(first, layer)
+            except NoRankError as error:
+                reason = str(error)
         if reason is not None:
             left.update(dict.fromkeys(names, reason))
         else:

@@ -37,7 +37,7 @@ MOST_ROWS = 16
 # holds all partial sums of a tile at once.
 PARTS_OF_FEW, PARTS_OF_MORE = 32, 16
 # In features and columns of a tile of the first kernel; out features and terms of the second.
-BLOCK, COLUMNS, OUT_FEATURES, TERMS = 64, 32, 32, 64
+BLOCK, COLUMNS, OUT_FEATURES, TERMS = 128, 32, 32, 64
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -173,8 +173,9 @@ def form_of(
     size, width = map(math.prod, modes)
     right = right_of(modes[0]), right_of(modes[1])
     # The same tiles take more registers of float32, of more rows, or read entry by entry.
-    wide = rows <= 8 and rank * dtype.itemsize % ALIGNMENT_BYTES == 0
-    block = BLOCK // 2 if dtype == torch.float32 else BLOCK
+    aligned = rank * dtype.itemsize % ALIGNMENT_BYTES == 0
+    wide = rows <= 8 and aligned
+    block = BLOCK if dtype != torch.float32 and aligned else BLOCK // 2
     columns = max(16, min(COLUMNS, up_to_power_of_two(rank)))
     terms = max(16, min(TERMS if wide else TERMS // 2, up_to_power_of_two(rank)))
     padded = up_to_power_of_two(rows)
