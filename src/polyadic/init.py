@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from polyadic._torch import no_autocast
+
 
 class Factors(nn.ParameterList):
     """The factors of a CP tensor: a list of parameters that is called for them.
@@ -41,8 +43,11 @@ class Factors(nn.ParameterList):
 def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     """Fill factors so that each entry of their CP tensor has mean 0 and standard deviation ``std``.
 
-    Each factor (m, R) is filled with blocks of min(m, 256) orthonormal random columns (Haar
-    distributed, the last block narrower), times √m: its entries have mean square 1 and mean 0.
+    Each factor (m, R) is filled with blocks of orthonormal random columns (Haar distributed), times
+    √m: its entries have mean 0, and their mean square is 1 in every draw. A block has min(m, 256)
+    columns where the factor has at most 2¹⁶ entries and min(m, 64) where it has more, the last one
+    what is left. Each column is uniform on the sphere of radius √m whatever the width; columns of
+    two blocks are independent, so that their cosines are of the order 1/√m in place of 0.
     Factors are independent and so are the signs of their columns, so that an entry of the tensor
 
         W = Σ_r Π_k A_k[i_k, r]      has      E[W] = 0,   E[W²] = R · Π_k E[A_k²] = R,
@@ -62,30 +67,46 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     scale = (std / math.sqrt(rank)) ** (1 / len(factors))
     for factor in factors:
         if not factor.is_meta:
-            factor.copy_(_orthonormal_columns(factor) * (scale * math.sqrt(factor.shape[0])))
+            _fill_with_orthonormal_columns(factor, scale * math.sqrt(factor.shape[0]))
 
 
-# A block of more columns costs more than drawing the dense weight would.
+# Orthogonalizing w columns costs in proportion to w for each entry, drawing an entry a constant.
+# Construction must not take much longer than torch draws a dense weight: a few milliseconds are
+# allowed for blocks as wide as they are of use, and else what costs as much as the draw.
 WIDEST_BLOCK = 256
+MOST_ENTRIES_IN_WIDE_BLOCKS = 2**16
+WIDEST_BLOCK_OF_MANY = 64
+# Gaussian m×w has the condition number (√m + √w)/(√m − √w), here at most 3.
+TALL = 4
 
 
-def _orthonormal_columns(like: Tensor) -> Tensor:
-    """(m, R): blocks of Haar-random orthonormal columns side by side; fp32 at least."""
-    size, rank = like.shape
+def _fill_with_orthonormal_columns(factor: Tensor, scale: float) -> None:
+    """Fill (m, R) with blocks of Haar-random orthonormal columns side by side, times ``scale``.
+
+    Drawn in float32 at least.
+    """
+    size, rank = factor.shape
+    widest = WIDEST_BLOCK if factor.numel() <= MOST_ENTRIES_IN_WIDE_BLOCKS else WIDEST_BLOCK_OF_MANY
+    width = min(size, rank, widest)
+    if size >= TALL * width:
+        for block in torch.split(factor, width, 1):
+            block.copy_(_haar_of_tall(_normal(factor, *block.shape), scale))
+        return
+    whole = rank // width
+    columns = _haar(_normal(factor, whole, size, width))
+    side_by_side = factor[:, : whole * width].view(size, whole, width)
+    side_by_side.copy_(columns.transpose(0, 1).mul_(scale))
+    if rank % width:
+        factor[:, whole * width :].copy_(_haar(_normal(factor, size, rank % width)).mul_(scale))
+
+
+def _normal(like: Tensor, *shape: int) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    width = min(size, rank, WIDEST_BLOCK)
-    whole, rest = divmod(rank, width)
-    blocks = [(whole, width), (1, rest)] if rest else [(whole, width)]
-    columns = [
-        _haar(torch.randn(count, size, wide, device=like.device, dtype=dtype))
-        for count, wide in blocks
-    ]
-    parts = [q.transpose(0, 1).reshape(size, -1) for q in columns]
-    return torch.cat(parts, 1) if rest else parts[0]
+    return torch.randn(shape, device=like.device, dtype=dtype)
 
 
 def _haar(normal: Tensor) -> Tensor:
-    """The orthonormal columns of the QR factors of Gaussian matrices (count, m, w), w ≤ m.
+    """The orthonormal columns of the QR factors of Gaussian matrices (…, m, w), w ≤ m.
 
     The first w columns of a Haar-random m×m matrix have the law of the Q of m×w Gaussian entries,
     which costs m·w² where the square one costs m³.
@@ -94,6 +115,20 @@ def _haar(normal: Tensor) -> Tensor:
     # The sign of R's diagonal makes the QR factor unique, and Q Haar distributed (Mezzadri 2007).
     signed: Tensor = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return signed
+
+
+def _haar_of_tall(normal: Tensor, scale: float) -> Tensor:
+    """What ``_haar`` returns for a Gaussian X (m, w), m ≥ 4 w, times a scale, in matrix products.
+
+    With XᵀX = L Lᵀ the matrix X L⁻ᵀ has orthonormal columns, and Lᵀ is the R of the QR factors
+    whose diagonal is positive. Its error grows with the square of X's condition number, 9 here.
+    """
+    with no_autocast(normal):
+        lower = torch.linalg.cholesky_ex(normal.t() @ normal).L
+        one = torch.eye(len(lower), device=normal.device, dtype=normal.dtype)
+        inverse = torch.linalg.solve_triangular(lower, one, upper=False)
+        columns: Tensor = normal @ inverse.t().mul(scale)
+    return columns
 
 
 def torch_std(fan_in: int) -> float:

@@ -128,6 +128,8 @@ FEATURES = {
     "frozen, after torch.export that is not strict": Feature(
         modules.frozen_and_exported, NOT_FROZEN
     ),
+    "frozen, exported to ONNX": Feature(modules.frozen_to_onnx, NOT_FROZEN, slow=True),
+    "frozen, offloaded by accelerate": Feature(modules.frozen_and_offloaded, NOT_FROZEN),
     **{name: Feature(None, slow=True) for name in matrix_distributed.CHECKS},
 }
 

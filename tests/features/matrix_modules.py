@@ -236,6 +236,13 @@ def read(layer: Layer) -> None:
         got = torch.autograd.grad(loss, parameters)
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
             assert_close(g, w, f"gradient {i}")
+    dense = nn.Parameter(module.weight.clone())
+    for other in (dense, dense.detach(), module.weight):
+        torch.testing.assert_close(module.weight, other)
+        torch.testing.assert_close(other, module.weight)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(module.weight, nn.Parameter(dense + 1))
+    assert not isinstance(module.weight, nn.Parameter)
     held = module.weight
     with torch.no_grad():
         parameters[-1].mul_(2)
@@ -402,5 +409,45 @@ def frozen_and_exported(layer: Layer) -> None:
         assert_close(call(x), want, "y", 1e-5)
     owner = getattr(module.cp, "joint", module.cp)
     owner.factors = polyadic.init.Factors(copy.deepcopy(list(owner.factors)))
+    assert_close(module(x), want, "y by equal factors", 1e-5)
+    owner.factors = polyadic.init.Factors([nn.Parameter(factor * 2) for factor in owner.factors])
     with pytest.raises(RuntimeError, match="factors of a frozen layer were changed"):
         module(x)
+
+
+def frozen_to_onnx(layer: Layer) -> None:
+    """The exported graph computes what the layer does, which is usable after it."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    module, x = layer.make(torch.float32).eval(), layer.input(dtype=torch.float32)
+    want = module(x).detach()
+    polyadic.freeze(module, batch=64, size=3)
+    assert module.frozen is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/frozen.onnx"
+        torch.onnx.export(module, (x,), path, dynamo=True, verbose=False)
+        session = runtime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(y), want, "y by onnxruntime", 1e-5)
+    assert_close(module(x), want, "y", 1e-5)
+
+
+def frozen_and_offloaded(layer: Layer) -> None:
+    """Hooks that take the factors away do not change what was contracted; bringing others does."""
+    accelerate = pytest.importorskip("accelerate")
+    for how in (accelerate.cpu_offload, accelerate.disk_offload):
+        model, x = nn.Sequential(layer.make(torch.float32)), layer.input(dtype=torch.float32)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            want = model(x)
+            polyadic.freeze(model, batch=64, size=3)
+            assert model[0].frozen is not None
+            how(
+                model, *([folder] if how is accelerate.disk_offload else []), execution_device="cpu"
+            )
+            for _ in range(2):
+                assert_close(model(x), want, "y", 1e-5)
+            accelerate.hooks.remove_hook_from_module(model, recurse=True)
+            assert_close(model(x), want, "y without hooks", 1e-5)
+            next(model[0].cp.parameters()).mul_(2)
+            with pytest.raises(RuntimeError, match="factors of a frozen layer were changed"):
+                model(x)

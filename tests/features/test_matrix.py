@@ -112,11 +112,11 @@ def without_drawing(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
 def square_blocks(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
     """Draw factors as a part of square matrices."""
 
-    def columns(like: Tensor) -> Tensor:
-        square = torch.randn(like.shape[0], like.shape[0], dtype=like.dtype)
-        return square[:, : like.shape[1]]
+    def fill(factor: Tensor, scale: float) -> None:
+        square = torch.randn(factor.shape[0], factor.shape[0], dtype=factor.dtype)
+        factor.copy_(scale * square[:, : factor.shape[1]])
 
-    patch.setattr(init, "_orthonormal_columns", columns)
+    patch.setattr(init, "_fill_with_orthonormal_columns", fill)
     return layer
 
 
@@ -182,6 +182,8 @@ SPOILT = {
     "torch.fx: a leaf of the graph": unrecorded,
     "torch.jit.script is refused": scripts,
     "frozen, after torch.export that is not strict": unwatched,
+    "frozen, exported to ONNX": hooked(one_more_where_exporting),
+    "frozen, offloaded by accelerate": unwatched,
     "reset_parameters module by module, in any order": without_drawing,
     "construction costs a few times the factors": square_blocks,
     "construction under a default device": hooked(one_more_by_default),

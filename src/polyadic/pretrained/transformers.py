@@ -92,7 +92,7 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
             f"{name}.cp.{key}"
             for name, layer in layers.items()
             for key, parameter in layer.cp.named_parameters()
-            if not _came_from_file(parameter)
+            if not (_came_from_file(parameter) or _offloaded(layer.cp, key))
         ]
         refuse("tensors of CP layers are missing or have another shape", missing)
         for layer in layers.values():
@@ -185,6 +185,19 @@ def _restore_ties(model: PreTrainedModel) -> None:
 def _came_from_file(parameter: torch.Tensor) -> bool:
     """Transformers' own mark of what it has read; the rest holds any values."""
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def _offloaded(module: nn.Module, key: str) -> bool:
+    """Whether hooks of accelerate bring a parameter's values for each call, from memory or disk.
+
+    They put a parameter without values, and without transformers' mark, in the place of each.
+    """
+    path, _, name = key.rpartition(".")
+    owner = module.get_submodule(path)
+    hook = getattr(owner, "_hf_hook", None)
+    maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+    without = owner.get_parameter(name).is_meta
+    return without and any(name in values for values in maps if values is not None)
 
 
 def _name(dtype: torch.dtype) -> str | None:
