@@ -7,16 +7,54 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyadic._torch import memoized
-from polyadic.formats import ConvFormat, Shape, mode_sizes, positive_int
+from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
 from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
 
 Plan = TypeVar("Plan", LinearPlan, ConvPlan)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def an_int(value: Any, name: str, least: int | None = None) -> int:
+    """Return ``value`` as a plain int.
+
+    Raises:
+        TypeError: ``value`` is not an integer (bool and float are refused).
+        ValueError: it is below ``least``.
+    """
+    if not is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def a_seed(value: Any) -> int:
+    """Return a seed as a plain int, or raise a TypeError."""
+    return an_int(value, "seed")
+
+
+def a_number(
+    value: Any, name: str, *, least: float | None = None, above: float | None = None
+) -> float:
+    """Return a finite number as a float.
+
+    Raises:
+        TypeError: ``value`` is not an int or a float (bool is refused).
+        ValueError: it is not finite, below ``least`` or not above ``above``.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    too_small = (least is not None and value < least) or (above is not None and value <= above)
+    if too_small or not math.isfinite(value):
+        bound = "" if least is None else f" and at least {least:g}"
+        bound += "" if above is None else f" and above {above:g}"
+        raise ValueError(f"{name} must be finite{bound}, got {value}")
+    return float(value)
 
 
 def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
@@ -213,7 +251,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
 
 def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
-    if any(isinstance(v, bool) or not hasattr(v, "__index__") for v in values):
+    if not all(map(is_int, values)):
         raise TypeError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
     if len(values) != dims:
         raise ValueError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
@@ -370,7 +408,7 @@ def check_padding_index(value: Any, num_embeddings: int) -> int | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_int(value):
         raise TypeError(f"padding_idx must be an int or None, got {value!r}")
     index = int(value.__index__())
     if not -num_embeddings <= index < num_embeddings:
@@ -401,45 +439,3 @@ def check_in_range(flat: Tensor, size: int) -> None:
         torch.zeros((), device=flat.device).expand(size).index_select(0, flat)
     except IndexError:
         raise IndexError(f"every index must lie in [0, {size}), one of them does not") from None
-
-
-def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
-    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
-
-    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
-    that take their places later are never synchronised, and the processes part without an error;
-    DataParallel and sharded parameters are no places to put a whole factor into.
-
-    Args:
-        model: any module.
-        function: what would change the model, for the message.
-        argument: the model's name among its arguments, for the message.
-
-    Raises:
-        ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
-    """
-    for name, module in model.named_modules():
-        place = f"{argument}.{name}" if name else argument
-        wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
-        if wrapper is not None:
-            raise ValueError(
-                f"{function} expects {argument} without a wrapper around its layers, but {place} "
-                f"is in {wrapper}, which holds the parameters it found when it was made and not "
-                f"those that are changed now; call {function} on the plain model, in every process "
-                f"with the same arguments, and wrap it afterwards"
-            )
-        for key, parameter in module._parameters.items():
-            if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"{function} expects {argument} with whole parameters, but {place}.{key} is a "
-                    f"DTensor, of which each process holds a part; call {function} on the plain "
-                    f"model, in every process with the same arguments, and shard it afterwards"
-                )
-
-
-def _wraps(base: type) -> bool:
-    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
-    if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return True
-    names = ("FullyShardedDataParallel", "FSDPModule", "DDP")
-    return base.__name__ in names and base.__module__.startswith("torch.distributed.")

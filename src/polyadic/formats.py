@@ -13,6 +13,11 @@ Rank = int | float | Literal["break-even", "faster"]
 _HARMLESS_RANK = 4096
 
 
+def is_int(value: Any) -> bool:
+    """Return whether a value is an integer; bool and float are none."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 def positive_int(value: Any, name: str) -> int:
     """Return ``value`` as a plain int, or say which argument was not a positive integer.
 
@@ -20,7 +25,7 @@ def positive_int(value: Any, name: str) -> int:
         TypeError: ``value`` is not an integer (bool and float are refused).
         ValueError: ``value`` is below 1.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_int(value):
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
     number = value.__index__()
     if number < 1:

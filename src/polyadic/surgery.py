@@ -1,11 +1,12 @@
-"""Which layers of a model can be exchanged, and their exchange: the surgery of conversions.
+"""Which layers of a model can be exchanged, and how they are exchanged.
 
-Names are matched as PEFT does: a string is a regular expression for a whole name, a list holds
-names or their last parts.
+Names are matched by PEFT's rules: a string is a regular expression for a whole name, and a list
+holds names or their last parts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections import deque
@@ -19,16 +20,16 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from polyadic.nn.kinds import BY_DENSE, family_of
+from polyadic.nn.source import attached
 
 Value = TypeVar("Value")
 
 EXCHANGEABLE = tuple(BY_DENSE)
 
-# An optimizer is made anew for another model in any case.
+# Values that are not searched for modules: a converted model needs a new optimizer anyway.
 _PASSED_BY = (type, ModuleType, Optimizer)
-# Where torch registers what belongs to a module; hooks are asked for apart.
+# Attributes in which torch registers what belongs to a module; hooks are asked for separately.
 _REGISTRIES = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Found:
     """Layers of a model that can be exchanged, and those that cannot.
 
     Attributes:
-        layers: by name, in the model's order; an instance in several places has its first name.
-        aliases: all names of an instance that is in several places, by its first.
+        layers: the layers by name, in the model's order; an instance in several places has the
+            first of its names.
+        aliases: all names of an instance that is in several places, by the first.
         ties: groups of names in ``layers`` whose weight is one parameter, such as an embedding and
             its output head: exchanged together or not at all.
         skipped: by name, why a layer that was selected is not in ``layers``.
@@ -47,6 +49,11 @@ class Found:
     aliases: dict[str, tuple[str, ...]]
     ties: tuple[tuple[str, ...], ...]
     skipped: dict[str, str]
+
+    def within(self, model: nn.Module) -> Found:
+        """Return what was found in a model for a copy of it."""
+        modules = dict(model.named_modules())
+        return dataclasses.replace(self, layers={name: modules[name] for name in self.layers})
 
 
 def find(
@@ -59,21 +66,21 @@ def find(
 
     Layers are the modules with a matrix among their parameters, or a stack of matrices, as the
     experts of a mixture are. Exchangeable are the exact types Linear, ConvNd, ConvTransposeNd and
-    Embedding of torch, since a subclass may compute something else. Skipped, with the reason, are
-    others, layers whose ``forward`` their parent passes by, which are kept in a plain list or a
-    function too, whose weight is computed (weight norm, pruning), which have hooks, or whose weight
-    is also a parameter of something that stays.
+    Embedding of torch, since a subclass may compute something else. A layer is skipped, with the
+    reason, if it is of another type, if its parent reads its weight and does not call it, if a
+    plain list or a function holds it too, if its weight is computed (weight norm, pruning), if it
+    has hooks, or if its weight is also a parameter of something that stays.
 
     Args:
         model: any module.
         target_modules: a regular expression for whole names, or names or last parts of names; all
             layers by default.
-        exclude_modules: likewise, what to leave out.
+        exclude_modules: layers to leave out, in the form of ``target_modules``.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a regular expression is none, a target selects no layer that can be exchanged,
-            or an exclusion matches no layer.
+        ValueError: a regular expression is invalid, a target selects no layer that can be
+            exchanged, or an exclusion matches no layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -94,7 +101,7 @@ def find(
 
     bypassed, elsewhere = _bypassed(model), kept_elsewhere(model)
     reasons = {
-        n: bypassed.get(id(m)) or _unfit(n, m) or elsewhere.get(id(m)) for n, m in chosen.items()
+        n: bypassed.get(id(m)) or _why_not(n, m) or elsewhere.get(id(m)) for n, m in chosen.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     layers = {n: m for n, m in chosen.items() if n not in skipped}
@@ -112,11 +119,11 @@ def find(
 
 
 def together(found: Found) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """The layers that are exchanged together, those of one weight, one group after the other.
+    """Iterate over groups of layers that are exchanged together, since they share one weight.
 
     Yields:
-        Names, of a tie the embedding's first, as its head is made from it; and why layers of one
-        weight cannot have a CP weight in common, or None.
+        The names of a group, with an embedding before its head, which is made from it; and why
+        these layers cannot have a CP weight in common, or None.
     """
     tied = {name: group for group in found.ties for name in group}
     done: set[str] = set()
@@ -148,13 +155,13 @@ def _mixed(layers: Sequence[nn.Module]) -> str | None:
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where a layer stands, in every place that holds the same instance.
 
-    The new module takes over the training flag. Where the old layer's bias is a parameter of other
-    modules too, they get the new one's, so that it stays one parameter.
+    The new module takes over the training flag. If the old layer's bias is a parameter of other
+    modules too, they get the new layer's bias, so that it stays one parameter.
 
     Args:
         model: the model, changed in place.
-        name: of the layer, one of ``model.named_modules()``.
-        module: what to put there.
+        name: name of the layer, one of ``model.named_modules()``.
+        module: the module to put there.
 
     Raises:
         ValueError: no module has this name, or it is the model itself.
@@ -179,14 +186,14 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def by_pattern(patterns: Mapping[str, Value], names: Iterable[str], what: str) -> dict[str, Value]:
-    """Look up a value for each name, as PEFT does in ``rank_pattern``.
+    """Look up a value for each name, by the rule of PEFT's ``rank_pattern``.
 
     A key is a regular expression for a whole name or its last parts; the first key that matches
     counts.
 
     Args:
         patterns: values by key.
-        names: of layers.
+        names: names of layers.
         what: name of the argument, for messages.
 
     Returns:
@@ -194,7 +201,7 @@ def by_pattern(patterns: Mapping[str, Value], names: Iterable[str], what: str) -
 
     Raises:
         TypeError: ``patterns`` is not a dict with strings for keys.
-        ValueError: a key is no regular expression or matches none of the names.
+        ValueError: a key is an invalid regular expression or matches none of the names.
     """
     if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
         raise TypeError(f"{what} must be a dict with patterns of names for keys, got {patterns!r}")
@@ -212,7 +219,7 @@ def by_pattern(patterns: Mapping[str, Value], names: Iterable[str], what: str) -
 
 
 def _patterns(value: Any, what: str) -> dict[str, re.Pattern[str]]:
-    """Patterns for whole names by what was written; none for None."""
+    """Compile patterns for whole names; they are keyed by what the user wrote."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -255,14 +262,14 @@ def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it is to be exchanged or skipped with a reason."""
+    """Whether a module counts as a layer, which is exchanged or skipped with a reason."""
     return isinstance(module, EXCHANGEABLE) or bool(matrices(module))
 
 
 def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own weights of two or more modes, and stacks of matrices under any name.
+    """Return a module's own weights of two or more modes, and stacks of matrices of any name.
 
-    Tables of positions and the like, which have two modes and are not called weights, are none.
+    Parameters of two modes that are not called weights, such as tables of positions, are left out.
     """
     return {
         name: parameter
@@ -274,7 +281,7 @@ def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_stack(parameter: Tensor) -> bool:
-    """Whether it has three or more modes that are not 1."""
+    """Whether a parameter has three or more modes that are not 1."""
     return sum(size != 1 for size in parameter.shape) >= 3
 
 
@@ -293,7 +300,7 @@ def _bypassed(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def _unfit(name: str, layer: nn.Module) -> str | None:
+def _why_not(name: str, layer: nn.Module) -> str | None:
     """Why a layer cannot be exchanged, or None."""
     kind = type(layer)
     if kind not in EXCHANGEABLE:
@@ -311,18 +318,18 @@ def _unfit(name: str, layer: nn.Module) -> str | None:
         return "is the model itself, not a part of it"
     if layer._parameters.get("weight") is None:
         return "has no weight of its own: it is computed (weight norm, pruning)"
-    return losses(layer)
+    return reason_to_keep(layer)
 
 
 def kept_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Modules that a part of a model keeps outside its registry of modules, and why that matters.
+    """Find modules that a part of a model keeps outside its registry of modules.
 
-    A module put in the place of such a one would not be the one that is called. Looked for in the
-    attributes of all modules: in lists, tuples, sets and dicts, in partial functions, bound
-    methods and what functions close over, and in objects one level deep.
+    If another module took the place of such a module, the old one would still be called. The
+    attributes of all modules are searched: lists, tuples, sets and dicts, partial functions, bound
+    methods, the variables that functions close over, and objects one level deep.
 
     Returns:
-        By ``id`` of the module, a reason as ``find`` gives it.
+        By ``id`` of the module, the reason for which ``find`` skips it.
     """
     owners = {id(module): module for module in model.modules()}
     for module in model.modules():
@@ -334,7 +341,7 @@ def kept_elsewhere(model: nn.Module) -> dict[int, str]:
         attributes = {k: v for k, v in vars(parent).items() if k not in _REGISTRIES}
         for key, value in attributes.items():
             for kept in _reached(value, set(), 1):
-                # What a module knows of itself, such as its own bound method, goes with it.
+                # What a module holds of itself, such as its bound method, is replaced with it.
                 if (owner := owners.get(id(kept))) is not None and owner is not parent:
                     place = f"{name}.{key}" if name else key
                     found.setdefault(
@@ -346,7 +353,7 @@ def kept_elsewhere(model: nn.Module) -> dict[int, str]:
 
 
 def _reached(value: Any, seen: set[int], objects: int) -> Iterator[Any]:
-    """Modules and parameters that a value leads to, through containers and functions."""
+    """Iterate over modules and parameters that a value leads to, by containers and functions."""
     if isinstance(value, (nn.Module, nn.Parameter)):
         yield value
         return
@@ -381,13 +388,10 @@ def _is_filled(cell: CellType) -> bool:
     return True
 
 
-def losses(layer: nn.Module) -> str | None:
-    """What is attached to a layer and would be lost with it, or None."""
-    if any(getattr(layer, hooks, None) for hooks in _HOOKS):
-        return "has hooks, which would be lost"
-    if "forward" in vars(layer):
-        return "has a forward of its own, which would be lost"
-    return None
+def reason_to_keep(layer: nn.Module) -> str | None:
+    """Why a layer must not be replaced, as it would lose what is attached to it, or None."""
+    found = attached(layer)
+    return None if found is None else f"has {found}, which would be lost"
 
 
 def _untangle(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
-from polyadic.formats import positive_int, split_modes, tensorized_groups
+from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
 from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
@@ -395,7 +395,7 @@ class CPSlice(CPTensor):
 
 
 def _row(index: Any, size: int) -> int:
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
+    if not is_int(index):
         raise TypeError(f"the index of a layer must be an int, got {index!r}")
     row = int(index.__index__())
     if not -size <= row < size:

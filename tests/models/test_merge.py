@@ -121,7 +121,7 @@ def hooked() -> nn.Module:
         (lambda: {}, TypeError, "Module, got dict"),
         (Net, ValueError, "Net holds no CP layer to merge"),
         (lambda: nn.Sequential(Own(4, 4, rank=2)), ValueError, "0 is Own, a class of its own"),
-        (hooked, ValueError, "'1' has hooks, which would be lost"),
+        (hooked, ValueError, "'1' has the forward hook <lambda>, which would be lost"),
     ],
 )
 def test_what_cannot_be_merged(make: Any, error: type[Exception], message: str) -> None:

@@ -155,7 +155,7 @@ def own_forward() -> nn.Module:
         (lambda: nn.LSTM(4, 4), "not Linear, ConvNd or Embedding"),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "a subclass of Linear"),
         (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), "it is computed"),
-        (hooked, "has hooks"),
+        (hooked, "has the forward hook"),
         (own_forward, "has a forward of its own"),
     ],
 )

@@ -412,7 +412,7 @@ def hooked() -> Net:
         (sized(more=nn.Linear(2, 2)), "more.weight is missing"),
         (sized(norm=nn.Identity()), "norm.running_mean is unexpected"),
         (lambda: on_meta(Net), "scale is on the meta device"),
-        (hooked, "'conv' it has hooks, which would be lost"),
+        (hooked, "'conv' it has the forward hook <lambda>, which would be lost"),
         (lambda: {}, "must be a torch.nn.Module, got dict"),
     ],
 )

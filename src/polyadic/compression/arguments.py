@@ -1,21 +1,31 @@
-"""Validation of what ``compress`` is given, but for the budget."""
+"""Validation of the arguments of ``compress``, except for the budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor
 
+from polyadic import checks
 from polyadic.fitting import decompose
 from polyadic.formats import Shape, mode_sizes, positive_int
 
+# Told after each piece of work: the stage, the pieces done, their number, and the layer's name.
+Callback = Callable[[str, int, int, str], object]
+
+# Options of ``decompose`` that ``compress`` sets itself.
 _NOT_OPTIONS = ("metric", "metric_groups", "callback", "seed")
 
 
 def batches_of(calibration: Any, forward: Any, weights: Any) -> list[Any] | None:
-    """The batches in a list, since they are run several times."""
+    """Return the batches as a list, since they are run several times; None if none are given.
+
+    Raises:
+        TypeError: ``calibration`` is no iterable of batches, or a function is none.
+        ValueError: there is no batch, or a function is given without batches.
+    """
     for name, value in (("forward", forward), ("weights", weights)):
         if value is not None and calibration is None:
             raise ValueError(f"{name} says how to run calibration batches; give calibration= too")
@@ -35,19 +45,18 @@ def batches_of(calibration: Any, forward: Any, weights: Any) -> list[Any] | None
 
 
 def check_options(orders: Any, seed: Any, callback: Any, fit: Mapping[str, Any]) -> None:
-    """Refuse options of a wrong type, and such as ``polyadic.decompose`` does not have.
+    """Check the options, among them those for ``polyadic.decompose``.
 
     Raises:
-        TypeError: a value is of the wrong type, or a name unknown.
-        ValueError: an order below 1.
+        TypeError: a value is of the wrong type, or ``decompose`` has no such option.
+        ValueError: an order is below 1.
     """
     if orders is not None:
         if isinstance(orders, (str, bytes)) or not isinstance(orders, Sequence) or not orders:
             raise TypeError(f"orders must be a sequence of ints such as (1, 2), got {orders!r}")
         for order in orders:
             positive_int(order, "each of orders")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {seed!r}")
+    checks.a_seed(seed)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
     wrong = [name for name in fit if name in _NOT_OPTIONS or name not in _options()]
@@ -64,7 +73,12 @@ def _options() -> set[str]:
 
 
 def pairs_of(value: Any) -> list[tuple[Shape, Shape]]:
-    """(in modes, out modes), or several."""
+    """Return pairs (in modes, out modes) from one pair or a list of several.
+
+    Raises:
+        TypeError: the value is neither.
+        ValueError: a mode is below 1.
+    """
     pairs = list(value) if isinstance(value, list) else [value]
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:

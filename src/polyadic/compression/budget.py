@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from polyadic import checks
 
 NEVER_SLOWER = "never-slower"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is bounded.
+    """The quantity that is bounded, and its bound.
 
     Attributes:
         kind: ``"ratio"`` of parameters, ``"flops_ratio"``, ``"max_error"``, or ``"speed"`` where
             that is the only demand.
-        value: of the first three.
+        value: the bound; it has no meaning for ``"speed"``.
         never_slower: whether no layer may be predicted to be slower than it was.
     """
 
@@ -26,7 +27,7 @@ class Budget:
 
     @property
     def fraction(self) -> float | None:
-        """Of the dense parameters, where layers are expected to end up; None if unknown."""
+        """Fraction of the dense parameters that layers are expected to keep; None if unknown."""
         return 1 / self.value if self.kind == "ratio" else None
 
     def __str__(self) -> str:
@@ -41,7 +42,7 @@ class Budget:
 
 
 def budget(ratio: Any, flops_ratio: Any, max_error: Any, speed: Any) -> Budget:
-    """The one budget among the arguments.
+    """Return the one budget that is given among the arguments.
 
     Raises:
         TypeError: a value is not a number.
@@ -64,12 +65,10 @@ def budget(ratio: Any, flops_ratio: Any, max_error: Any, speed: Any) -> Budget:
             )
         return Budget("speed", 0.0, True)
     ((name, value),) = given.items()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if name == "max_error" and not 0 < value < 1:
-        raise ValueError(f"max_error is relative and must lie in (0, 1), got {value}")
-    if name != "max_error" and not (value > 1 and math.isfinite(value)):
-        raise ValueError(
-            f"{name} is how many times fewer there shall be and must be above 1, got {value}"
-        )
-    return Budget(name, float(value), speed is not None)  # type: ignore[arg-type]
+    if name == "max_error":
+        value = checks.a_number(value, name)
+        if not 0 < value < 1:
+            raise ValueError(f"max_error is relative and must lie in (0, 1), got {value}")
+    else:
+        value = checks.a_number(value, f"{name} (how many times fewer)", above=1)
+    return Budget(name, value, speed is not None)  # type: ignore[arg-type]

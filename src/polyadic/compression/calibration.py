@@ -4,43 +4,91 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyadic.batches import Forward, call, evaluating
-from polyadic.compression.costs import Call
+from polyadic.compression.arguments import Callback
+from polyadic.compression.costs import Call, Calls
+from polyadic.compression.targets import Target
 from polyadic.fitting import second_moments
 from polyadic.fitting.moments import check_weights
 from polyadic.nn.kinds import family_of
 
 Weights = Callable[[Any], Tensor]
 
+# Rows that a linear layer or an embedding is taken to be called with, without calibration.
+ROWS = 32
 
-class _Called(nn.Module):
-    """A model that is called by a function of the user's, for ``second_moments``."""
+
+class _CalledByUser(nn.Module):
+    """A model whose forward is a function of the user's, for ``second_moments``."""
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         super().__init__()
-        self.model, self.by = model, forward
+        self.model, self.function = model, forward
 
     def forward(self, batch: Any) -> Any:
-        """The user's function of the model and a batch."""
-        return self.by(self.model, batch)
+        """Apply the user's function to the model and a batch."""
+        return self.function(self.model, batch)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the layers before ranks are chosen.
+
+    Attributes:
+        calls: by layer, its calls in one batch; a layer is left out where they are not known.
+        metrics: by target, the second moment of its input; empty without calibration.
+        calibration: the model with its batches, or None.
+    """
+
+    calls: Calls
+    metrics: Mapping[str, Tensor]
+    calibration: Calibration | None
+
+
+def gather(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Any] | None,
+    forward: Forward | None,
+    weights: Weights | None,
+    tell: Callback,
+) -> Evidence:
+    """Run the calibration batches, if there are any, and record what they tell.
+
+    Without batches a linear layer or an embedding is taken to be called once with ``ROWS`` rows,
+    and the calls of convolutions are not known.
+    """
+    layers = {n: layer for t in targets for n, layer in zip(t.names, t.layers, strict=True)}
+    if batches is None:
+        known = [n for n, each in layers.items() if family_of(each) in ("linear", "embedding")]
+        return Evidence({n: [Call(ROWS)] for n in known}, {}, None)
+    calibration = Calibration(model, batches, forward, weights)
+    tell("calibration", 0, 2, "outputs")
+    calibration.watch(layers)
+    tell("calibration", 1, 2, "second moments")
+    metrics = calibration.moments([target.name for target in targets])
+    tell("calibration", 2, 2, "")
+    return Evidence(calibration.calls, metrics, calibration)
 
 
 class Calibration:
     """A model with batches to run through it.
 
     Args:
-        model: in evaluation mode while it is run.
-        batches: at least one.
+        model: the model; it is in evaluation mode while it is run.
+        batches: at least one batch.
         forward: how to call the model, and which of its outputs counts.
-        weights: of positions, as ``polyadic.second_moments`` takes them.
+        weights: how much each position counts, as ``polyadic.second_moments`` takes them.
 
     Attributes:
-        outputs: floating-point outputs by batch, as the model gave them first.
+        calls: by the name of a layer, its calls in the first batch; filled by ``watch``.
+        outputs: the floating-point outputs of the unchanged model, by batch; filled by ``watch``.
     """
 
     def __init__(
@@ -57,15 +105,20 @@ class Calibration:
         self._leading: dict[str, tuple[int, ...]] = {}
 
     def watch(self, layers: Mapping[str, nn.Module]) -> None:
-        """Run all batches once: note the outputs, and of the first batch each layer's calls."""
+        """Run all batches once and record the outputs, and each layer's calls in the first batch.
+
+        Raises:
+            ValueError: the model does not run on a batch, or puts out no floating-point tensor, or
+                NaN or infinity.
+        """
         hooks = [
-            layer.register_forward_pre_hook(self._noting(name), with_kwargs=True)
+            layer.register_forward_pre_hook(self._recorder(name), with_kwargs=True)
             for name, layer in layers.items()
         ]
         try:
             with evaluating(self.model):
                 for i, batch in enumerate(self.batches):
-                    self.outputs.append(_floating(self._first(i, batch)))
+                    self.outputs.append(_floating(self._checked_forward(i, batch)))
                     if i == 0:
                         for hook in hooks:
                             hook.remove()
@@ -81,8 +134,8 @@ class Calibration:
         if not finite:
             raise ValueError("the model puts out NaN or infinity for the calibration batches")
 
-    def _first(self, number: int, batch: Any) -> Any:
-        """What a batch gives, which nobody knows to fit the model yet."""
+    def _checked_forward(self, number: int, batch: Any) -> Any:
+        """Call the model; an error says that the batch may not fit it, and how to mend that."""
         try:
             return self.forward(self.model, batch)
         except torch.OutOfMemoryError:
@@ -95,8 +148,8 @@ class Calibration:
                 f"how to run it by forward=lambda model, batch: ..."
             ) from error
 
-    def _noting(self, name: str) -> Callable[..., None]:
-        def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _recorder(self, name: str) -> Callable[..., None]:
+        def record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             family = family_of(layer)
             if family in ("conv", "conv_transpose"):
@@ -110,10 +163,22 @@ class Calibration:
                 self._leading[name] = tuple(leading)
             self.calls.setdefault(name, []).append(call)
 
-        return note
+        return record
 
     def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The metrics of layers that were called; positions weighted where the layer has them."""
+        """Gather the metrics of the layers that were called.
+
+        Positions are weighted in layers whose input has the leading dimensions of the weights.
+
+        Args:
+            names: names of layers; those that were not called are left out.
+
+        Returns:
+            By name, the metric as ``polyadic.second_moments`` gives it.
+
+        Raises:
+            ValueError: the weights have the leading dimensions of no layer's input.
+        """
         called = [name for name in names if name in self.calls]
         shape = None
         if self.weights is not None:
@@ -131,7 +196,7 @@ class Calibration:
         for group, weights in ((weighted, self.weights), (called, None)):
             names = [f"model.{name}" for name in group if name not in found]
             if names:
-                model = _Called(self.model, self.forward)
+                model = _CalledByUser(self.model, self.forward)
                 batches = [(batch,) for batch in self.batches]
                 of_wrapped = None if weights is None else _unwrapped(weights)
                 gathered = second_moments(model, batches, names, weights=of_wrapped)
@@ -139,7 +204,11 @@ class Calibration:
         return found
 
     def changed(self, model: nn.Module) -> float:
-        """Squared relative change of a model's outputs against those noted, mean over outputs."""
+        """Squared relative change of a model's outputs against the recorded ones.
+
+        It is added up over the batches, relative to the output's own power, and then averaged over
+        the outputs of the model.
+        """
         lost: dict[int, float] = {}
         size: dict[int, float] = {}
         with evaluating(model):
@@ -152,25 +221,25 @@ class Calibration:
         return sum(shares) / len(shares) if shares else 0.0
 
     def effect(self, layer: nn.Module, weight: Tensor) -> float:
-        """The change of the outputs where a layer had another weight, which it has for a moment."""
+        """``changed`` of the model with another weight in one layer, which is put back after."""
         own = layer._parameters["weight"]
         assert own is not None
         kept = own.detach().clone()
         try:
-            _set(own, weight)
+            _overwrite(own, weight)
             return self.changed(self.model)
         finally:
-            _set(own, kept)
+            _overwrite(own, kept)
 
 
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter other values, and make a caller's autocast forget those it has cast."""
+def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    """Overwrite a parameter's values; a caller's autocast may hold a cast copy of the old ones."""
     parameter.data.copy_(value)
     torch.clear_autocast_cache()
 
 
 def _unwrapped(weights: Weights) -> Weights:
-    """The same for batches that stand in a tuple."""
+    """Return the weights of a batch that is wrapped in a tuple."""
     return lambda batch: weights(batch[0])
 
 

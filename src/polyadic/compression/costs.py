@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
 
-from polyadic.compression.targets import Form, Site
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape
-from polyadic.kernels.depthwise import Geometry
-from polyadic.nn import CPEmbedding
-from polyadic.nn.conv import CPConvBase
+from polyadic.compression.targets import Candidate, Target
+from polyadic.formats import LinearFormat, Shape
+from polyadic.nn.kinds import Family, family_of
 from polyadic.planner import choice
 from polyadic.planner.conv import dense_steps, forward_steps
 from polyadic.planner.request import Request, request
 from polyadic.plans import ConvRoute
+from polyadic.surgery import is_head
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one pass over a batch, forward alone; None where calls or rates are not known.
+    """The cost of a forward pass over one batch; None where calls or rates are not known.
 
     Attributes:
         parameters: entries of the weight, or of its factors.
-        flops: two for each multiply-add.
-        seconds: predicted.
+        flops: floating-point operations, two for each multiply-add.
+        seconds: predicted time.
     """
 
     parameters: int
@@ -51,23 +50,28 @@ class Cost:
 Calls = Mapping[str, Sequence[Call]]
 
 
-def dense_cost(site: Site, calls: Calls) -> Cost:
-    """What the layers cost as they are."""
-    return _cost(site, calls, site.dense_parameters, None, 0)
+def dense_cost(target: Target, calls: Calls) -> Cost:
+    """Return what the layers cost with their dense weight."""
+    return _cost(target, calls, target.dense_parameters, None, 0)
 
 
-def cp_cost(site: Site, calls: Calls, form: Form, rank: int) -> Cost:
-    """What they cost in a format at a rank."""
-    return _cost(site, calls, form.at(rank).parameters, form, rank)
+def cp_cost(target: Target, calls: Calls, candidate: Candidate, rank: int) -> Cost:
+    """Return what the layers cost in a format at a rank."""
+    return _cost(target, calls, candidate.at(rank).parameters, candidate, rank)
 
 
-def _cost(site: Site, calls: Calls, parameters: int, form: Form | None, rank: int) -> Cost:
+def _cost(
+    target: Target, calls: Calls, parameters: int, candidate: Candidate | None, rank: int
+) -> Cost:
+    """Add up all calls of all layers; ``candidate`` is None for the dense weight."""
     flops: int | None = 0
     seconds: float | None = 0.0
-    for name, layer in zip(site.names, site.layers, strict=True):
+    dense = candidate is None
+    for name, layer in zip(target.names, target.layers, strict=True):
         for call in calls.get(name, ()):
-            more = _flops(layer, site.forms[0], form, rank, call)
-            time = _seconds(layer, site.forms[0], form, rank, call)
+            asked = _request(target, layer, candidate, rank, call)
+            more = _flops(layer, asked, dense)
+            time = _predicted(asked, dense)
             flops = None if flops is None else flops + more
             seconds = None if seconds is None else seconds + time
         if name not in calls:
@@ -75,49 +79,64 @@ def _cost(site: Site, calls: Calls, parameters: int, form: Form | None, rank: in
     return Cost(parameters, flops, seconds)
 
 
-def _flops(layer: Any, first: Form, form: Form | None, rank: int, call: Call) -> int:
-    """Of a call; a lookup in a dense table has none."""
-    if isinstance(layer, nn.Embedding):
-        return 0 if form is None else 2 * call.batch * rank * layer.embedding_dim
-    if isinstance(layer, nn.Linear):
-        m, n = layer.in_features, layer.out_features
-        return 2 * call.batch * (m * n if form is None else rank * (m + n))
-    fmt, where = _convolution(first, form, rank)
-    asked = request(fmt, call.batch, geometry=where, size=call.size)
-    if form is None:
+def _request(
+    target: Target, layer: Any, candidate: Candidate | None, rank: int, call: Call
+) -> Request:
+    """Return what one call of a layer asks of the planner.
+
+    The sizes of a dense layer are read from the request too, in which the format's rank and the
+    split into modes then count for nothing.
+    """
+    probe: Any = (candidate or target.candidates[0]).probe
+    fmt = (candidate or target.candidates[0]).at(max(rank, 1))
+    options: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device.type}
+    family = family_of(layer)
+    if family == "linear" and candidate is None:
+        fmt = LinearFormat((layer.in_features,), (layer.out_features,), 1)
+    elif is_head(target.layer, layer):
+        # An output head has the format of its embedding with the sides exchanged.
+        fmt = LinearFormat(fmt.out_shape, fmt.in_shape, rank)
+    elif family in ("conv", "conv_transpose"):
+        options |= {"geometry": probe.geometry, "size": call.size}
+    return request(fmt, call.batch, **options)
+
+
+def _linear_flops(layer: Any, asked: Request, dense: bool) -> int:
+    m, n = int(layer.in_features), int(layer.out_features)
+    return 2 * asked.batch * (m * n if dense else asked.format.rank * (m + n))
+
+
+def _embedding_flops(layer: Any, asked: Request, dense: bool) -> int:
+    """A lookup in a dense table computes nothing."""
+    return 0 if dense else 2 * asked.batch * asked.format.rank * int(layer.embedding_dim)
+
+
+def _conv_flops(layer: Any, asked: Request, dense: bool) -> int:
+    """The fewer of both ways to convolve: all kernel dimensions at once, or one after the other."""
+    # FLOPs are those of the sizes alone, whatever device and dtype are planned for.
+    asked = asked.at("cpu", torch.float32)
+    if dense:
         return sum(step.flops for step in dense_steps(asked)[0])
     routes = (ConvRoute(depthwise="merged"), ConvRoute(depthwise="separable"))
     return min(sum(s.flops for s in forward_steps(asked, route)) for route in routes)
 
 
-def _convolution(first: Form, form: Form | None, rank: int) -> tuple[ConvFormat, Geometry]:
-    """Format and geometry; of a dense layer the format counts by its sizes alone."""
-    probe, fmt = first.probe, (form or first).at(max(rank, 1))
-    assert isinstance(probe, CPConvBase)
-    assert isinstance(fmt, ConvFormat)
-    return fmt, probe.geometry
+_FLOPS: dict[Family, Callable[[Any, Request, bool], int]] = {
+    "linear": _linear_flops,
+    "embedding": _embedding_flops,
+    "conv": _conv_flops,
+    "conv_transpose": _conv_flops,
+}
 
 
-def _seconds(layer: Any, first: Form, form: Form | None, rank: int, call: Call) -> float:
-    """Predicted time of a call without gradients."""
-    options: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device.type}
-    fmt: Any
-    if isinstance(layer, nn.Embedding):
-        fmt = (form or first).at(max(rank, 1))
-        assert isinstance(fmt, EmbeddingFormat)
-    elif isinstance(layer, nn.Linear):
-        fmt = LinearFormat((layer.in_features,), (layer.out_features,), 1)
-        if form is not None:
-            ins, outs = form.probe.format.in_shape, form.probe.format.out_shape
-            # An output head has the embedding's format, with the sides exchanged.
-            modes = (outs, ins) if isinstance(form.probe, CPEmbedding) else (ins, outs)
-            fmt = LinearFormat(*modes, rank)
-    else:
-        fmt, options["geometry"] = _convolution(first, form, rank)
-        options["size"] = call.size
-    return _predicted(request(fmt, call.batch, **options), form is None)
+def _flops(layer: Any, asked: Request, dense: bool) -> int:
+    """FLOPs of one call of a torch layer, or of the CP layer in its place."""
+    family = family_of(layer)
+    assert family is not None
+    return _FLOPS[family](layer, asked, dense)
 
 
 @functools.lru_cache(maxsize=4096)
 def _predicted(asked: Request, dense: bool) -> float:
+    """Predicted seconds of a call without gradients."""
     return choice.predict_inference(asked, None if dense else choice.choose(asked))

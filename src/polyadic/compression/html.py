@@ -67,11 +67,11 @@ figcaption { color: #4b5563; font-size: .92rem; max-width: 50rem; margin-top: .5
 
 
 def document(title: str, body: str) -> str:
-    """A page that refers to nothing outside itself.
+    """Make a page that refers to nothing outside itself.
 
     Args:
-        title: of the page, plain text.
-        body: HTML.
+        title: the title of the page, as plain text.
+        body: the body, as HTML.
     """
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -91,12 +91,12 @@ def document(title: str, body: str) -> str:
 
 
 def figure(alt: str, png: bytes, caption: str) -> str:
-    """A picture within the page.
+    """Make a picture that stands in the page itself.
 
     Args:
-        alt: what it shows, plain text.
+        alt: what the picture shows, as plain text.
         png: the bytes of a PNG file.
-        caption: plain text.
+        caption: the caption, as plain text.
     """
     source = b64encode(png).decode("ascii")
     return (
@@ -107,7 +107,7 @@ def figure(alt: str, png: bytes, caption: str) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Use this look inside the block, and the user's own after it."""
+    """Use this style inside the block, and restore the user's after it."""
     from matplotlib import rc_context
 
     with rc_context(rc=_STYLE):

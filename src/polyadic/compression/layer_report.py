@@ -1,4 +1,4 @@
-"""What a report says of one layer."""
+"""The part of a report that is about one layer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Points:
+class CurvePoints:
     """The error curve of one format of a layer, as far as it was looked at.
 
     Attributes:
         order: modes per side.
         modes: the tensorized shape.
-        ranks: ascending.
-        parameters: at these ranks.
-        errors: relative, in the metric of the fit; exact for plain low rank, of short fits
-            otherwise.
-        exact: whether they are.
-        given_up: why it was not followed further, or empty.
+        ranks: the ranks looked at, ascending.
+        parameters: number of parameters at these ranks.
+        errors: relative errors at these ranks, in the metric of the fit.
+        exact: whether the errors are exact, as for plain low rank; others are of short fits.
+        given_up: why the curve was not followed further, or empty.
     """
 
     order: int
@@ -36,21 +35,21 @@ class LayerReport:
     """One layer, or layers tied by one weight.
 
     Attributes:
-        names: in the model; more than one where they are tied.
-        kind: classes of the layers before.
-        weight_shape: of the dense weight.
+        names: names in the model; more than one where layers are tied.
+        kind: classes of the layers before the conversion.
+        weight_shape: shape of the dense weight.
         decision: ``"converted"``, ``"dense"`` (weighed and kept) or ``"skipped"`` (cannot be
             exchanged).
-        reason: for the decision, in words.
+        reason: the reason for the decision, in words.
         order: modes per side, 0 if not converted.
         modes: the tensorized shape, empty if not converted.
         rank: 0 if not converted.
         dense_parameters: entries of the weight.
         parameters: entries of the factors, or of the weight that stays.
-        dense_flops: of a pass over a batch, forward; None if not known.
-        flops: the same afterwards.
-        dense_seconds: predicted time of the pass, None if not known.
-        seconds: the same afterwards.
+        dense_flops: FLOPs of a forward pass over one batch before; None if not known.
+        flops: FLOPs of that pass after the conversion.
+        dense_seconds: predicted time of that pass before; None if not known.
+        seconds: predicted time of that pass after the conversion.
         predicted_error: relative error in the metric of the fit, as its curve promised.
         weight_error: ‖W − Ŵ‖ / ‖W‖ as fitted; None in a dry run.
         output_error: √(E‖(W − Ŵ)x‖² / E‖Wx‖²) over the calibration inputs, bias left out; None
@@ -78,23 +77,23 @@ class LayerReport:
     weight_error: float | None = None
     output_error: float | None = None
     importance: float | None = None
-    curves: tuple[Points, ...] = ()
+    curves: tuple[CurvePoints, ...] = ()
 
     @property
     def name(self) -> str:
-        """Of the first layer."""
+        """Name of the first layer."""
         return self.names[0]
 
 
 def modes_text(modes: Sequence[Sequence[int]]) -> str:
-    """A tensorized shape in short."""
+    """Write a tensorized shape as text, such as ``4x16 8x8``."""
     return " ".join("x".join(map(str, group)) for group in modes)
 
 
 def layer_from(data: Mapping[str, Any]) -> LayerReport:
-    """Make it again from plain data."""
+    """Make a ``LayerReport`` from the plain data of ``Report.to_dict``."""
     curves = tuple(
-        Points(
+        CurvePoints(
             **{
                 **curve,
                 **{k: tuple(curve[k]) for k in ("ranks", "parameters", "errors")},

@@ -13,10 +13,10 @@ from polyadic.compression.layer_report import LayerReport, modes_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by readers with colour-blindness too; one per order.
+# One colour per order, from Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = {1: "#000000", 2: "#0072b2", 3: "#e69f00"}
 _OTHER = "#009e73"
-# Layers with a panel of their own.
+# Most layers that get a panel of their own.
 _PANELS = 24
 _HEADINGS = (
     "layer",
@@ -42,9 +42,9 @@ def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> st
     """Write the page.
 
     Args:
-        lead: what it is about.
-        summary: sums, a sentence each.
-        layers: in order.
+        lead: a sentence on what the page is about.
+        summary: sums over all layers, one sentence each.
+        layers: the layers in the order of the table.
 
     Returns:
         An HTML document.
@@ -138,7 +138,7 @@ def _short(layer: LayerReport) -> str:
 
 
 def _parameters(layers: Sequence[LayerReport]) -> bytes:
-    """Bars of the parameters of each layer."""
+    """Draw bars of the parameters of each layer."""
     places = range(len(layers))
     with style():
         canvas = new_figure(9.6, 1.2 + 0.24 * len(layers))
@@ -165,7 +165,7 @@ def _parameters(layers: Sequence[LayerReport]) -> bytes:
 
 
 def _curves(layers: Sequence[LayerReport]) -> bytes:
-    """A panel per layer."""
+    """Draw the error curves of each layer in a panel."""
     columns = min(3, len(layers))
     rows = math.ceil(len(layers) / columns)
     with style():

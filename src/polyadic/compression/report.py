@@ -1,4 +1,4 @@
-"""What ``compress`` did or would do: layer by layer, in sum, and why."""
+"""The report of ``compress``: what it did or would do, layer by layer and in sum, and why."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Report:
     """What ``polyadic.compress`` found; ``str()`` of it is a table.
 
     Attributes:
-        budget: in words.
-        layers: converted, kept and skipped ones, in the model's order.
+        budget: the budget in words.
+        layers: converted, kept and skipped layers, in the model's order.
         dry_run: whether the model was left as it was.
         calibrated: whether errors are weighed by calibration batches.
-        seed: of the fits.
-        model_parameters: of the whole model before.
-        predicted_error: √Σ importance · error², the relative error of the whole by the curves.
-        error: the same with the errors as fitted; None in a dry run.
+        seed: seed of the fits.
+        model_parameters: number of parameters of the whole model before.
+        predicted_error: √Σ importance · error², with the errors that the curves predict.
+        error: √Σ importance · error², with the errors of the fits; None in a dry run.
         output_error: relative change of the model's outputs on the calibration batches, measured;
             None without calibration and in a dry run.
         machine: where the rates behind predicted times come from.
-        notes: what speaks against trusting these numbers.
+        notes: reasons not to trust these numbers.
     """
 
     budget: str
@@ -60,12 +60,12 @@ class Report:
 
     @property
     def dense_parameters(self) -> int:
-        """Entries of the weights of the layers weighed."""
+        """Parameters of the layers weighed, before."""
         return sum(layer.dense_parameters for layer in self.weighed)
 
     @property
     def parameters(self) -> int:
-        """The same afterwards."""
+        """Parameters of the layers weighed, after the conversion."""
         return sum(layer.parameters for layer in self.weighed)
 
     @property
@@ -75,16 +75,16 @@ class Report:
 
     @property
     def flops_ratio(self) -> float | None:
-        """How many times fewer FLOPs; None where they are not known."""
+        """How many times fewer FLOPs these layers have; None if one's are not known."""
         return _ratio([(layer.dense_flops, layer.flops) for layer in self.weighed])
 
     @property
     def speed_ratio(self) -> float | None:
-        """How many times as fast by prediction; None where a layer has none."""
+        """How many times as fast these layers are predicted to be; None if one's is not known."""
         return _ratio([(layer.dense_seconds, layer.seconds) for layer in self.weighed])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Return everything as plain data, from which ``from_dict`` makes the report again."""
         return {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(self),
@@ -99,10 +99,10 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Make the report again from ``to_dict``, or from JSON of it.
+        """Make the report again from what ``to_dict`` returned, or from JSON of it.
 
         Raises:
-            ValueError: ``data`` is not of a report, or of a newer version.
+            ValueError: ``data`` is not that of a report, or is of a newer version.
         """
         version = data.get("format_version")
         if version != FORMAT_VERSION:
@@ -130,7 +130,7 @@ class Report:
         Path(path).write_text(html(lead, self.summary(), self.layers), encoding="utf-8")
 
     def summary(self) -> list[str]:
-        """The sums, a sentence each."""
+        """Return the sums over all layers, one sentence each."""
         lines = [
             f"{self.parameters:,} parameters of {self.dense_parameters:,} in the layers weighed: "
             f"{self.ratio:.2f} times fewer ({len(self.converted)} of {len(self.weighed)} converted)"
@@ -152,7 +152,7 @@ class Report:
             f"relative error {what}, predicted from single layers: {self.predicted_error:.3g}"
         )
         if self.error is not None:
-            lines.append(f"the same with the errors as fitted: {self.error:.3g}")
+            lines.append(f"the relative error with the errors of the fits: {self.error:.3g}")
         if self.output_error is not None:
             lines.append(
                 f"relative change of the model's outputs on the calibration batches, measured: "

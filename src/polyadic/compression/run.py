@@ -1,4 +1,11 @@
-"""``compress``: look at the layers, plan within the budget, fit, and exchange them at the end."""
+"""``compress``, from the arguments to the report.
+
+Layers are found and arranged into targets (``targets``); calibration batches are run and recorded
+(``calibration``); each target's options are listed with their errors and costs (``weigh``, by
+``curves`` and ``costs``); one option each is chosen within the budget (``choose``, by
+``allocate``); what was chosen is fitted and exchanged (``fits``); the report is put together
+(``assemble``).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +15,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from polyadic import checks, surgery
+from polyadic import surgery
 from polyadic.batches import Forward
-from polyadic.compression import choose
-from polyadic.compression.arguments import batches_of, check_options, pairs_of
-from polyadic.compression.budget import budget
-from polyadic.compression.calibration import Weights
-from polyadic.compression.job import Callback, Job
+from polyadic.compression.arguments import Callback, batches_of, check_options, pairs_of
+from polyadic.compression.assemble import report_of
+from polyadic.compression.budget import Budget, budget
+from polyadic.compression.calibration import Weights, gather
+from polyadic.compression.choose import choose
+from polyadic.compression.costs import Calls
+from polyadic.compression.fits import Outcome, fit_within
 from polyadic.compression.report import Report
-from polyadic.compression.targets import sites
+from polyadic.compression.targets import Target, find_targets
+from polyadic.compression.weigh import weigh
 from polyadic.formats import Rank
+from polyadic.nn.wrapped import check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,33 +71,34 @@ def compress(
         ratio: how many times fewer parameters.
         flops_ratio: how many times fewer FLOPs, forward.
         max_error: bound on √Σ s e², with calibration also on the measured relative change of the
-            outputs; parameters are made as few as possible.
+            outputs; parameters are then made as few as possible.
         speed: ``"never-slower"``: no layer may be predicted to be slower than it was, for the batch
             of the first calibration batch (32 rows without); alone it converts every layer that
             can be, at the least error, or added to another budget.
         calibration: batches without labels, as ``model(batch)``, ``model(*batch)`` of a tuple or
             list, or ``model(**batch)`` of a mapping takes them.
-        forward: ``forward(model, batch)`` in place of these, which returns the outputs that count;
-            by default all floating-point outputs, alike.
-        weights: of positions, such as an attention mask, as ``polyadic.second_moments`` takes
-            them, for layers whose inputs have these leading dimensions.
+        forward: ``forward(model, batch)``, called in place of the model; it returns the outputs
+            that count. By default all floating-point outputs count equally.
+        weights: how much each position counts, such as an attention mask, in the form that
+            ``polyadic.second_moments`` takes; for layers whose inputs have these leading
+            dimensions.
         target_modules: a regular expression for whole names, or names or last parts of names; all
             layers by default.
-        exclude_modules: likewise, what to leave alone.
+        exclude_modules: layers to leave alone, in the form of ``target_modules``.
         rank_pattern: ranks (ints, fractions of the dense parameters or ``"break-even"``) by regular
             expressions for names or their last parts; such layers are converted at this rank.
         orders: modes per side to be weighed, of which 1 is plain low rank; by default 1, 2 and 3,
-            of convolutions 1 and 2.
+            for convolutions 1 and 2.
         shapes: (in modes, out modes), or a list of such pairs, to be weighed instead, by patterns
             as in ``rank_pattern``.
-        dry_run: return the plan alone; the model is left as it is.
+        dry_run: only plan; the model is left as it is.
         inplace: change the model given instead of a copy.
-        seed: of the fits; the same seed gives the same result on one machine.
+        seed: seed of the fits; equal seeds give equal results on one machine.
         callback: called as ``callback(stage, done, total, name)`` after each piece of work.
         fit: options of ``polyadic.decompose`` for the final fits, such as ``iterations``.
 
     Returns:
-        The converted model and the report. In a dry run the model as it was given.
+        The converted model and the report; in a dry run the model is the one given, unchanged.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -96,38 +108,48 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    checks.check_unwrapped(model, "compress")
+    check_unwrapped(model, "compress")
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)
     tell = callback or (lambda stage, done, total, name: None)
+
     found = surgery.find(model, target_modules=target_modules, exclude_modules=exclude_modules)
+    ranks = _by_layer(rank_pattern, found, "rank_pattern")
+    modes = {name: pairs_of(each) for name, each in _by_layer(shapes, found, "shapes").items()}
     work = model if inplace else copy.deepcopy(model)
-    modules = dict(work.named_modules())
-    found = surgery.Found(
-        {name: modules[name] for name in found.layers}, found.aliases, found.ties, found.skipped
-    )
-    ranks = (
-        {}
-        if rank_pattern is None
-        else surgery.by_pattern(rank_pattern, found.layers, "rank_pattern")
-    )
-    modes = (
-        {}
-        if shapes is None
-        else {
-            name: pairs_of(value)
-            for name, value in surgery.by_pattern(shapes, found.layers, "shapes").items()
-        }
-    )
-    every, refused = sites(found, orders, modes)
-    if not every:
+    targets, refused = find_targets(found.within(work), orders, modes)
+    if not targets:
         why = "; ".join(f"{name} {reason}" for name, reason in list(refused.items())[:8])
         raise ValueError(f"{type(model).__name__} has no layer to convert: {why or 'none at all'}")
-    job = Job(work, every, wanted, batches, forward, weights, ranks, seed, tell, fit)
-    weighed = job.weigh()
+    size = sum(p.numel() for p in work.parameters())
+
+    evidence = gather(work, targets, batches, forward, weights, tell)
+    _check_calls_known(targets, evidence.calls, wanted)
+    every = weigh(targets, evidence, wanted, ranks, seed, tell)
     if dry_run:
-        chosen = choose.choose(weighed, wanted)
-        return model, job.report(weighed, chosen, {}, refused, model, None, True)
-    chosen, fits, measured = job.fit(weighed)
-    return work, job.report(weighed, chosen, fits, refused, model, measured, False)
+        outcome = Outcome(choose(every, wanted), {}, None)
+    else:
+        outcome = fit_within(work, every, evidence, wanted, fit, seed, tell)
+    report = report_of(
+        model, every, refused, outcome, evidence, wanted, size=size, seed=seed, dry_run=dry_run
+    )
+    return (model if dry_run else work), report
+
+
+def _by_layer(
+    patterns: Mapping[str, Any] | None, found: surgery.Found, what: str
+) -> dict[str, Any]:
+    """The values given by patterns of names, by layer."""
+    return {} if patterns is None else surgery.by_pattern(patterns, found.layers, what)
+
+
+def _check_calls_known(targets: Sequence[Target], calls: Calls, wanted: Budget) -> None:
+    """Refuse a budget of FLOPs or time where a layer's input sizes are not known."""
+    unknown = [name for target in targets for name in target.names if name not in calls]
+    needed = wanted.never_slower or wanted.kind == "flops_ratio"
+    if unknown and needed:
+        raise ValueError(
+            f"{wanted} needs the sizes of convolutions' inputs ({unknown[0]}, ...); give "
+            f"calibration="
+        )

@@ -1,4 +1,4 @@
-"""What is converted as one, a layer or layers tied by one weight; the formats it could have."""
+"""What is converted together (a layer, or layers tied by one weight), and to which formats."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from polyadic.tensor import CPTensor
 
 
 @dataclass(frozen=True)
-class Form:
-    """A format whose rank is still free.
+class Candidate:
+    """A format that a target could have, whose rank is still free.
 
     Attributes:
         order: modes per side.
@@ -37,39 +37,39 @@ class Form:
 
     @property
     def per_rank(self) -> int:
-        """Parameters of one component."""
+        """Number of parameters of one component."""
         return self.at(1).parameters
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it has a mode on each side, so that the best fit is known: a low-rank matrix."""
+        """Whether it is a plain low-rank matrix, with one mode per side; its best fit is known."""
         sides = {True: 0, False: 0}
         for i, group in enumerate(self.modes):
             sides[i in self.probe._metric_groups] += sum(mode > 1 for mode in group)
         return max(sides.values()) <= 1
 
     def at(self, rank: int) -> LinearFormat | ConvFormat:
-        """The format at a rank."""
+        """Return the format at a rank."""
         return dataclasses.replace(self.probe.format, rank=rank)
 
 
 @dataclass(frozen=True)
-class Site:
-    """A layer, or several that are tied by one weight.
+class Target:
+    """A layer to be converted, or several that are tied by one weight.
 
     Attributes:
-        names: of the layers; the first is what the CP weight is fitted for.
+        names: names of the layers; the CP weight is fitted for the first.
         layers: the torch layers.
-        forms: formats it could have.
+        candidates: formats it could have.
     """
 
     names: tuple[str, ...]
     layers: tuple[nn.Module, ...]
-    forms: tuple[Form, ...]
+    candidates: tuple[Candidate, ...]
 
     @property
     def name(self) -> str:
-        """Of the first layer."""
+        """Name of the first layer."""
         return self.names[0]
 
     @property
@@ -85,15 +85,15 @@ class Site:
 
     @property
     def dense_parameters(self) -> int:
-        """Entries of the weight."""
+        """Number of entries of the weight."""
         return self.weight.numel()
 
-    def target(self, form: Form) -> Tensor:
-        """What a CP tensor of a format is fitted to."""
-        return form.probe._fit_target(self.weight)
+    def weight_to_fit(self, candidate: Candidate) -> Tensor:
+        """Return the weight in the layout in which a CP tensor of a format is fitted to it."""
+        return candidate.probe._fit_target(self.weight)
 
-    def made(self, cp: CPTensor) -> dict[str, nn.Module]:
-        """The layers in CP format with a fitted weight, by name; tied ones share its factors."""
+    def converted(self, cp: CPTensor) -> dict[str, nn.Module]:
+        """Make the layers in CP format with a fitted weight, by name; tied ones share factors."""
         kind = BY_DENSE[type(self.layer)]
         first = kind.make(self.layer, cp=cp)
         found: dict[str, nn.Module] = {self.name: first}
@@ -107,52 +107,52 @@ class Site:
         return found
 
 
-def sites(
+def find_targets(
     found: Found, orders: Sequence[int] | None, shapes: dict[str, list[tuple[Shape, Shape]]]
-) -> tuple[list[Site], dict[str, str]]:
-    """Arrange the layers of a model, those of one weight together.
+) -> tuple[list[Target], dict[str, str]]:
+    """Arrange the layers of a model into targets; layers of one weight make one target.
 
     Args:
         found: what can be exchanged.
         orders: modes per side to be weighed; None for 1 to 3, and for convolutions 1 and 2.
-        shapes: by name the (in, out) modes to be weighed in place of the orders' own.
+        shapes: by name, the (in, out) modes to be weighed in place of those of the orders.
 
     Returns:
-        The sites, and by name why a layer cannot be one.
+        The targets, and by name why a layer cannot be one.
 
     Raises:
         ValueError: shapes do not fit their layer, or are given for another of tied layers than the
             one whose weight is fitted.
     """
-    made, refused = [], dict(found.skipped)
+    targets, refused = [], dict(found.skipped)
     for names, reason in together(found):
         layers = tuple(found.layers[n] for n in names)
-        forms: tuple[Form, ...] = ()
+        candidates: tuple[Candidate, ...] = ()
         if reason is None:
             try:
                 for layer in layers:
                     weight_of(layer, type(layer), "compress")
-                forms = _forms(layers[0], orders, [])
+                candidates = _candidates(layers[0], orders, [])
             except (TypeError, ValueError) as error:
                 reason = str(error)
         if reason is None and not bool(layers[0].weight.isfinite().all()):  # type: ignore[operator]
             reason = "has NaN or infinity in its weight"
-        if reason is None and (asked := _asked(names, shapes)):
+        if reason is None and (asked := _shapes_of(names, shapes)):
             try:
-                forms = _forms(layers[0], orders, asked)
+                candidates = _candidates(layers[0], orders, asked)
             except ValueError as error:
                 raise ValueError(f"shapes: those of {names[0]} do not fit: {error}") from error
         if reason is not None:
             refused.update(dict.fromkeys(names, reason))
         else:
-            made.append(Site(names, layers, forms))
-    return made, refused
+            targets.append(Target(names, layers, candidates))
+    return targets, refused
 
 
-def _asked(
+def _shapes_of(
     names: Sequence[str], shapes: dict[str, list[tuple[Shape, Shape]]]
 ) -> list[tuple[Shape, Shape]]:
-    """The shapes that are asked for, of tied layers by the first."""
+    """Return the shapes asked for; for tied layers, those given for the first."""
     first = shapes.get(names[0], [])
     for name in names[1:]:
         if shapes.get(name, first) != first:
@@ -163,20 +163,20 @@ def _asked(
     return first
 
 
-def _forms(
+def _candidates(
     layer: nn.Module, orders: Sequence[int] | None, shapes: Sequence[tuple[Shape, Shape]]
-) -> tuple[Form, ...]:
-    """The formats to be weighed, each once."""
+) -> tuple[Candidate, ...]:
+    """The formats to be weighed, without repetition."""
     kind = BY_DENSE[type(layer)]
     weighed: list[tuple[int, dict[str, Any]]] = [
         (max(len(ins), len(outs)), {"in_shape": ins, "out_shape": outs}) for ins, outs in shapes
     ]
     if not shapes:
         weighed += [(order, {"order": order}) for order in orders or kind.orders]
-    made: dict[tuple[Shape, ...], Form] = {}
+    made: dict[tuple[Shape, ...], Candidate] = {}
     for order, how in weighed:
-        form = Form(order, shaped(cast(type[Exchangeable], kind.cp), layer, **how))
+        candidate = Candidate(order, shaped(cast(type[Exchangeable], kind.cp), layer, **how))
         # Modes of size 1 change nothing but the number of parameters.
-        key = tuple(tuple(mode for mode in group if mode > 1) for group in form.modes)
-        made.setdefault(key, form)
+        key = tuple(tuple(mode for mode in group if mode > 1) for group in candidate.modes)
+        made.setdefault(key, candidate)
     return tuple(made.values())

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic import checks
 from polyadic.batches import keeping_modes, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop, Recovery
@@ -25,6 +24,7 @@ from polyadic.finetune.settings import (
     optional_function,
     total_steps,
 )
+from polyadic.nn.wrapped import check_unwrapped
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 Validation = Iterable[Any] | Callable[[nn.Module], float]
@@ -134,7 +134,7 @@ def distill(
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
-    checks.check_unwrapped(student, "distill", "student")
+    check_unwrapped(student, "distill", "student")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic import checks
 from polyadic.batches import call, moved
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
@@ -23,6 +22,7 @@ from polyadic.finetune.settings import (
     optional_function,
     total_steps,
 )
+from polyadic.nn.wrapped import check_unwrapped
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def match_layers(
     """
     models.require_module(student, "student")
     models.require_module(teacher, "teacher")
-    checks.check_unwrapped(student, "match_layers", "student")
+    check_unwrapped(student, "match_layers", "student")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")

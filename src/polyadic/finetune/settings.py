@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from polyadic import checks
 from polyadic.formats import positive_int
 
 Schedule = str | Callable[[float], float]
@@ -69,15 +70,11 @@ class Settings:
             positive_int(getattr(self, name), name)
         if self.patience is not None:
             positive_int(self.patience, "patience")
-        for name, least in (("warmup", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        positive(self.lr, "lr")
+        for name in ("warmup", "seed"):
+            checks.an_int(getattr(self, name), name, least=0)
+        checks.a_number(self.lr, "lr", above=0)
         if self.clip is not None:
-            positive(self.clip, "clip")
+            checks.a_number(self.clip, "clip", above=0)
         if not callable(self.optimizer):
             raise TypeError(
                 f"optimizer must be a class such as torch.optim.Adam or a function (parameters, "
@@ -114,20 +111,6 @@ class Settings:
             "patience": self.patience,
             "seed": self.seed,
         }
-
-
-def positive(value: Any, name: str) -> float:
-    """Return a positive finite number.
-
-    Raises:
-        TypeError: ``value`` is not a number.
-        ValueError: it is not positive and finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
 
 
 def optional_function(value: Any, name: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from polyadic import checks
 from polyadic.fitting.result import Decomposition
-from polyadic.formats import Shape, mode_sizes, positive_int
+from polyadic.formats import Shape, is_int, mode_sizes, positive_int
 from polyadic.tensor import CPTensor
 
 Start: TypeAlias = "str | CPTensor | Decomposition"
@@ -95,7 +96,7 @@ def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]
     if isinstance(inside, (str, bytes)) or not isinstance(inside, Sequence):
         raise TypeError(f"metric_groups must be a sequence of ints, got {inside!r}")
     for i in inside:
-        if isinstance(i, bool) or not isinstance(i, int):
+        if not is_int(i):
             raise TypeError(f"metric_groups must be a sequence of ints, got {i!r} in it")
     named = tuple(inside)
     if not named or len(set(named)) < len(named) or not set(named) <= set(range(len(shape))):
@@ -161,23 +162,14 @@ def options(
         ValueError: out of range.
     """
     positive_int(iterations, "iterations")
-    _number(damping, "damping", above=0.0)
-    _number(tolerance, "tolerance")
-    _number(regularization, "regularization")
+    checks.a_number(damping, "damping", above=0)
+    checks.a_number(tolerance, "tolerance", least=0)
+    checks.a_number(regularization, "regularization", least=0)
     if max_growth is not None:
-        _number(max_growth, "max_growth", least=1.0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {seed!r}")
+        checks.a_number(max_growth, "max_growth", least=1)
+    checks.a_seed(seed)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
-
-
-def _number(value: Any, name: str, least: float = 0.0, above: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < least or (above is not None and value <= above):
-        bound = f"above {above:g}" if above is not None else f"at least {least:g}"
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")
 
 
 def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:

@@ -3,11 +3,13 @@
 Each sweep begins at A + β (A − A_before) in place of A, A and A_before being what the last two
 sweeps ended with; where the objective rises, the point is given up and A is swept plainly (in the
 manner of Mitchell, Ye & De Sterck, Numerical Linear Algebra with Applications 2020, and of Ang,
-Cohen, Gillis & Hien 2021). So the objective never rises, as under plain sweeps, and falls faster.
+Cohen, Gillis & Hien 2021). The objective never rises, which is true of plain sweeps too, and it
+falls faster.
 
-The penalty τ follows the error, τ = ρ · max(ε², 1e-6) with ε the relative error: components are
-held together while the fit is rough, and a weight that has a CP is still found to many digits. It
-is renewed where it is off by a quarter.
+The penalty τ follows the error, τ = ρ · max(ε², 1e-6) with ε the relative error: it is large while
+the fit is rough, which keeps components from growing against each other, and small in the end, so
+that the CP of a weight that has an exact one is found to many digits. τ is renewed when it is off
+by a quarter.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from polyadic.fitting.sweep import Sweeper
 
 MOMENTUM = 0.9
 LEAST_SQUARED_ERROR = 1e-6
-# How far below its bound the growth may be before ρ is relaxed.
+# ρ is relaxed when the growth is below this fraction of its bound.
 SLACK = 0.9
 
 
@@ -29,16 +31,16 @@ class Descent:
     """A fit under way.
 
     Args:
-        problem: what is fitted.
-        factors: where it begins, (n_d, R) per fitted mode.
+        problem: the weight that is fitted.
+        factors: the factors to start from, (n_d, R) per fitted mode.
         regularization: ρ.
         max_growth: bound on √(Σ ‖w_r‖²) / ‖W‖; ρ is raised as long as it is exceeded.
 
     Attributes:
-        factors: the present ones.
-        tau: the present weight of the penalty.
-        errors: relative error after each step.
-        steady: steps since the bound on the growth last changed ρ.
+        factors: the present factors.
+        tau: the present weight τ of the penalty.
+        errors: the relative error after each step.
+        steady: number of steps since the bound on the growth last changed ρ.
     """
 
     def __init__(
@@ -59,10 +61,10 @@ class Descent:
         self._objective = math.inf
 
     def step(self) -> float:
-        """One sweep from an extrapolated point, and a plain one from the present if that failed.
+        """Sweep from an extrapolated point, and from the present one if the objective rose.
 
         Returns:
-            The relative error.
+            The relative error after the step.
         """
         sweeper, present = self._sweeper, self.factors
         if self._before is not None:
@@ -81,14 +83,15 @@ class Descent:
         return self.errors[-1]
 
     def growth(self) -> float:
-        """√(Σ ‖w_r‖²) / ‖W‖."""
+        """Return √(Σ ‖w_r‖²) / ‖W‖."""
         return math.sqrt(self._sweeper.component_power()) / self._norm
 
     def too_large(self) -> bool:
-        """Whether the growth exceeds its bound."""
+        """Return whether the growth exceeds its bound."""
         return self._max_growth is not None and self.growth() > self._max_growth
 
     def _renew_penalty(self, squared: float) -> None:
+        """Adapt ρ to the bound on the growth, and τ to the squared error."""
         self.steady += 1
         rho = self._rho
         if self._max_growth is not None:

@@ -1,4 +1,4 @@
-"""``decompose``: check the arguments, race the starts, sweep until nothing is gained."""
+"""``decompose``: check the arguments, race the starts, sweep until nothing more is gained."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from polyadic.formats import Shape
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.tensor import CPTensor
 
+# Sweeps of each start in a race.
 RACE_SWEEPS = 5
+# Sweeps over which the fall of the error is compared with the tolerance.
 WINDOW = 5
-# Multiplications that all fits of "auto" may come to, what a small sweep costs besides in such, and
-# the most fits: a second or two in all.
-CHEAP, SWEEP, MOST_FITS = 6 * 10**9, 5 * 10**6, 10
+# All fits of start="auto" together may cost so many multiplications, a second or two.
+CHEAP = 6 * 10**9
+# What a small sweep costs in calls of operations, counted in multiplications.
+SWEEP = 5 * 10**6
+# Most fits of start="auto".
+MOST_FITS = 10
 STOPPED = (False, "stopped by the callback")
-# Roundings of the norm up to which an expansion or a fit counts as exact.
+# An expansion or a fit counts as exact if its error is within so many roundings of the norm.
 EXACT = 100
 
 Callback = Callable[[int, float], object]
@@ -70,23 +75,24 @@ def decompose(
         metric_groups: the groups of ``tensorized_shape`` that make up the input side, in the
             order of the metric: (0,) for a linear layer, an embedding or a transposed convolution,
             (1, 2) for a convolution.
-        damping: added to the diagonal of Σ, relative to its mean; makes it definite.
+        damping: what is added to the diagonal of Σ, relative to its mean, to make Σ definite.
         start: ``"orthogonal"`` (largest terms of an orthogonal rank-one expansion), ``"random"``,
             a ``CPTensor`` or ``Decomposition`` to go on from, or a sequence of these, which are
-            raced; ``"auto"`` races one of each name, and where fits are cheap makes more from
-            random starts and returns the best. One of another rank is cut to its largest
-            components, or filled up with the largest terms of an expansion of its residual.
-        iterations: most sweeps over all factors, of each fit.
+            raced; ``"auto"`` races one of each name, and where fits are cheap makes more fits from
+            random starts and returns the best. Given factors of another rank are cut to their
+            largest components, or filled up with the largest terms of an expansion of their
+            residual.
+        iterations: most sweeps over all factors in each fit.
         tolerance: stop when the error falls by less than this fraction in five sweeps; with 0,
             only ``iterations`` and the callback end the fit.
         regularization: τ relative to the squared error, which it follows: a larger one gives
             smaller components, less fragile under training and rounding.
         max_growth: bound on the growth of the result (see ``Decomposition``), at least 1; the
             regularization is raised until it holds. None for no bound beyond what it sets.
-        seed: of all that is drawn; the same seed gives the same result on one machine.
+        seed: seed of all that is drawn; equal seeds give equal results on one machine.
         callback: called as ``callback(iteration, error)`` after each sweep, in a race after those
             of the first start and then of the winner; in further fits with the number of all
-            sweeps and the least error. Returning True ends the fit with the best so far.
+            sweeps and the least error. If it returns True, the fit ends with the best so far.
 
     Returns:
         A ``Decomposition`` with the CP tensor, its errors and its fragility.
@@ -126,27 +132,29 @@ def decompose(
 
 
 def _power_of_two(weight: Tensor, order: int) -> int:
-    """The p for which entries of W / 2^(p·order) are of order 1, as squares of them have to be.
+    """Return p such that the entries of W / 2^(p·order) are near 1.
 
-    A factor times 2^p is exact, so that the fit of a weight times 2^order is the same fit.
+    Fits square the entries, which must neither overflow nor vanish. As a factor times 2^p is
+    exact, the scaling rounds nothing: a weight times 2^order has the fit of the weight, with every
+    factor doubled.
     """
     largest = float(weight.detach().abs().max())
     return round(math.log2(largest) / order) if largest > 0 else 0
 
 
 def _scaled(weight: Tensor, power: int, groups: Sequence[Shape]) -> Tensor:
-    """W · 2^(power·order), in float32 at least; W itself for power 0."""
+    """Return W · 2^(power·order), in float32 at least; W itself if ``power`` is 0."""
     if power == 0:
         return weight
     scaled = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     for _ in range(sum(map(len, groups))):
-        # One by one, as 2^(power·order) can be beyond the dtype.
+        # 2^(power·order) can be beyond the dtype, so that its factors are applied one by one.
         scaled = scaled * 2.0**power
     return scaled
 
 
 def name(start: Start) -> str:
-    """A start as it is reported."""
+    """Return the name under which a start is reported."""
     return start if isinstance(start, str) else "the given factors"
 
 
@@ -166,7 +174,7 @@ class _Fit:
     ) -> None:
         self.problem, self.groups, self.rank, self.weight = problem, groups, rank, weight
         self.tau, self.max_growth, self.began = tau, max_growth, began
-        # Each of the weight's factors is one of the problem's times this.
+        # The weight's factors are those of the problem times this.
         self.unit = 2.0**power
         self.norm = math.sqrt(problem.frobenius_power())
         self.raced: tuple[tuple[str, float], ...] = ()
@@ -176,11 +184,11 @@ class _Fit:
         self.descent: Descent | None = None
 
     def closed_form(self, generator: torch.Generator, expand: bool) -> Decomposition | None:
-        """The optimum where it is known: two modes, an exact expansion, a weight of zeros.
+        """Return the optimum if it is known: for two modes, exact expansions, a weight of zeros.
 
         Args:
-            generator: for randomized range finding.
-            expand: look for an exact expansion where the rank does not promise one, too.
+            generator: draws for randomized range finding.
+            expand: look for an exact expansion even if the rank does not promise one.
         """
         problem, rank = self.problem, self.rank
         if self.norm == 0:
@@ -203,7 +211,7 @@ class _Fit:
         return self.result(True, reason)
 
     def begin(self, start: Start, generator: torch.Generator) -> list[Tensor]:
-        """Factors of the fitted modes."""
+        """Make the factors of the fitted modes for a start."""
         if start == "orthogonal":
             return self.terms
         if start == "random":
@@ -213,10 +221,10 @@ class _Fit:
         every = [factor / self.unit for factor in cp.factors]
         if cp.weights is not None:
             every[0] = every[0] * cp.weights
-        return self._of_rank(self.problem.taken(every), generator)
+        return self._of_rank(self.problem.to_fitted_modes(every), generator)
 
     def _of_rank(self, factors: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-        """Cut to the largest components, or filled up from the residual."""
+        """Cut factors to their largest components, or fill them up from their residual."""
         present = factors[0].shape[1]
         if present > self.rank:
             norms = torch.stack([factor.double().norm(dim=0) for factor in factors]).prod(0)
@@ -238,10 +246,11 @@ class _Fit:
         iterations: int,
         callback: Callback | None,
     ) -> tuple[bool, str] | None:
-        """A few sweeps from every start; the fit goes on from the best.
+        """Make a few sweeps from every start and keep the best.
 
         Returns:
-            How the fit ended if the callback, which sees the first start's sweeps, ended it.
+            How the fit ended if the callback ended it, which sees the sweeps of the first start;
+            else None.
         """
         for start in starts:
             descent = self._descent(self.begin(start, generator))
@@ -264,7 +273,7 @@ class _Fit:
         return Descent(self.problem, factors, self.tau, self.max_growth)
 
     def run(self, iterations: int, tolerance: float, callback: Callback | None) -> tuple[bool, str]:
-        """Sweep on; whether it converged, and why it ended."""
+        """Sweep on from the best start; return whether the fit converged, and why it ended."""
         assert self.descent is not None
         return self._to_end(self.descent, iterations, tolerance, callback)
 
@@ -276,14 +285,14 @@ class _Fit:
         callback: Callback | None,
         ended: tuple[bool, str],
     ) -> tuple[bool, str]:
-        """Whole fits from more random starts, as many as are cheap; the best of all is kept.
+        """Make whole fits from more random starts, as many as are cheap, and keep the best.
 
         Args:
             generator: draws the starts.
-            iterations: most sweeps of each.
-            tolerance: where each ends.
-            callback: sees the sweeps of all, and the least error.
-            ended: how the first fit ended; returned if it stays the best.
+            iterations: most sweeps of each fit.
+            tolerance: fall of the error at which each fit ends.
+            callback: told the number of all sweeps and the least error.
+            ended: how the first fit ended, which is returned if that fit stays the best.
         """
         assert self.descent is not None
         size = self.problem.matrix.numel() * self.rank + SWEEP
@@ -331,16 +340,16 @@ class _Fit:
         return False, f"reached the limit of {iterations} sweeps"
 
     def result(self, converged: bool, reason: str) -> Decomposition:
-        """Measure the present factors and wrap them up."""
+        """Measure the present factors and return them with their numbers."""
         assert self.descent is not None
         problem, factors = self.problem, self.descent.factors
-        full = problem.restored(factors)
+        full = problem.to_all_modes(factors)
         found = fragility(full, self.norm)
         scaled = [(f * self.unit).to(self.weight.dtype) for f in full]
         cp = CPTensor.from_factors(self.groups, scaled)
-        # Of the very factors returned, with the rounding to their dtype.
+        # The errors are those of the factors returned, which are rounded to the weight's dtype.
         exact = [factor.double() / self.unit for factor in cp.factors]
-        returned = problem.taken(exact, torch.float64)
+        returned = problem.to_fitted_modes(exact, torch.float64)
         in_metric, frobenius = problem.residual(returned)
         return Decomposition(
             cp=cp,
@@ -363,7 +372,7 @@ class _Fit:
 
 
 def _relative(squared: float, power: float) -> float:
-    """√(squared / power); the error of a zero weight is 0 where it is met."""
+    """Return √(squared / power); for a zero weight 0 if the fit is exact, else infinity."""
     if power == 0:
         return 0.0 if squared == 0 else math.inf
     return math.sqrt(max(squared, 0.0) / power)

@@ -6,10 +6,16 @@ For a mode d of the input side the normal equations couple its rows, because Σ 
     H[(i,r),(i',r')] = (Σ_{j,j'} K[j,r] Σ[(i,j),(i',j')] K[j',r']) · GC[r,r']
 
 with K the Khatri-Rao product of the side's other factors and GC the Gram matrix of the other side.
-A diagonal Σ decouples the rows: one (R, R) system each. Otherwise H is built and solved directly
-where it is small, and left to preconditioned conjugate gradients where it is not: H is applied
-without being built, and the preconditioner is the Kronecker product S ⊗ (KᵀK ∘ GC), S being the
-mean of Σ over j = j'. Any number of steps lowers the objective, so a few suffice in a sweep.
+There are three ways to solve them:
+
+1. A diagonal Σ decouples the rows: H is zero for i ≠ i', and each row has a system (R, R).
+2. If H has few unknowns m R, it is built and the system is solved directly.
+3. Otherwise a few steps of preconditioned conjugate gradients are taken. H is applied without
+   being built: H X = contract(Σ (A_X GC), K), where A_X is the Khatri-Rao product of the side with
+   X in the place of the mode's factor. The preconditioner replaces Σ by S ⊗ I, where
+   S[i,i'] = mean_j Σ[(i,j),(i',j)] (m, m); then H becomes the Kronecker product S ⊗ (KᵀK ∘ GC),
+   whose two parts are inverted separately. Every step lowers the objective, so that a sweep needs
+   no exact solution.
 
 Axes: i own mode (m), j other modes of the side (J), r rank.
 """
@@ -22,10 +28,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polyadic.fitting.normal import contract_but, corrected, factorized, gram
+from polyadic.fitting.normal import contract_but, gram, scaled_cholesky, solve_step
 from polyadic.kernels.multilinear import khatri_rao
 
+# Most unknowns of one mode for which H is built and solved directly.
 DIRECT_UNKNOWNS = 768
+# Steps of conjugate gradients that update one mode in a sweep.
 CG_STEPS = 3
 
 
@@ -37,12 +45,12 @@ def solve_in_metric(
     outer: Tensor,
     penalty: Tensor,
 ) -> Tensor:
-    """The factor of mode d that minimises the objective, or lowers it where that is cheaper.
+    """Return a factor of mode d that minimises the objective, or that lowers it (way 3).
 
     Args:
-        metric: Σ (P, P) or (P,).
-        factors: of all modes of the side, (m_e, R).
-        d: the mode.
+        metric: Σ (P, P), or its diagonal (P,).
+        factors: the factors (m_e, R) of all modes of the input side.
+        d: the mode whose factor is updated.
         rhs: Y (m_d, R).
         outer: GC (R, R), float64.
         penalty: τ D (R,), float64.
@@ -52,7 +60,7 @@ def solve_in_metric(
         return _row_by_row(metric, factors, d, rhs, outer, penalty)
     if size * rank <= DIRECT_UNKNOWNS:
         system = _built(metric, factors, d) * outer.view(1, rank, 1, rank)
-        return corrected(
+        return solve_step(
             factors[d].reshape(1, -1),
             rhs.reshape(1, -1),
             system.reshape(size * rank, -1),
@@ -62,7 +70,7 @@ def solve_in_metric(
 
 
 def _others(factors: Sequence[Tensor], d: int) -> Tensor:
-    """K (J, R); a row of ones where the side has one mode."""
+    """Return K (J, R); a row of ones if the side has one mode alone."""
     rest = [factor for e, factor in enumerate(factors) if e != d]
     return khatri_rao(rest) if rest else factors[d].new_ones(1, factors[d].shape[1])
 
@@ -75,21 +83,24 @@ def _row_by_row(
     outer: Tensor,
     penalty: Tensor,
 ) -> Tensor:
+    """Way 1: one (R, R) system for each row of the factor."""
     weights = metric.view([len(f) for f in factors]).movedim(d, 0).reshape(len(factors[d]), -1)
     kernel, result = _others(factors, d), torch.empty_like(factors[d])
     for i, row in enumerate(weights):
+        # H[(i,r),(i,r')] = Σ_j K[j,r] Σ[(i,j)] K[j,r'] · GC[r,r']
         system = (kernel.t() @ (row.unsqueeze(1) * kernel)).double() * outer
         system = (system + system.t()) / 2
-        result[i] = corrected(factors[d][i : i + 1], rhs[i : i + 1], system, penalty)
+        result[i] = solve_step(factors[d][i : i + 1], rhs[i : i + 1], system, penalty)
     return result
 
 
 def _built(metric: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
-    """Σ contracted with K on both sides: (m, R, m, R), float64."""
+    """Contract Σ with K on both sides: (m, R, m, R), float64, which is H without GC."""
     sizes = [len(f) for f in factors]
     before, size, after = math.prod(sizes[:d]), sizes[d], math.prod(sizes[d + 1 :])
     rank = factors[d].shape[1]
     kernel = _others(factors, d).view(before, after, rank)
+    # Σ_j K[j,r] Σ[(i,j),p], and then Σ_j' of that times K[j',r'].
     once = torch.einsum("aibp,abr->irp", metric.view(before, size, after, -1), kernel)
     twice = torch.einsum("paib,abr->pir", once.reshape(-1, before, size, after), kernel)
     square = twice.reshape(size * rank, size * rank).double()
@@ -104,12 +115,14 @@ def _iterated(
     outer: Tensor,
     penalty: Tensor,
 ) -> Tensor:
+    """Way 3: some steps of preconditioned conjugate gradients."""
     coupling, pull = outer.to(rhs.dtype), penalty.to(rhs.dtype)
     own = list(factors)
 
     def apply(x: Tensor) -> Tensor:
         own[d] = x
-        return contract_but(metric @ khatri_rao(own) @ coupling, own, d) + pull * x
+        in_metric = metric @ khatri_rao(own) @ coupling  # Σ A_X GC
+        return contract_but(in_metric, own, d) + pull * x  # H X + τ D X
 
     precondition = _preconditioner(metric, factors, d, outer, penalty)
     return conjugate_gradients(apply, rhs, factors[d], precondition, CG_STEPS)
@@ -118,17 +131,21 @@ def _iterated(
 def _preconditioner(
     metric: Tensor, factors: Sequence[Tensor], d: int, outer: Tensor, penalty: Tensor
 ) -> Callable[[Tensor], Tensor]:
+    """Return the map X → (S ⊗ (KᵀK ∘ GC + τ D))⁻¹ X for X (m, R).
+
+    S is inverted by its eigenvalues, of which none counts for less than 1e-6 of the largest.
+    """
     sizes = [len(f) for f in factors]
     before, size, after = math.prod(sizes[:d]), sizes[d], math.prod(sizes[d + 1 :])
     blocks = metric.view(before, size, after, before, size, after)
-    mean = blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((2, 3)).double()
+    mean = blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((2, 3)).double()  # S
     values, vectors = torch.linalg.eigh(mean)
     values = values.clamp_min(float(values.max()) * 1e-6)
     system = outer.clone()
     for e, factor in enumerate(factors):
         if e != d:
-            system *= gram(factor)
-    lower, scale = factorized(system, penalty, factors[d].dtype)
+            system *= gram(factor)  # KᵀK ∘ GC
+    lower, scale = scaled_cholesky(system, penalty, factors[d].dtype)
 
     def precondition(x: Tensor) -> Tensor:
         rows = vectors @ ((vectors.t() @ (x.double() * scale)) / values.unsqueeze(1))
@@ -144,7 +161,18 @@ def conjugate_gradients(
     precondition: Callable[[Tensor], Tensor],
     steps: int,
 ) -> Tensor:
-    """Some preconditioned steps towards H x = rhs from ``start``; H is symmetric and definite."""
+    """Take preconditioned steps from ``start`` towards the solution of H x = rhs.
+
+    H is symmetric and positive definite, and so is the preconditioner. Hestenes & Stiefel, J. Res.
+    Nat. Bur. Standards 1952.
+
+    Args:
+        apply: maps x to H x.
+        rhs: the right-hand side.
+        start: the first x.
+        precondition: maps a residual to an approximation of H⁻¹ times it.
+        steps: most steps; fewer are taken where the residual vanishes.
+    """
     x, residual = start, rhs - apply(start)
     z = precondition(residual)
     direction, rho = z, float((residual * z).sum(dtype=torch.float64))

@@ -19,7 +19,7 @@ from polyadic.batches import call, evaluating
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Entries of patches that are unfolded at once.
+# Most entries of patches that are unfolded at once.
 UNFOLDED = 2**22
 
 
@@ -32,18 +32,19 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """Run batches through a model and gather E[x xᵀ] of the inputs of some of its layers.
 
-    The model is in evaluation mode meanwhile, and as before afterwards. Moments are added up in
-    float32 on the layer's device, one batch after the other, and nothing of a batch is kept.
+    The model is in evaluation mode while it runs, and each module's mode is restored in the end.
+    Moments are added up in float32 on the layer's device, one batch after the other, and nothing
+    of a batch is kept.
 
     Args:
         model: holds the layers.
         batches: a tensor or another object is passed as ``model(batch)``, a tuple or list as
             ``model(*batch)``, a mapping as ``model(**batch)``. Read once.
-        names: of ``nn.Linear``, ``nn.Conv1d`` to ``3d``, ``nn.ConvTranspose1d`` to ``3d`` and
-            ``nn.Embedding`` modules, as in ``model.named_modules()``.
+        names: names of ``nn.Linear``, ``nn.Conv1d`` to ``3d``, ``nn.ConvTranspose1d`` to ``3d``
+            and ``nn.Embedding`` modules, as in ``model.named_modules()``.
         weights: gets a batch and returns how much each position counts, such as an attention mask
             (B, T): the leading dimensions of the inputs of the linear layers and embeddings, the
-            batch of convolutions. Positions of weight 0 are left out, whatever stands there.
+            batch of convolutions. Positions of weight 0 are left out, even if they hold NaN.
 
     Returns:
         By name (M, M) for a linear layer; (Cin·k, Cin·k) for a convolution, the mean over its
@@ -96,7 +97,12 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def check_weights(counts: Any) -> None:
-    """Refuse what cannot say how much positions count."""
+    """Check what the user's ``weights`` returned for a batch.
+
+    Raises:
+        TypeError: it is no tensor of real numbers.
+        ValueError: some of them are negative or not finite.
+    """
     if not isinstance(counts, Tensor) or counts.is_complex():
         got = f"one of {counts.dtype}" if isinstance(counts, Tensor) else type(counts).__name__
         raise TypeError(f"weights must return a tensor of real numbers for a batch, got {got}")
@@ -108,7 +114,7 @@ def check_weights(counts: Any) -> None:
 
 
 class _Moment:
-    """Σ of one layer while it is gathered."""
+    """The second moment Σ of one layer's input, added up over calls."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -119,7 +125,7 @@ class _Moment:
         self.called = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add what a call of the layer is given."""
+        """Add the input of one call of the layer; it is a forward pre-hook."""
         x = args[0] if args else kwargs["input"]
         self.called = True
         if isinstance(module, nn.Embedding):
@@ -149,7 +155,7 @@ class _Moment:
             seen = counts != 0
             rows, counts = rows[seen], counts[seen]
             scaled, count = rows * counts.unsqueeze(1), float(counts.sum())
-        # A caller's autocast is for the model, not for the moments.
+        # Autocast may be on for the model; the moments are not to be rounded by it.
         with torch.autocast(rows.device.type, enabled=False):
             product = scaled.t() @ rows
         self.total = product if self.total is None else self.total.add_(product)
@@ -163,7 +169,11 @@ class _Moment:
         self.count += float(indices.numel() if counts is None else counts.sum())
 
     def mean(self) -> Tensor:
-        """Σ, if anything was seen."""
+        """Return Σ.
+
+        Raises:
+            ValueError: the layer was never called, or saw no position of positive weight.
+        """
         if not self.called:
             raise ValueError(
                 f"{self.name} was never called by the model: there were no batches, or its forward "
@@ -181,7 +191,7 @@ class _Moment:
 def _rows(
     module: nn.Module, x: Tensor, counts: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What the layer multiplies with its weight, as rows, and how much each counts."""
+    """The rows that the layer multiplies with its weight, and how much each counts."""
     if isinstance(module, CONVOLUTIONS):
         yield from _patches(module, x, counts)
         return
@@ -195,7 +205,7 @@ def _rows(
 def _patches(
     module: Any, x: Tensor, counts: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Patches of a convolution, each group a row, some images at a time."""
+    """The patches of a convolution, one row for each group, some images at a time."""
     kernel, dilation = module.kernel_size, module.dilation
     x = _padded(module, x)
     for dim, (size, step, spread) in enumerate(
@@ -220,7 +230,7 @@ def _patches(
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The input as the convolution sees it."""
+    """The input with the convolution's padding."""
     amounts: list[int] = []
     for dim, (size, spread) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
         if module.padding == "same":

@@ -1,5 +1,22 @@
 """Normal equations of one factor: contractions that lead to them, and their solution.
 
+With all other factors fixed, the objective is quadratic in the factor A (n, R) of one mode, and it
+is least where
+
+    A (G + diag p) = Y
+
+with the Gram matrix G = KᵀK (R, R) of the other factors' Khatri-Rao product K, the penalty p (R,)
+and the matricized weight times K, Y (n, R) (the MTTKRP). Components that nearly coincide make G
+nearly singular. So three things are done for a stable solution:
+
+- Not A is solved for, but its step D from the present A, D (G + diag p) = Y − A (G + diag p). A
+  small right-hand side keeps the rounding of D small relative to A.
+- The system is scaled to a unit diagonal, S (G + diag p) S with S = diag(G + diag p)^-½, whose
+  condition number is within a factor R of the best diagonal scaling (van der Sluis, Numerische
+  Mathematik 1969).
+- A tiny multiple of the identity is added, which is the proximal term ε ‖D S⁻¹‖². In directions
+  that the equations determine it changes D by a relative ε; in all others it makes D zero.
+
 Axes: n own mode, r rank.
 """
 
@@ -12,7 +29,7 @@ from torch import Tensor
 
 
 def contract_but(product: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
-    """Σ over all modes but d of ``product`` (Πn, R) times their factors: (n_d, R)."""
+    """Contract ``product`` (Πn, R) with the factors of all modes but d: (n_d, R)."""
     rank = product.shape[1]
     for factor in reversed(factors[d + 1 :]):
         product = (product.reshape(-1, len(factor), rank) * factor).sum(1)
@@ -22,40 +39,41 @@ def contract_but(product: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
 
 
 def gram(factor: Tensor) -> Tensor:
-    """AᵀA (R, R) in float64."""
+    """Return AᵀA (R, R) in float64."""
     wide = factor.double()
     return wide.t() @ wide
 
 
-def corrected(factor: Tensor, rhs: Tensor, system: Tensor, penalty: Tensor) -> Tensor:
-    """The factor that solves A (G + diag p) = Y, as a correction of the present one.
+def solve_step(factor: Tensor, rhs: Tensor, system: Tensor, penalty: Tensor) -> Tensor:
+    """Return the factor that solves A (G + diag p) = Y: the present one plus a step.
 
     Args:
-        factor: A (n, R), the present one.
+        factor: the present A (n, R).
         rhs: Y (n, R).
         system: G (R, R), float64, positive semidefinite.
         penalty: p (R,), float64, not negative.
     """
     present = factor.double()
-    residual = rhs.double() - present @ system - present * penalty
-    lower, scale = factorized(system, penalty, factor.dtype)
-    step = torch.cholesky_solve((residual * scale).t(), lower).t() * scale
+    residual = rhs.double() - present @ system - present * penalty  # Y − A (G + diag p)
+    lower, scale = scaled_cholesky(system, penalty, factor.dtype)
+    step = torch.cholesky_solve((residual * scale).t(), lower).t() * scale  # D
     return (present + step).to(factor.dtype)
 
 
-def factorized(system: Tensor, penalty: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of S (G + diag p) S + shift with a unit diagonal, and the scale S (R,).
-
-    The shift is a proximal term: it leaves alone what the equations do not determine.
+def scaled_cholesky(system: Tensor, penalty: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factorize S (G + diag p) S + ε I, whose first term has a unit diagonal.
 
     Args:
         system: G (R, R), float64, positive semidefinite.
         penalty: p (R,), float64.
-        dtype: of the right-hand side, whose rounding the shift exceeds; it grows a hundredfold as
-            long as the matrix is not definite.
+        dtype: dtype of the right-hand side. ε starts above its rounding and grows a hundredfold
+            until the matrix is definite.
+
+    Returns:
+        The lower Cholesky factor (R, R) and the diagonal of S (R,), both in float64.
     """
     diagonal = system.diagonal() + penalty
-    # A component that has vanished must not divide by zero.
+    # A component that has vanished has a zero on the diagonal, by which nothing may be divided.
     floor = max(float(diagonal.max()) * 1e-14, torch.finfo(torch.float64).tiny)
     scale = diagonal.clamp_min(floor).rsqrt()
     scaled = system * scale.unsqueeze(0) * scale.unsqueeze(1)

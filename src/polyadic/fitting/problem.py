@@ -1,11 +1,11 @@
 """The least-squares problem behind a fit: the weight as a matrix, its modes and its metric.
 
-Everything is done on a matrix W (P, Q) whose rows are the *left* modes and whose columns are the
+All computations are on a matrix W (P, Q) whose rows are the *left* modes and whose columns are the
 *right* modes. With a metric Σ (P, P) the left modes are the input side, and the error is
 
     f = ‖Σ^½ (W − Ŵ)‖² = ⟨W, V⟩ − 2 ⟨Ŵ, V⟩ + ⟨Ŵ, Σ Ŵ⟩,      V = Σ W (P, Q),  V = W without a metric.
 
-Modes of size 1 carry no information: they are left out here and given back at the end.
+Modes of size 1 carry no information: they are left out of the fit and added again at the end.
 
 Axes: p left modes flattened (P), q right modes flattened (Q), r rank.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from polyadic.formats import Shape
 from polyadic.kernels.multilinear import best_cut, khatri_rao
 
-# Entries of which a product is formed at once where only its sum is wanted.
+# Most entries of a product that are formed at once where only their sum is wanted.
 ROWS_OF = 2**20
 
 
@@ -35,8 +35,9 @@ class Problem:
         weighted: V (P, Q), W itself without a metric.
         metric: Σ (P, P), its diagonal (P,), or None; of mean diagonal 1.
         left: sizes of the left modes, none of them 1 unless it is the only one.
-        right: sizes of the right modes, likewise.
-        kept: where each of them stands among the modes of the weight, -1 for a mode made up.
+        right: sizes of the right modes, none of them 1 unless it is the only one.
+        kept: where each of these modes stands among the modes of the weight; -1 for a mode of size
+            1 that was added because its side had none.
         modes: sizes of all modes of the weight, in its order.
     """
 
@@ -54,25 +55,25 @@ class Problem:
         return self.left + self.right
 
     def apply_metric(self, rows: Tensor) -> Tensor:
-        """Σ X for X (P, ·)."""
+        """Return Σ X for X (P, ·)."""
         if self.metric is None:
             return rows
         return self.metric.unsqueeze(1) * rows if self.metric.dim() == 1 else self.metric @ rows
 
     def power(self) -> float:
-        """⟨W, Σ W⟩, what the error is measured against."""
+        """Return ⟨W, Σ W⟩, relative to which the squared error is measured."""
         return inner(self.matrix, self.weighted)
 
     def frobenius_power(self) -> float:
-        """‖W‖²."""
+        """Return ‖W‖²."""
         return inner(self.matrix, self.matrix)
 
     def split(self, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The factors of the left and of the right modes."""
+        """Split factors into those of the left and those of the right modes."""
         return list(factors[: len(self.left)]), list(factors[len(self.left) :])
 
     def residual(self, factors: Sequence[Tensor]) -> tuple[float, float]:
-        """‖Σ^½ (W − Ŵ)‖² and ‖W − Ŵ‖², from the residual itself, some columns at a time.
+        """Return ‖Σ^½ (W − Ŵ)‖² and ‖W − Ŵ‖², from the residual itself, some columns at a time.
 
         The residual is formed in the dtype of the factors. In float32 it cannot fall below the
         rounding of Ŵ, some 1e-7 of the weight; factors given in float64 resolve smaller ones.
@@ -95,13 +96,14 @@ class Problem:
                 difference[first:last] -= _some_rows(left, first, last) @ part.t()
             frobenius += inner(difference, difference)
             if self.metric is not None:
-                # Once it is formed, rounding the residual costs digits of itself alone.
+                # Rounding the residual after it is formed costs digits of the residual, which is
+                # small, and not digits of the weight.
                 weighted = self.apply_metric(difference.to(self.metric.dtype))
                 in_metric += inner(difference, weighted)
         return (frobenius if self.metric is None else max(in_metric, 0.0)), frobenius
 
-    def restored(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Factors for all modes of the weight in its order, component norms spread evenly."""
+    def to_all_modes(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Return factors (n_d, R) for all modes of the weight in its order, and balance them."""
         rank = factors[0].shape[1]
         full = [factors[0].new_ones(size, rank) for size in self.modes]
         for place, factor in zip(self.kept, factors, strict=True):
@@ -112,12 +114,14 @@ class Problem:
                 full[0] = full[0] * factor
         return balanced(full)
 
-    def taken(self, factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    def to_fitted_modes(
+        self, factors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """The factors of the fitted modes, those of size 1 multiplied into the first.
 
         Args:
             factors: of all modes of the weight, (n_d, R).
-            dtype: that of the result; the fit's own by default.
+            dtype: dtype of the result; that of the fit by default.
         """
         dtype = dtype or self.matrix.dtype
         every = [factor.detach().to(self.matrix.device, dtype) for factor in factors]
@@ -130,7 +134,7 @@ class Problem:
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ of matrices, added up in float64, some rows at a time."""
+    """Return ⟨a, b⟩ of two matrices, added up in float64, some rows at a time."""
     step = max(1, ROWS_OF // a.shape[-1])
     return math.fsum(
         float((a[i : i + step] * b[i : i + step]).sum(dtype=torch.float64))
@@ -139,7 +143,7 @@ def inner(a: Tensor, b: Tensor) -> float:
 
 
 def _some_rows(factors: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    """Rows start to stop of the Khatri-Rao product of the factors, without the others."""
+    """Rows start to stop of the Khatri-Rao product of the factors; other rows are not formed."""
     index = torch.arange(start, stop, device=factors[0].device)
     product: Tensor | None = None
     for factor in reversed(factors):
@@ -151,9 +155,9 @@ def _some_rows(factors: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 
 def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The same components with their norms spread evenly over the modes.
+    """Spread the norm of every component evenly over the modes; the components stay equal.
 
-    A component with a factor of norm 0 stays as it is: scaling its other factors would only hide
+    A component with a factor of norm 0 is left alone: scaling its other factors would only hide
     that training can still move it.
     """
     norms = torch.stack([factor.double().norm(dim=0) for factor in factors])
@@ -169,14 +173,17 @@ def make_problem(
     metric_groups: Sequence[int],
     damping: float,
 ) -> Problem:
-    """Arrange a checked weight.
+    """Arrange a checked weight as a matrix of left and right modes.
+
+    Without a metric the modes keep their order and are cut where the two Khatri-Rao products have
+    the fewest entries; with a metric the modes of the input side are the left ones.
 
     Args:
-        weight: of any shape that joins adjacent modes.
+        weight: a weight whose dimensions are modes or products of adjacent modes.
         groups: the tensorized shape.
         metric: Σ (P, P) or its diagonal (P,) over the modes of ``metric_groups``, or None.
         metric_groups: the groups of the input side, in the order of the metric.
-        damping: added to the diagonal, relative to its mean.
+        damping: what is added to the metric's diagonal, relative to the mean of the diagonal.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     tensor = weight.detach().to(dtype)
@@ -202,7 +209,7 @@ def make_problem(
 
 
 def _normalized(metric: Tensor, damping: float) -> Tensor:
-    """Σ with a mean diagonal of 1, and ``damping`` more on the diagonal."""
+    """Scale Σ to a mean diagonal of 1 and add ``damping`` to the diagonal."""
     sigma = metric.double()
     if sigma.dim() == 1:
         return sigma / sigma.mean() + damping

@@ -29,15 +29,16 @@ class Decomposition:
             the weight under noise of variance 1 in every factor entry (Phan et al., ECCV 2020).
         congruence: largest |cosine| between two components.
         mean_congruence: root mean square of the cosines between all pairs.
-        start: what the fit began with, the winner of the race where there were several.
+        start: the start of the fit, which won the race if there were several.
         raced: (start, error) of every start when the race was decided.
-        further: errors in the end of the fits that followed from random starts.
+        further: final errors of further fits from random starts.
         regularization: τ at the end.
-        iterations: sweeps over all factors, those of starts and fits that lost not counted.
-        history: relative error in the metric after each of them.
+        iterations: sweeps of the fit that won, from its start on.
+        history: relative error in the metric after each of these sweeps.
         seconds: wall-clock time, starts and race included.
-        converged: whether it ended by itself, and not by a limit or the callback.
-        reason: why it ended.
+        converged: whether the fit ended by ``tolerance`` or in closed form, and not by a limit or
+            the callback.
+        reason: why the fit ended.
     """
 
     cp: CPTensor
@@ -58,7 +59,7 @@ class Decomposition:
     reason: str
 
     def __str__(self) -> str:
-        """A few lines: errors, fragility, where it began, why it ended."""
+        """Describe the result in a few lines: errors, fragility, its start, why it ended."""
         cp = self.cp
         own, dense = sum(f.numel() for f in cp.factors), math.prod(cp.shape)
         others = ", ".join(f"{name} {error:.4g}" for name, error in self.raced)
@@ -78,7 +79,7 @@ class Decomposition:
 
 
 class DecomposeInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a fit; ``decomposition`` holds what was reached, fit to be a ``start``."""
+    """Ctrl-C during a fit; ``decomposition`` holds the result so far, usable as ``start``."""
 
     def __init__(self, decomposition: Decomposition) -> None:
         super().__init__("decompose was interrupted; the result so far is in .decomposition")
@@ -87,7 +88,7 @@ class DecomposeInterrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Fragility:
-    """How components lie to each other; see ``Decomposition``."""
+    """How much components cancel and coincide; ``Decomposition`` says what each number is."""
 
     growth: float
     sensitivity: float
@@ -96,10 +97,10 @@ class Fragility:
 
 
 def fragility(factors: Sequence[Tensor], norm: float) -> Fragility:
-    """Judge the components of some factors.
+    """Measure how much the components of a CP cancel and coincide.
 
     Args:
-        factors: (n_d, R) each.
+        factors: the factors, (n_d, R) each.
         norm: ‖W‖.
     """
     rank = factors[0].shape[1]
@@ -112,7 +113,7 @@ def fragility(factors: Sequence[Tensor], norm: float) -> Fragility:
         cosines *= product * scale.unsqueeze(0) * scale.unsqueeze(1)
         squares.append(square)
     stacked = torch.stack(squares)
-    # Products of all squares but one, without dividing by a zero.
+    # Products over all modes but one; a quotient of the full product could divide by zero.
     sensitivity = sum(
         len(factor) * float(torch.cat([stacked[:d], stacked[d + 1 :]]).prod(0).sum())
         for d, factor in enumerate(factors)

@@ -2,9 +2,10 @@
 
 A tensor is a sum of orthonormal rank-one terms (TTr1SVD: Batselier, Liu & Wong, SIAM J. Matrix
 Analysis 2015): an SVD splits off one mode, or one side, and the singular vectors of the rest are
-split likewise. The terms are mutually orthogonal, so the R largest are the best choice of R among
-them, the error is the energy left out, and where at most R terms are not zero the expansion is
-exact. Peeling off one mode after the other, the largest last, needs Π n / max n terms at most.
+split in turn. The terms are mutually orthogonal, so that the R largest are the best choice of R
+among them and the squared error is that of the terms left out; where at most R terms are not zero,
+the expansion is exact. Peeling off one mode after the other, the largest last, needs at most
+Π n / max n terms.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ POWER_STEPS = 2
 
 
 def exact_rank(sizes: Sequence[int]) -> int:
-    """Number of components with which every tensor of these modes has an exact CP: Π n / max n."""
+    """Return Π n / max n, a number of components with which every tensor has an exact CP."""
     return math.prod(sizes) // max(sizes)
 
 
 def orthogonal_terms(problem: Problem, rank: int, generator: torch.Generator) -> list[Tensor]:
-    """The ``rank`` largest terms of an orthogonal rank-one expansion of W: (n_d, R) per mode.
+    """Return the ``rank`` largest terms of an orthogonal expansion of W, as factors (n_d, R).
 
-    One mode after the other where that is exact, else first the left side from the right.
+    Where that is exact, one mode after the other is split off; else first the left side from the
+    right.
     """
     sizes, matrix = problem.sizes, problem.matrix
     if rank >= exact_rank(sizes):
@@ -65,10 +67,10 @@ class _Terms:
     """Orthonormal terms on their way to rank one.
 
     Args:
-        scale: (n,) how much of each there is.
-        done: unit vectors (n, size) of the modes split off, by mode.
-        pending: unit vectors (n, Π sizes) of groups of modes still to be split, by their modes.
-        sizes: of all modes.
+        scale: the norm of each term (n,).
+        done: by mode, the unit vectors (n, size) of the modes that are split off.
+        pending: by group of modes, the unit vectors (n, Π sizes) that are still to be split.
+        sizes: sizes of all modes.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class _Terms:
             self.done[modes[0]] = self.pending.pop(modes)
 
     def peel(self, rank: int) -> None:
-        """Split the first mode off one group, and keep the ``rank`` largest terms."""
+        """Split the first mode off one group and keep the ``rank`` largest terms."""
         modes = next(iter(self.pending))
         group = self.pending.pop(modes)
         first, *rest = modes
@@ -104,7 +106,7 @@ class _Terms:
         self._settle()
 
     def factors(self, rank: int) -> list[Tensor]:
-        """(n_d, R) per mode; components that are missing are zero in the last mode alone."""
+        """Return factors (n_d, R); components beyond the terms are zero in the last mode alone."""
         spread = self.scale.abs() ** (1 / len(self.sizes))
         found = [(self.done[d] * spread.unsqueeze(1)).t() for d in range(len(self.sizes))]
         missing = rank - len(self.scale)
@@ -125,10 +127,10 @@ class _Terms:
 def truncated_svd(
     matrix: Tensor, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets, at most ``rank``: U (P, k), s (k,), V (Q, k).
+    """Return the leading singular triplets, at most ``rank``: U (P, k), s (k,), V (Q, k).
 
-    By randomized range finding with power steps where the rank is small beside the matrix
-    (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4), else from the full SVD.
+    They are found by randomized range finding with power steps if the rank is small beside the
+    matrix (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4), and else by the full SVD.
     """
     least = min(matrix.shape)
     sketch = rank + OVERSAMPLING
@@ -147,7 +149,7 @@ def truncated_svd(
 
 
 def _root(sigma: Tensor) -> Tensor:
-    """S with SᵀS = Σ: by Cholesky, by the eigenvalues where Σ is not definite to rounding."""
+    """Return S with SᵀS = Σ, by Cholesky, or by eigenvalues if Σ is singular up to rounding."""
     lower, info = torch.linalg.cholesky_ex(sigma)
     if int(info) == 0:
         root: Tensor = lower.t()
@@ -158,11 +160,12 @@ def _root(sigma: Tensor) -> Tensor:
 
 
 def low_rank(problem: Problem, rank: int) -> list[Tensor]:
-    """The optimum for two modes: A (P, R), C (Q, R) with W ≈ A Cᵀ in the problem's metric.
+    """Return the optimum for two modes: A (P, R), C (Q, R) with W ≈ A Cᵀ in the problem's metric.
 
-    With V the leading right singular vectors of Σ^½ W, the best approximation is W V Vᵀ: it needs
-    no inverse of Σ, and its error is that of the truncated SVD of Σ^½ W. At full rank it is the
-    plain SVD, which is exact in every metric.
+    Let V (Q, R) hold the leading right singular vectors of Σ^½ W. The best approximation of
+    Σ^½ W of rank R is Σ^½ W V Vᵀ (Eckart & Young), so that A = W V and C = V are optimal, without
+    an inverse of Σ. At full rank V is taken from the plain SVD of W, which is exact in every
+    metric.
     """
     matrix, full = problem.matrix, min(problem.matrix.shape)
     seen, wide = matrix, matrix.double()
@@ -188,13 +191,13 @@ def low_rank(problem: Problem, rank: int) -> list[Tensor]:
 
 
 def random_factors(problem: Problem, rank: int, generator: torch.Generator) -> list[Tensor]:
-    """Gaussian factors with columns of unit norm, scaled so that W is met best: (n_d, R) each."""
+    """Draw Gaussian factors (n_d, R) with columns of one norm, whose CP has about the norm of W."""
     matrix, factors = problem.matrix, []
     for size in problem.sizes:
         draw = torch.randn(
             size, rank, generator=generator, dtype=torch.float64, device=generator.device
         )
         factors.append((draw / draw.norm(dim=0)).to(matrix.device, matrix.dtype))
-    # For a weight of zeros of norm one: a layer whose factors are all zero would never train.
+    # A weight of zeros gets factors of norm one: a layer whose factors are all zero cannot train.
     level = (float(matrix.norm()) / math.sqrt(rank) or 1.0) ** (1 / len(factors))
     return [factor * level for factor in factors]

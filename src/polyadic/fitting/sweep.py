@@ -1,23 +1,33 @@
 """Alternating least squares for the CP format: one sweep updates every factor once.
 
-The objective of all updates is one and the same, so that it never rises:
+All updates lower one objective, so that it never rises:
 
     F(A) = ‖Σ^½ (W − Ŵ)‖² + τ Σ_r ‖w_r‖²,      Ŵ = Σ_r w_r = KA KCᵀ
 
 The second term, the squared norms of the components w_r, bounds them: with τ > 0 the infimum is
 attained, and components cannot grow against each other without end (Lim & Comon, J. Chemometrics
-2009, §5; the quantity that Phan et al., ECCV 2020, bound). It needs no balanced factors, since a
-component's norm does not depend on how it is spread, and its gradient in a factor is τ diag(G).
+2009, §5; Phan et al., ECCV 2020, bound this quantity). The term needs no balanced factors, since a
+component's norm does not depend on how it is spread over the modes.
 
-For a mode d outside the metric, with K the Khatri-Rao product of all other factors and Y the
-matricized weight times K (MTTKRP),
+The update of a mode d minimises F over its factor A_d, with all others fixed. As Ŵ is linear in
+A_d, with K the Khatri-Rao product of all other factors, F is quadratic. For a mode outside the
+metric, setting ½ ∂F/∂A_d to zero gives
 
-    A_d (G + τ D) = Y,    G = KᵀΣK = (KAᵀ Σ KA) ∘ Π_{e≠d} C_eᵀ C_e,    D = diag(Π_{e≠d} ‖a_e‖²).
+    A_d KᵀΣK − W_dᵀΣK + τ A_d D = 0       (error, weight, penalty), that is
+
+    A_d (G + τ D) = Y,    G = KᵀΣK = (KAᵀ Σ KA) ∘ Π_{e≠d} C_eᵀ C_e,    D = diag(Π_{e≠d} ‖a_e‖²),
+
+where Y, the weight matricized in mode d times ΣK, is the MTTKRP. The modes of the metric's side
+are coupled by Σ and solved in ``metric``.
 
 The modes of one side share a product of the weight with the other side's Khatri-Rao product (a
-dimension tree of two leaves: Phan, Tichavský & Cichocki, IEEE TSP 2013). Systems are scaled to a
-unit diagonal and solved in float64; the update is the correction of the old factor by the residual
-with a tiny proximal term, which leaves alone what the equations do not determine.
+dimension tree of two leaves: Phan, Tichavský & Cichocki, IEEE TSP 2013). How the systems are
+solved stands in ``normal``.
+
+After the right side's last update the error costs no further pass over the weight: with the
+current factors ⟨Ŵ, ΣW⟩ = ⟨A_d, Y⟩ and ⟨Ŵ, ΣŴ⟩ is the sum of all entries of the full Gram matrix,
+so that f = ⟨W, ΣW⟩ − 2 ⟨A_d, Y⟩ + Σ_{r,r'} G_full[r,r']. This difference loses digits where f is
+small, and there f is measured from the residual.
 
 Axes: p left modes flattened, q right modes flattened, r rank; a mode's factor is (n_d, R).
 """
@@ -31,7 +41,7 @@ import torch
 from torch import Tensor
 
 from polyadic.fitting.metric import solve_in_metric
-from polyadic.fitting.normal import contract_but, corrected, gram
+from polyadic.fitting.normal import contract_but, gram, solve_step
 from polyadic.fitting.problem import Problem, balanced, inner
 from polyadic.kernels.multilinear import khatri_rao
 
@@ -44,7 +54,7 @@ class Sweeper:
         factors: a (n_d, R) tensor per fitted mode, left and then right.
 
     Attributes:
-        factors: the current ones.
+        factors: the current factors, balanced after every sweep.
         power: ⟨W, Σ W⟩.
     """
 
@@ -61,7 +71,7 @@ class Sweeper:
             tau: weight of the squared component norms, relative to the weight's own scale.
 
         Returns:
-            F divided by the power of the weight.
+            F divided by the power of the weight, ⟨W, Σ W⟩.
         """
         for side in (0, 1):
             self._update_side(side, tau)
@@ -69,12 +79,16 @@ class Sweeper:
         return self.objective(tau)
 
     def objective(self, tau: float) -> float:
-        """F relative to the power of the weight, as of the last sweep."""
+        """Return F after the last sweep, relative to the power of the weight."""
         error = self.squared_error()
         return error + tau * self.component_power() / self.power
 
     def squared_error(self) -> float:
-        """Relative squared error after the last sweep; from the residual where it is small."""
+        """Return the relative squared error after the last sweep.
+
+        Where it is small it is measured from the residual, once, and else taken from the normal
+        equations.
+        """
         wide = self.problem.matrix.dtype == torch.float64
         if not self._measured and self._estimate <= (1e-6 if wide else 1e-3):
             self._estimate = self.problem.residual(self.factors)[0] / self.power
@@ -82,11 +96,12 @@ class Sweeper:
         return self._estimate
 
     def component_power(self) -> float:
-        """Σ_r ‖w_r‖²."""
+        """Return Σ_r ‖w_r‖²."""
         squares = [factor.double().square().sum(0) for factor in self.factors]
         return float(torch.stack(squares).prod(0).sum())
 
     def _update_side(self, side: int, tau: float) -> None:
+        """Update the factors of the left (0) or right (1) modes one after the other."""
         problem, cut = self.problem, len(self.problem.left)
         own, other = range(cut), range(cut, len(self.factors))
         target = problem.weighted
@@ -99,8 +114,8 @@ class Sweeper:
         rhs = None
         for d in own:
             rest = [e for e in own if e != d]
-            rhs = projected.mttkrp([self.factors[e] for e in own], d - own.start)
-            diagonal = norms.clone()
+            rhs = projected.mttkrp([self.factors[e] for e in own], d - own.start)  # Y
+            diagonal = norms.clone()  # D
             for e in rest:
                 diagonal *= grams[e].diagonal()
             if side == 0 and problem.metric is not None:
@@ -113,21 +128,21 @@ class Sweeper:
                     tau * diagonal,
                 )
             else:
-                system = outer
+                system = outer  # G
                 for e in rest:
                     system = system * grams[e]
-                self.factors[d] = corrected(self.factors[d], rhs, system, tau * diagonal)
+                self.factors[d] = solve_step(self.factors[d], rhs, system, tau * diagonal)
             grams[d] = gram(self.factors[d])
         if side == 1 and rhs is not None:
-            full = outer
+            full = outer  # G_full
             for e in own:
                 full = full * grams[e]
             cross = inner(self.factors[own[-1]], rhs)
-            squared = self.power - 2 * cross + float(full.sum())
+            squared = self.power - 2 * cross + float(full.sum())  # f
             self._estimate, self._measured = max(squared, 0.0) / self.power, False
 
     def _outer_gram(self, others: Sequence[Tensor], side: int) -> tuple[Tensor, Tensor]:
-        """KᵀΣK of the other side (R, R) and its components' plain squared norms (R,), float64."""
+        """Return KᵀΣK (R, R) of the other side and ‖k_r‖² (R,) of its columns, both float64."""
         grams = [gram(factor) for factor in others]
         plain = grams[0]
         for other in grams[1:]:
@@ -142,8 +157,8 @@ class Sweeper:
 class _Projection:
     """The weight times the other side's Khatri-Rao product, from which a side's MTTKRPs follow.
 
-    Kept whole, (P, R), where it takes no more memory than a few times the weight or the Gram
-    matrices do; otherwise made anew for every mode, some components at a time.
+    The product is kept whole, (P, R), where it takes no more memory than twice the weight or one
+    Gram matrix; otherwise it is made anew for every mode, some components at a time.
     """
 
     def __init__(self, target: Tensor, others: Sequence[Tensor], weight_size: int) -> None:
@@ -162,7 +177,7 @@ class _Projection:
         return [slice(i, min(rank, i + self.step)) for i in range(0, rank, self.step)]
 
     def mttkrp(self, own: Sequence[Tensor], d: int) -> Tensor:
-        """Contract with the factors of the own side but that of mode d: (n_d, R)."""
+        """Contract with the factors of the own side except that of mode d: (n_d, R)."""
         if len(own) == 1 and self.whole is not None:
             return self.whole
         result = torch.empty_like(own[d])

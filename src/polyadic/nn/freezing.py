@@ -7,12 +7,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from polyadic import checks
 from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
 from polyadic.nn.kinds import is_of_family
 from polyadic.nn.layer import CPLayer
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.steps import gemm
@@ -47,7 +47,7 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
             DataParallel, FSDP) or sharded, or a size is below 1.
     """
     _module(model)
-    checks.check_unwrapped(model, "freeze")
+    check_unwrapped(model, "freeze")
     positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
     layers = _freezable(model)

@@ -50,10 +50,10 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
         raise ValueError(
             f"{expected} with a weight of its own, but it is computed: {_bake(module)}"
         )
-    attached = _attached(module)
-    if attached is not None:
+    found = attached(module) or _extra_part(module)
+    if found is not None:
         raise ValueError(
-            f"{expected} with nothing attached, but this one has {attached}, which the CP layer "
+            f"{expected} with nothing attached, but this one has {found}, which the CP layer "
             f"would not have; remove it, convert, and put it on the CP layer"
         )
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
@@ -105,13 +105,16 @@ def _bake(module: nn.Module) -> str:
     return "make it a torch.nn.Parameter"
 
 
-def _attached(module: nn.Module) -> str | None:
-    """Name something of a layer that its class does not have, or None."""
+def attached(layer: nn.Module) -> str | None:
+    """Name what is attached to a layer and would be lost if another took its place, or None."""
     for attribute, kind in _HOOKS.items():
-        for hook in getattr(module, attribute).values():
+        for hook in (getattr(layer, attribute, None) or {}).values():
             return f"the {kind} {getattr(hook, '__name__', type(hook).__name__)}"
-    if "forward" in vars(module):
-        return "a forward of its own"
-    parts = {**module._modules, **module._buffers, **module._parameters}
+    return "a forward of its own" if "forward" in vars(layer) else None
+
+
+def _extra_part(layer: nn.Module) -> str | None:
+    """Name a parameter, buffer or module of a layer that its class does not have, or None."""
+    parts = {**layer._modules, **layer._buffers, **layer._parameters}
     extra = [name for name in parts if name not in ("weight", "bias")]
     return f"the part {extra[0]}" if extra else None

@@ -31,7 +31,7 @@ def merge_layers(model: nn.Module) -> nn.Module:
     lost = [
         f"{name!r} {why}"
         for name, layer in layers.items()
-        if (why := surgery.losses(layer) or elsewhere.get(id(layer)))
+        if (why := surgery.reason_to_keep(layer) or elsewhere.get(id(layer)))
     ]
     refuse("layers cannot be merged", lost)
     made: dict[int, list[Any]] = {}

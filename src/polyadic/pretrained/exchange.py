@@ -62,7 +62,7 @@ def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
         if name == "" and kept is None:
             found = [f"it is itself what would be replaced; give a {config.kind}"]
         if kept is None:
-            reasons = surgery.losses(places[name]), elsewhere.get(id(places[name]))
+            reasons = surgery.reason_to_keep(places[name]), elsewhere.get(id(places[name]))
             found += [f"it {why}" for why in reasons if why is not None]
         wrong += [f"of {name!r:.80} {text}" for text in found]
     refuse(f"{type(model).__name__} is not what was saved", wrong)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic import checks
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig, dumps
 from polyadic.pretrained.dense import merge_layers
@@ -105,7 +105,7 @@ def from_pretrained(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    checks.check_unwrapped(model, "from_pretrained")
+    check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     config = files.read_config(folder)
     exchange = prepare(model, config.layers)
@@ -204,7 +204,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    checks.check_unwrapped(model, "merge")
+    check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):
         _bridge().detach(model)
@@ -250,7 +250,7 @@ def resize_token_embeddings(model: nn.Module, new_num_tokens: int) -> nn.Module:
             f"model must be a model of transformers, got {type(model).__name__}; a table alone has "
             f"CPEmbedding.resize"
         )
-    checks.check_unwrapped(model, "resize_token_embeddings")
+    check_unwrapped(model, "resize_token_embeddings")
     table = resize(model, new_num_tokens)
     attach(model)
     return table

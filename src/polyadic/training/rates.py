@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyadic import checks
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -144,10 +145,7 @@ def factor_rates(
 
 def _check_arguments(lr: Any, weight_decay: Any, optimizer: Any) -> None:
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        checks.a_number(value, name, least=0)
     if optimizer not in OPTIMIZERS:
         raise ValueError(
             f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from polyadic import checks, surgery
+from polyadic import surgery
 from polyadic.formats import (
     Rank,
     Shape,
@@ -16,6 +16,7 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.planner.search import NoRankError
 from polyadic.pretrained import attach
 
@@ -138,7 +139,7 @@ def factorize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    checks.check_unwrapped(model, "factorize")
+    check_unwrapped(model, "factorize")
     if order is not None:
         positive_int(order, "order")
     if callback is not None and not callable(callback):

@@ -1,0 +1,211 @@
+"""The options of every target: its formats and ranks, with their errors, importance and costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from polyadic.compression.arguments import Callback
+from polyadic.compression.budget import Budget
+from polyadic.compression.calibration import Calibration, Evidence
+from polyadic.compression.costs import Calls, Cost, cp_cost, dense_cost
+from polyadic.compression.curves import DAMPING, Curve, approximation, curves, fitted
+from polyadic.compression.targets import Target
+from polyadic.formats import Rank
+
+# Fraction of the parameters at which a layer's effect is measured where the budget names none.
+PROBED = 1 / 4
+# Ranks of one curve that are weighed; between neighbours parameters differ by a few percent.
+MOST_RANKS = 96
+
+
+@dataclass(frozen=True)
+class Option:
+    """A format at a rank, or the dense weight.
+
+    Attributes:
+        curve: the error curve of the format; None for the dense weight.
+        rank: the rank; 0 for the dense weight.
+        error: the relative error, as the curve has it.
+        cost: what the layers then cost.
+    """
+
+    curve: Curve | None
+    rank: int
+    error: float
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a target could become.
+
+    Attributes:
+        target: the layers.
+        curves: the error curves of its formats.
+        importance: what a squared relative error of 1 would add to the squared error of the whole.
+        dense: the option to keep the dense weight.
+        converted: all other options that the budget admits.
+        fixed: whether a rank was asked for, so that the dense weight is no option.
+        reason_to_stay: why there are no other options, or empty.
+    """
+
+    target: Target
+    curves: tuple[Curve, ...]
+    importance: float
+    dense: Option
+    converted: tuple[Option, ...]
+    fixed: bool
+    reason_to_stay: str
+
+    @property
+    def allowed(self) -> list[Option]:
+        """The options that may be chosen."""
+        return list(self.converted) if self.fixed else [self.dense, *self.converted]
+
+    def loss(self, option: Option) -> float:
+        """What an option adds to the squared error of the whole."""
+        return self.importance * option.error**2
+
+
+def weigh(
+    targets: Sequence[Target],
+    evidence: Evidence,
+    budget: Budget,
+    ranks: Mapping[str, Rank],
+    seed: int,
+    tell: Callback,
+) -> list[Options]:
+    """Find the error curves, the importance and the options of every target.
+
+    The importance s of a target weighs its squared relative error e² in the sum Σ s e², which
+    stands for the squared relative error of the model. Without calibration it is the target's
+    share of the squared Frobenius norm of all weights. With calibration it is measured: the weight
+    is replaced by an approximation of error e₀, the squared relative change δ of the model's
+    outputs is taken, and s = δ / e₀².
+
+    Args:
+        targets: what is converted.
+        evidence: what is known of the layers' inputs and calls.
+        budget: the budget, which says what options count and where errors matter.
+        ranks: by the name of a layer, a rank that is asked for.
+        seed: seed of the fits.
+        tell: told after each target.
+
+    Returns:
+        The options of each target, in the order of the targets.
+    """
+    found = []
+    norms = [float(target.weight.double().square().sum()) for target in targets]
+    for i, (target, norm) in enumerate(zip(targets, norms, strict=True)):
+        tell("curves", i, len(targets), target.name)
+        asked = next((ranks[n] for n in target.names if n in ranks), None)
+        metric = evidence.metrics.get(target.name)
+        reason_to_stay = _unseen(metric, evidence.calibration is not None)
+        known: list[Curve] = []
+        if not reason_to_stay:
+            known = curves(target, metric, budget.fraction, asked, seed)
+        if evidence.calibration is None:
+            importance = norm / max(sum(norms), 1e-300)
+        elif known and metric is not None:
+            probed = budget.fraction or PROBED
+            importance = _effect(target, known[0], metric, evidence.calibration, probed, seed)
+        else:
+            importance = 0.0
+        fixed = asked is not None and bool(known)
+        found.append(
+            _options(target, known, importance, evidence.calls, budget, fixed, reason_to_stay)
+        )
+    tell("curves", len(targets), len(targets), "")
+    return found
+
+
+def _unseen(metric: Tensor | None, calibrated: bool) -> str:
+    """Why calibration says nothing of a target's error, or empty."""
+    if metric is None:
+        return "was not called with the calibration batches" if calibrated else ""
+    power = metric.sum() if metric.dim() == 1 else metric.diagonal().sum()
+    if float(power) <= 0:
+        return "has only zeros for input with the calibration batches"
+    return ""
+
+
+def _effect(
+    target: Target,
+    curve: Curve,
+    metric: Tensor,
+    calibration: Calibration,
+    fraction: float,
+    seed: int,
+) -> float:
+    """The squared change δ of the outputs by an error e₀ of this target alone, over e₀².
+
+    The error is that of the curve's format with about ``fraction`` of the dense parameters.
+    """
+    size = fraction * target.dense_parameters
+    rank = min(max(1, round(size / curve.candidate.per_rank)), curve.ranks[-1])
+    rank = max(rank, curve.ranks[0])
+    fit = curve.nearest(rank)
+    if fit is None:
+        fit = fitted(target, curve.candidate, rank, metric, seed=seed, damping=DAMPING)
+    changed = calibration.effect(target.layer, approximation(target, curve.candidate, fit))
+    return changed / max(fit.error, 1e-6) ** 2
+
+
+def _options(
+    target: Target,
+    curves: Sequence[Curve],
+    importance: float,
+    calls: Calls,
+    budget: Budget,
+    fixed: bool,
+    reason_to_stay: str,
+) -> Options:
+    """List the options of a target that the budget admits."""
+    dense = Option(None, 0, 0.0, dense_cost(target, calls))
+    found: list[Option] = []
+    refused: dict[str, None] = {}
+    for curve in curves if not reason_to_stay else ():
+        for rank in curve.ranks if fixed else ranks_of(curve):
+            cost = cp_cost(target, calls, curve.candidate, rank)
+            reason = "" if fixed else _why_not(cost, dense.cost, budget)
+            if reason:
+                refused[reason] = None
+            else:
+                found.append(Option(curve, rank, curve.error(rank), cost))
+    if not found and not reason_to_stay:
+        reason_to_stay = "; ".join(refused) or _too_small(target)
+    return Options(target, tuple(curves), importance, dense, tuple(found), fixed, reason_to_stay)
+
+
+def ranks_of(curve: Curve) -> list[int]:
+    """The ranks of a curve that are weighed: all, or ``MOST_RANKS`` in geometric progression."""
+    last = curve.ranks[-1]
+    if last <= MOST_RANKS:
+        return list(range(1, last + 1))
+    step = math.log(last) / MOST_RANKS
+    return sorted({round(math.exp(step * i)) for i in range(MOST_RANKS + 1)})
+
+
+def _why_not(cost: Cost, dense: Cost, budget: Budget) -> str:
+    """Why a budget does not admit an option, or empty."""
+    if budget.kind == "flops_ratio":
+        known = cost.flops is not None and dense.flops is not None
+        if not known or cost.flops >= dense.flops:  # type: ignore[operator]
+            return "has no fewer FLOPs in CP format at any rank weighed"
+    if budget.never_slower:
+        if dense.seconds is None or cost.seconds is None:
+            return "is not predicted to be no slower, as its calls are not known"
+        if cost.seconds > dense.seconds:
+            return "is predicted to be slower in CP format at every rank weighed"
+    return ""
+
+
+def _too_small(target: Target) -> str:
+    least = min(candidate.per_rank for candidate in target.candidates)
+    return (
+        f"has no fewer parameters in CP format: {least} at rank 1, {target.dense_parameters} dense"
+    )

@@ -1,0 +1,47 @@
+"""Models whose parameters something outside holds, so that their layers must not be exchanged."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
+    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
+
+    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
+    that take their places later are never synchronised, and the processes part without an error;
+    DataParallel and sharded parameters are no places to put a whole factor into.
+
+    Args:
+        model: any module.
+        function: what would change the model, for the message.
+        argument: the model's name among its arguments, for the message.
+
+    Raises:
+        ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
+    """
+    for name, module in model.named_modules():
+        place = f"{argument}.{name}" if name else argument
+        wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
+        if wrapper is not None:
+            raise ValueError(
+                f"{function} expects {argument} without a wrapper around its layers, but {place} "
+                f"is in {wrapper}, which holds the parameters it found when it was made and not "
+                f"those that are changed now; call {function} on the plain model, in every process "
+                f"with the same arguments, and wrap it afterwards"
+            )
+        for key, parameter in module._parameters.items():
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"{function} expects {argument} with whole parameters, but {place}.{key} is a "
+                    f"DTensor, of which each process holds a part; call {function} on the plain "
+                    f"model, in every process with the same arguments, and shard it afterwards"
+                )
+
+
+def _wraps(base: type) -> bool:
+    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
+    if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return True
+    names = ("FullyShardedDataParallel", "FSDPModule", "DDP")
+    return base.__name__ in names and base.__module__.startswith("torch.distributed.")
