@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from polyadic import checks
-from polyadic.autograd import run
 from polyadic.formats import LinearFormat, Shape
-from polyadic.functional.boundary import autocast
+from polyadic.functional.boundary import Call, autocast
 from polyadic.kernels.shared import InHalf, OutHalf
 from polyadic.planner.ask import plan_linear
 
@@ -67,31 +66,30 @@ def cp_linear_shared(
             f"out_factors must hold one group of factors for each of the {count} groups of "
             f"in_factors, got {len(outs)}"
         )
-    x, cast = autocast(x)
+    x, _, cast = autocast(x, None)
     formats = []
     for i in range(count):
         in_shape, out_shape, (rank,) = checks.check_factors(
             scale[i], **{f"in_factors[{i}]": ins[i], f"out_factors[{i}]": outs[i]}
         )
         formats.append(LinearFormat(in_shape, out_shape, rank))
-        checks.check_like_factors(x, ins[i][0], "x", cast=cast is not None)
+        checks.check_like_factors(x, ins[i][0], "x", cast=cast)
         checks.check_last_dimension(x, formats[i].in_features, "x")
-        checks.check_bias(bias[i], formats[i].out_features, ins[i][0], cast=cast is not None)
+        checks.check_bias(bias[i], formats[i].out_features, ins[i][0], cast=cast)
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     projected = _projected(rows, ins, formats)
     results = []
     for i, fmt in enumerate(formats):
-        own, factors = bias[i], outs[i]
-        if own is not None and cast is not None:
-            own = own.to(cast)
+        own = bias[i]
+        if own is not None and cast:
+            own = own.to(x.dtype)
         plan = plan_linear(fmt, rows, "balanced", False)
         forward, backward = plan.forward.out_groups, plan.backward.out_groups
-        weight = scale[i]
-        if weight is not None:
+        if scale[i] is not None:
             # λ is one more factor, in front, with a mode of size 1.
-            factors = (weight.unsqueeze(0), *factors)
             forward, backward = ((first + 1, *rest) for first, *rest in (forward, backward))
-        y = run(OutHalf(forward, backward), projected[i], own, factors)
+        half = Call(OutHalf(forward, backward), 0)
+        y = half.run(projected[i], (outs[i],), own, scale[i])
         results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], fmt.out_features))
     return tuple(results)
 
@@ -118,7 +116,8 @@ def _projected(rows: Tensor, ins: Sequence[Factors], formats: Sequence[LinearFor
             factors = tuple([torch.cat(side, 1) for side in zip(*groups, strict=True)])
         fmt = LinearFormat(modes, formats[members[0]].out_shape, sum(ranks))
         plan = plan_linear(fmt, rows, "balanced", False)
-        z = run(InHalf(plan.forward.in_groups, plan.backward.in_groups), rows, None, factors)
+        half = Call(InHalf(plan.forward.in_groups, plan.backward.in_groups), 0)
+        z = half.run(rows, (factors,), None, None)
         columns = [z] if len(ranks) == 1 else torch.split(z[:, : fmt.rank], ranks, 1)
         for i in members:
             found[i] = columns[place_of[i]]
