@@ -257,7 +257,7 @@ class _CPConv(CPConvBase):
         )
 
 
-_CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built.
+_CONV_DOC = """{dims}-D convolution whose kernel is in CP format.
 
     Stands in for ``torch.nn.Conv{dims}d``: in-projection, depthwise convolution, out-projection
     (see ``polyadic.functional.cp_conv``).

@@ -223,7 +223,7 @@ class _CPConvTranspose(CPConvBase):
         )
 
 
-_DOC = """{dims}-D transposed convolution whose kernel is in CP format and never built.
+_DOC = """{dims}-D transposed convolution whose kernel is in CP format.
 
     Stands in for ``torch.nn.ConvTranspose{dims}d``: in-projection, depthwise transposed
     convolution, out-projection (see ``polyadic.functional.cp_conv_transpose``).

@@ -24,11 +24,12 @@ from polyadic.tensor import CPTensor
 
 
 class CPLinear(Exchangeable):
-    """Linear layer y = x Wᵀ + b whose weight is in CP format and never built.
+    """Linear layer y = x Wᵀ + b whose weight is in CP format.
 
     Stands in for ``torch.nn.Linear``. Forward and backward are products with the Khatri-Rao
     products of the factors (see ``polyadic.functional.cp_linear``), 3·2·B·R·(M+N) FLOPs a training
-    step against 3·2·B·M·N.
+    step against 3·2·B·M·N. For many rows and a high rank the planner may rebuild W for a pass;
+    ``polyadic.explain`` says so.
 
     Args:
         in_features: M.
