@@ -269,7 +269,7 @@ def test_a_small_cell_is_really_run(tmp_path: Path) -> None:
         assert all(0 < r["min"] <= r["q1"] <= r["median"] <= r["q3"] for r in timed.values())
         assert timed["polyadic"]["predicted"] > 0
     assert run.machines[1]["flops"] > 0
-    assert all(criterion.of >= criterion.met for criterion in criteria(run))
+    assert any(criterion.of for criterion in criteria(run)), "no demand is judged by the cell"
     assert platform.node() not in text
     assert str(Path.home()) not in text
     assert torch.get_num_threads() == 1
