@@ -22,17 +22,17 @@ class Clock(Protocol):
 
 
 def clock_of(device_type: str) -> Clock:
-    """The clock of a type of device."""
+    """Return the clock for a type of device."""
     return GpuClock() if device_type == "cuda" else CpuClock()
 
 
 def median(times: list[float]) -> float:
-    """The middle one, of an even number the larger of both."""
+    """Return the median; of an even number of times, the larger of the two in the middle."""
     return sorted(times)[len(times) // 2]
 
 
 class CpuClock:
-    """Calls one after the other, each by itself."""
+    """Times calls one after the other."""
 
     def work(self, run: Run, budget: float = 0.12) -> float:
         """Median time of one call, after a warm-up; at least five calls."""
@@ -46,16 +46,16 @@ class CpuClock:
         return median(times)
 
     def host(self, run: Run) -> float:
-        """As ``work``: the processor is the device."""
+        """Return ``work``, as the processor is the device."""
         return self.work(run)
 
 
 class GpuClock:
-    """Calls in a CUDA graph, which is replayed between two events; and calls that nobody awaits."""
+    """Times calls in a CUDA graph, replayed between two events; and launches without waiting."""
 
-    # In one graph, so that what a replay costs at its start and end does not count.
+    # Calls in one graph: so many that the cost of starting and ending a replay does not count.
     CALLS = 20
-    # Fewer than fit into the queue of launches, whose end would stop the processor.
+    # Launches in a row: fewer than their queue holds, as a full queue stops the processor.
     LAUNCHES = 100
     REPEATS = 7
 
@@ -63,7 +63,8 @@ class GpuClock:
         """Median time of one call among those of a replayed graph."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        # What is chosen, loaded or allocated at the first call must be so before the capture.
+        # Kernels are chosen and loaded and memory is allocated at the first call, which therefore
+        # must come before the capture.
         with torch.cuda.stream(stream):
             for _ in range(3):
                 run()
