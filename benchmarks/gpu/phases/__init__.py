@@ -53,6 +53,7 @@ PHASES = {
         Phase("conv", 20, "conv"),
         Phase("network", 20, "network"),
         Phase("overhead", 8, "overhead"),
+        Phase("shared", 10, "shared"),
         Phase("captured", 40, "captured"),
         Phase("profile", 8, "profile", renews=True),
         Phase("layers-1024", 15, "layers", "grid", ("1024",)),

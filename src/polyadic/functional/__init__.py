@@ -1,8 +1,8 @@
 """CP linear maps, convolutions and embeddings on plain tensors: validate, plan, run.
 
-``cp_linear``, ``cp_conv``, ``cp_conv_transpose`` and ``cp_embedding`` are differentiable; the pairs
-``cp_linear_forward`` and ``cp_linear_backward``, ``cp_conv_forward`` and ``cp_conv_backward`` are
-the same arithmetic without autograd, for those who bring their own.
+``cp_linear``, ``cp_linear_shared``, ``cp_conv``, ``cp_conv_transpose`` and ``cp_embedding`` are
+differentiable; the pairs ``cp_linear_forward`` and ``cp_linear_backward``, ``cp_conv_forward`` and
+``cp_conv_backward`` are the same arithmetic without autograd, for those who bring their own.
 
 The method: a CP tensorized matrix is W = KA diag(λ) KCᵀ with Khatri-Rao products KA, KC of its
 factors (Kolda & Bader, Tensor Decompositions and Applications, SIAM Review 2009, §2.6 and §3), so
@@ -25,6 +25,7 @@ from polyadic.functional.linear import (
     cp_linear_backward,
     cp_linear_forward,
 )
+from polyadic.functional.shared import cp_linear_shared
 
 __all__ = [
     "ConvSaved",
@@ -37,4 +38,5 @@ __all__ = [
     "cp_linear",
     "cp_linear_backward",
     "cp_linear_forward",
+    "cp_linear_shared",
 ]

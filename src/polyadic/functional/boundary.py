@@ -324,14 +324,14 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * (3 + n_factors)
     layer_map: MultilinearMap = ctx.layer_map
-    x, *rest = ctx.saved_tensors
-    factors, kept = rest[:n_factors], rest[n_factors:]
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    x, factors, kept = saved[0], saved[1 : 1 + n_factors], saved[1 + n_factors :]
     if _differentiated((x, *factors)):
         # Kept intermediates are constants to autograd: second derivatives need them recomputed.
-        kept = []
-    needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[1:]
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs_x, *needs_factors))
-    d_bias = layer_map.bias_gradient(grad_y) if needs_bias else None
+        kept = ()
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs[1], *needs[3:]))
+    d_bias = layer_map.bias_gradient(grad_y) if needs[2] else None
     return (None, d_x, d_bias, *d_factors)
 
 

@@ -4,6 +4,7 @@ from polyadic.nn.conv import CPConv1d, CPConv2d, CPConv3d
 from polyadic.nn.conv_transpose import CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
 from polyadic.nn.embedding import CPEmbedding, CPTiedLinear
 from polyadic.nn.linear import CPLinear
+from polyadic.nn.shared import CPSharedInput
 
 __all__ = [
     "CPConv1d",
@@ -14,5 +15,6 @@ __all__ = [
     "CPConvTranspose3d",
     "CPEmbedding",
     "CPLinear",
+    "CPSharedInput",
     "CPTiedLinear",
 ]

@@ -1,0 +1,65 @@
+"""CP linear layers called together on one input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from polyadic import functional
+from polyadic.nn.linear import CPLinear
+
+
+class CPSharedInput(nn.Module):
+    """CP linear layers of one input, such as query, key and value or gate and up.
+
+    Calls ``polyadic.functional.cp_linear_shared``, which reads the input once and makes its
+    gradient once. The layers stay what they are, with parameters and biases of their own or those
+    of a joint weight (``CPLinear.joint``), whose shared in factors are contracted once for all.
+    Each may also be called by itself. Called together, the layers' own ``forward`` and hooks on
+    them are passed by. Where a layer is frozen for inference, each is called by itself.
+
+    Args:
+        layers: ``CPLinear`` layers with the same ``in_features``, dtype and device.
+
+    Attributes:
+        layers: the layers, an ``nn.ModuleList``.
+
+    Shape:
+        (..., M) → a tuple of (..., N_l), in the order of the layers.
+
+    Raises:
+        TypeError: something is no CPLinear.
+        ValueError: there are no layers, or their ``in_features`` differ.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers must be CPLinear layers, got {type(layers).__name__}")
+        given: list[Any] = list(layers)
+        for i, layer in enumerate(given):
+            if not isinstance(layer, CPLinear):
+                raise TypeError(f"layers[{i}] must be a CPLinear, got {type(layer).__name__}")
+        sizes = [layer.in_features for layer in given]
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                f"layers of one input must be at least one and have the same in_features, got "
+                f"{sizes}"
+            )
+        self.layers = nn.ModuleList(given)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., M) → (..., N_l) for each layer."""
+        layers: list[Any] = list(self.layers)
+        if any(layer.frozen is not None for layer in layers) or x.is_nested:
+            return tuple(layer(x) for layer in layers)
+        parts = [layer.cp.parts() for layer in layers]
+        return functional.cp_linear_shared(
+            x,
+            [groups[0] for groups, _ in parts],
+            [groups[1] for groups, _ in parts],
+            [layer.bias for layer in layers],
+            weights=[scale for _, scale in parts],
+        )
