@@ -49,8 +49,8 @@ def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
         TypeError: ``dtype`` is not floating point, or ``device`` is no device.
         ValueError: the device is not there, or computes nothing.
     """
-    checks.computed_dtype(dtype)
-    kind = checks.device_type(device)
+    checks.check_dtype(dtype)
+    kind = checks.check_device(device)
     try:
         torch.empty(0, device=kind)
     except (AssertionError, RuntimeError, NotImplementedError) as error:

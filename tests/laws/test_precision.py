@@ -12,9 +12,9 @@ four times, so √2 times the error; a convolution with one depthwise stage six 
 In fp32 operands are exact and what is counted are the roundings within sums, and there twice
 dense's error is no measure: one library adds a long sum in a single chain and another, or the same
 library for another processor or product, in many short ones. So in fp32 there is a floor: what a
-single chain has. The partial sum of k terms of random sign is √k of a term and rounded by up to u =
-2⁻²⁴ of itself, by u/√3 in the root mean square; over K terms that is u √(1 + 2 + … + K)/√3 of a
-term, u √(K/6) of the sum.
+single chain has, and no more. The partial sum of k terms of random sign is √k of a term and rounded
+by up to u = 2⁻²⁴ of itself, up or down; over K terms that is at most u √(1 + 2 + … + K) of a term,
+u √(K/2) of the sum. Seen: 1.36 u √(K/6) = 0.79 u √(K/2), of a split plan by MKL's oldest code.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def of_a_chain(case: Case, dtype: torch.dtype) -> float:
     positions = math.prod(case.lead) * math.prod(case.size)
     # On the way to any gradient there are sums over either side, the components and the positions.
     terms = taps * (case.in_features + case.out_features) + case.rank + positions
-    return float(torch.finfo(dtype).eps / 2 * math.sqrt(terms / 6))
+    return float(torch.finfo(dtype).eps / 2 * math.sqrt(terms / 2))
 
 
 def assert_within_twice(case: Case, dtype: torch.dtype, plan: Plan | None) -> None:
@@ -117,7 +117,7 @@ def assert_errors_within_twice(
 ) -> None:
     dense = dense_errors(case, dtype)
     for name, error in ours.items():
-        limit = FACTOR * max(dense[name], of_a_chain(case, dtype))
+        limit = max(FACTOR * dense[name], of_a_chain(case, dtype))
         assert error <= limit, f"{name}: {error:.2e}, dense torch {dense[name]:.2e}, by {plan}"
 
 

@@ -63,7 +63,7 @@ class Exchanged(nn.Module):
             ValueError: shapes do not fit.
         """
         weights, factors = cp_tensor
-        factors = checks.factor_group(factors, "factors of the tensorly CP tensor")
+        factors = checks.check_factor_group(factors, "factors of the tensorly CP tensor")
         groups = tensorized_shape or [(factor.shape[0],) for factor in factors]
         made: Own = cls.from_factors(groups, factors, weights)
         return made
