@@ -141,7 +141,8 @@ def cp_embedding(
     if not torch.compiler.is_compiling():
         checks.check_in_range(flat, found.size)
     distinct = None
-    if unique:
+    # Torch cannot differentiate a lookup of no index twice, which would be the second one here.
+    if unique and len(flat):
         distinct = torch.unique(flat, return_inverse=True)
     elif unique is None and _may_count(flat, found.dtype):
         distinct = _distinct(flat, found.size)
