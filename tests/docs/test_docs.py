@@ -310,13 +310,6 @@ def test_the_fast_code_does_not_know_the_reference() -> None:
     assert users <= {"testing"}
 
 
-def test_importing_polyadic_brings_torch_alone() -> None:
-    optional = ["typer", "rich", "sklearn", "matplotlib", "tensorly", "tltorch"]
-    code = f"import sys, polyadic; print([m for m in {optional} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_changelog_knows_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[(\d[^\]]*)\]", text, re.MULTILINE)
