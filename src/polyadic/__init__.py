@@ -19,6 +19,7 @@ from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
+from polyadic.tuning import TunedLayer, TuneReport, tune, untune
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,8 @@ __all__ = [
     "LinearPlan",
     "LinearRoute",
     "Report",
+    "TuneReport",
+    "TunedLayer",
     "accelerate_tltorch",
     "calibrate",
     "compress",
@@ -58,5 +61,7 @@ __all__ = [
     "save_pretrained",
     "second_moments",
     "tensorize",
+    "tune",
     "unfreeze",
+    "untune",
 ]

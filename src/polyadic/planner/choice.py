@@ -6,13 +6,14 @@ remembered here, by request, until ``forget``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 from polyadic._torch import not_traced
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat
-from polyadic.planner import conv, embedding, linear
+from polyadic.planner import conv, embedding, linear, tuned
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step
@@ -56,6 +57,8 @@ KINDS: dict[type, Kind] = {
 }
 # What is told when choices are forgotten: others remember what they made of a plan.
 _told: list[Callable[[], None]] = []
+# What is told of each request that is chosen for and not remembered.
+_asked: list[Callable[[Request], None]] = []
 
 
 def kind_of(request: Request) -> Kind:
@@ -73,13 +76,29 @@ def choose(request: Request) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(request: Request) -> Any:
-    return kind_of(request).choose(request)
+    for told in _asked:
+        told(request)
+    measured = tuned.plan_for(request)
+    return kind_of(request).choose(request) if measured is None else measured
 
 
 @not_traced
 def choose_for_constants(constants: tuple[Any, ...]) -> Any:
     """``choose`` for a compiler, which calls it while it traces and keeps the plan."""
     return choose(Request.of_constants(constants))
+
+
+@contextlib.contextmanager
+def requests_asked() -> Iterator[list[Request]]:
+    """Note the requests, for batches up to a power of two, that are chosen for within."""
+    found: list[Request] = []
+    forget()
+    _asked.append(found.append)
+    try:
+        yield found
+    finally:
+        _asked.remove(found.append)
+        forget()
 
 
 def when_forgotten(call: Callable[[], None]) -> None:
