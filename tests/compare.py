@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 TOLERANCE = 1e-10
@@ -21,3 +23,13 @@ def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for name in want:
         assert_close(got[name], want[name], f"gradient of {name}")
+
+
+def assert_trees_close(got: Any, want: Any, name: str = "entry") -> None:
+    """Tensors, or sequences of what this compares."""
+    if isinstance(want, Tensor):
+        return assert_close(got, want, name)
+    assert len(got) == len(want)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert_trees_close(g, w, f"{name} {i}")
+    return None

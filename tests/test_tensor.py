@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Case, by_einsum, every_case
+from cases import over
+from cases.protocol import Case
+from cases.weights import by_einsum
 from compare import assert_close
 from polyadic import CPTensor, reference
 
@@ -26,7 +28,7 @@ def tensor(case: Case) -> CPTensor:
     return CPTensor.from_factors(case.tensorized_shape, leaves.factors, leaves.weights)
 
 
-@every_case
+@over(lambda case: len(case.leaves().factors) == len(case.modes))
 def test_to_tensor_and_to_matrix(case: Case) -> None:
     cp, want = tensor(case), full(case)
     sizes = [math.prod(group) for group in case.tensorized_shape]
@@ -39,13 +41,12 @@ def test_to_tensor_and_to_matrix(case: Case) -> None:
     assert_close(dense, want.reshape(dense.shape), "reference.dense")
 
 
-@every_case
+@over(lambda case: len(case.leaves().factors) == len(case.modes))
 def test_to_matrix_is_differentiable(case: Case) -> None:
     cp, leaves = tensor(case), case.leaves().map(Tensor.requires_grad_)
     grad = torch.randn(*cp.shape, dtype=torch.float64)
     cp.to_matrix().backward(grad)
-    weight = case.dense_weight(leaves)
-    matrix = weight.T if case.linear else weight.reshape(cp.shape)
+    matrix = case.matrix(leaves).reshape(cp.shape)
     named = {name: leaf for name, leaf in leaves.named().items() if name not in ("x", "bias")}
     want = dict(zip(named, torch.autograd.grad(matrix, list(named.values()), grad), strict=True))
     got = {f"factor {i}": f.grad for i, f in enumerate(cp.factors)}

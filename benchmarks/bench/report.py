@@ -24,12 +24,8 @@ COLUMNS = {
 }
 README_CELLS = (
     "linear_8x8x16_8x8x16_R128_B256",
-    "linear_8x8x12_12x16x16_R64_B512",
-    "linear_16x16x16_16x16x16_R256_B1",
     "linear_16x16x16_16x16x16_R256_B256",
-    "conv_8x8_8x8_k3_R64_B8_S32",
     "resnet18_stage1_4x16_4x16_k3_R89_B4_S56",
-    "resnet18_stage4_16x32_16x32_k3_R741_B4_S7",
 )
 
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     try:
         if given.what == "report":
-            for path in report.write_report(out, given.docs, given.docs.parent / "README.md"):
+            for path in report.write_report(out, given.docs, given.docs / "guide.md"):
                 print(path)
         elif given.what == "minilm":
             options = minilm.Options.quick() if given.quick else minilm.Options()

@@ -1,4 +1,4 @@
-"""Write what the stored records of the study say: ``compression.md``, and the README's summary.
+"""Write what the stored records of the study say: ``compression.md``, and the tour's summary.
 
 Nothing is measured here; the same records give the same text.
 """

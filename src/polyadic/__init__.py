@@ -1,4 +1,4 @@
-"""CP-factorized layers for PyTorch whose forward and backward stay factorized."""
+"""CP-factorized layers for PyTorch: forward and backward in closed form on the factors."""
 
 from polyadic import finetune, functional, init, nn, reference
 from polyadic.calibration import calibrate

@@ -22,7 +22,7 @@ from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Request, request
 from polyadic.plans import Groups, LinearPlan, LinearRoute
 
-# A layer of next to no work, whose time is that of its calls.
+# A layer with so little work that its time is that of its calls.
 TINY = LinearFormat((2, 2, 2), (2, 2, 2), 2)
 ROWS = 2
 
@@ -49,8 +49,8 @@ def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
         TypeError: ``dtype`` is not floating point, or ``device`` is no device.
         ValueError: the device is not there, or computes nothing.
     """
-    checks.computed_dtype(dtype)
-    kind = checks.device_type(device)
+    checks.check_dtype(dtype)
+    kind = checks.check_device(device)
     try:
         torch.empty(0, device=kind)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
@@ -86,7 +86,7 @@ class Rates:
         # Tensors of a GPU are so large that it is busy for longer than a kernel takes to start.
         self.scale = 8 if queued else 1
         one = self._random(4)
-        # In a loop of nothing else, as the others are measured: less than in a layer.
+        # It is measured in a loop of nothing else, as the others are; in a layer it takes longer.
         self.kernel = clock.work(lambda: one * one)
 
     def _random(self, *shape: int) -> Tensor:
@@ -121,7 +121,7 @@ class Rates:
     def stream(self) -> dict[str, Any]:
         """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows."""
         large = self._random(256 * self.scale, 16, 256)
-        # In turns, as a layer's operands are not in the nearest cache when their time comes.
+        # Operands take turns, as those of a layer are not in the nearest cache when it is called.
         several = [self._random(64, 16, 64) for _ in range(16)]
         turns = itertools.cycle(several)
         short = self._random(2048, 4, 16)

@@ -57,8 +57,8 @@ def a_number(
     return float(value)
 
 
-def factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
-    """Return one group of factors as a tuple of tensors; ``ranked`` looks at their shapes.
+def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
+    """Return one group of factors as a tuple of tensors; ``check_factors`` looks at their shapes.
 
     Raises:
         TypeError: not a sequence of tensors.
@@ -77,7 +77,7 @@ def factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
     return group
 
 
-def ranked(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
+def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
     """Check that all factors belong together, and return each group's modes and then (rank,).
 
     Args:
@@ -97,14 +97,14 @@ def ranked(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, .
         ]
     )
     scale = None if weights is None else (tuple(weights.shape), weights.dtype, weights.device)
-    return _ranked(seen, scale)
+    return _check_factors(seen, scale)
 
 
 _Seen = tuple[Shape, torch.dtype, torch.device]
 
 
 @memoized
-def _ranked(
+def _check_factors(
     groups: tuple[tuple[str, tuple[_Seen, ...]], ...], scale: _Seen | None
 ) -> tuple[Shape, ...]:
     (first_name, (first, *_)), *_ = groups
@@ -147,7 +147,7 @@ def _ranked(
     return (*(tuple([shape[0] for shape, _, _ in group]) for _, group in groups), (rank,))
 
 
-def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> None:
+def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> None:
     """Check that ``tensor`` is a floating tensor of the factors' dtype and device.
 
     Args:
@@ -178,22 +178,22 @@ def same_place(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> N
         )
 
 
-def last_dimension(x: Tensor, size: int, name: str) -> None:
+def check_last_dimension(x: Tensor, size: int, name: str) -> None:
     """Check that ``x`` is (..., size)."""
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{name} must have shape (..., {size}), got {tuple(x.shape)}")
 
 
-def vector(bias: Tensor | None, size: int, like: Tensor, *, cast: bool) -> None:
+def check_bias(bias: Tensor | None, size: int, like: Tensor, *, cast: bool) -> None:
     """Check that a bias is None or (size,)."""
     if bias is None:
         return
-    same_place(bias, like, "bias", cast=cast)
+    check_like_factors(bias, like, "bias", cast=cast)
     if bias.shape != (size,):
         raise ValueError(f"bias must have shape ({size},), got {tuple(bias.shape)}")
 
 
-def memory(value: Any) -> Memory:
+def check_memory(value: Any) -> Memory:
     """Return ``memory=`` if it is a known level."""
     for level in MEMORY:
         if value == level:
@@ -201,14 +201,14 @@ def memory(value: Any) -> Memory:
     raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
 
 
-def plan_of(plan: Any, kind: type[Plan]) -> Plan:
+def check_plan(plan: Any, kind: type[Plan]) -> Plan:
     """Return a given plan if it is of the kind that the layer follows."""
     if not isinstance(plan, kind):
         raise TypeError(f"plan must be a polyadic.{kind.__name__}, got {type(plan).__name__}")
     return plan
 
 
-def obeyable(plan: LinearPlan | ConvPlan, kind: str, x: Tensor) -> None:
+def check_backend(plan: LinearPlan | ConvPlan, kind: str, x: Tensor) -> None:
     """Check that the kernels a given plan asks for can run where x is.
 
     Raises:
@@ -221,7 +221,7 @@ def obeyable(plan: LinearPlan | ConvPlan, kind: str, x: Tensor) -> None:
         raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
 
 
-def device_type(device: Any) -> str:
+def check_device(device: Any) -> str:
     """Return the type of a device, such as ``"cpu"``.
 
     Raises:
@@ -236,7 +236,7 @@ def device_type(device: Any) -> str:
         raise ValueError(f"device must be one torch knows, such as 'cpu', got {device!r}") from None
 
 
-def computed_dtype(dtype: Any) -> torch.dtype:
+def check_dtype(dtype: Any) -> torch.dtype:
     """Return a dtype if layers compute in it.
 
     Raises:
@@ -260,7 +260,7 @@ def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
     return tuple(int(v) for v in values)
 
 
-def geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
+def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
     """Check stride, padding ('same' and 'valid' too) and dilation, one entry per dimension.
 
     Raises:
@@ -284,7 +284,7 @@ def geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Ge
     return Geometry(kernel_size, strides, pairs, dilations)
 
 
-def transposed_geometry(
+def check_transposed_geometry(
     kernel_size: Shape, stride: Any, padding: Any, output_padding: Any, dilation: Any
 ) -> Geometry:
     """Check a transposed convolution's options, one entry per dimension.
@@ -307,7 +307,7 @@ def transposed_geometry(
     return Geometry(kernel_size, strides, pairs, dilations, True, extra)
 
 
-def spatial_size(size: Any, where: Geometry) -> Shape:
+def check_spatial_size(size: Any, where: Geometry) -> Shape:
     """Return the spatial size of an input, one entry per dimension, if the kernel fits into it.
 
     Raises:
@@ -326,7 +326,7 @@ def spatial_size(size: Any, where: Geometry) -> Shape:
     return sizes
 
 
-def channel_groups(value: Any, **channels: int) -> int:
+def check_channel_groups(value: Any, **channels: int) -> int:
     """Return ``groups`` if it divides every number of channels."""
     groups = positive_int(value, "groups")
     for name, number in channels.items():
@@ -335,7 +335,7 @@ def channel_groups(value: Any, **channels: int) -> int:
     return groups
 
 
-def padding_mode(value: Any) -> str:
+def check_padding_mode(value: Any) -> str:
     """Return ``padding_mode`` if torch knows it."""
     if value not in PADDING_MODES:
         known = ", ".join(map(repr, PADDING_MODES))
@@ -343,7 +343,7 @@ def padding_mode(value: Any) -> str:
     return str(value)
 
 
-def padding_fits(x: Tensor, where: Geometry, mode: str) -> None:
+def check_padding_fits(x: Tensor, where: Geometry, mode: str) -> None:
     """Check that an input is large enough to be padded by its own entries."""
     if torch.compiler.is_compiling() or mode in ("zeros", "replicate"):
         return
@@ -356,7 +356,7 @@ def padding_fits(x: Tensor, where: Geometry, mode: str) -> None:
             )
 
 
-def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
+def check_conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
     """Check that x is (B, Cin, *S) or (Cin, *S) and that the kernel fits into it."""
     dims, channels = len(fmt.kernel_size), fmt.channels[0]
     spatial = ", ".join(f"S{i + 1}" for i in range(dims))
@@ -373,7 +373,7 @@ def conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
         )
 
 
-def indices(value: Any, like: Tensor) -> None:
+def check_indices(value: Any, like: Tensor) -> None:
     """Check that ``value`` is a tensor of indices on the factors' device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"indices must be a tensor, got {type(value).__name__}")
@@ -385,7 +385,7 @@ def indices(value: Any, like: Tensor) -> None:
         )
 
 
-def table_rows(num_embeddings: Any, in_shape: Shape) -> int:
+def check_table_rows(num_embeddings: Any, in_shape: Shape) -> int:
     """Return V, by default all Π m_d rows of the table, after a check that they are enough."""
     rows = math.prod(in_shape)
     if num_embeddings is None:
@@ -399,7 +399,7 @@ def table_rows(num_embeddings: Any, in_shape: Shape) -> int:
     return size
 
 
-def padding_index(value: Any, num_embeddings: int) -> int | None:
+def check_padding_index(value: Any, num_embeddings: int) -> int | None:
     """Return ``padding_idx`` counted from the front, or None.
 
     Raises:
@@ -418,7 +418,7 @@ def padding_index(value: Any, num_embeddings: int) -> int | None:
     return index % num_embeddings
 
 
-def not_sharded(factors: Sequence[Any], name: str) -> None:
+def check_not_sharded(factors: Sequence[Any], name: str) -> None:
     """Refuse sharded DTensors, for which torch convolves each component by itself wrongly."""
     for factor in factors:
         if any(placement.is_shard() for placement in getattr(factor, "placements", ())):
@@ -429,7 +429,7 @@ def not_sharded(factors: Sequence[Any], name: str) -> None:
             )
 
 
-def within(flat: Tensor, size: int) -> None:
+def check_in_range(flat: Tensor, size: int) -> None:
     """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
 
     Raises:

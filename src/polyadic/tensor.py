@@ -273,8 +273,8 @@ class CPTensor(Exchanged):
         """
         groups, _ = tensorized_groups(tensorized_shape)
         modes = tuple(mode for group in groups for mode in group)
-        tensors = checks.factor_group(factors, "factors")
-        sizes, (rank,) = checks.ranked(weights, factors=tensors)
+        tensors = checks.check_factor_group(factors, "factors")
+        sizes, (rank,) = checks.check_factors(weights, factors=tensors)
         if sizes != modes:
             raise ValueError(
                 f"factors must have the modes {modes} of the tensorized shape, got {sizes}"

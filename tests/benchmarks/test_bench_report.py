@@ -293,3 +293,9 @@ def test_no_option_of_the_command_is_ignored(
         main([*given])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_readmes_numbers_are_those_of_the_stored_records() -> None:
+    root = Path(__file__).parents[2]
+    stored_cpu = stored_runs(root / "benchmarks" / "results")["cpu"]
+    assert short_table(stored_cpu) in (root / "README.md").read_text(encoding="utf-8")

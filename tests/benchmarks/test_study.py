@@ -495,7 +495,7 @@ def test_the_stored_page_is_made_of_the_stored_records() -> None:
     loaded = [report.load(results, file) for file in (minilm.FILE, rates.FILE, digits.FILE)]
     figures = [f"figures/compression-{name}.png" for name in ("encoder", "digits")]
     assert report.section(*loaded, figures) in page.read_text(encoding="utf-8")
-    assert report.summary(loaded[0][1]) in (root / "README.md").read_text(encoding="utf-8")
+    assert report.summary(loaded[0][1]) in (root / "docs" / "guide.md").read_text(encoding="utf-8")
     assert all((root / "docs" / name).exists() for name in figures)
 
 

@@ -18,7 +18,6 @@ from matrix_layers import (
     assert_same,
     dense_linear,
     results,
-    weight,
 )
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,6 +26,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import polyadic
+from cases.weights import weight
 from compare import assert_close
 from polyadic.testing import Flops
 

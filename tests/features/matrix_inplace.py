@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,28 +17,8 @@ from matrix_features import (
 from matrix_layers import Layer, assert_same, results
 from torch import Tensor
 
+from cases.changes import CHANGES, zeroed
 from compare import assert_close
-
-
-def _zeroed(y: Tensor) -> Tensor:
-    y[..., :1] = 0
-    return y
-
-
-def _dropped(y: Tensor) -> Tensor:
-    torch.manual_seed(7)
-    return F.dropout(y, 0.4, inplace=True)
-
-
-CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": partial(F.relu, inplace=True),
-    "hardswish": partial(F.hardswish, inplace=True),
-    "+=": lambda y: y.add_(y.detach().abs()),
-    "*=": lambda y: y.mul_(3),
-    "y[...] = 0": _zeroed,
-    "dropout": _dropped,
-    "view": lambda y: y.flatten().clamp_(-0.5, 0.5),
-}
 
 
 def eager(layer: Layer) -> None:
@@ -66,9 +44,9 @@ def compiled(layer: Layer) -> None:
         assert_same(results(module, lambda x, c=change: c(alone(x)), x), want)
 
     def both(x: Tensor) -> Tensor:
-        return F.relu(_zeroed(module(x)), inplace=True)
+        return F.relu(zeroed(module(x)), inplace=True)
 
-    want = results(module, lambda x: F.relu(_zeroed(layer.dense(module, x))), x)
+    want = results(module, lambda x: F.relu(zeroed(layer.dense(module, x))), x)
     assert_same(results(module, torch.compile(both, fullgraph=True, backend="aot_eager"), x), want)
 
 

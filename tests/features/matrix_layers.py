@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import by_einsum
+from cases.weights import (
+    dense_conv,
+    dense_conv_transpose,
+    dense_embedding,
+    dense_linear,
+    dense_tied,
+)
 from compare import assert_close
 from polyadic import CPTensor
 from polyadic import nn as pnn
-
-
-def weight(layer: Any) -> Tensor:
-    """The weight in the order of its groups of modes, by one einsum; differentiable."""
-    cp = layer.cp
-    joint = getattr(cp, "joint", None)
-    weights = cp.weights if joint is None else joint.weights
-    scales = [] if joint is None else [joint.factors[0][cp.index[0]]]
-    full = by_einsum([*cp.factors], *scales, *([] if weights is None else [weights]))
-    return full.reshape([math.prod(group) for group in cp.tensorized_shape])
-
-
-def dense_linear(layer: Any, x: Tensor) -> Tensor:
-    return F.linear(x, weight(layer).t(), layer.bias)
-
-
-def dense_conv(layer: Any, x: Tensor) -> Tensor:
-    dims = len(layer.kernel_size)
-    kernel = weight(layer).unflatten(-1, layer.kernel_size)
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        sides = [side for p in reversed(padding) for side in (p, p)]
-        x, padding = F.pad(x, sides, layer.padding_mode), 0
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    return convolve(x, kernel, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
-
-
-def dense_conv_transpose(layer: Any, x: Tensor) -> Tensor:
-    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    return convolve[len(layer.kernel_size) - 1](
-        x, weight(layer).unflatten(-1, layer.kernel_size), layer.bias, layer.stride, layer.padding,
-        layer.output_padding, layer.groups, layer.dilation,
-    )  # fmt: skip
-
-
-def dense_embedding(layer: Any, x: Tensor) -> Tensor:
-    table = weight(layer)[: layer.num_embeddings]
-    keep = torch.ones(len(table), 1, dtype=table.dtype)
-    keep[layer.padding_idx] = 0
-    return F.embedding(x, table * keep)
-
-
-def dense_tied(layer: Any, x: Tensor) -> Tensor:
-    return F.linear(x, weight(layer)[: layer.out_features], layer.bias)
 
 
 @dataclass(frozen=True)

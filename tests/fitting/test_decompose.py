@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import by_einsum
+from cases.weights import by_einsum
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
 from polyadic.fitting import fit
 from polyadic.nn import CPEmbedding

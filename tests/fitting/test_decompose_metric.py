@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import by_einsum
+from cases.weights import by_einsum
 from polyadic import CPTensor, Decomposition, decompose
 from polyadic.fitting.problem import make_problem
 from polyadic.fitting.starts import random_factors

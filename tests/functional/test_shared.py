@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
 import polyadic
-from cases import by_einsum
+from cases.weights import by_einsum
 from compare import assert_close
 from polyadic.functional import cp_linear, cp_linear_shared
 from polyadic.kernels import pairs

@@ -71,7 +71,7 @@ def check() -> Iterator[str]:
     for dtype in DTYPES:
         for number, shape in enumerate(SHAPES):
             # A GPU's time goes to compiling: there each shape is checked in one dtype.
-            if device() == "cuda" and dtype != DTYPES[number % 3]:
+            if device() == "cuda" and dtype != _turn(number):
                 continue
             for integers in (True, False):
                 name = f"{short(dtype)} {shape} {integers=}"
@@ -80,6 +80,11 @@ def check() -> Iterator[str]:
                 yield name
     yield from _layers()
     yield _launches()
+
+
+def _turn(number: int) -> torch.dtype:
+    """The dtype in which a row is checked where it is checked in one, each dtype in its turn."""
+    return (torch.float32, torch.float16, torch.bfloat16)[number % 3]
 
 
 def _check_forward(
@@ -172,7 +177,9 @@ def _layers() -> Iterator[str]:
     """Whole layers on the kernels, against the same on torch's operations."""
     for number, (shape, groups, geometry, keep) in enumerate(LAYERS):
         # The kernels' own rows are of every dtype; these are dear.
-        for dtype in (DTYPES[number % 3],):
+        for dtype in DTYPES:
+            if dtype != _turn(number):
+                continue
             name = f"layer {short(dtype)} {shape} {groups=} {geometry} {keep=}"
             # The last group of factors is led by a scale.
             modes = ((2, 4), (3, 2 // groups), (1, *geometry.kernel_size))

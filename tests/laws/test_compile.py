@@ -14,29 +14,35 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
-from cases import BY_ID, Case, params, truth
+from cases import BY_ID, FEW, few_cases, params
+from cases.protocol import Case, truth
 from compare import assert_close
 from polyadic import CPTensor, functional
 from polyadic.nn import CPConv2d
 from polyadic.plans import ConvPlan, ConvRoute
 
 REPRESENTATIVE = [
+    *FEW,
+    *(
+        BY_ID[name]
+        for name in ("linear-order2-transposed", "conv-1x1-stride", "conv-4x2-same-mixed")
+    ),
+]
+INDUCTOR = [
     BY_ID[name]
     for name in (
-        "linear-order2-transposed",
         "linear-order3-primes-lambda",
-        "linear-unequal-4-2",
-        "conv-1d-k4-same",
-        "conv-1x1-stride",
-        "conv-3x3-all-options",
-        "conv-4x2-same-mixed",
-        "conv-3d-2x3x2-same",
+        "conv-3x3-stride-tuple",
+        "conv-groups2",
+        "conv-transpose-groups",
+        "embedding-order3",
+        "head-order3-lambda",
     )
 ]
-FEW = [BY_ID["linear-order3-primes-lambda"], BY_ID["conv-3x3-all-options"]]
-INDUCTOR = [BY_ID["linear-order3-primes-lambda"], BY_ID["conv-3x3-stride-tuple"]]
+# Those whose leading size is the batch's; Inductor is asked of one size alone for the others.
+BATCHED = [case for case in FEW if case.lead]
 each = pytest.mark.parametrize("case", params(REPRESENTATIVE))
-few = pytest.mark.parametrize("case", params(FEW))
+batched = pytest.mark.parametrize("case", params(BATCHED))
 
 
 @pytest.fixture(autouse=True)
@@ -50,19 +56,22 @@ def results(layer: nn.Module, call: Any, x: Tensor, grad_y: Tensor) -> dict[str,
     """Output and gradients of input and parameters, by name."""
     layer.zero_grad()
     dynamic = getattr(x, "_dynamo_dynamic_indices", None)
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().clone()
+    if x.is_floating_point():
+        x.requires_grad_()
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     y = call(x)
     y.backward(grad_y)
-    assert x.grad is not None
     grads = {name: p.grad for name, p in layer.named_parameters()}
-    return {"y": y.detach(), "x": x.grad, **grads}  # type: ignore[dict-item]
+    if x.is_floating_point():
+        grads["x"] = x.grad
+    return {"y": y.detach(), **grads}  # type: ignore[dict-item]
 
 
 def batch(case: Case, size: int) -> tuple[Tensor, Tensor]:
     """Input and output gradient with another leading size."""
-    other = Case(**{**vars(case), "lead": (size, *case.lead[1:]), "strides": "contiguous"})
+    other = case.resized(size)
     return other.leaves().x, other.grad_y()
 
 
@@ -80,7 +89,7 @@ def test_compiled_in_one_graph(case: Case) -> None:
     assert_close(compiled(x), truth(case)[0], "y")
 
 
-@few
+@batched
 def test_marked_dynamic_batch_compiles_once(case: Case) -> None:
     """``mark_dynamic`` refuses to be specialised: this fails where a plan pins the batch."""
     layer, counter = case.make(), CompileCounter()
@@ -102,7 +111,7 @@ def test_recompiles_are_counted() -> None:
     assert counter.frame_count == 3
 
 
-@few
+@few_cases
 def test_second_call_does_not_recompile(case: Case) -> None:
     layer, counter = case.make(), CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -184,7 +193,7 @@ def test_compiled_convolutions_keep_channels_innermost(stride: int, given: str) 
             assert all(arg.meta["val"].stride(1) == 1 for arg in maps)
 
 
-@few
+@few_cases
 def test_compiled_without_gradients(case: Case) -> None:
     compiled = torch.compile(case.make(), fullgraph=True, backend="aot_eager")
     expected = truth(case)
@@ -192,7 +201,7 @@ def test_compiled_without_gradients(case: Case) -> None:
         assert_close(compiled(case.leaves().x), expected[0], "y")
 
 
-@few
+@few_cases
 def test_exported_program_survives_a_file(case: Case) -> None:
     layer, x = case.make().eval(), case.leaves().x
     buffer = io.BytesIO()
@@ -201,27 +210,32 @@ def test_exported_program_survives_a_file(case: Case) -> None:
     assert_close(torch.export.load(buffer).module()(x), truth(case)[0], "y")
 
 
-@few
+@few_cases
 def test_compiled_autocast(case: Case) -> None:
     layer = case.make(torch.float32)
     check_autocast(case, layer, torch.compile(layer, fullgraph=True, backend="aot_eager"))
 
 
 def check_autocast(case: Case, layer: nn.Module, call: Any) -> None:
-    x = case.leaves(torch.float32).x.requires_grad_()
+    x = case.leaves(torch.float32).x
+    if case.differentiable:
+        x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = call(x)
-    assert y.dtype == torch.bfloat16
-    y.backward(case.grad_y(torch.bfloat16))
-    assert x.grad is not None
-    assert x.grad.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    # Autocast leaves a lookup alone, torch's own too.
+    assert y.dtype == (torch.bfloat16 if case.differentiable else torch.float32)
+    y.backward(case.grad_y(y.dtype))
+    got = {name: parameter.grad for name, parameter in case.parameters(layer).items()}
     want, want_grads = truth(case)
     assert (y.double() - want).norm() <= 0.02 * want.norm()
-    assert (x.grad.double() - want_grads["x"]).norm() <= 0.02 * want_grads["x"].norm()
+    if case.differentiable:
+        got["x"] = x.grad
+    for name, grad in got.items():
+        assert grad.dtype == torch.float32
+        assert (grad.double() - want_grads[name]).norm() <= 0.03 * want_grads[name].norm(), name
 
 
-@few
+@pytest.mark.parametrize("case", params([case for case in FEW if case.differentiable]))
 def test_autocast_takes_half_precision_input(case: Case) -> None:
     """As torch's layers do: under autocast the input may already be cast."""
     layer = case.make(torch.float32)
@@ -231,7 +245,7 @@ def test_autocast_takes_half_precision_input(case: Case) -> None:
             assert layer(case.leaves(torch.float32).x).dtype == torch.float32
 
 
-@few
+@few_cases
 def test_autocast_leaves_float64_alone(case: Case) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(case.make()(case.leaves().x), truth(case)[0], "y")
@@ -240,10 +254,12 @@ def test_autocast_leaves_float64_alone(case: Case) -> None:
 @each
 def test_state_dict_names_and_tensors(case: Case) -> None:
     """Flat, stable names; contiguous tensors of one dimension at least, as FSDP2 wants them."""
-    state = case.make().state_dict()
-    names = {f"cp.factors.{i}" for i in range(len(case.modes))}
+    layer = case.make()
+    state = layer.state_dict()
+    owner = "cp.joint" if hasattr(layer.cp, "joint") else "cp"
+    names = {f"{owner}.factors.{i}" for i in range(len(case.leaves().factors))}
     names |= {"bias"} if case.bias else set()
-    names |= {"cp.weights"} if case.weights else set()
+    names |= {f"{owner}.weights"} if case.weights else set()
     assert set(state) == names
     assert all(t.is_contiguous() and t.dim() >= 1 for t in state.values())
 
@@ -255,7 +271,7 @@ def test_state_dict_of_another_shape_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@few
+@few_cases
 def test_to_dtype(case: Case, dtype: torch.dtype) -> None:
     layer = case.make().to(dtype)
     assert {p.dtype for p in layer.parameters()} == {dtype}
@@ -269,7 +285,7 @@ def test_tensor_round_trips() -> None:
         assert other.tensorized_shape == cp.tensorized_shape
 
 
-@few
+@few_cases
 def test_training_step_with_compiled_layer_in_a_model(case: Case) -> None:
     """The layer inside a compiled model with other modules, one graph, and an optimizer step."""
     layer = case.make()

@@ -1,4 +1,4 @@
-"""Counted, not timed: bytes kept for the backward, tensors allocated, FLOPs."""
+"""Counted, not timed: bytes kept for the backward, tensors allocated, FLOPs, launches."""
 
 from __future__ import annotations
 
@@ -10,25 +10,35 @@ import torch
 from torch import Tensor
 
 import polyadic
-from cases import CASES, Case, every_case
+from cases import COUNTED, FEW, few_cases, over, params
+from cases import conv as conv_cases
+from cases import linear as linear_cases
+from cases.conv import conv
+from cases.protocol import Case, Forced
 from polyadic import ConvPlan, ConvRoute, LinearPlan, LinearRoute
-from polyadic import functional as PF
 from polyadic.nn import CPLinear
-from polyadic.testing import Flops, LiveBytes, allocations, kept_bytes
+from polyadic.testing import Flops, LiveBytes, allocations, kept_bytes, launches
 
-# 512 → 384 at rank 6 on 8 rows: W has 196,608 entries, the next largest tensors (M, R) and (B, M).
-LINEAR = Case("count-linear", ((8, 8, 8), (6, 8, 8)), 6, (8,))
-LINEAR_LAMBDA = Case("count-lambda", ((8, 8, 8), (6, 8, 8)), 6, (2, 4), weights=True)
-# 128 → 96 channels, 3×3, rank 5 on 2×7×7 positions: the kernel has 110,592 entries.
-CONV = Case(
-    "count-conv", ((8, 12), (8, 16), (3, 3)), 5, (2,), (7, 7), options={"padding": 1}, weights=True
-)
+LINEAR, LINEAR_LAMBDA = linear_cases.COUNTED
+CONV = conv_cases.COUNTED[0]
 GROUPINGS = [(3,), (1, 2), (2, 1), (1, 1, 1)]
 CONV_ROUTES = [
     ConvRoute(layout, depthwise)
     for layout in ("channels_last", "channels_first")
     for depthwise in ("merged", "separable")
 ]
+linears = pytest.mark.parametrize("case", params([LINEAR, LINEAR_LAMBDA]))
+counted = pytest.mark.parametrize("case", params(COUNTED))
+
+
+def factorized(case: Case) -> list[Forced]:
+    """The plans that rebuild no weight."""
+    plans = [(forced, forced.get("plan")) for forced in case.plans()]
+    return [
+        forced
+        for forced, plan in plans
+        if plan is None or plan.forward.kind == plan.backward.kind == "factorized"
+    ]
 
 
 def kept(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> int:
@@ -41,47 +51,61 @@ def input_bytes(case: Case, itemsize: int = 4) -> int:
     return itemsize * math.prod(case.x_shape)
 
 
-def factor_bytes(case: Case, itemsize: int = 4) -> int:
-    return itemsize * case.rank * (sum(case.modes) + case.weights)
+def factor_bytes(case: Case) -> int:
+    """Of every factor and λ; in a joint tensor also of the layer's row, alone and times λ."""
+    leaves = case.leaves(torch.float32)
+    own = sum(t.nbytes for name, t in leaves.named().items() if name not in ("x", "bias"))
+    joint = len(leaves.factors) > len(case.modes)
+    return own + 2 * 4 * case.rank * joint
 
 
-def rows(case: Case) -> int:
-    """Entries of one intermediate per rank: rows of x, or positions of the in-projection."""
-    if case.linear:
-        return math.prod(case.lead)
-    kernel, where = case.tensorized_shape[2], case.options
-    size = case.size
-    if math.prod(kernel) == 1 and not where.get("padding"):
-        stride = where.get("stride", 1)
-        strides = stride if isinstance(stride, tuple) else (stride,) * len(size)
-        size = tuple(-(-n // s) for n, s in zip(size, strides, strict=True))
-    return math.prod(case.lead) * math.prod(size)
+def padded(case: Case) -> bool:
+    """Whether the layer reads a padded copy of x."""
+    return case.options.get("padding_mode", "zeros") != "zeros"
 
 
-CONTIGUOUS = [c for c in CASES if c.strides in ("contiguous", "channels_last")]
-
-
-@pytest.mark.parametrize("case", CONTIGUOUS, ids=lambda c: c.id)
+@over(lambda case: case.strides in ("contiguous", "channels_last") and not padded(case))
 def test_bytes_kept_for_the_backward(case: Case) -> None:
-    x, factors, one = input_bytes(case), factor_bytes(case), 4 * rows(case) * case.rank
+    factors, one = factor_bytes(case), 4 * case.rows * case.rank
+    # Of indices both the distinct ones and where each stands among them may be kept.
+    x = input_bytes(case) if case.differentiable else 2 * input_bytes(case, 8)
     assert kept(case, memory="balanced") <= x + one + factors
     assert kept(case, memory="least") <= x + factors
-    if not case.linear:
+    if case.size:
         # The second map has the positions of the output, which padding can make more.
-        two = 4 * case.rank * case.grad_y().numel() // case.out_features
+        groups = case.options.get("groups", 1)
+        two = 4 * case.rank * groups * case.grad_y().numel() // case.out_features
         assert kept(case, memory="fast") <= x + one + two + factors
 
 
-@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+@over(padded)
+def test_bytes_kept_of_a_padded_input(case: Case) -> None:
+    """Beside x, as torch's padding keeps it, its padded copy and maps of the copy's positions."""
+    channels, *size = case.x_shape[len(case.lead) :]
+    padding = case.make().padding
+    if isinstance(padding, str):
+        dilation = conv_cases.spread(case.options.get("dilation", 1), len(size))
+        reach = zip(dilation, case.kernel, strict=True)
+        padding = [d * (k - 1) * (padding == "same") for d, k in reach]
+    most = math.prod(n + 2 * p for n, p in zip(size, padding, strict=True))
+    positions = math.prod(case.lead) * most
+    one = 4 * positions * case.rank * case.options.get("groups", 1)
+    least = input_bytes(case) + 4 * positions * channels + factor_bytes(case)
+    assert kept(case, memory="least") <= least
+    assert kept(case, memory="balanced") <= least + one
+    assert kept(case, memory="fast") <= least + 2 * one
+
+
+@linears
 def test_bytes_kept_by_linear_exactly(case: Case) -> None:
-    x, factors, z = input_bytes(case), factor_bytes(case), 4 * rows(case) * case.rank
+    x, factors, z = input_bytes(case), factor_bytes(case), 4 * case.rows * case.rank
     route = LinearRoute((3,), (3,))
     assert kept(case, plan=LinearPlan(route, route, keep=True)) == x + z + factors
     assert kept(case, plan=LinearPlan(route, route, keep=False)) == x + factors
 
 
 def test_bytes_kept_by_conv_exactly() -> None:
-    x, factors, z = input_bytes(CONV), factor_bytes(CONV), 4 * rows(CONV) * CONV.rank
+    x, factors, z = input_bytes(CONV), factor_bytes(CONV), 4 * CONV.rows * CONV.rank
     for keep in (0, 1, 2):
         for route in CONV_ROUTES:
             plan = ConvPlan(route, route, keep)
@@ -102,11 +126,11 @@ def test_bytes_kept_in_bf16_are_half() -> None:
 def test_kept_bytes_can_fail() -> None:
     """What autograd keeps of the same map written as two products is more."""
     leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
-    limit = input_bytes(LINEAR) + 4 * rows(LINEAR) * LINEAR.rank + factor_bytes(LINEAR)
-    assert kept_bytes(lambda: LINEAR.expected(leaves)) > limit
+    limit = input_bytes(LINEAR) + 4 * LINEAR.rows * LINEAR.rank + factor_bytes(LINEAR)
+    assert kept_bytes(lambda: LINEAR.dense(leaves)) > limit
 
 
-@every_case
+@over(lambda case: case.explicit)
 def test_nbytes_of_saved(case: Case) -> None:
     leaves = case.leaves()
     y, saved = case.cp_forward(leaves)
@@ -130,29 +154,22 @@ def dense_size(case: Case) -> int:
     return math.prod(math.prod(group) for group in case.tensorized_shape)
 
 
-@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
-def test_linear_never_builds_the_weight(case: Case) -> None:
-    largest_ok = max(rows(case), case.rank) * max(case.in_features, case.out_features)
-    assert largest_ok < dense_size(case)
-    for inner in GROUPINGS:
-        for outer in GROUPINGS:
-            for keep in (True, False):
-                route = LinearRoute(inner, outer)
-                largest = largest_allocation(case, plan=LinearPlan(route, route, keep))
-                assert largest < dense_size(case), str(route)
-                if inner == outer == (3,):
-                    assert largest <= largest_ok
+@counted
+def test_the_weight_is_never_built(case: Case) -> None:
+    for forced in factorized(case):
+        assert largest_allocation(case, **forced) < dense_size(case), forced
     for memory in ("fast", "balanced", "least"):
         assert largest_allocation(case, memory=memory) < dense_size(case)
 
 
-def test_conv_never_builds_the_kernel() -> None:
-    for route in CONV_ROUTES:
-        for keep in (0, 1, 2):
-            largest = largest_allocation(CONV, plan=ConvPlan(route, route, keep))
-            assert largest < dense_size(CONV), str(route)
-    for memory in ("fast", "balanced", "least"):
-        assert largest_allocation(CONV, memory=memory) < dense_size(CONV)
+@linears
+def test_the_largest_tensor_of_the_khatri_rao_form(case: Case) -> None:
+    """A Khatri-Rao product (M, R), or X or Y."""
+    largest_ok = max(case.rows, case.rank) * max(case.in_features, case.out_features)
+    assert largest_ok < dense_size(case)
+    route = LinearRoute((3,), (3,))
+    for keep in (True, False):
+        assert largest_allocation(case, plan=LinearPlan(route, route, keep)) <= largest_ok
 
 
 def test_explicit_pairs_never_build_the_weight() -> None:
@@ -172,11 +189,11 @@ def test_allocations_can_fail() -> None:
         (CONV, ConvPlan(ConvRoute(), conv)),
     ):
         assert largest_allocation(case, plan=plan) >= dense_size(case)
-    made = allocations(lambda: LINEAR.expected(LINEAR.leaves(torch.float32)))
+    made = allocations(lambda: LINEAR.dense(LINEAR.leaves(torch.float32)))
     assert max(allocation.elements for allocation in made) >= dense_size(LINEAR)
 
 
-MAPS = Case("maps", ((4, 4), (4, 4), (3, 3)), 16, (4,), (16, 16), options={"padding": 1})
+MAPS = conv("maps", (4, 4), (4, 4), (3, 3), 16, (4,), (16, 16), padding=1)
 
 
 @pytest.mark.parametrize("keep", [0, 1])
@@ -216,10 +233,10 @@ def flops(case: Case, plan: Any) -> tuple[int, int]:
     return explicit.total, autograd.total
 
 
-@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+@linears
 def test_flops_of_linear(case: Case) -> None:
     """2·B·R·(M+N) forward, twice that backward; once more 2·B·R·M where Z is recomputed."""
-    m, n, r, b = case.in_features, case.out_features, case.rank, rows(case)
+    m, n, r, b = case.in_features, case.out_features, case.rank, case.rows
     for inner in GROUPINGS:
         for outer in GROUPINGS:
             route = LinearRoute(inner, outer)
@@ -231,9 +248,9 @@ def test_flops_of_linear(case: Case) -> None:
             assert less == explicit + 2 * b * r * m
 
 
-@pytest.mark.parametrize("case", [LINEAR, LINEAR_LAMBDA], ids=lambda c: c.id)
+@linears
 def test_flops_of_the_explicit_khatri_rao_form_exactly(case: Case) -> None:
-    m, n, r, b = case.in_features, case.out_features, case.rank, rows(case)
+    m, n, r, b = case.in_features, case.out_features, case.rank, case.rows
     route = LinearRoute((3,), (3,))
     assert flops(case, LinearPlan(route, route)) == (6 * b * r * (m + n),) * 2
 
@@ -241,17 +258,17 @@ def test_flops_of_the_explicit_khatri_rao_form_exactly(case: Case) -> None:
 def test_flops_of_dense_torch_are_more() -> None:
     """The counter counts: dense torch needs 3·2·B·M·N besides building W."""
     leaves = LINEAR.leaves(torch.float32).map(Tensor.requires_grad_)
-    weight = LINEAR.dense_weight(leaves).detach().requires_grad_()
+    weight = LINEAR.weight(leaves).detach().requires_grad_()
     with Flops() as counter:
-        LINEAR.dense(leaves.x, weight, leaves.bias).sum().backward()
-    b, m, n = rows(LINEAR), LINEAR.in_features, LINEAR.out_features
+        LINEAR.apply(leaves.x, weight, leaves.bias).sum().backward()
+    b, m, n = LINEAR.rows, LINEAR.in_features, LINEAR.out_features
     assert counter.total == 6 * b * m * n
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_flops_of_conv(layout: str) -> None:
     """Projections like a linear map's on all positions; the depthwise convolution besides."""
-    b, r, taps = rows(CONV), CONV.rank, 9
+    b, r, taps = CONV.rows, CONV.rank, 9
     channels = CONV.in_features + CONV.out_features
     route, grad_y = ConvRoute(layout, "merged"), CONV.grad_y(torch.float32)
     with Flops() as counter:
@@ -264,7 +281,7 @@ def test_flops_of_conv(layout: str) -> None:
 
 def test_only_the_gradients_asked_for_are_computed() -> None:
     """A frozen layer's backward to x costs 2·B·R·(M+N), nothing for the factors."""
-    m, n, r, b = LINEAR.in_features, LINEAR.out_features, LINEAR.rank, rows(LINEAR)
+    m, n, r, b = LINEAR.in_features, LINEAR.out_features, LINEAR.rank, LINEAR.rows
     leaves = LINEAR.leaves(torch.float32)
     route = LinearRoute((3,), (3,))
     leaves.x.requires_grad_()
@@ -274,18 +291,29 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
     assert counter.total == 2 * b * r * (m + n)
 
 
-def test_no_gradient_keeps_nothing() -> None:
-    leaves = LINEAR.leaves(torch.float32)
-    ins, outs = LINEAR.groups(leaves.factors)
-    assert kept_bytes(lambda: PF.cp_linear(leaves.x, ins, outs)) == 0
+@few_cases
+def test_no_gradient_keeps_nothing(case: Case) -> None:
+    leaves = case.leaves(torch.float32)
+    assert kept_bytes(lambda: case.cp(leaves)) == 0
     leaves.map(Tensor.requires_grad_)
 
     def without_gradients() -> Tensor:
         with torch.no_grad():
-            return PF.cp_linear(leaves.x, ins, outs)
+            return case.cp(leaves)
 
     assert kept_bytes(without_gradients) == 0
     assert not without_gradients().requires_grad
+
+
+@pytest.mark.parametrize("case", params([c for c in FEW if c.lead and c.differentiable]))
+def test_launches_do_not_grow_with_the_batch(case: Case) -> None:
+    """Nothing is done sample by sample."""
+    counts = []
+    for batch in (3, 12):
+        leaves = case.resized(batch).leaves().map(Tensor.requires_grad_)
+        forced = next(case.plans())
+        counts.append(launches(lambda: case.cp(leaves, **forced).sum().backward()))  # noqa: B023
+    assert 0 < counts[0] == counts[1]
 
 
 def test_fast_memory_may_keep_the_khatri_rao_products() -> None:

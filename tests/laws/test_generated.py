@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any
 
 import pytest
-import test_conv_options as conv
-import test_embedding as embedding
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor
 
-from cases import Case, gradients
+from cases.conv import ROUTES, ConvCase
+from cases.conv_transpose import ConvTransposeCase
+from cases.embedding import EmbeddingCase, HeadCase
+from cases.linear import LinearCase
+from cases.protocol import Case, Forced, gradients
 from compare import assert_all_close, assert_close
 from polyadic import ConvPlan, LinearPlan, LinearRoute
 
@@ -33,24 +35,30 @@ def modes(largest: int, most: int) -> Any:
     return st.lists(st.integers(1, largest), min_size=1, max_size=most).map(tuple)
 
 
-def check_linear(case: Case, seed: int, memory: str, plan: LinearPlan | None) -> None:
-    """The layer, or the function with a plan, against ``F.linear`` of the weight by one einsum."""
-    leaves = case.leaves(seed=seed).map(lambda t: t.requires_grad_())
-    want = case.expected(leaves)
+def check(case: Case, seed: int, memory: str, forced: Forced) -> None:
+    """The layer, or the function as it is told to, and the explicit pair if there is one."""
+    leaves = case.leaves(seed=seed).map(Tensor.requires_grad_)
+    want = case.dense(leaves)
     grad_y = torch.randn(want.shape, dtype=want.dtype)
     want_grads = gradients(want, leaves, grad_y)
-    if plan is not None:
-        y = case.cp(leaves, plan=plan)
+    if not forced:
+        layer = case.make(seed=seed, memory=memory)
+        assert_close(layer.weight, case.weight(leaves), "weight")
+        y, own = layer(leaves.x), {**leaves.named(), **case.parameters(layer)}
+        found = torch.autograd.grad(y, list(own.values()), grad_y)
         assert_close(y, want, "y")
-        return assert_all_close(gradients(y, leaves, grad_y), want_grads)
-    layer: Any = case.make(seed=seed)
-    layer.memory = memory
-    assert_close(layer.weight, case.dense_weight(leaves), "weight")
-    y = layer(leaves.x)
+        return assert_all_close(dict(zip(own, found, strict=True)), want_grads)
+    y = case.cp(leaves, **forced)
     assert_close(y, want, "y")
-    tensors = [leaves.x, *layer.cp.factors, layer.bias, layer.cp.weights]
-    found = torch.autograd.grad(y, [t for t in tensors if t is not None], grad_y)
-    return assert_all_close(dict(zip(want_grads, found, strict=True)), want_grads)
+    assert_all_close(gradients(y, leaves, grad_y), want_grads)
+    if case.explicit and forced.get("plan"):
+        with torch.no_grad():
+            y, saved = case.cp_forward(leaves, **forced)
+            grads = case.cp_backward(grad_y, saved)
+        bias = 0.0 if leaves.bias is None else leaves.bias.view(-1, *[1] * len(case.size))
+        assert_close(y + bias, want, "y of the explicit pair")
+        assert_all_close(grads, {name: g for name, g in want_grads.items() if name != "bias"})
+    return None
 
 
 @st.composite
@@ -60,7 +68,7 @@ def linear(draw: Any) -> Check:
     layouts = ["contiguous", "sliced"]
     layouts += ["transposed"] if lead else []
     layouts += ["expanded"] if lead and lead[0] else []
-    case = Case(
+    case = LinearCase(
         "generated", (in_shape, out_shape), draw(st.integers(1, 9)), lead,
         bias=draw(st.booleans()), weights=draw(st.booleans()),
         strides=draw(st.sampled_from(layouts)),
@@ -77,14 +85,8 @@ def linear(draw: Any) -> Check:
     plan = LinearPlan(route(), route(), draw(st.integers(0, 1))) if draw(st.booleans()) else None
     if plan is not None and plan.forward == plan.backward and plan.forward.is_khatri_rao:
         plan = LinearPlan(plan.forward, plan.backward, draw(st.integers(0, 2)))
-    return partial(
-        check_linear, case, draw(st.integers(0, 2**16)), draw(st.sampled_from(MEMORY)), plan
-    )
-
-
-def check_convolution(case: conv.Case, seed: int, memory: str, plan: ConvPlan | None) -> None:
-    torch.manual_seed(seed)
-    conv.assert_agrees(case, plan, memory=memory)
+    forced = {} if plan is None else {"plan": plan}
+    return partial(check, case, draw(st.integers(0, 2**16)), draw(st.sampled_from(MEMORY)), forced)
 
 
 def per_dimension(low: int, high: int, dims: int) -> Any:
@@ -109,19 +111,15 @@ def convolution(draw: Any, transposed: bool) -> Check:
         "padding": draw(per_dimension(0, 3, dims)),
         "dilation": draw(per_dimension(1, 3, dims)),
     }
-    case = conv.Case(
-        other if transposed else own,
-        own if transposed else other,
-        draw(st.tuples(*[st.integers(1, 4)] * dims)),
-        draw(st.tuples(*[st.integers(1, largest)] * dims)),
-        draw(st.sampled_from([(), (1,), (2,), (3,), (0,)])),
-        draw(st.integers(1, 6)),
-        transposed,
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        options,
-    )
+    lead = draw(st.sampled_from([(), (1,), (2,), (3,), (0,)]))
+    last = lead != () and draw(st.booleans())
+    kind = ConvTransposeCase if transposed else ConvCase
+    case = kind(
+        "generated", (own, other, draw(st.tuples(*[st.integers(1, 4)] * dims))),
+        draw(st.integers(1, 6)), lead, draw(st.tuples(*[st.integers(1, largest)] * dims)),
+        bias=draw(st.booleans()), weights=draw(st.booleans()),
+        strides="channels_last" if last else "contiguous", options=options,
+    )  # fmt: skip
     if transposed:
         extra = options["output_padding"] = draw(per_dimension(0, 2, dims))
         for e, s, d in zip(
@@ -137,83 +135,50 @@ def convolution(draw: Any, transposed: bool) -> Check:
             options["stride"] = 1
     try:
         with torch.no_grad():
-            empty = 0 in case.dense()(case.input()).shape[-dims:]
+            empty = 0 in case.torch_layer()(torch.zeros(case.x_shape)).shape[-dims:]
     except RuntimeError:
         assume(False)
     assume(not empty)
     # torch's reflect and circular padding of no image raises.
     assume(case.lead != (0,) or options.get("padding_mode", "zeros") in ("zeros", "replicate"))
-    route, other_route = (draw(st.sampled_from(conv.ROUTES)) for _ in range(2))
+    route, other_route = (draw(st.sampled_from(ROUTES)) for _ in range(2))
     plan = ConvPlan(route, other_route, draw(st.integers(0, 2))) if draw(st.booleans()) else None
-    return partial(
-        check_convolution, case, draw(st.integers(0, 2**16)), draw(st.sampled_from(MEMORY)), plan
-    )
-
-
-def check_embedding(
-    arguments: dict[str, Any], lead: Shape, dtype: torch.dtype, transposed: bool, seed: int,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
-    """The layer, and the function with its options, against ``F.embedding`` of the table."""
-    torch.manual_seed(seed)
-    layer = embedding.make(**arguments)
-    indices = torch.randint(layer.num_embeddings, lead, dtype=dtype)
-    if transposed:
-        indices = indices.movedim(0, -1)
-    embedding.assert_agrees(layer, indices)
-    embedding.assert_agrees(layer, indices, **options)
+    forced = {} if plan is None else {"plan": plan}
+    return partial(check, case, draw(st.integers(0, 2**16)), draw(st.sampled_from(MEMORY)), forced)
 
 
 def table(draw: Any) -> dict[str, Any]:
     in_shape, out_shape = draw(modes(5, 4)), draw(modes(5, 4))
     rows = math.prod(in_shape)
-    size = draw(st.integers(max(1, rows // 2), rows))
     return {
-        "size": size, "in_shape": in_shape, "out_shape": out_shape,
+        "id": "generated", "tensorized_shape": (in_shape, out_shape),
         "rank": draw(st.integers(1, 7)), "weights": draw(st.booleans()),
-        "memory": draw(st.sampled_from(MEMORY)),
-        "padding_idx": draw(st.none() | st.integers(-size, size - 1)),
+        "num_embeddings": draw(st.integers(max(1, rows // 2), rows)),
     }  # fmt: skip
 
 
 @st.composite
 def lookup(draw: Any) -> Check:
-    arguments = table(draw)
     lead = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
     if draw(st.integers(0, 9)) == 9:
         lead = (600,)
-    options = {
-        "unique": draw(st.sampled_from([None, True, False])),
-        "memory": draw(st.sampled_from(MEMORY)),
-    }
-    return partial(
-        check_embedding, arguments, lead, draw(st.sampled_from([torch.int64, torch.int32])),
-        bool(lead) and draw(st.booleans()), draw(st.integers(0, 2**16)), options,
+    own = table(draw)
+    size = own["num_embeddings"]
+    case = EmbeddingCase(
+        **own, lead=lead, strides=draw(st.sampled_from(["contiguous", "transposed", "int32"])),
+        options={"padding_idx": draw(st.none() | st.integers(-size, size - 1))},
     )  # fmt: skip
-
-
-def check_head(arguments: dict[str, Any], bias: bool, lead: Shape, seed: int) -> None:
-    """The tied output head against ``F.linear`` with the table."""
-    torch.manual_seed(seed)
-    layer = embedding.make(**arguments)
-    head = layer.as_linear(bias)
-    if bias:
-        nn.init.normal_(head.bias)
-    x = torch.randn(*lead, head.in_features, dtype=torch.float64, requires_grad=True)
-    # The head shows the row that the lookup keeps at zero.
-    layer.padding_idx = None
-    want, y = nn.functional.linear(x, embedding.table(layer), head.bias), head(x)
-    assert_close(y, want, "y")
-    leaves, grad_y = [x, *head.parameters()], torch.randn_like(want)
-    found = torch.autograd.grad(y, leaves, grad_y)
-    for i, (g, w) in enumerate(zip(found, torch.autograd.grad(want, leaves, grad_y), strict=True)):
-        assert_close(g, w, f"gradient of leaf {i}")
+    memory = draw(st.sampled_from(MEMORY))
+    forced = {"unique": draw(st.sampled_from([None, True, False])), "memory": memory}
+    forced = forced if draw(st.booleans()) else {}
+    return partial(check, case, draw(st.integers(0, 2**16)), memory, forced)
 
 
 @st.composite
 def head(draw: Any) -> Check:
     lead = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
-    return partial(check_head, table(draw), draw(st.booleans()), lead, draw(st.integers(0, 2**16)))
+    case = HeadCase(**table(draw), lead=lead, bias=draw(st.booleans()))
+    return partial(check, case, draw(st.integers(0, 2**16)), draw(st.sampled_from(MEMORY)), {})
 
 
 KINDS = {
@@ -223,7 +188,7 @@ KINDS = {
     "embedding": lookup(),
     "tied-linear": head(),
 }
-SUITE, LONG = 100, 2000
+SUITE, LONG = 150, 2000
 assert len(KINDS) * SUITE >= 300
 assert len(KINDS) * LONG >= 10_000
 each = pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +224,7 @@ def test_ten_thousand(kind: str) -> None:
 
 def test_a_wrong_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kernel whose taps stand in the wrong order, an example is drawn."""
-    right = conv.kernel
-    monkeypatch.setattr(conv, "kernel", lambda layer: right(layer).flip(-1))
+    right = ConvCase.weight
+    monkeypatch.setattr(ConvCase, "weight", lambda case, leaves: right(case, leaves).flip(-1))
     with pytest.raises(AssertionError, match="off by"):
         run("conv", SUITE, derandomize=True, phases=[Phase.generate])

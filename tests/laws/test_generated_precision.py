@@ -22,10 +22,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from matrix_layers import dense_conv, dense_conv_transpose, dense_linear, weight
 from torch import Tensor, nn
 
+from cases.weights import (
+    dense_conv,
+    dense_conv_transpose,
+    dense_embedding,
+    dense_linear,
+    dense_tied,
+)
 from poisoning import poisoned
 from polyadic import nn as pnn
 
@@ -43,19 +48,6 @@ class Drawn:
     layer: Any
     x: Tensor
     dense: Callable[[Any, Tensor], Tensor]
-
-
-def dense_embedding(layer: Any, x: Tensor) -> Tensor:
-    table = weight(layer)[: layer.num_embeddings]
-    if layer.padding_idx is not None:
-        keep = torch.ones(len(table), 1, dtype=table.dtype)
-        keep[layer.padding_idx] = 0
-        table = table * keep
-    return F.embedding(x, table)
-
-
-def dense_tied(layer: Any, x: Tensor) -> Tensor:
-    return F.linear(x, weight(layer)[: layer.out_features], layer.bias)
 
 
 def _lead(number: random.Random) -> list[int]:

@@ -1,4 +1,4 @@
-"""Output and every gradient against dense torch and its autograd, in float64, to 1e-10."""
+"""Output and every gradient against torch's layer and its autograd, in float64, to 1e-10."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CASES, Case, every_case, gradients, params, truth
+from cases import CASES, every_case, few_cases, over
+from cases.protocol import Case, gradients, truth
 from compare import assert_all_close, assert_close
+from polyadic.nn.kinds import KINDS
 
 
-def test_the_table_is_large_and_irregular() -> None:
-    assert len({case.id for case in CASES}) == len(CASES) >= 60
-    orders = {len(group) for case in CASES for group in case.tensorized_shape[:2]}
-    assert orders == {1, 2, 3, 4}
-    kernels = {case.tensorized_shape[2] for case in CASES if not case.linear}
-    assert kernels >= {(1, 1), (1, 3), (3, 3), (5, 3), (4, 4), (2, 3, 2)}
-    assert {case.lead for case in CASES} >= {(), (0,), (1,), (2, 1, 3)}
+def test_every_kind_of_layer_has_cases() -> None:
+    assert len({case.id for case in CASES}) == len(CASES)
+    assert {case.cls for case in CASES} == {kind.cp for kind in KINDS}
 
 
 def test_the_comparison_can_fail() -> None:
@@ -27,19 +25,28 @@ def test_the_comparison_can_fail() -> None:
 
 
 @every_case
-def test_layer(case: Case) -> None:
-    layer, leaves = case.make(), case.leaves()
-    x = leaves.x.requires_grad_()
-    y = layer(x)
+@pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
+def test_layer(case: Case, memory: str) -> None:
+    layer, leaves = case.make(memory=memory), case.leaves()
+    if case.differentiable:
+        leaves.x.requires_grad_()
+    y = layer(leaves.x)
     y.backward(case.grad_y())
-    got = {"x": x.grad, **{f"factor {i}": f.grad for i, f in enumerate(layer.cp.factors)}}
-    if case.bias:
-        got["bias"] = layer.bias.grad
-    if case.weights:
-        got["weights"] = layer.cp.weights.grad
+    got = {name: parameter.grad for name, parameter in case.parameters(layer).items()}
+    if case.differentiable:
+        got["x"] = leaves.x.grad
     want, want_grads = truth(case)
     assert_close(y, want, "y")
     assert_all_close(got, want_grads)
+
+
+@every_case
+def test_weight(case: Case) -> None:
+    """``layer.weight`` is the dense one in torch's layout, which computes what the layer does."""
+    layer, leaves = case.make(), case.leaves()
+    assert_close(layer.weight, case.weight(leaves), "weight")
+    y = case.apply(leaves.x, layer.weight, getattr(layer, "bias", None))
+    assert_close(y, layer(leaves.x), "y")
 
 
 @every_case
@@ -52,7 +59,7 @@ def test_functional(case: Case, memory: str) -> None:
     assert_all_close(gradients(y, leaves, case.grad_y()), want_grads)
 
 
-@every_case
+@over(lambda case: case.explicit)
 def test_explicit_pair(case: Case) -> None:
     leaves = case.leaves()
     y, saved = case.cp_forward(leaves)
@@ -97,7 +104,7 @@ def test_gradient_of_other_strides(case: Case) -> None:
 
     named = leaves.named()
     got = torch.autograd.grad(case.cp(leaves).sum(), list(named.values()))
-    ones = torch.autograd.grad(case.expected(leaves).sum(), list(named.values()))
+    ones = torch.autograd.grad(case.dense(leaves).sum(), list(named.values()))
     assert_all_close(dict(zip(named, got, strict=True)), dict(zip(named, ones, strict=True)))
 
 
@@ -115,7 +122,7 @@ def test_poisoned_memory(case: Case) -> None:
         assert_close(got, want_grads[wanted], f"gradient of {wanted} alone")
 
 
-@pytest.mark.parametrize("case", params([c for c in CASES if c.dtypes]))
+@over(lambda case: bool(case.dtypes))
 def test_runs_are_bitwise_equal(case: Case) -> None:
     runs = []
     for _ in range(2):
@@ -126,9 +133,9 @@ def test_runs_are_bitwise_equal(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_two_backwards_of_one_graph() -> None:
+@few_cases
+def test_two_backwards_of_one_graph(case: Case) -> None:
     """A retained graph gives the same gradients again: nothing kept is overwritten."""
-    case = next(c for c in CASES if c.id == "conv-3x3-all-options")
     leaves = case.leaves().map(Tensor.requires_grad_)
     y = case.cp(leaves)
     named = leaves.named()
@@ -137,13 +144,31 @@ def test_two_backwards_of_one_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["x", "factor 0", "factor 2", "weights"])
-@pytest.mark.parametrize("case_id", ["linear-order3-primes-lambda", "conv-3x3-all-options"])
-def test_overwritten_leaves_are_noticed(case_id: str, name: str) -> None:
-    case = next(c for c in CASES if c.id == case_id)
-    leaves = case.leaves().map(Tensor.requires_grad_)
-    y = case.cp(leaves)
-    with torch.no_grad():
-        leaves.named()[name].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward(case.grad_y())
+@few_cases
+def test_overwritten_leaves_are_noticed(case: Case) -> None:
+    """Of every leaf whose value the backward needs; of a padded x it has a copy of its own."""
+    copied = {"x"} if case.options.get("padding_mode", "zeros") != "zeros" else set()
+    for name in case.leaves().named().keys() - {"bias"} - copied:
+        leaves = case.leaves().map(Tensor.requires_grad_)
+        y = case.cp(leaves)
+        with torch.no_grad():
+            leaves.named()[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(case.grad_y())
+
+
+@few_cases
+def test_a_call_seen_before_sees_new_values_layouts_and_gradients(case: Case) -> None:
+    """What is remembered of a call is how to compute it, never what it computed."""
+    layer, x = case.make(), case.leaves().x
+    for _ in range(2):
+        y = layer(x)
+        with torch.no_grad():
+            assert_close(layer(x), y, "y without gradients")
+            if x.dim() == 4:
+                assert_close(layer(x.contiguous(memory_format=torch.channels_last)), y, "y of rows")
+            leaves = case.leaves().of({**case.parameters(layer), "x": x})
+            assert_close(y, case.dense(leaves), "y")
+            for parameter in layer.parameters():
+                parameter.mul_(1.5)
+        assert y.requires_grad

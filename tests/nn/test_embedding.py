@@ -1,4 +1,4 @@
-"""CPEmbedding and its tied head against a dense table, F.embedding and F.linear, in float64."""
+"""What only lookups and their heads have: padding rows, distinct indices, tied tables, resizing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, vmap
 
 import polyadic
-from cases import by_einsum, cp_by_einsum
+from cases.embedding import embedding
+from cases.weights import by_einsum, table
 from compare import assert_close
 from polyadic import CPTensor
 from polyadic import functional as PF
@@ -31,83 +31,9 @@ def make(
     size: int, in_shape: Shape, out_shape: Shape, rank: int, *, weights: bool = False, **kwargs: Any
 ) -> CPEmbedding:
     """A layer in float64 with factors of order 1."""
-    layer = CPEmbedding(
-        size, math.prod(out_shape), rank=rank, in_shape=in_shape, out_shape=out_shape,
-        dtype=torch.float64, **kwargs,
-    )  # fmt: skip
-    scale = 1 + 0.5 * torch.randn(rank, dtype=torch.float64) if weights else None
-    factors = [torch.randn_like(f) for f in layer.cp.factors]
-    layer.cp = CPTensor.from_factors((in_shape, out_shape), factors, scale)
+    case = embedding("own", size, in_shape, out_shape, rank, (), weights=weights, **kwargs)
+    layer: CPEmbedding = case.make()
     return layer
-
-
-def table(layer: CPEmbedding) -> Tensor:
-    """The table by one einsum, as torch's embedding would own it; differentiable."""
-    full = cp_by_einsum(layer.cp)
-    rows = full.reshape(math.prod(layer.in_shape), -1)[: layer.num_embeddings]
-    if layer.padding_idx is None:
-        return rows
-    # torch's own semantics: the row is zero and the lookup sends it no gradient.
-    keep = torch.ones(layer.num_embeddings, 1, dtype=rows.dtype)
-    keep[layer.padding_idx] = 0
-    return rows * keep
-
-
-def assert_agrees(layer: CPEmbedding, indices: Tensor, **kwargs: Any) -> None:
-    """Output and the gradient of every parameter against torch's embedding of the table."""
-    parameters = list(layer.cp.parameters())
-    want = F.embedding(indices, table(layer), padding_idx=layer.padding_idx)
-    if kwargs:
-        ins, outs = layer.cp.factor_groups()
-        y = PF.cp_embedding(
-            indices, ins, outs, weights=layer.cp.weights, padding_idx=layer.padding_idx,
-            num_embeddings=layer.num_embeddings, **kwargs,
-        )  # fmt: skip
-    else:
-        y = layer(indices)
-    assert_close(y, want, "y")
-    grad_y = torch.randn_like(want)
-    got = torch.autograd.grad(y, parameters, grad_y)
-    for i, (g, w) in enumerate(
-        zip(got, torch.autograd.grad(want, parameters, grad_y), strict=True)
-    ):
-        assert_close(g, w, f"gradient of parameter {i}")
-
-
-TABLE = [
-    pytest.param(7, (7,), (5,), 3, (4,), {}, id="order1"),
-    pytest.param(5, (7,), (5,), 3, (4,), {"weights": True}, id="order1-padded-lambda"),
-    pytest.param(1, (1,), (1,), 1, (3,), {}, id="scalar"),
-    pytest.param(11, (3, 4), (2, 3), 4, (2, 5), {}, id="order2"),
-    pytest.param(12, (3, 4), (2, 3), 1, (), {}, id="order2-one-index"),
-    pytest.param(12, (3, 4), (2, 3), 5, (0,), {}, id="order2-no-index"),
-    pytest.param(12, (3, 4), (2, 3), 5, (2, 0, 3), {"weights": True}, id="order2-lead-with-0"),
-    pytest.param(23, (2, 3, 4), (3, 2, 2), 6, (3, 1, 4), {"padding_idx": 5}, id="order3"),
-    pytest.param(23, (2, 3, 4), (3, 2, 2), 6, (9,), {"padding_idx": -1, "weights": True},
-                 id="order3-padding-last-lambda"),
-    pytest.param(23, (4, 1, 6), (1, 7, 1), 4, (9,), {"padding_idx": 0}, id="order3-size1"),
-    pytest.param(30, (2, 2, 3, 3), (2, 5), 7, (4, 4), {}, id="order4-to-2"),
-    pytest.param(30, (5, 7), (2, 1, 3, 2), 40, (11,), {"weights": True}, id="rank-above-both"),
-    pytest.param(9, (9,), (2, 3, 2), 4, (700,), {"padding_idx": 3}, id="many-repeats"),
-    pytest.param(2000, (13, 13, 13), (4, 3), 4, (600,), {}, id="few-repeats"),
-]  # fmt: skip
-every_layer = pytest.mark.parametrize(
-    ("size", "in_shape", "out_shape", "rank", "lead", "options"), TABLE
-)
-
-
-@every_layer
-@pytest.mark.parametrize("kwargs", [{}, {"unique": True}, {"unique": False, "memory": "fast"},
-                                    {"memory": "least"}])  # fmt: skip
-def test_table(
-    size: int, in_shape: Shape, out_shape: Shape, rank: int, lead: Shape, options: Any, kwargs: Any
-) -> None:
-    layer = make(size, in_shape, out_shape, rank, **options)
-    indices = torch.randint(size, lead)
-    if layer.padding_idx is not None:
-        indices.view(-1)[0] = layer.padding_idx
-    assert_agrees(layer, indices, **kwargs)
-    assert_close(layer.weight, table(layer), "weight")
 
 
 class TestPadding:
@@ -205,55 +131,6 @@ def test_saves_indices_alone() -> None:
 
 
 class TestDerivatives:
-    layers = pytest.mark.parametrize("weights", [False, True])
-
-    @staticmethod
-    def function(weights: bool, memory: str = "balanced", unique: bool | None = None) -> Any:
-        layer = make(7, (2, 2, 2), (2, 2), 3, weights=weights, padding_idx=3)
-        indices = torch.tensor([[0, 3, 6], [6, 6, 1]])
-        tensors = [p.detach().clone() for p in layer.cp.parameters()]
-        scale = [tensors.pop(0)] if weights else []
-
-        def cp(*given: Tensor) -> Tensor:
-            return PF.cp_embedding(
-                indices, given[:3], given[3:5], weights=given[5] if weights else None,
-                padding_idx=3, num_embeddings=7, memory=memory, unique=unique,
-            )  # fmt: skip
-
-        def dense(*given: Tensor) -> Tensor:
-            scale = given[5] if weights else torch.ones(3, dtype=torch.float64)
-            full = by_einsum(given[:5], scale).reshape(8, 4)
-            keep = torch.ones(8, 1, dtype=torch.float64)
-            keep[3] = 0
-            return (full * keep)[indices]
-
-        return cp, dense, [*tensors, *scale]
-
-    @layers
-    @pytest.mark.parametrize("options", [("balanced", None), ("fast", None), ("balanced", True)])
-    def test_gradcheck(self, weights: bool, options: tuple[str, bool | None]) -> None:
-        cp, _, tensors = self.function(weights, *options)
-        tensors = [t.requires_grad_() for t in tensors]
-        assert gradcheck(cp, tensors, check_forward_ad=True, check_batched_grad=True)
-        assert gradgradcheck(cp, tensors, check_fwd_over_rev=True)
-
-    @layers
-    def test_func(self, weights: bool) -> None:
-        cp, dense, tensors = self.function(weights)
-        tangents = tuple(map(torch.randn_like, tensors))
-        every = tuple(range(len(tensors)))
-        results = []
-        for f in (cp, dense):
-            loss = lambda *t, f=f: f(*t).sin().sum()  # noqa: E731
-            stacked = [torch.stack([t, 1 - t]) for t in tensors]
-            results.append([
-                *grad(loss, every)(*tensors), *jvp(f, tuple(tensors), tangents),
-                *jacrev(f, every)(*tensors), hessian(loss, 1)(*tensors), vmap(f)(*stacked),
-                *[h for row in hessian(loss, (0, 3))(*tensors) for h in row],
-            ])  # fmt: skip
-        for i, (got, want) in enumerate(zip(*results, strict=True)):
-            assert_close(got, want, f"result {i}")
-
     def test_vmap_over_indices(self) -> None:
         layer = make(10, (3, 4), (2, 2), 3, padding_idx=2)
         indices = torch.tensor([[1, 2], [9, 9], [0, 2]])
@@ -271,26 +148,6 @@ class TestDerivatives:
 
 
 class TestTiedHead:
-    @pytest.mark.parametrize("bias", [False, True])
-    @pytest.mark.parametrize("weights", [False, True])
-    @pytest.mark.parametrize("size", [23, 24])
-    def test_agrees_with_linear(self, bias: bool, weights: bool, size: int) -> None:
-        layer = make(size, (2, 3, 4), (3, 2), 5, weights=weights)
-        head = layer.as_linear(bias)
-        if bias:
-            nn.init.normal_(head.bias)
-        x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
-        leaves = [x, *layer.cp.parameters(), *([head.bias] if bias else [])]
-        got, want = head(x), F.linear(x, table(layer), head.bias)
-        assert_close(got, want, "logits")
-        assert_close(head.weight, table(layer), "weight")
-        grad_y = torch.randn_like(want)
-        for g, w in zip(
-            torch.autograd.grad(got, leaves, grad_y), torch.autograd.grad(want, leaves, grad_y),
-            strict=True,
-        ):  # fmt: skip
-            assert_close(g, w, "gradient")
-
     def test_shares_parameters(self) -> None:
         """One set of parameters, to which lookup and head both send their gradient."""
 

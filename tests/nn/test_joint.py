@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import polyadic
-from cases import by_einsum
+from cases.weights import dense_conv, dense_conv_transpose, dense_embedding, dense_linear
 from compare import assert_close
 from polyadic import CPSlice, CPTensor
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPConvTranspose2d, CPEmbedding, CPLinear
@@ -30,9 +30,7 @@ class Joint:
         args: arguments all layers share.
         options: those in which each differs.
         size: shape of the input.
-        shape: of the dense weight, in the order of the groups of modes.
-        dense: the layer in torch, of the input, weight, bias and options.
-        flip: whether torch has the weight transposed.
+        dense: what torch computes with the parameters of one.
         weights: with λ.
     """
 
@@ -40,9 +38,7 @@ class Joint:
     args: dict[str, Any]
     options: list[dict[str, Any]]
     size: tuple[int, ...]
-    shape: tuple[int, ...]
-    dense: Any
-    flip: bool = False
+    dense: Callable[[Any, Tensor], Tensor]
     weights: bool = True
 
     def make(self, dtype: torch.dtype = torch.float64) -> nn.ModuleList:
@@ -59,58 +55,46 @@ class Joint:
         return torch.randn(self.size, dtype=dtype)
 
     def expected(self, layers: nn.ModuleList, i: int, x: Tensor) -> Tensor:
-        joint = layers[0].cp.joint
-        layer_factor, *factors = joint.factors
-        scale = layer_factor[i] if joint.weights is None else layer_factor[i] * joint.weights
-        weight = by_einsum(factors, scale).reshape(self.shape)
-        return self.dense(x, weight.t() if self.flip else weight, layers[i].bias, self.options[i])
-
-
-def conv(dims: int) -> Any:
-    function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    return lambda x, weight, bias, options: function(x, weight, bias, **options)
+        return self.dense(layers[i], x)
 
 
 CASES = {
     "linear": Joint(
         CPLinear, {"in_features": 6, "out_features": 10, "order": 2}, [{}, {"bias": False}, {}],
-        (3, 2, 6), (6, 10), lambda x, w, b, _: F.linear(x, w, b), flip=True,
+        (3, 2, 6), dense_linear,
     ),
     "linear order 3": Joint(
         CPLinear, {"in_features": 12, "out_features": 7}, [{"memory": "least"}, {}, {}],
-        (1, 12), (12, 7), lambda x, w, b, _: F.linear(x, w, b), flip=True, weights=False,
+        (1, 12), dense_linear, weights=False,
     ),
     "linear no rows": Joint(
         CPLinear, {"in_features": 6, "out_features": 10, "order": 2}, [{}, {}, {}],
-        (0, 6), (6, 10), lambda x, w, b, _: F.linear(x, w, b), flip=True,
+        (0, 6), dense_linear,
     ),
     "conv1d": Joint(
         CPConv1d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3},
-        [{}, {"stride": 2}, {"padding": 2, "dilation": 2}], (2, 4, 9), (6, 4, 3), conv(1),
+        [{}, {"stride": 2}, {"padding": 2, "dilation": 2}], (2, 4, 9), dense_conv,
     ),
     "conv2d": Joint(
         CPConv2d, {"in_channels": 4, "out_channels": 6, "kernel_size": (3, 2)},
         [{"padding": 1}, {"stride": (2, 1), "bias": False}, {"dilation": (1, 3)}],
-        (2, 4, 7, 6), (6, 4, 3, 2),
-        lambda x, w, b, o: conv(2)(x, w, b, {k: v for k, v in o.items() if k != "bias"}),
+        (2, 4, 7, 6), dense_conv,
     ),
     "conv3d": Joint(
         CPConv3d, {"in_channels": 2, "out_channels": 3, "kernel_size": (1, 2, 2)},
-        [{"padding": 1}, {}, {"stride": 2}], (1, 2, 4, 5, 3), (3, 2, 1, 2, 2), conv(3),
-        weights=False,
+        [{"padding": 1}, {}, {"stride": 2}], (1, 2, 4, 5, 3), dense_conv, weights=False,
     ),
     "conv transposed": Joint(
         CPConvTranspose2d, {"in_channels": 4, "out_channels": 6, "kernel_size": 2},
-        [{"stride": 2, "output_padding": 1}, {"padding": 1}, {}], (2, 4, 3, 5), (4, 6, 2, 2),
-        lambda x, w, b, o: F.conv_transpose2d(x, w, b, **o),
+        [{"stride": 2, "output_padding": 1}, {"padding": 1}, {}], (2, 4, 3, 5),
+        dense_conv_transpose,
     ),
     "embedding": Joint(
-        CPEmbedding, {"num_embeddings": 23, "embedding_dim": 6}, [{}, {}, {}], (5, 2), (27, 6),
-        lambda x, w, b, _: F.embedding(x, w),
+        CPEmbedding, {"num_embeddings": 23, "embedding_dim": 6}, [{}, {}, {}], (5, 2),
+        dense_embedding,
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", CASES)
-few = pytest.mark.parametrize("name", ["linear", "conv2d"])
 
 
 def leaves(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
@@ -163,38 +147,6 @@ def test_second_derivatives(name: str) -> None:
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), wrt))
     for g, w in zip(*found, strict=True):
         assert_close(g, w, "second derivative")
-
-
-@few
-def test_func(name: str) -> None:
-    case = CASES[name]
-    layers, x = case.make(), case.x()
-    values = {key: value.detach() for key, value in layers[2].named_parameters()}
-    tangents = {key: torch.randn_like(value) for key, value in values.items()}
-
-    def ours(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(layers[2], values, (x,))
-
-    def dense(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        copied = copy.deepcopy(layers)
-        joint = copied[2].cp.joint
-        factors = [values[f"cp.joint.factors.{i}"] for i in range(len(joint.factors))]
-        weight = by_einsum(factors, values["cp.joint.weights"])[2]
-        weight = weight.reshape(case.shape)
-        return case.dense(
-            x, weight.t() if case.flip else weight, values["bias"], case.options[2]
-        )  # fmt: skip
-
-    for f in (
-        lambda h: grad(lambda v: h(v, x).sin().sum())(values),
-        lambda h: {"tangent": jvp(lambda v: h(v, x), (values,), (tangents,))[1]},
-        lambda h: {"batched": vmap(lambda one: h(values, one.unsqueeze(0)))(x)},
-        lambda h: hessian(lambda v: h(v, x).sin().sum())(values)["cp.joint.factors.0"],
-    ):
-        got, want = f(ours), f(dense)
-        assert got.keys() == want.keys()
-        for key in want:
-            assert_close(got[key], want[key], key)
 
 
 def test_half_precision_rounds_the_scale_once() -> None:

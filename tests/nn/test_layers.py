@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Case, every_case
+from cases import few_cases
+from cases.protocol import Case
 from compare import assert_close
 from polyadic.init import cp_orthonormal_, mup_std, torch_std
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
@@ -165,58 +166,10 @@ def test_mup_std() -> None:
     assert mup_std(400, 100) == pytest.approx(0.025)
 
 
-MAKES: list[Make] = [
-    lambda: CPLinear(24, 18, rank=7),
-    lambda: CPConv1d(6, 8, 3, rank=4),
-    lambda: CPConv2d(8, 12, 3, rank=5),
-    lambda: CPConv3d(4, 6, 2, rank=3, bias=False),
-]
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_reset_is_reproducible(make: Make) -> None:
-    layer = make()
-    torch.manual_seed(3)
-    layer.reset_parameters()
-    first = [p.clone() for p in layer.parameters()]
-    layer.reset_parameters()
-    assert not any(torch.equal(a, b) for a, b in zip(first, layer.parameters(), strict=True))
-    torch.manual_seed(3)
-    layer.reset_parameters()
-    assert all(torch.equal(a, b) for a, b in zip(first, layer.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_making_draws_what_a_reset_draws(make: Make) -> None:
-    torch.manual_seed(3)
-    layer = make()
-    made = [p.clone() for p in layer.parameters()]
-    torch.manual_seed(3)
-    layer.reset_parameters()
-    assert all(torch.equal(a, b) for a, b in zip(made, layer.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_reset_leaves_flags_alone(make: Make) -> None:
-    layer = make()
-    layer.cp.factors[0].requires_grad_(False)
-    layer.reset_parameters()
-    assert not layer.cp.factors[0].requires_grad
-    assert layer.cp.factors[1].requires_grad
-    assert all(p.grad_fn is None for p in layer.parameters())
-
-
-@every_case
-def test_weight_is_the_dense_one_in_torchs_layout(case: Case) -> None:
-    layer, want = case.make(), case.dense_weight(case.leaves())
-    assert_close(layer.weight, want, "weight")
-    assert_close(case.dense(case.leaves().x, layer.weight, layer.bias), layer(case.leaves().x), "y")
-
-
-@pytest.mark.parametrize("make", MAKES)
+@few_cases
 @pytest.mark.parametrize("value", [torch.zeros(2), nn.Parameter(torch.zeros(2)), None])
-def test_weight_is_read_only(make: Make, value: Any) -> None:
-    layer = make()
+def test_weight_is_read_only(case: Case, value: Any) -> None:
+    layer = case.make()
     before = layer.weight.clone()
     with pytest.raises(TypeError, match=r"weight of a CP\w+ cannot be set"):
         layer.weight = value

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyadic import ConvFormat, LinearFormat, LinearPlan, LinearRoute
-from polyadic.checks import geometry, transposed_geometry
+from polyadic.checks import check_geometry, check_transposed_geometry
 from polyadic.formats import EmbeddingFormat
 from polyadic.functional import (
     cp_conv,
@@ -97,9 +97,9 @@ def test_conv_flops_are_what_torch_counts(
     x = torch.randn(batch, fmt.channels[0], *size, requires_grad=True)
     if fmt.transposed:
         options["output_padding"] = where[3]
-        place = transposed_geometry(fmt.kernel_size, *where[:2], where[3], where[2])
+        place = check_transposed_geometry(fmt.kernel_size, *where[:2], where[3], where[2])
     else:
-        place = geometry(fmt.kernel_size, *where)
+        place = check_geometry(fmt.kernel_size, *where)
     asked = request(fmt, batch, memory=memory, geometry=place, size=size)
     for plan in candidates(asked):
         forward, backward = choice.steps(asked, plan)

@@ -29,7 +29,10 @@ def tensor_of(layer: nn.Module) -> polyadic.CPTensor:
 
 @pytest.mark.parametrize("make", LAYERS)
 def test_signed_steps_change_the_tensor_as_a_dense_step_does(make: Any) -> None:
-    """A first step is lr · sign(gradient); with random signs the changes add as squares do."""
+    """A first step is lr · sign(gradient): each factor's alone changes the tensor as dense would,
+
+    and all K together, with random signs, √K times as much.
+    """
     torch.manual_seed(0)
     layer = make().double()
     tensor = tensor_of(layer)
@@ -43,7 +46,7 @@ def test_signed_steps_change_the_tensor_as_a_dense_step_does(make: Any) -> None:
             [p.detach() + rates[p][0] * torch.randn_like(p).sign() for p in tensor.factors],
         )
         changes.append(float((moved.to_matrix().detach() - before).norm() / before.norm()))
-    dense = lr / float(before.square().mean().sqrt())
+    dense = lr / float(before.square().mean().sqrt()) * math.sqrt(len(rates))
     # Rates are rounded to sixteenths of an octave; 20 draws of some hundred signs.
     assert dense * 0.8 < sum(changes) / len(changes) < dense * 1.25
 

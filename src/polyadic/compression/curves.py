@@ -96,7 +96,7 @@ def problem_of(
 ) -> Problem:
     """Return the least-squares problem that ``decompose`` solves for a target in a format."""
     probe = candidate.probe
-    inside = None if metric is None else probe._metric(metric)
+    inside = None if metric is None else probe._fit_metric(metric)
     return make_problem(
         target.weight_to_fit(candidate), candidate.modes, inside, probe._metric_groups, damping
     )
@@ -109,7 +109,7 @@ def fitted(
     probe, weight = candidate.probe, target.weight_to_fit(candidate)
     in_metric: dict[str, Any] = {}
     if metric is not None:
-        in_metric = {"metric": probe._metric(metric), "metric_groups": probe._metric_groups}
+        in_metric = {"metric": probe._fit_metric(metric), "metric_groups": probe._metric_groups}
     return decompose(weight, candidate.modes, rank, **in_metric, **options)
 
 

@@ -90,7 +90,7 @@ class Target:
 
     def weight_to_fit(self, candidate: Candidate) -> Tensor:
         """Return the weight in the layout in which a CP tensor of a format is fitted to it."""
-        return candidate.probe._target(self.weight)
+        return candidate.probe._fit_target(self.weight)
 
     def converted(self, cp: CPTensor) -> dict[str, nn.Module]:
         """Make the layers in CP format with a fitted weight, by name; tied ones share factors."""

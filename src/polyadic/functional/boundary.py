@@ -51,11 +51,11 @@ class MultilinearMap(Protocol):
         """What it obeys; printed in a profiler's label."""
 
     @property
-    def innermost(self) -> bool:
+    def output_channels_last(self) -> bool:
         """Whether the output's channels are innermost in memory."""
 
     @property
-    def left_to_autograd(self) -> bool:
+    def autograd_backward(self) -> bool:
         """Whether torch's autograd differentiates the forward, in place of ``backward``."""
 
     def forward(
@@ -262,16 +262,16 @@ def _apply(
 def _traced(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    if layer_map.left_to_autograd or not torch.is_grad_enabled() or exporting():
+    if layer_map.autograd_backward or not torch.is_grad_enabled() or exporting():
         return layer_map.forward(x, bias, factors)[0]
     y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
-    return y.movedim(-1, 1) if layer_map.innermost else y
+    return y.movedim(-1, 1) if layer_map.output_channels_last else y
 
 
 def _eager(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    if layer_map.left_to_autograd or not torch.is_grad_enabled():
+    if layer_map.autograd_backward or not torch.is_grad_enabled():
         return layer_map.forward(x, bias, factors)[0]
     if transforms_active() or forward_ad._current_level >= 0:
         y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
@@ -356,12 +356,12 @@ class _Compiled(_ClosedForm):
     ) -> tuple[Tensor, ...]:
         y, kept = layer_map.forward(x, bias, factors)
         # Dynamo cannot ask whether it is a view; detaching costs compiled code nothing.
-        return ((y.movedim(1, -1) if layer_map.innermost else y).detach(), *kept)
+        return ((y.movedim(1, -1) if layer_map.output_channels_last else y).detach(), *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y = grads[0]
-        if grad_y is not None and ctx.layer_map.innermost:
+        if grad_y is not None and ctx.layer_map.output_channels_last:
             grad_y = grad_y.movedim(-1, 1)
         return _gradients(ctx, grad_y)
 

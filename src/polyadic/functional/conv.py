@@ -111,34 +111,37 @@ def _checked(
 ) -> _Checked:
     """Check the arguments of a convolution, and choose a plan or check the one that is given.
 
-    ``where`` are the arguments of ``checks.geometry``, or of ``checks.transposed_geometry``.
+    ``where`` are the arguments of ``checks.check_geometry``, or of
+    ``checks.check_transposed_geometry``.
     """
-    outs = checks.factor_group(groups[0], "out_factors")
-    ins = checks.factor_group(groups[1], "in_factors")
-    kernels = checks.factor_group(groups[2], "kernel_factors")
-    checks.not_sharded(kernels, "kernel_factors")
+    outs = checks.check_factor_group(groups[0], "out_factors")
+    ins = checks.check_factor_group(groups[1], "in_factors")
+    kernels = checks.check_factor_group(groups[2], "kernel_factors")
+    checks.check_not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
-    out_shape, in_shape, kernel_size, (rank,) = checks.ranked(
+    out_shape, in_shape, kernel_size, (rank,) = checks.check_factors(
         weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
     # The side whose factors hold the rows of every group.
     divided = {"in_channels": in_shape} if transposed else {"out_channels": out_shape}
-    n_groups = checks.channel_groups(n_groups, **{k: math.prod(v) for k, v in divided.items()})
+    n_groups = checks.check_channel_groups(
+        n_groups, **{k: math.prod(v) for k, v in divided.items()}
+    )
     fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups, transposed=transposed)
-    checks.same_place(x, ins[0], "x", cast=cast)
-    geometry_of = checks.transposed_geometry if transposed else checks.geometry
+    checks.check_like_factors(x, ins[0], "x", cast=cast)
+    geometry_of = checks.check_transposed_geometry if transposed else checks.check_geometry
     geometry = geometry_of(kernel_size, *where)
-    checks.conv_input(x, fmt, geometry)
+    checks.check_conv_input(x, fmt, geometry)
     prepare = None
-    if checks.padding_mode(padding_mode) != "zeros":
+    if checks.check_padding_mode(padding_mode) != "zeros":
         prepare = functools.partial(_pad, widths=_widths(geometry), mode=padding_mode)
         x, geometry = padded(x, geometry, padding_mode)
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
-        plan = checks.plan_of(plan, ConvPlan).covering(fmt)
-        checks.obeyable(plan, "convolution", x)
+        plan = checks.check_plan(plan, ConvPlan).covering(fmt)
+        checks.check_backend(plan, "convolution", x)
     return _Checked(fmt, geometry, plan, (outs, ins, kernels), prepare)
 
 
@@ -163,12 +166,12 @@ def _settle(
     if transposed:
         where = (stride, padding, output_padding, dilation)
     # Nothing is kept where there are no gradients.
-    level = checks.memory(memory)
+    level = checks.check_memory(memory)
     level = level if torch.is_grad_enabled() else "least"
     found = _checked(
         x, groups, weights, cast, transposed, where, n_groups, padding_mode, plan, level
     )
-    checks.vector(bias, found.fmt.channels[1], found.groups[1][0], cast=cast)
+    checks.check_bias(bias, found.fmt.channels[1], found.groups[1][0], cast=cast)
     return found.call(x), found.groups
 
 
@@ -192,7 +195,7 @@ def _pad(x: Tensor, widths: list[int], mode: str) -> Tensor:
 
 def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
     """Pad x by its own entries, and the geometry that is left to do."""
-    checks.padding_fits(x, where, mode)
+    checks.check_padding_fits(x, where, mode)
     none = ((0, 0),) * len(where.padding)
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
     if x.dim() == len(where.padding) + 2:

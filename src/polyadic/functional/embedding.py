@@ -73,14 +73,14 @@ def _settle(
     memory: Memory,
 ) -> tuple[_Lookup, Groups]:
     """Check and plan a call of ``cp_embedding``; λ comes in front, as one more in factor."""
-    ins = checks.factor_group(groups[0], "in_factors")
-    outs = checks.factor_group(groups[1], "out_factors")
-    in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
+    ins = checks.check_factor_group(groups[0], "in_factors")
+    outs = checks.check_factor_group(groups[1], "out_factors")
+    in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt, first = EmbeddingFormat(in_shape, out_shape, rank), ins[0]
-    checks.indices(indices, first)
-    size = checks.table_rows(num_embeddings, in_shape)
-    padding_idx = checks.padding_index(padding_idx, size)
-    memory = checks.memory(memory)
+    checks.check_indices(indices, first)
+    size = checks.check_table_rows(num_embeddings, in_shape)
+    padding_idx = checks.check_padding_index(padding_idx, size)
+    memory = checks.check_memory(memory)
     plan = plan_embedding(fmt, indices.numel(), first.dtype, first.device.type, memory)
     n_in = len(ins)
     if weights is not None:
@@ -139,9 +139,10 @@ def cp_embedding(
     found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
     flat = found.batched(indices)
     if not torch.compiler.is_compiling():
-        checks.within(flat, found.size)
+        checks.check_in_range(flat, found.size)
     distinct = None
-    if unique:
+    # Torch cannot differentiate a lookup of no index twice, which would be the second one here.
+    if unique and len(flat):
         distinct = torch.unique(flat, return_inverse=True)
     elif unique is None and _may_count(flat, found.dtype):
         distinct = _distinct(flat, found.size)

@@ -50,18 +50,18 @@ def _checked(
     rebuild: bool = True,
 ) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Check the arguments of a linear map, and choose a plan or check the one that is given."""
-    ins = checks.factor_group(groups[0], "in_factors")
-    outs = checks.factor_group(groups[1], "out_factors")
-    in_shape, out_shape, (rank,) = checks.ranked(weights, in_factors=ins, out_factors=outs)
+    ins = checks.check_factor_group(groups[0], "in_factors")
+    outs = checks.check_factor_group(groups[1], "out_factors")
+    in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt = LinearFormat(in_shape, out_shape, rank)
-    checks.same_place(x, ins[0], "x", cast=cast)
-    checks.last_dimension(x, fmt.in_features, "x")
-    memory = checks.memory(memory)
+    checks.check_like_factors(x, ins[0], "x", cast=cast)
+    checks.check_last_dimension(x, fmt.in_features, "x")
+    memory = checks.check_memory(memory)
     if plan is None:
         plan = plan_linear(fmt, x, memory, rebuild)
     else:
-        plan = checks.plan_of(plan, LinearPlan).covering(fmt)
-        checks.obeyable(plan, "linear", x)
+        plan = checks.check_plan(plan, LinearPlan).covering(fmt)
+        checks.check_backend(plan, "linear", x)
     return fmt, plan, ins, outs
 
 
@@ -84,7 +84,7 @@ def _settle(
 ) -> tuple[Call, Groups]:
     """Check and plan a call of ``cp_linear``."""
     fmt, plan, ins, outs = _checked(x, groups, weights, cast, plan, memory)
-    checks.vector(bias, fmt.out_features, ins[0], cast=cast)
+    checks.check_bias(bias, fmt.out_features, ins[0], cast=cast)
     return _call(x, plan, len(ins), weights), (ins, outs)
 
 

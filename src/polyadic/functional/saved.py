@@ -60,6 +60,6 @@ def explicit_backward(
 
 def gradient_like(grad_y: Any, x: Tensor, shape: tuple[int, ...]) -> None:
     """Check that a gradient has the output's shape, and x's dtype and device."""
-    checks.same_place(grad_y, x, "grad_y")
+    checks.check_like_factors(grad_y, x, "grad_y")
     if grad_y.shape != shape:
         raise ValueError(f"grad_y must have the output's shape {shape}, got {tuple(grad_y.shape)}")

@@ -69,13 +69,13 @@ def cp_linear_shared(
     x, _, cast = autocast(x, None)
     formats = []
     for i in range(count):
-        in_shape, out_shape, (rank,) = checks.ranked(
+        in_shape, out_shape, (rank,) = checks.check_factors(
             scale[i], **{f"in_factors[{i}]": ins[i], f"out_factors[{i}]": outs[i]}
         )
         formats.append(LinearFormat(in_shape, out_shape, rank))
-        checks.same_place(x, ins[i][0], "x", cast=cast)
-        checks.last_dimension(x, formats[i].in_features, "x")
-        checks.vector(bias[i], formats[i].out_features, ins[i][0], cast=cast)
+        checks.check_like_factors(x, ins[i][0], "x", cast=cast)
+        checks.check_last_dimension(x, formats[i].in_features, "x")
+        checks.check_bias(bias[i], formats[i].out_features, ins[i][0], cast=cast)
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     projected = _projected(rows, ins, formats)
     results = []
@@ -137,7 +137,7 @@ def _groups(factors: Any, name: str) -> list[Factors]:
         )
     if not factors:
         raise ValueError(f"{name} must hold the factors of at least one layer, got none")
-    return [checks.factor_group(group, f"{name}[{i}]") for i, group in enumerate(factors)]
+    return [checks.check_factor_group(group, f"{name}[{i}]") for i, group in enumerate(factors)]
 
 
 def _each(values: Any, count: int, name: str) -> list[Tensor | None]:

@@ -51,7 +51,7 @@ def _taps(
     stage: Stage, kernel_factors: Sequence[Tensor], dtype: torch.dtype, groups: int
 ) -> Tensor:
     """Depthwise kernels (g·r, 1, *k) of one stage, the same for every group."""
-    columns = khatri_rao([kernel_factors[i] for i in stage.held], dtype)
+    columns = khatri_rao([kernel_factors[i] for i in stage.factor_positions], dtype)
     # Contiguous, or each convolution with them would copy them for itself.
     kernels = columns.t().contiguous().view(-1, 1, *stage.kernel_size)
     return kernels if groups == 1 else kernels.repeat(groups, *[1] * (kernels.dim() - 1))
@@ -75,10 +75,10 @@ class ConvMap:
     n_in: int
     groups: int = 1
 
-    left_to_autograd = False
+    autograd_backward = False
 
     @property
-    def innermost(self) -> bool:
+    def output_channels_last(self) -> bool:
         """Whether the output comes in channels_last."""
         return self.plan.forward.layout == "channels_last"
 
@@ -262,7 +262,7 @@ class ConvMap:
             d_z = d_map
             del d_map
             if d_taps is not None:
-                held = [kernel_factors[i] for i in stage.held]
+                held = [kernel_factors[i] for i in stage.factor_positions]
                 channels = d_taps.shape[0]
                 if self.groups == 1:
                     d_columns = d_taps.reshape(channels, -1)
@@ -270,7 +270,7 @@ class ConvMap:
                     # They share the taps: their gradients add up.
                     d_columns = d_taps.reshape(self.groups, channels // self.groups, -1).sum(0)
                 pieces = khatri_rao_backward(d_columns.t(), held)
-                for i, piece in zip(stage.held, pieces, strict=True):
+                for i, piece in zip(stage.factor_positions, pieces, strict=True):
                     d_kernel[i] = piece
         d_in: list[Tensor | None] = none_rest
         if wrt_rest:

@@ -67,7 +67,7 @@ class Stage:
     Padding is symmetric; what 'same' needs more at the end (``excess``) is padded beforehand.
 
     Args:
-        held: positions, among the kernel factors, of those this stage's taps are made of.
+        factor_positions: indices of the kernel factors that this stage's taps are made of.
         transposed: a transposed convolution.
         output_padding: of a transposed convolution, positions added behind.
     """
@@ -77,11 +77,11 @@ class Stage:
     padding: Ints
     excess: Ints
     dilation: Ints
-    held: Ints = field(default=())
+    factor_positions: Ints = field(default=())
     transposed: bool = False
     output_padding: Ints = field(default=())
 
-    def _where(self) -> tuple[Any, ...]:
+    def conv_arguments(self) -> tuple[Any, ...]:
         """Stride, padding and what else torch's convolution takes before the groups."""
         extra = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, extra
@@ -115,7 +115,7 @@ class Stage:
         if _in_float32(x, weight, groups):
             y = self.forward(x.float(), weight.float(), _float(bias), groups)
             return y.to(x.dtype)
-        stride, padding, dilation, transposed, extra = self._where()
+        stride, padding, dilation, transposed, extra = self.conv_arguments()
         if not transposed and self._may_miss(x):
             x, padding = self._read_by(x, self.output_size(x.shape[2:])), (0,) * len(stride)
         else:
@@ -146,7 +146,7 @@ class Stage:
             d_x, wrt = self._input_gradient(grad, x, weight, groups), (False, wrt[1])
         if any(wrt):
             through, narrow, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, *self._where(), groups, [*wrt, False]
+                grad, x, weight, None, *self.conv_arguments(), groups, [*wrt, False]
             )
             d_x = through if wrt[0] else d_x
             d_weight = narrow if wrt[1] else d_weight

@@ -97,8 +97,8 @@ class EmbeddingMap:
     n_in: int
     padding_idx: int | None = None
 
-    innermost = False
-    left_to_autograd = False
+    output_channels_last = False
+    autograd_backward = False
 
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]

@@ -59,10 +59,10 @@ class LinearMap:
     plan: LinearPlan
     n_in: int
 
-    innermost = False
+    output_channels_last = False
 
     @property
-    def left_to_autograd(self) -> bool:
+    def autograd_backward(self) -> bool:
         """Whether the plan leaves the backward to torch's autograd."""
         return self.plan.keep == 2
 

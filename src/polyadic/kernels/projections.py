@@ -110,7 +110,8 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
         rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)
-        return rows.flatten(0, 1).t() @ maps.flatten(0, 1)
+        # reshape, not flatten, which gradients batched by autograd have no rule for.
+        return rows.reshape(-1, rows.shape[2]).t() @ maps.reshape(-1, maps.shape[2])
     wide = accumulate_dtype(x.dtype)
     if groups > 1:
         products = _by_group(x, groups) @ _by_group(z, groups).mT

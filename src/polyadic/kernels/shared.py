@@ -54,8 +54,8 @@ class InHalf:
     forward_groups: Groups
     backward_groups: Groups
 
-    innermost = False
-    left_to_autograd = False
+    output_channels_last = False
+    autograd_backward = False
 
     @property
     def plan(self) -> object:
@@ -113,8 +113,8 @@ class OutHalf:
     forward_groups: Groups
     backward_groups: Groups
 
-    innermost = False
-    left_to_autograd = False
+    output_channels_last = False
+    autograd_backward = False
 
     @property
     def plan(self) -> object:

@@ -35,7 +35,7 @@ class CPConvBase(Exchangeable):
     _dims: int
     padding_mode: str
 
-    def _unit(self) -> ConvFormat:
+    def _format_of_rank_1(self) -> ConvFormat:
         raise NotImplementedError
 
     def _kernel_size(self, value: Any) -> Shape:
@@ -67,13 +67,13 @@ class CPConvBase(Exchangeable):
         where = self.geometry
         mode = self.padding_mode
         # Reflect, replicate and circular padding happen before the map, which sees the result.
-        sizes = checks.spatial_size(size, where)
+        sizes = checks.check_spatial_size(size, where)
         beside = 0
         if mode != "zeros":
             given, (sizes, where) = sizes, padded_size(sizes, where, mode)
             if mode != "circular" and sizes != given:
                 # torch's gradient of these paddings keeps what it padded.
-                channels, _ = self._unit().channels
+                channels, _ = self._format_of_rank_1().channels
                 beside = request.batch * channels * math.prod(given)
         return dataclasses.replace(request, geometry=where, size=sizes, kept_beside=beside)
 
@@ -95,7 +95,7 @@ class _CPConv(CPConvBase):
 
     _in_group, _out_group = 1, 0
     _metric_groups = (1, 2)
-    _kept = (
+    _shared_arguments = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
         "bias", "padding_mode",
     )  # fmt: skip
@@ -123,30 +123,33 @@ class _CPConv(CPConvBase):
         super().__init__()
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
-        self.groups = checks.channel_groups(
+        self.groups = checks.check_channel_groups(
             groups, in_channels=self.in_channels, out_channels=self.out_channels
         )
-        self.padding_mode = checks.padding_mode(padding_mode)
+        self.padding_mode = checks.check_padding_mode(padding_mode)
         self.kernel_size = self._kernel_size(kernel_size)
-        where = checks.geometry(self.kernel_size, stride, padding, dilation)
+        where = checks.check_geometry(self.kernel_size, stride, padding, dilation)
         self.stride, self.dilation = where.stride, where.dilation
         self.padding = padding if isinstance(padding, str) else tuple(p for p, _ in where.padding)
         self._factor(
             (self.out_channels, self.in_channels // self.groups), order, out_shape, in_shape
         )
-        self.memory = checks.memory(memory)
-        self._own(
-            (self.out_shape, self.in_shape, self.kernel_size), rank,
-            self.out_channels if bias else None, device, dtype,
-        )  # fmt: skip
+        self.memory = checks.check_memory(memory)
+        self._create(
+            (self.out_shape, self.in_shape, self.kernel_size),
+            rank,
+            self.out_channels if bias else None,
+            device,
+            dtype,
+        )
 
-    def _unit(self) -> ConvFormat:
+    def _format_of_rank_1(self) -> ConvFormat:
         return ConvFormat(self.out_shape, self.in_shape, self.kernel_size, 1, self.groups)
 
     @property
     def geometry(self) -> Geometry:
         """Kernel size, stride, padding and dilation."""
-        return checks.geometry(self.kernel_size, self.stride, self.padding, self.dilation)
+        return checks.check_geometry(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
@@ -188,9 +191,17 @@ class _CPConv(CPConvBase):
                 lost, or an argument does not fit.
         """
         return convert(
-            cls, conv, "from_conv", rank, cp, order=order, in_shape=in_shape,
-            out_shape=out_shape, memory=memory, **fit,
-        )  # fmt: skip
+            cls,
+            conv,
+            "from_conv",
+            rank,
+            cp,
+            order=order,
+            in_shape=in_shape,
+            out_shape=out_shape,
+            memory=memory,
+            **fit,
+        )
 
     def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
         """Make torch's layer with this layer's dense kernel; flags are kept.
@@ -213,10 +224,19 @@ class _CPConv(CPConvBase):
             return self._forward_frozen(x)
         (out_factors, in_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv(
-            x, out_factors, in_factors, kernel_factors, self.bias, weights=scale,
-            stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
-            padding_mode=self.padding_mode, memory=self.memory,
-        )  # fmt: skip
+            x,
+            out_factors,
+            in_factors,
+            kernel_factors,
+            self.bias,
+            weights=scale,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+            memory=self.memory,
+        )
 
     def _forward_frozen(self, x: Tensor) -> Tensor:
         assert self.frozen is not None
@@ -237,7 +257,7 @@ class _CPConv(CPConvBase):
         )
 
 
-_CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built.
+_CONV_DOC = """{dims}-D convolution whose kernel is in CP format.
 
     Stands in for ``torch.nn.Conv{dims}d``: in-projection, depthwise convolution, out-projection
     (see ``polyadic.functional.cp_conv``).
@@ -278,16 +298,16 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format and never built
 class CPConv1d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=1)
     _dims = 1
-    _stands_for = nn.Conv1d
+    _torch_class = nn.Conv1d
 
 
 class CPConv2d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=2)
     _dims = 2
-    _stands_for = nn.Conv2d
+    _torch_class = nn.Conv2d
 
 
 class CPConv3d(_CPConv):  # noqa: D101
     __doc__ = _CONV_DOC.format(dims=3)
     _dims = 3
-    _stands_for = nn.Conv3d
+    _torch_class = nn.Conv3d

@@ -28,7 +28,7 @@ Transposed = TypeVar("Transposed", bound="_CPConvTranspose")
 class _CPConvTranspose(CPConvBase):
     """Transposed convolution with a kernel in CP format."""
 
-    _kept = (
+    _shared_arguments = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding",
         "groups", "bias", "dilation", "padding_mode",
     )  # fmt: skip
@@ -62,12 +62,12 @@ class _CPConvTranspose(CPConvBase):
             )
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
-        self.groups = checks.channel_groups(
+        self.groups = checks.check_channel_groups(
             groups, in_channels=self.in_channels, out_channels=self.out_channels
         )
         self.padding_mode = padding_mode
         self.kernel_size = self._kernel_size(kernel_size)
-        where = checks.transposed_geometry(
+        where = checks.check_transposed_geometry(
             self.kernel_size, stride, padding, output_padding, dilation
         )
         self.stride, self.dilation = where.stride, where.dilation
@@ -76,13 +76,16 @@ class _CPConvTranspose(CPConvBase):
         self._factor(
             (self.out_channels // self.groups, self.in_channels), order, out_shape, in_shape
         )
-        self.memory = checks.memory(memory)
-        self._own(
-            (self.in_shape, self.out_shape, self.kernel_size), rank,
-            self.out_channels if bias else None, device, dtype,
-        )  # fmt: skip
+        self.memory = checks.check_memory(memory)
+        self._create(
+            (self.in_shape, self.out_shape, self.kernel_size),
+            rank,
+            self.out_channels if bias else None,
+            device,
+            dtype,
+        )
 
-    def _unit(self) -> ConvFormat:
+    def _format_of_rank_1(self) -> ConvFormat:
         return ConvFormat(
             self.out_shape, self.in_shape, self.kernel_size, 1, self.groups, transposed=True
         )
@@ -90,7 +93,7 @@ class _CPConvTranspose(CPConvBase):
     @property
     def geometry(self) -> Geometry:
         """Kernel size, stride, padding, output padding and dilation."""
-        return checks.transposed_geometry(
+        return checks.check_transposed_geometry(
             self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation
         )
 
@@ -134,9 +137,17 @@ class _CPConvTranspose(CPConvBase):
                 lost, or an argument does not fit.
         """
         return convert(
-            cls, conv_transpose, "from_conv_transpose", rank, cp, order=order, in_shape=in_shape,
-            out_shape=out_shape, memory=memory, **fit,
-        )  # fmt: skip
+            cls,
+            conv_transpose,
+            "from_conv_transpose",
+            rank,
+            cp,
+            order=order,
+            in_shape=in_shape,
+            out_shape=out_shape,
+            memory=memory,
+            **fit,
+        )
 
     def to_conv_transpose(self) -> nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d:
         """Make torch's layer with this layer's dense kernel; flags are kept.
@@ -170,14 +181,23 @@ class _CPConvTranspose(CPConvBase):
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
         (in_factors, out_factors, kernel_factors), scale = self.cp.parts()
         return functional.cp_conv_transpose(
-            x, in_factors, out_factors, kernel_factors, self.bias, weights=scale,
-            stride=self.stride, padding=self.padding, output_padding=extra, groups=self.groups,
-            dilation=self.dilation, memory=self.memory,
-        )  # fmt: skip
+            x,
+            in_factors,
+            out_factors,
+            kernel_factors,
+            self.bias,
+            weights=scale,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=extra,
+            groups=self.groups,
+            dilation=self.dilation,
+            memory=self.memory,
+        )
 
     def _extra(self, x: Tensor, output_size: Sequence[int]) -> Shape:
         """The output padding that gives a wanted size."""
-        plain = checks.transposed_geometry(
+        plain = checks.check_transposed_geometry(
             self.kernel_size, self.stride, self.padding, 0, self.dilation
         )
         least = plain.output_size(x.shape[-self._dims :])
@@ -203,7 +223,7 @@ class _CPConvTranspose(CPConvBase):
         )
 
 
-_DOC = """{dims}-D transposed convolution whose kernel is in CP format and never built.
+_DOC = """{dims}-D transposed convolution whose kernel is in CP format.
 
     Stands in for ``torch.nn.ConvTranspose{dims}d``: in-projection, depthwise transposed
     convolution, out-projection (see ``polyadic.functional.cp_conv_transpose``).
@@ -245,16 +265,16 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format and never
 class CPConvTranspose1d(_CPConvTranspose):  # noqa: D101
     __doc__ = _DOC.format(dims=1)
     _dims = 1
-    _stands_for = nn.ConvTranspose1d
+    _torch_class = nn.ConvTranspose1d
 
 
 class CPConvTranspose2d(_CPConvTranspose):  # noqa: D101
     __doc__ = _DOC.format(dims=2)
     _dims = 2
-    _stands_for = nn.ConvTranspose2d
+    _torch_class = nn.ConvTranspose2d
 
 
 class CPConvTranspose3d(_CPConvTranspose):  # noqa: D101
     __doc__ = _DOC.format(dims=3)
     _dims = 3
-    _stands_for = nn.ConvTranspose3d
+    _torch_class = nn.ConvTranspose3d

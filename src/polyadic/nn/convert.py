@@ -55,7 +55,7 @@ class Exchangeable(CPLayer):
         """
         if not isinstance(layers, (Sequence, nn.ModuleList)) or len(layers) == 0:
             raise TypeError(f"joint_from expects a sequence of layers, got {layers!r}")
-        weights = [weight_of(layer, cls._stands_for, "joint_from") for layer in layers]
+        weights = [weight_of(layer, cls._torch_class, "joint_from") for layer in layers]
         flags = [bool(layer.weight.requires_grad) for layer in layers]
         kinds = [(tuple(w.shape), w.dtype, w.device) for w in weights]
         for i, kind in enumerate(zip(kinds, flags, strict=True)):
@@ -69,7 +69,7 @@ class Exchangeable(CPLayer):
         made = _empty(cls, list(layers), rank, given, options)
         groups = made[0].cp.tensorized_shape
         if given is None:
-            stacked = torch.stack([made[0]._target(weight) for weight in weights])
+            stacked = torch.stack([made[0]._fit_target(weight) for weight in weights])
             given = _fit(made[0], stacked, ((len(made),), *groups), fit)
         joint = _copy(given, (len(made), *groups), weights[0])
         for i, (layer, source) in enumerate(zip(made, layers, strict=True)):
@@ -104,12 +104,12 @@ def convert(
         cp: a fitted weight, copied, in place of a fit.
         options: of the constructor (order, shapes, memory) and of ``polyadic.decompose``.
     """
-    weight = weight_of(module, cls._stands_for, method)
+    weight = weight_of(module, cls._torch_class, method)
     own, fit = _split(options)
     given = _given(cp, rank, fit, 0)
     (layer,) = _empty(cls, [module], rank, given, own)
     if given is None:
-        given = _fit(layer, layer._target(weight), layer.cp.tensorized_shape, fit)
+        given = _fit(layer, layer._fit_target(weight), layer.cp.tensorized_shape, fit)
     _take(layer, module, _copy(given, given.tensorized_shape, weight))
     return layer
 
@@ -133,7 +133,7 @@ def _fit(
     layer: CPLayer, target: Tensor, groups: Sequence[Shape], fit: Mapping[str, Any]
 ) -> CPTensor:
     """Fit a CP tensor, in the metric of the layer's input where there is one."""
-    metric = layer._metric(fit.get("metric"))
+    metric = layer._fit_metric(fit.get("metric"))
     if metric is not None:
         shift = len(groups) - len(layer.cp.tensorized_shape)
         inside = tuple([group + shift for group in layer._metric_groups])
@@ -199,7 +199,7 @@ def _empty(
 
 def _arguments(cls: type[CPLayer], of: nn.Module) -> dict[str, Any]:
     """Arguments of the constructor, which torch's layers and ours keep by the same names."""
-    values = {name: getattr(of, name) for name in cls._kept if hasattr(of, name)}
+    values = {name: getattr(of, name) for name in cls._shared_arguments if hasattr(of, name)}
     if "bias" in values:
         values["bias"] = values["bias"] is not None
     return values
@@ -230,7 +230,7 @@ def revert(layer: CPLayer) -> nn.Module:
     if layer.frozen is not None:
         own |= layer.frozen.trainable
     trained = any(flag for name, flag in own.items() if name != "bias")
-    made = dense(layer._stands_for, _arguments(type(layer), layer), layer, trained, layer.bias)
+    made = dense(layer._torch_class, _arguments(type(layer), layer), layer, trained, layer.bias)
     for name, parameter in made.named_parameters():
         if name == "bias":
             parameter.requires_grad_(own["bias"])

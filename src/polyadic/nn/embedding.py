@@ -69,8 +69,8 @@ class CPEmbedding(Exchangeable):
         ValueError: a size, the rank or an option does not fit or is not supported.
     """
 
-    _stands_for = nn.Embedding
-    _kept = (
+    _torch_class = nn.Embedding
+    _shared_arguments = (
         "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type",
         "scale_grad_by_freq", "sparse",
     )  # fmt: skip
@@ -94,8 +94,11 @@ class CPEmbedding(Exchangeable):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        refused = {"max_norm": max_norm is not None, "scale_grad_by_freq": scale_grad_by_freq,
-                   "sparse": sparse}  # fmt: skip
+        refused = {
+            "max_norm": max_norm is not None,
+            "scale_grad_by_freq": scale_grad_by_freq,
+            "sparse": sparse,
+        }
         for name, given in refused.items():
             if given:
                 raise ValueError(
@@ -104,19 +107,19 @@ class CPEmbedding(Exchangeable):
                 )
         self.num_embeddings = positive_int(num_embeddings, "num_embeddings")
         self.embedding_dim = positive_int(embedding_dim, "embedding_dim")
-        self.padding_idx = checks.padding_index(padding_idx, self.num_embeddings)
+        self.padding_idx = checks.check_padding_index(padding_idx, self.num_embeddings)
         self.norm_type = norm_type
         if in_shape is None:
             self.in_shape = padded_shape(self.num_embeddings, order)
         else:
             self.in_shape = mode_sizes(in_shape, "in_shape")
-            checks.table_rows(self.num_embeddings, self.in_shape)
+            checks.check_table_rows(self.num_embeddings, self.in_shape)
         default_out = tensorize(self.embedding_dim, self.embedding_dim, order)[0]
         self.out_shape = factored_shape(out_shape, self.embedding_dim, default_out, "out_shape")
-        self.memory = checks.memory(memory)
-        self._own((self.in_shape, self.out_shape), rank, None, device, dtype)
+        self.memory = checks.check_memory(memory)
+        self._create((self.in_shape, self.out_shape), rank, None, device, dtype)
 
-    def _unit(self) -> EmbeddingFormat:
+    def _format_of_rank_1(self) -> EmbeddingFormat:
         return EmbeddingFormat(self.in_shape, self.out_shape, 1, self.num_embeddings)
 
     def _request_of_words(
@@ -156,9 +159,14 @@ class CPEmbedding(Exchangeable):
             return by_rows(self, indices)
         (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
-            indices, in_factors, out_factors, weights=scale,
-            padding_idx=self.padding_idx, num_embeddings=self.num_embeddings, memory=self.memory,
-        )  # fmt: skip
+            indices,
+            in_factors,
+            out_factors,
+            weights=scale,
+            padding_idx=self.padding_idx,
+            num_embeddings=self.num_embeddings,
+            memory=self.memory,
+        )
 
     def resize(self, num_embeddings: int) -> None:
         """Make it a table of another number of rows, in place: those that stay keep their values.
@@ -180,7 +188,7 @@ class CPEmbedding(Exchangeable):
                 joint tensor, whose other layers would change with it.
         """
         num_embeddings = positive_int(num_embeddings, "num_embeddings")
-        checks.padding_index(self.padding_idx, num_embeddings)
+        checks.check_padding_index(self.padding_idx, num_embeddings)
         if isinstance(self.cp, CPSlice):
             raise ValueError(
                 "a layer of a joint tensor cannot be resized alone; give it a tensor of its own: "
@@ -247,9 +255,17 @@ class CPEmbedding(Exchangeable):
                 lost, or an argument or an option (``max_norm``, ``sparse``) does not fit.
         """
         layer = convert(
-            cls, embedding, "from_embedding", rank, cp, order=order, in_shape=in_shape,
-            out_shape=out_shape, memory=memory, **fit,
-        )  # fmt: skip
+            cls,
+            embedding,
+            "from_embedding",
+            rank,
+            cp,
+            order=order,
+            in_shape=in_shape,
+            out_shape=out_shape,
+            memory=memory,
+            **fit,
+        )
         _warn_of_padding(embedding)
         return layer
 
@@ -260,10 +276,10 @@ class CPEmbedding(Exchangeable):
         """
         return cast(nn.Embedding, revert(self))
 
-    def _target(self, weight: Tensor) -> Tensor:
+    def _fit_target(self, weight: Tensor) -> Tensor:
         return F.pad(weight, (0, 0, 0, self.cp.shape[0] - self.num_embeddings))
 
-    def _metric(self, metric: Tensor | None) -> Tensor | None:
+    def _fit_metric(self, metric: Tensor | None) -> Tensor | None:
         # Rows that pad the vocabulary weigh nothing: they may be whatever suits the others.
         more = self.cp.shape[0] - self.num_embeddings
         if metric is None:
@@ -326,7 +342,7 @@ class CPTiedLinear(Weighted):
         self.cp = embedding.cp
         own: nn.Parameter | None = None
         if isinstance(bias, Tensor):
-            checks.vector(bias, self.out_features, self.cp.factors[0], cast=False)
+            checks.check_bias(bias, self.out_features, self.cp.factors[0], cast=False)
             trained = bias.requires_grad if isinstance(bias, nn.Parameter) else True
             own = nn.Parameter(bias.detach().clone(), requires_grad=trained)
         elif bias:
@@ -379,9 +395,10 @@ class CPTiedLinear(Weighted):
         """
         trained = any(parameter.requires_grad for parameter in self.cp.parameters())
         arguments = {
-            "in_features": self.in_features, "out_features": self.out_features,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
             "bias": self.bias is not None,
-        }  # fmt: skip
+        }
         return cast(nn.Linear, dense(nn.Linear, arguments, self, trained, self.bias))
 
     def extra_repr(self) -> str:

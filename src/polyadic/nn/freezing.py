@@ -9,15 +9,15 @@ from torch import nn
 
 from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
-from polyadic.nn import CPConv1d, CPConv2d, CPConv3d, CPLinear
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
+from polyadic.nn.kinds import is_of_family
+from polyadic.nn.layer import CPLayer
 from polyadic.nn.wrapped import check_unwrapped
 from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.steps import gemm
 
 Model = TypeVar("Model", bound=nn.Module)
-_CONVOLUTIONS = (CPConv1d, CPConv2d, CPConv3d)
 
 
 def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) -> Model:
@@ -50,9 +50,10 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
     check_unwrapped(model, "freeze")
     positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
-    layers = [layer for layer in model.modules() if isinstance(layer, (CPLinear, *_CONVOLUTIONS))]
+    layers = _freezable(model)
     formed = [(layer, _form(layer, batch, sizes)) for layer in layers if layer.frozen is None]
-    # Only now, since layers may share parameters, whose flags each of them remembers.
+    # Flags are switched off only after every layer has remembered its own, because layers may share
+    # parameters.
     for layer, frozen in formed:
         if frozen is not None:
             for parameter in layer.parameters():
@@ -76,8 +77,8 @@ def unfreeze(model: Model) -> Model:
         TypeError: ``model`` is not a module.
     """
     _module(model)
-    for layer in model.modules():
-        if isinstance(layer, (CPLinear, *_CONVOLUTIONS)) and layer.frozen is not None:
+    for layer in _freezable(model):
+        if layer.frozen is not None:
             for name, parameter in layer.named_parameters():
                 # Flags are only switched on: for a shared parameter, only the layer frozen first
                 # remembers the flag.
@@ -92,22 +93,24 @@ def _module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def _freezable(model: nn.Module) -> list[CPLayer]:
+    return [layer for layer in model.modules() if is_of_family(layer, "linear", "conv")]  # type: ignore[misc]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def _form(
-    layer: CPLinear | CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape
-) -> Frozen | None:
+def _form(layer: CPLayer, batch: int, size: Shape) -> Frozen | None:
     """The contracted form of a layer, or None where its plan is predicted to be faster."""
-    if isinstance(layer, CPLinear):
+    if is_of_family(layer, "linear"):
         return _frozen_linear(layer, batch)
     if _kernel_is_cheaper(layer, batch, size):
-        return FrozenKernel([layer._built_weight().contiguous()], layer)
+        return FrozenKernel(layer, kernel=layer._built_weight().contiguous())
     return None
 
 
-def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
+def _frozen_linear(layer: CPLayer, rows: int) -> Frozen | None:
     """The Khatri-Rao pair or W, or None where the plan is predicted to be faster than both."""
-    m, n, r = layer.in_features, layer.out_features, layer.rank
+    (m, n), r = layer.cp.shape, layer.rank
     asked = layer.request(rows)
     machine = machine_for(asked)
     pair, dense = (
@@ -120,15 +123,16 @@ def _frozen_linear(layer: CPLinear, rows: int) -> Frozen | None:
     if choice.predict_inference(asked, choice.choose(asked)) < min(pair, dense):
         return None
     if dense <= pair:
-        return FrozenWeight([layer._built_weight().contiguous()], layer)
+        return FrozenWeight(layer, weight=layer._built_weight().contiguous())
     in_factors, out_factors = layer.cp.factor_groups()
     ka = khatri_rao(in_factors)
     if layer.cp.weights is not None:
         ka = ka * layer.cp.weights
-    return FrozenPair([ka.contiguous(), khatri_rao(out_factors)], layer)
+    return FrozenPair(layer, ka=ka.contiguous(), kc=khatri_rao(out_factors))
 
 
-def _kernel_is_cheaper(layer: CPConv1d | CPConv2d | CPConv3d, batch: int, size: Shape) -> bool:
+def _kernel_is_cheaper(layer: CPLayer, batch: int, size: Shape) -> bool:
+    """Whether a dense convolution is predicted to take no longer than the layer's plan."""
     asked = layer.request(batch, size if len(size) > 1 else size[0])
     plan = choice.choose(asked)
     return choice.predict_inference(asked, None) <= choice.predict_inference(asked, plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,26 +18,29 @@ class Frozen(nn.Module):
     did before.
 
     Args:
-        matrices: the contracted tensors, without gradient.
-        layer: the layer they stand for; a change of its CP tensor's parameters, in place or by
-            others, makes this stale.
+        layer: the layer that the matrices stand for. Whoever changes the parameters of its CP
+            tensor in place, or puts others there, makes the matrices stale.
+        matrices: the contracted tensors by name, without gradient.
 
     Attributes:
         trainable: by name, whether the layer's parameters required a gradient.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, **matrices: Tensor) -> None:
         super().__init__()
-        for i, matrix in enumerate(matrices):
-            self.register_buffer(f"matrix{i}", matrix, persistent=False)
+        for name, matrix in matrices.items():
+            self.register_buffer(name, matrix, persistent=False)
         self.trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
-        # Modules and not their dicts are kept, since torch.export gives a module a new dict; in a
-        # tuple, as a module that is an attribute is a part.
+        # We keep modules and not their dicts, because torch.export gives a module a new dict. A
+        # tuple holds the CP tensor, because torch registers a module that is an attribute.
         self._holder = (layer.get_submodule("cp"),)
         self._watch()
 
     def _watch(self) -> None:
-        """Keep what holds each parameter, and each part that holds one: others may replace them."""
+        """Remember each parameter and each part of the CP tensor, with the place where it stands.
+
+        ``check`` looks there again and sees when another object has taken its place.
+        """
         cp = self._holder[0]
         self._watched = [
             (module, name, parameter)
@@ -54,7 +56,7 @@ class Frozen(nn.Module):
         self._versions = self._versions_now()
 
     def _versions_now(self) -> list[tuple[Tensor, int]]:
-        """The versions of all that have one; tensors made in inference mode have none."""
+        """Parameters with their version counters, which tensors of inference mode do not have."""
         parameters = [p for _, _, p in self._watched if p is not None and not p.is_inference()]
         return [(parameter, parameter._version) for parameter in parameters]
 
@@ -86,7 +88,7 @@ class Frozen(nn.Module):
             )
 
     def _same_values(self) -> bool:
-        """Whether the parameters that are there now hold what was contracted, or no values."""
+        """Whether the parameters there now hold the values that were contracted, or none at all."""
         now = dict(self._holder[0].named_parameters(remove_duplicate=False))
         if now.keys() != self._values.keys():
             return False
@@ -103,36 +105,36 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class FrozenPair(Frozen):
-    """y = (x KA) KCᵀ + b with the Khatri-Rao pair: matrix0 KA (M, R), matrix1 KC (N, R)."""
+    """y = (x KA) KCᵀ + b with the Khatri-Rao pair: ``ka`` is KA (M, R), ``kc`` is KC (N, R)."""
 
-    matrix0: Tensor
-    matrix1: Tensor
+    ka: Tensor
+    kc: Tensor
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
         own, rows = self._buffers, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = matmul_nt(matmul_nn(rows, own["matrix0"]), own["matrix1"], bias)  # type: ignore[arg-type]
+        y = matmul_nt(matmul_nn(rows, own["ka"]), own["kc"], bias)  # type: ignore[arg-type]
         return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
 
 
 class FrozenWeight(Frozen):
-    """y = x Wᵀ + b with the rebuilt weight: matrix0 W (N, M)."""
+    """y = x Wᵀ + b with the rebuilt weight: ``weight`` is W (N, M)."""
 
-    matrix0: Tensor
+    weight: Tensor
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
         if x.dim() != 2:
-            return F.linear(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
-        return matmul_nt(x, self._buffers["matrix0"], bias)  # type: ignore[arg-type]
+            return F.linear(x, self._buffers["weight"], bias)  # type: ignore[arg-type]
+        return matmul_nt(x, self._buffers["weight"], bias)  # type: ignore[arg-type]
 
 
 class FrozenKernel(Frozen):
-    """A convolution with the rebuilt kernel: matrix0 (Cout, Cin/groups, *k)."""
+    """A convolution with the rebuilt kernel: ``kernel`` is (Cout, Cin/groups, *k)."""
 
-    matrix0: Tensor
+    kernel: Tensor
 
     def forward(
         self,
@@ -145,6 +147,6 @@ class FrozenKernel(Frozen):
     ) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S')."""
         self.check()
-        dims = self.matrix0.dim() - 2
+        dims = self.kernel.dim() - 2
         convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-        return convolve(x, self.matrix0, bias, stride, padding, dilation, groups)
+        return convolve(x, self.kernel, bias, stride, padding, dilation, groups)

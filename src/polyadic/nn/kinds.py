@@ -1,7 +1,9 @@
-"""The kinds of CP layers, one row each: what it stands in for, how it is made and unmade, saved.
+"""The table of the kinds of CP layers, one row a kind.
 
-Whoever handles every kind of layer (conversion, saving, merging, the search for layers of a model)
-goes by this table, so that a new kind is one row here.
+A row says which torch layer a CP layer stands in for, by which methods one is made from the
+other, and which arguments a saved model stores. Code that handles every kind (conversion, freezing,
+saving, the search for layers in a model) reads this table, so that a new kind needs one more row
+and no change elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from polyadic.nn.embedding import CPEmbedding, CPTiedLinear
 from polyadic.nn.linear import CPLinear
 
 Family = Literal["linear", "conv", "conv_transpose", "embedding", "head"]
-# Arguments of a constructor by name, with the kind of their value as it is checked when loaded.
+# Names of a constructor's arguments, each with the kind of value that a saved model must give it.
 Arguments = Mapping[str, str]
 
 _CP: Arguments = {"in_shape": "modes", "out_shape": "modes", "rank": "size", "memory": "text"}
@@ -44,13 +46,13 @@ class Kind:
 
     Attributes:
         cp: the class of the CP layer.
-        dense: the class of torch's layer it stands in for.
-        family: kinds of one family differ in their number of spatial dimensions alone.
-        from_dense: name of the class method that makes one from torch's layer; None for a head,
-            which is made from its embedding.
-        to_dense: name of the method that makes torch's layer from one.
+        dense: the class of the torch layer that it stands in for.
+        family: the kinds of one family differ only in their number of spatial dimensions.
+        from_dense: name of the class method that makes the CP layer from the torch layer; None for
+            a head, which is made from its embedding.
+        to_dense: name of the method that makes the torch layer from the CP layer.
         shared: arguments of the constructor that both classes have.
-        orders: how many modes a side ``compress`` weighs by default.
+        orders: the numbers of modes per side among which ``compress`` chooses by default.
     """
 
     cp: type[nn.Module]
@@ -72,12 +74,12 @@ class Kind:
         return self.shared if self.family == "head" else {**self.shared, **_CP}
 
     def make(self, layer: nn.Module, **options: Any) -> Any:
-        """The CP layer in the place of torch's."""
+        """Make the CP layer that takes the place of a torch layer."""
         assert self.from_dense is not None
         return getattr(self.cp, self.from_dense)(layer, **options)
 
     def unmake(self, layer: nn.Module) -> Any:
-        """Torch's layer in the place of a CP layer."""
+        """Make the torch layer that takes the place of a CP layer."""
         return getattr(layer, self.to_dense)()
 
 
@@ -117,11 +119,19 @@ BY_DENSE: Mapping[type[nn.Module], Kind] = {
 
 
 def is_cp(layer: nn.Module) -> bool:
-    """Whether a module is a CP layer of ours, or of a class derived from one."""
+    """Whether a module is a CP layer, or of a class derived from one."""
     return isinstance(layer, tuple(BY_CP))
 
 
+def is_of_family(layer: nn.Module, *families: Family) -> bool:
+    """Whether a module is a CP layer of one of the families, or of a class derived from one."""
+    return isinstance(layer, tuple([kind.cp for kind in KINDS if kind.family in families]))
+
+
 def family_of(layer: nn.Module) -> Family | None:
-    """The family of a CP layer or of the very torch layer that one stands in for, else None."""
+    """The family of a CP layer, or of a torch layer that one can stand in for; else None.
+
+    A class derived from either is of no family, as it may compute something else.
+    """
     kind = BY_CP.get(type(layer)) or BY_DENSE.get(type(layer))
     return None if kind is None else kind.family

@@ -39,11 +39,11 @@ class CPLayer(Weighted):
     _in_group, _out_group = 0, 1
     # Groups of the tensorized shape over which the input of the layer has its second moment.
     _metric_groups: tuple[int, ...] = (0,)
-    _stands_for: type[nn.Module]
+    _torch_class: type[nn.Module]
     # Arguments of the constructor that are attributes, here and in torch's layer.
-    _kept: tuple[str, ...]
+    _shared_arguments: tuple[str, ...]
 
-    def _own(
+    def _create(
         self,
         tensorized_shape: Sequence[Shape],
         rank: Rank,
@@ -72,7 +72,7 @@ class CPLayer(Weighted):
         The words are resolved for this layer's options, dtype and device; FLOPs and time are those
         of one layer, whether or not it shares its weight.
         """
-        unit = self._unit()
+        unit = self._format_of_rank_1()
         if isinstance(rank, str) and rank in ("break-even", "faster"):
             return rank_of_word(rank, self._request_of_words(device, dtype))
         resolved = resolve_rank(rank, JointFormat(unit, len(joint)) if joint else unit)
@@ -92,7 +92,7 @@ class CPLayer(Weighted):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         batch, size = self._usual_call()
         where = "cpu" if where == "meta" else where
-        made = request(self._unit(), batch, dtype, where, memory=self.memory)
+        made = request(self._format_of_rank_1(), batch, dtype, where, memory=self.memory)
         return self._request_of_size(made, size)
 
     def _usual_call(self) -> tuple[int, Shape | None]:
@@ -109,7 +109,7 @@ class CPLayer(Weighted):
         if name == "cp" and isinstance(value, CPTensor):
             value.std = self._std()
 
-    def _unit(self) -> LinearFormat | ConvFormat:
+    def _format_of_rank_1(self) -> LinearFormat | ConvFormat:
         """The layer's format at rank 1."""
         raise NotImplementedError
 
@@ -147,18 +147,18 @@ class CPLayer(Weighted):
         """Standard deviation of an initial weight."""
         return torch_std(self._fan_in())
 
-    def _target(self, weight: Tensor) -> Tensor:
+    def _fit_target(self, weight: Tensor) -> Tensor:
         """What the CP tensor is fitted to, for the weight of the torch layer."""
         return weight
 
-    def _metric(self, metric: Tensor | None) -> Tensor | None:
+    def _fit_metric(self, metric: Tensor | None) -> Tensor | None:
         """The metric of the fit, for that of the torch layer's input or none."""
         return metric
 
     @property
     def format(self) -> LinearFormat | ConvFormat:
         """Modes and rank of the layer."""
-        return dataclasses.replace(self._unit(), rank=self.rank)
+        return dataclasses.replace(self._format_of_rank_1(), rank=self.rank)
 
     @classmethod
     def joint(

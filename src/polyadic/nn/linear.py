@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import functional
-from polyadic.checks import memory as check_memory
+from polyadic.checks import check_memory
 from polyadic.formats import (
     LinearFormat,
     Rank,
@@ -24,11 +24,12 @@ from polyadic.tensor import CPTensor
 
 
 class CPLinear(Exchangeable):
-    """Linear layer y = x Wᵀ + b whose weight is in CP format and never built.
+    """Linear layer y = x Wᵀ + b whose weight is in CP format.
 
     Stands in for ``torch.nn.Linear``. Forward and backward are products with the Khatri-Rao
     products of the factors (see ``polyadic.functional.cp_linear``), 3·2·B·R·(M+N) FLOPs a training
-    step against 3·2·B·M·N.
+    step against 3·2·B·M·N. For many rows and a high rank the planner may rebuild W for a pass;
+    ``polyadic.explain`` says so.
 
     Args:
         in_features: M.
@@ -58,8 +59,8 @@ class CPLinear(Exchangeable):
         ValueError: a size, the rank or a shape does not fit.
     """
 
-    _stands_for = nn.Linear
-    _kept = ("in_features", "out_features", "bias")
+    _torch_class = nn.Linear
+    _shared_arguments = ("in_features", "out_features", "bias")
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class CPLinear(Exchangeable):
         self.in_shape = factored_shape(in_shape, self.in_features, default_in, "in_shape")
         self.out_shape = factored_shape(out_shape, self.out_features, default_out, "out_shape")
         self.memory = check_memory(memory)
-        self._own(
+        self._create(
             (self.in_shape, self.out_shape),
             rank,
             self.out_features if bias else None,
@@ -90,7 +91,7 @@ class CPLinear(Exchangeable):
             dtype,
         )
 
-    def _unit(self) -> LinearFormat:
+    def _format_of_rank_1(self) -> LinearFormat:
         return LinearFormat(self.in_shape, self.out_shape, 1)
 
     def _fan_in(self) -> int:
@@ -133,9 +134,17 @@ class CPLinear(Exchangeable):
                 lost, or an argument does not fit.
         """
         return convert(
-            cls, linear, "from_linear", rank, cp, order=order, in_shape=in_shape,
-            out_shape=out_shape, memory=memory, **fit,
-        )  # fmt: skip
+            cls,
+            linear,
+            "from_linear",
+            rank,
+            cp,
+            order=order,
+            in_shape=in_shape,
+            out_shape=out_shape,
+            memory=memory,
+            **fit,
+        )
 
     def to_linear(self) -> nn.Linear:
         """Make the ``torch.nn.Linear`` with this layer's dense weight; flags are kept.
@@ -144,7 +153,7 @@ class CPLinear(Exchangeable):
         """
         return cast(nn.Linear, revert(self))
 
-    def _target(self, weight: Tensor) -> Tensor:
+    def _fit_target(self, weight: Tensor) -> Tensor:
         return weight.t()
 
     def _weight_shape(self) -> tuple[int, int]:

@@ -119,9 +119,12 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
     @staticmethod
     def _empty(source: Source) -> DenseWeight:
         made: DenseWeight = torch.Tensor._make_wrapper_subclass(
-            DenseWeight, source.shape, strides=source.strides, dtype=source.like.dtype,
+            DenseWeight,
+            source.shape,
+            strides=source.strides,
+            dtype=source.like.dtype,
             device=source.like.device,
-        )  # fmt: skip
+        )
         made._source = source
         # transformers marks the parameters it has loaded, and then leaves them as they are where
         # it draws the missing ones; some models ask that of layer.weight.

@@ -1,4 +1,4 @@
-"""How the functions ask for a plan: from an input, whose sizes a compiler may not know."""
+"""The functions ask for a plan here, with an input whose sizes a compiler may not know."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from polyadic.planner import choice, conv, embedding, linear
 from polyadic.planner.request import Request, request
 from polyadic.plans import ConvPlan, LinearPlan, Memory
 
-# A symbolic batch gets one plan for all sizes: that of so many images.
+# Under torch.compile a convolution with a symbolic batch gets one plan for all sizes, which is the
+# plan for this many images.
 UNKNOWN_IMAGES = 8
 
 
 def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = True) -> LinearPlan:
-    """The plan for x (..., M); with ``rebuild`` W may be built where that is cheapest."""
+    """Return the plan for x (..., M); ``rebuild`` admits plans that build the dense W."""
     lead = tuple(x.shape[:-1])
     options: dict[str, Any] = {"memory": memory, "rebuild": rebuild}
     if not torch.compiler.is_compiling():
@@ -36,7 +37,7 @@ def plan_linear(fmt: LinearFormat, x: Tensor, memory: Memory, rebuild: bool = Tr
 def plan_embedding(
     fmt: EmbeddingFormat, rows: int, dtype: torch.dtype, device: str, memory: Memory
 ) -> LinearPlan:
-    """The plan for so many indices."""
+    """Return the plan for a lookup of ``rows`` indices."""
     if not torch.compiler.is_compiling():
         asked = request(fmt, rows, dtype, device, memory=memory)
         return cast(LinearPlan, choice.choose(asked))
@@ -49,9 +50,9 @@ def plan_embedding(
 def plan_conv(
     fmt: ConvFormat, geometry: Geometry, x: Tensor, memory: Memory, rebuild: bool = True
 ) -> ConvPlan:
-    """The plan for x (B, Cin, *S) or (Cin, *S).
+    """Return the plan for x (B, Cin, *S) or (Cin, *S).
 
-    With ``rebuild`` the dense kernel may be built where that is cheapest.
+    ``rebuild`` admits plans that build the dense kernel.
     """
     dims = len(fmt.kernel_size)
     batched, size = x.dim() == dims + 2, tuple(x.shape[-dims:])

@@ -1,7 +1,7 @@
-"""Which machine description holds for a request: a calibrated one, else the built-in.
+"""Find the machine description that holds for a request: a calibrated one, else the built-in one.
 
-A calibration is a small JSON file in the user's cache folder. One that cannot be read, or that was
-made on another processor or with another torch, is left alone with a warning.
+A calibration is a small JSON file in the user's cache folder. A file that cannot be read, or that
+was made on another processor or with another version of torch, is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Place, Request
 
 FORMAT_VERSION = 4
-# Calibrations that could not be written hold for this process.
+# Calibrations that could not be written to a file; they hold until this process ends.
 _unwritten: dict[Place, Machine] = {}
 
 
@@ -33,7 +33,7 @@ def machine_for(request: Request) -> Machine:
 
 @functools.lru_cache(maxsize=64)
 def machine_at(place: Place) -> Machine:
-    """Return the description that holds for a place."""
+    """Return the description of the machine that computes at a place."""
     if place in _unwritten:
         return _unwritten[place]
     try:
@@ -91,7 +91,7 @@ def fingerprint(device_type: str) -> dict[str, str]:
 
 
 def _cpu_name() -> str:
-    """Name, family, model and stepping of the processor where the system tells them."""
+    """Return name, family, model and stepping of the processor, as far as the system tells them."""
     wanted = ("model name", "cpu family", "model", "stepping")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
@@ -115,7 +115,8 @@ def store(machine: Machine, place: Place) -> Path | None:
     try:
         path = calibration_file(place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # By way of a draft, whose name no other process or thread has.
+        # We write a draft whose name no other process or thread has, and rename it when it is
+        # complete, so that nobody ever reads half a file.
         handle, draft = tempfile.mkstemp(".tmp", path.stem, path.parent)
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)

@@ -1,7 +1,7 @@
 """The planner's door: a request goes in; a plan, its steps and its predicted time come out.
 
-Each kind of format has a module of its own, which stands in the table below. What was chosen is
-remembered here, by request, until ``forget``.
+The table below names the module that plans for each class of format. Choices are remembered here by
+request, until ``forget`` is called.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ Plan = LinearPlan | ConvPlan
 
 
 class Kind(Protocol):
-    """What the module of a kind of layer offers."""
+    """What a module that plans for one kind of layer must offer."""
 
     def candidates(self, request: Request) -> Sequence[Any]:
-        """Plans with the same route forward and backward."""
+        """List the plans that take one route in both directions."""
 
     def simplest(self, request: Request) -> Any:
-        """The plan for sizes that are not known."""
+        """Return a plan that is right for any sizes, for when they are not known."""
 
     def choose(self, request: Request) -> Any:
-        """The cheapest plan."""
+        """Return the cheapest plan for the request as it is."""
 
     def steps(self, request: Request, plan: Any) -> tuple[list[Step], list[Step]]:
-        """Steps of a plan, forward and backward."""
+        """List the steps of a plan, forward and backward."""
 
     def kept_elements(self, request: Request, plan: Any) -> int:
-        """Elements that a plan keeps for the backward."""
+        """Count the elements that a plan keeps for the backward."""
 
     def dense_steps(self, request: Request) -> tuple[list[Step], list[Step]]:
-        """Steps of the dense layer, forward and backward."""
+        """List the steps of the dense layer, forward and backward."""
 
     def dense_kept(self, request: Request) -> int:
-        """Elements that the dense layer keeps for the backward."""
+        """Count the elements that the dense layer keeps for the backward."""
 
     def describe(self, request: Request) -> str:
-        """Format and batch in words."""
+        """Say format and batch in words."""
 
 
 KINDS: dict[type, Kind] = {
@@ -55,78 +55,80 @@ KINDS: dict[type, Kind] = {
     EmbeddingFormat: cast(Kind, embedding),
     ConvFormat: cast(Kind, conv),
 }
-# What is told when choices are forgotten: others remember what they made of a plan.
-_told: list[Callable[[], None]] = []
-# What is told of each request that is chosen for and not remembered.
-_asked: list[Callable[[Request], None]] = []
+# Functions that are called when choices are forgotten, because other modules remember what they
+# made of a plan.
+_on_forget: list[Callable[[], None]] = []
+# Functions that are called with each request that is chosen for and was not remembered.
+_on_request: list[Callable[[Request], None]] = []
 
 
 def kind_of(request: Request) -> Kind:
-    """The module of the request's kind of layer."""
+    """Return the module that plans for the request's kind of layer."""
     return KINDS[type(request.format)]
 
 
 def choose(request: Request) -> Any:
-    """The cheapest plan for all batches up to the next power of two; remembered."""
+    """Return the cheapest plan for the batch rounded up to a power of two; it is remembered."""
     plan = _chosen(request.bucketed())
-    # Which in factors are joined is decided for the number of indices itself, which takes no time.
+    # Choices are shared between batches of similar size. Which in factors of an embedding are
+    # joined is quick to work out, and is decided for the exact number of indices.
     is_embedding = isinstance(request.format, EmbeddingFormat)
     return embedding.rejoined(request, plan) if is_embedding else plan
 
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(request: Request) -> Any:
-    for told in _asked:
-        told(request)
+    for call in _on_request:
+        call(request)
     measured = tuned.plan_for(request)
     return kind_of(request).choose(request) if measured is None else measured
 
 
 @not_traced
 def choose_for_constants(constants: tuple[Any, ...]) -> Any:
-    """``choose`` for a compiler, which calls it while it traces and keeps the plan."""
+    """Do what ``choose`` does while a compiler traces; it keeps the plan as a constant."""
     return choose(Request.of_constants(constants))
 
 
 @contextlib.contextmanager
 def requests_asked() -> Iterator[list[Request]]:
-    """Note the requests, for batches up to a power of two, that are chosen for within."""
+    """Collect the requests that are chosen for within, their batches rounded to powers of two."""
     found: list[Request] = []
+    note = found.append
     forget()
-    _asked.append(found.append)
+    _on_request.append(note)
     try:
         yield found
     finally:
-        _asked.remove(found.append)
-        forget()
+        _on_request.remove(note)
 
 
 def when_forgotten(call: Callable[[], None]) -> None:
-    """Have ``call`` called whenever choices are forgotten."""
-    _told.append(call)
+    """Register a function that is called whenever choices are forgotten."""
+    _on_forget.append(call)
 
 
 def forget() -> None:
-    """Forget all choices, as a machine description has changed."""
+    """Forget all choices, because a machine description has changed."""
     _chosen.cache_clear()
-    for call in _told:
+    for call in _on_forget:
         call()
 
 
 def steps(request: Request, plan: Plan) -> tuple[list[Step], list[Step]]:
-    """Steps of a plan, forward and backward."""
+    """List the steps of a plan, forward and backward."""
     return kind_of(request).steps(request, plan)
 
 
 def predict(request: Request, plan: Plan | None, *, training: bool = True) -> float:
-    """Predicted seconds of a plan (None: of the dense layer), without what the call costs."""
+    """Predict the seconds of a plan (None: of the dense layer), without the cost of the call."""
     kind = kind_of(request)
     forward, backward = kind.dense_steps(request) if plan is None else kind.steps(request, plan)
     return machine_for(request).total([*forward, *backward] if training else forward)
 
 
 def predict_inference(request: Request, plan: Plan | None) -> float:
-    """Predicted seconds of a call without gradients, the call itself included."""
+    """Predict the seconds of a forward pass without gradients, with the cost of the call."""
     machine, kind = machine_for(request), kind_of(request)
     if plan is None:
         return machine.total(kind.dense_steps(request)[0], machine.dense_call)

@@ -1,4 +1,4 @@
-"""How long a call keeps the device busy, and how long the processor that launches it."""
+"""Clocks for calibration: how long a call keeps the device busy, and how long the processor."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Run = Callable[[], object]
 
 
 class Clock(Protocol):
-    """What calibration asks of a device."""
+    """What calibration measures on a device."""
 
     def work(self, run: Run) -> float:
-        """Seconds that the device works on one call; on a CPU the launches are in it."""
+        """Measure the seconds that the device works on one call; on a CPU they include launches."""
 
     def host(self, run: Run) -> float:
-        """Seconds that the processor spends on one call, which it does not wait for."""
+        """Measure the seconds that the processor spends on one call without waiting for it."""
 
 
 def clock_of(device_type: str) -> Clock:
-    """The clock of a type of device."""
+    """Return the clock for a type of device."""
     return GpuClock() if device_type == "cuda" else CpuClock()
 
 
 def median(times: list[float]) -> float:
-    """The middle one, of an even number the larger of both."""
+    """Return the middle value; of an even number, the larger of the two in the middle."""
     return sorted(times)[len(times) // 2]
 
 
 class CpuClock:
-    """Calls one after the other, each by itself."""
+    """Times calls one after the other, each by itself."""
 
     def work(self, run: Run, budget: float = 0.12) -> float:
-        """Median time of one call, after a warm-up; at least five calls."""
+        """Return the median time of at least five calls after a warm-up."""
         run()
         run()
         times: list[float] = []
@@ -46,31 +46,31 @@ class CpuClock:
         return median(times)
 
     def host(self, run: Run) -> float:
-        """As ``work``: the processor is the device."""
+        """Return what ``work`` returns, because on a CPU the processor is the device."""
         return self.work(run)
 
 
 class GpuClock:
-    """Calls in a CUDA graph, which is replayed between two events; and calls that nobody awaits."""
+    """Times work by replaying a CUDA graph between events, and launches by not waiting for them."""
 
-    # In one graph, so that what a replay costs at its start and end does not count.
-    CALLS = 20
-    # Fewer than fit into the queue of launches, whose end would stop the processor.
-    LAUNCHES = 100
+    # With this many calls in one graph, the start and the end of a replay hardly count.
+    CALLS_PER_GRAPH = 20
+    # This many launches fit into the queue; if it were full, the processor would stop and wait.
+    LAUNCHES_IN_A_ROW = 100
     REPEATS = 7
 
     def work(self, run: Run) -> float:
-        """Median time of one call among those of a replayed graph."""
+        """Return the median time of one call of a replayed graph."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        # What is chosen, loaded or allocated at the first call must be so before the capture.
+        # The first calls choose, load and allocate things, which a capture does not allow.
         with torch.cuda.stream(stream):
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(self.CALLS):
+            for _ in range(self.CALLS_PER_GRAPH):
                 run()
         times: list[float] = []
         for _ in range(self.REPEATS):
@@ -79,19 +79,19 @@ class GpuClock:
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / self.CALLS)
+            times.append(start.elapsed_time(end) / 1e3 / self.CALLS_PER_GRAPH)
         return median(times)
 
     def host(self, run: Run) -> float:
-        """Median time of the processor for one call among many, with nothing left in the queue."""
+        """Return the processor's median time for one of many calls, from an empty queue on."""
         run()
         times: list[float] = []
         for _ in range(self.REPEATS):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(self.LAUNCHES):
+            for _ in range(self.LAUNCHES_IN_A_ROW):
                 run()
-            times.append((time.perf_counter() - start) / self.LAUNCHES)
+            times.append((time.perf_counter() - start) / self.LAUNCHES_IN_A_ROW)
             torch.cuda.synchronize()
         return median(times)
 

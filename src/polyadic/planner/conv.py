@@ -1,9 +1,11 @@
-"""Plans of a convolution, their steps, and the cheapest for a request.
+"""Plans of a convolution, the steps of each plan, and the cheapest plan for a request.
 
-The steps mirror ``kernels.conv``. Routes are few, so all are weighed, forward and backward each by
-itself. With g groups the side they do not share counts the channels of all; the other side is
-contracted once for each, so that there are g times as many positions of it, and g·R channels in
-between.
+The steps mirror ``kernels.conv``. There are few routes, so the planner prices each of them, and it
+chooses the forward and the backward independently.
+
+With g groups, the groups share the matrix of one side and each has its own rows of the other side's
+matrix. Between the projections there are g·R channels. Each projection contracts the channels of
+one group at a time, so it is priced as one product with g times as many positions.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, gemm, stream, transpose
 from polyadic.plans import ConvPlan, ConvRoute, Memory, fused_by_triton
 
-# Maps of R channels that may be kept for the backward.
-KEEP: dict[Memory, int] = {"fast": 2, "balanced": 1, "least": 0}
+# How many maps of R channels a memory level keeps for the backward.
+KEPT_MAPS: dict[Memory, int] = {"fast": 2, "balanced": 1, "least": 0}
 
 
 def _format(request: Request) -> ConvFormat:
@@ -40,8 +42,8 @@ def _geometry(request: Request) -> Geometry:
 
 
 def candidates(request: Request) -> list[ConvPlan]:
-    """Every plan with the same route forward and backward."""
-    keep = KEEP[request.memory]
+    """List the plans that take one route in both directions."""
+    keep = KEPT_MAPS[request.memory]
     routes = [
         ConvRoute(layout, form)
         for layout in ("channels_last", "channels_first")
@@ -58,23 +60,24 @@ def candidates(request: Request) -> list[ConvPlan]:
 
 
 def simplest(request: Request) -> ConvPlan:
-    """The plan that is right for any sizes, where a compiler does not know them."""
-    return ConvPlan(ConvRoute(), ConvRoute(), KEEP[request.memory])
+    """Return the plan for sizes that a compiler does not know; it is right for any sizes."""
+    return ConvPlan(ConvRoute(), ConvRoute(), KEPT_MAPS[request.memory])
 
 
 def choose(request: Request) -> ConvPlan:
-    """The cheapest plan for the request as it is; ``choice.choose`` remembers what this finds."""
+    """Return the cheapest plan for the request as it is; ``choice.choose`` remembers it."""
     machine = machine_for(request)
     routes = [plan.forward for plan in candidates(request)]
     if request.is_half:
-        # Separable stages round once more than torch's error, twice over, allows.
+        # Each stage rounds its result. Separable stages round once more than merged ones, and would
+        # exceed our limit of twice the error of a dense layer.
         routes = [route for route in routes if route.depthwise == "merged"]
-    onward = routes
+    forward_routes = routes
     if request.channels_last:
-        # A layer hands on the layout it is given, as torch's do.
-        onward = [route for route in routes if route.layout == "channels_last"]
-    forward = min(onward, key=lambda route: machine.total(forward_steps(request, route)))
-    kept = KEEP[request.memory] if forward.kind == "factorized" else 0
+        # As torch's layers do, ours return the memory layout that they are given.
+        forward_routes = [route for route in routes if route.layout == "channels_last"]
+    forward = min(forward_routes, key=lambda route: machine.total(forward_steps(request, route)))
+    kept = KEPT_MAPS[request.memory] if forward.kind == "factorized" else 0
     backward = min(
         routes, key=lambda route: machine.total(backward_steps(request, route, kept=kept))
     )
@@ -82,7 +85,7 @@ def choose(request: Request) -> ConvPlan:
 
 
 def steps(request: Request, plan: ConvPlan) -> Steps:
-    """Steps of a plan, forward and backward."""
+    """List the steps of a plan, forward and backward."""
     kept = plan.keep if plan.forward.kind == "factorized" else 0
     return (
         forward_steps(request, plan.forward),
@@ -91,7 +94,7 @@ def steps(request: Request, plan: ConvPlan) -> Steps:
 
 
 def _sizes(split: Stages, size: Shape) -> list[Shape]:
-    """Spatial size in front of each stage and behind the last."""
+    """List the spatial sizes before each stage and after the last one."""
     lifted = (1, *size) if len(size) == 1 else size
     sizes = [tuple(-(-n // step) for n, step in zip(lifted, split.skip, strict=True))]
     for stage in split.depthwise:
@@ -100,7 +103,7 @@ def _sizes(split: Stages, size: Shape) -> list[Shape]:
 
 
 class _Sizes:
-    """The numbers that all steps of one convolution are made of."""
+    """The sizes of one convolution by one route, and the steps that are made of them."""
 
     def __init__(self, request: Request, route: ConvRoute) -> None:
         fmt, geometry = _format(request), _geometry(request)
@@ -113,32 +116,33 @@ class _Sizes:
         self.out_positions = self.batch * math.prod(geometry.output_size(size))
         self.rank, self.groups = fmt.rank, fmt.groups
         self.maps = fmt.groups * fmt.rank
-        # Channels that one group contracts, on either side.
+        # c in channels and n out channels belong to one group.
         self.c, self.n = (channels // fmt.groups for channels in fmt.channels)
 
     @property
     def inner(self) -> Sequence[int]:
-        """Modes of the in-projection: a 1×1 kernel's join the in modes."""
+        """Modes of the in-projection, which those of a 1×1 kernel join."""
         ins, kernel = self.fmt.in_shape, self.fmt.kernel_size
         return ins if self.stages.depthwise else (*kernel, *ins)
 
     @property
     def depthwise_taps(self) -> int:
-        """Taps of the merged depthwise convolution."""
+        """Number of taps of the merged depthwise convolution."""
         return math.prod(self.fmt.kernel_size)
 
     def taps(self, stage: Stage) -> list[int]:
-        """Modes of the kernel factors that one stage's taps are made of."""
-        return [self.fmt.kernel_size[i] for i in stage.held]
+        """List the modes of the kernel factors that make the taps of one stage."""
+        return [self.fmt.kernel_size[i] for i in stage.factor_positions]
 
     def project(self, name: str, positions: int, k: int, n: int) -> Step:
+        """Price a projection of k to n channels at each of so many positions, group by group."""
         if self.route.layout == "channels_first":
-            # The positions are the columns of the product.
+            # In channels_first the positions are the columns of the product, not its rows.
             return gemm(self.request, name, n * self.groups, k, positions)
         return gemm(self.request, name, positions * self.groups, k, n)
 
     def outer(self, name: str, channels: int, positions: int, rows: bool) -> list[Step]:
-        """Gradient of KA or KC; ``rows``: X (or dY) is stored channels_last."""
+        """Price the gradient of KA or KC; ``rows`` says that X (or dY) comes in channels_last."""
         product = gemm(self.request, name, channels, positions * self.groups, self.rank)
         if self.route.layout == "channels_last":
             if rows:
@@ -150,13 +154,14 @@ class _Sizes:
         return [product, stream(f"{name} over images", 2 * self.item * partial, partial)]
 
     def to_rows(self, name: str, channels: int, positions: int) -> Step:
+        """Price the conversion of a map to channels_last."""
         return transpose(self.request, f"{name} to channels_last", channels * positions)
 
     def passed(self, read: int, written: int) -> int:
-        """Bytes of a depthwise convolution.
+        """Count the bytes that a depthwise convolution moves.
 
-        On a CPU new memory counts three times, as writing takes longer where pages are touched
-        first, and in channels_first torch's kernels convert what they read and write.
+        On a CPU, elements written to new memory count three times, because the first write to a
+        page takes longer. In channels_first, torch's kernels convert what they read and write.
         """
         if not self.request.on_cpu:
             return self.item * (read + written)
@@ -164,7 +169,10 @@ class _Sizes:
         return self.item * (read + 3 * written + converted)
 
     def depthwise(self, name: str, stage: Stage, before: Shape, after: Shape) -> Step:
-        """Two FLOPs for each tap and position: the output's or, transposed, the input's."""
+        """Price one stage: two FLOPs for each tap and each position of its output.
+
+        A transposed stage has two for each tap and each position of its input.
+        """
         read, written = self._elements(before, after)
         taps = math.prod(stage.kernel_size)
         return Step(
@@ -181,11 +189,12 @@ class _Sizes:
         return read, written
 
     def depthwise_backward(self, stage: Stage, before: Shape, after: Shape) -> list[Step]:
-        """Two convolutions more, at half the rate; on a CPU wide taps read copies."""
+        """Price the gradients of one stage: two convolutions at half the rate of the forward."""
         one = self.depthwise("", stage, before, after)
         z, grad = self._elements(before, after)
         calls, copied = 1, 0
         entries = self.maps * math.prod(before)
+        # A CPU splits kernels with many columns; each part reads a copy of the map (kernels.cpu).
         wide = self.request.on_cpu and has_wide_weight_gradient(stage.kernel_size, entries)
         if wide and stage.kernel_size[0] > 1:
             calls = -(-stage.kernel_size[1] // WIDE_COLUMNS)
@@ -207,6 +216,7 @@ class _Sizes:
         return [d_z, d_taps]
 
     def dense(self, name: str) -> Step:
+        """Price one convolution with the dense kernel."""
         fmt, (c, n) = self.fmt, self.fmt.channels
         at = self.positions if fmt.transposed else self.out_positions
         moved = self.positions * c + self.out_positions * n + fmt.dense_parameters
@@ -220,14 +230,14 @@ class _Sizes:
         )
 
     def kernel_sides(self) -> tuple[Shape, Shape]:
-        """Modes of the first dimension of torch's kernel, and of all others."""
+        """Return the modes of the first dimension of torch's kernel, and those of all others."""
         fmt = self.fmt
         if fmt.transposed:
             return fmt.in_shape, (*fmt.out_shape, *fmt.kernel_size)
         return fmt.out_shape, (*fmt.in_shape, *fmt.kernel_size)
 
     def kernel(self) -> list[Step]:
-        """The dense kernel from its factors."""
+        """Price the making of the dense kernel from its factors."""
         (first, rest), request = self.kernel_sides(), self.request
         return [
             *khatri_rao_steps(request, "K of the kernel's first side", first, self.rank),
@@ -237,7 +247,7 @@ class _Sizes:
 
 
 def forward_steps(request: Request, route: ConvRoute) -> list[Step]:
-    """Y by one route."""
+    """List the steps that make Y by one route."""
     s = _Sizes(request, route)
     if route.by == "triton":
         return _fused_forward(s)
@@ -256,9 +266,10 @@ def forward_steps(request: Request, route: ConvRoute) -> list[Step]:
 
 
 def backward_steps(request: Request, route: ConvRoute, *, kept: int) -> list[Step]:
-    """All gradients by one route, with ``kept`` R-channel maps from the forward.
+    """List the steps that make all gradients by one route.
 
-    The gradient of Y is taken to come in the route's layout.
+    ``kept`` is the number of R-channel maps that the forward has kept. We assume that the gradient
+    of Y comes in the layout of the route.
     """
     s = _Sizes(request, route)
     if route.by == "triton":
@@ -291,15 +302,16 @@ def backward_steps(request: Request, route: ConvRoute, *, kept: int) -> list[Ste
 
 
 def _matrices(s: _Sizes) -> Step:
-    """KA, KC and the taps in one launch."""
+    """Price the launch that makes KA, KC and the taps."""
     elements = s.rank * (s.c + s.n + math.prod(s.fmt.kernel_size))
     return Step("KA, KC and taps", "fused", 0, s.item * elements, elements=elements)
 
 
 def _fused_forward(s: _Sizes) -> list[Step]:
-    """The in-projection by a GEMM, then depthwise and out-projection in one kernel.
+    """List the steps of ``kernels.fused_conv``, forward.
 
-    With many out channels the out-projection is a GEMM as well.
+    A GEMM makes the in-projection, then one kernel makes the depthwise stage and the
+    out-projection. With many out channels the out-projection is a GEMM too.
     """
     steps = [_matrices(s)]
     if not s.request.channels_last:
@@ -316,7 +328,10 @@ def _fused_forward(s: _Sizes) -> list[Step]:
 
 
 def _fused_backward(s: _Sizes, kept: int) -> list[Step]:
-    """Products by GEMMs; both gradients of the depthwise stage, and Z2 again, in one kernel."""
+    """List the steps of ``kernels.fused_conv``, backward.
+
+    GEMMs make the products; one kernel makes both gradients of the depthwise stage and Z2 again.
+    """
     request = s.request
     again = [] if kept else [s.project("Z1 = X KA again", s.taken, s.c, s.rank)]
     flops = 6 * s.out_positions * s.maps * s.depthwise_taps
@@ -336,6 +351,7 @@ def _fused_backward(s: _Sizes, kept: int) -> list[Step]:
 
 
 def _dense_backward(s: _Sizes) -> list[Step]:
+    """List the steps that make all gradients by way of the dense kernel."""
     steps, request = s.kernel(), s.request
     if s.route.layout == "channels_last" and not request.channels_last:
         steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
@@ -353,7 +369,7 @@ def _dense_backward(s: _Sizes) -> list[Step]:
 
 
 def kept_elements(request: Request, plan: ConvPlan) -> int:
-    """Elements that stay for the backward beside the parameters: X and the maps kept."""
+    """Count the elements that stay for the backward besides parameters: X and the kept maps."""
     s = _Sizes(request, plan.forward)
     kept = s.positions * s.fmt.channels[0] + request.kept_beside
     if plan.forward.kind == "dense" or not plan.keep:
@@ -363,19 +379,19 @@ def kept_elements(request: Request, plan: ConvPlan) -> int:
 
 
 def dense_steps(request: Request) -> Steps:
-    """What a dense convolution layer does: one convolution forward, two backward."""
+    """List the steps of a dense convolution layer: one convolution forward, two backward."""
     s = _Sizes(request, ConvRoute("channels_first", kind="dense"))
     return [s.dense("Y")], [s.dense("dX"), s.dense("dW")]
 
 
 def dense_kept(request: Request) -> int:
-    """Elements a dense layer keeps for the backward beside its parameters: X."""
+    """Count the elements that a dense layer keeps for the backward besides parameters: X."""
     channels, _ = _format(request).channels
     return request.batch * math.prod(request.size) * channels + request.kept_beside
 
 
 def describe(request: Request) -> str:
-    """The format and the batch in words."""
+    """Say format and batch in words."""
     fmt = _format(request)
     c, n = fmt.channels
     kernel, spatial = ("x".join(map(str, sizes)) for sizes in (fmt.kernel_size, request.size))

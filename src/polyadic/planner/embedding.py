@@ -1,6 +1,8 @@
-"""Plans of an embedding: which in factors are joined, and how the out factors act.
+"""Plans of an embedding: which in factors are joined, and how the out factors are grouped.
 
-The steps mirror ``kernels.embedding``.
+The steps mirror ``kernels.embedding``. An embedding follows a ``LinearPlan``: its in groups say
+which in factors are joined to one table before rows are looked up, its out groups how the out side
+is expanded.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, casts, gemm, stream
 from polyadic.plans import Groups, LinearPlan, LinearRoute
 
-# Bytes of an index.
-INDEX = 8
+# Most indices are int64.
+INDEX_BYTES = 8
 
 
 def _format(request: Request) -> EmbeddingFormat:
@@ -36,13 +38,13 @@ def _format(request: Request) -> EmbeddingFormat:
 
 
 def _is_served(request: Request) -> bool:
-    """Whether a route by Triton can be followed."""
+    """Whether Triton kernels can compute this embedding."""
     scattered = max(_format(request).in_shape) <= MOST_SCATTERED_ROWS
     return scattered and serves("embedding", request.device, request.dtype)
 
 
 def candidates(request: Request) -> list[LinearPlan]:
-    """Every plan with the same route forward and backward, the in factors joined as chosen."""
+    """List the plans that take one route in both directions; all join in factors as chosen."""
     ins = joined_groups(request)
     outs = groupings(len(_format(request).out_shape))
     routes = [LinearRoute(ins, out) for out in outs]
@@ -52,18 +54,19 @@ def candidates(request: Request) -> list[LinearPlan]:
 
 
 def simplest(request: Request) -> LinearPlan:
-    """The plan that is right for any sizes, where a compiler does not know them."""
+    """Return the plan for sizes that a compiler does not know; it is right for any sizes."""
     fmt = _format(request)
     route = LinearRoute((1,) * len(fmt.in_shape), (len(fmt.out_shape),))
     return LinearPlan(route, route, int(request.memory == "fast"))
 
 
 def choose(request: Request) -> LinearPlan:
-    """The cheapest plan for the request as it is; ``choice.choose`` remembers what this finds."""
+    """Return the cheapest plan for the request as it is; ``choice.choose`` remembers it."""
     machine, ins = machine_for(request), joined_groups(request)
     outs, keep = groupings(len(_format(request).out_shape)), int(request.memory == "fast")
     if request.is_half:
-        # A lookup rounds less than a GEMM: splitting would round once more than torch, twice over.
+        # A lookup rounds less often than a GEMM. A split of the out modes rounds once more, and
+        # would exceed our limit of twice torch's error.
         outs = outs[:1]
     routes = [LinearRoute(ins, out) for out in outs]
     if _is_served(request):
@@ -74,10 +77,12 @@ def choose(request: Request) -> LinearPlan:
 
 
 def joined_groups(request: Request) -> Groups:
-    """Lengths of groups of adjacent in modes whose Khatri-Rao product is worth forming.
+    """Return the lengths of groups of adjacent in modes that are joined before the lookup.
 
-    That is where it has at most half as many rows as there are indices to look up. Elsewhere than
-    on a CPU rows are summed by a matrix product, for which the modes had better stay small.
+    Joining saves one gather and one product for each index, and costs the Khatri-Rao product of
+    the factors. It is worth it if that product has at most half as many rows as there are indices.
+    We join only on a CPU: elsewhere a matrix product sums the gradients by row, and its cost grows
+    with the number of rows.
     """
     modes = _format(request).in_shape
     if not request.on_cpu:
@@ -93,7 +98,7 @@ def joined_groups(request: Request) -> Groups:
 
 
 def rejoined(request: Request, plan: LinearPlan) -> LinearPlan:
-    """The plan with the in factors joined for the number of indices of the request."""
+    """Return the plan with the in factors joined for the request's number of indices."""
     ins = joined_groups(request)
     forward, backward = (
         dataclasses.replace(route, in_groups=ins) for route in (plan.forward, plan.backward)
@@ -102,7 +107,7 @@ def rejoined(request: Request, plan: LinearPlan) -> LinearPlan:
 
 
 def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
-    """What runs: weights λ come as one more in factor, of mode size 1, in front."""
+    """Return what runs: weights λ become one more in factor, with a mode of size 1, in front."""
     if not request.weights:
         return request, plan
     fmt = _format(request)
@@ -111,7 +116,7 @@ def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
 
 
 def steps(request: Request, plan: LinearPlan) -> Steps:
-    """Steps of a plan, forward and backward."""
+    """List the steps of a plan, forward and backward."""
     request, plan = _obeyed(request, plan)
     return (
         forward_steps(request, plan.forward),
@@ -120,23 +125,23 @@ def steps(request: Request, plan: LinearPlan) -> Steps:
 
 
 def _maps(request: Request, name: str, passes: int, launches: int) -> Step:
-    """Elementwise work on maps (b, R), so many of which are read or written."""
+    """Price elementwise work that reads or writes ``passes`` maps (b, R)."""
     elements = request.batch * request.format.rank
     nbytes = passes * max(request.item, 4) * elements
     return stream(name, nbytes, elements, launches=launches)
 
 
 def _pick_steps(request: Request, joined: Sequence[Shape]) -> list[Step]:
-    """Digits of the indices and the rows they point at, wide."""
+    """List the steps that make the digits of the indices and gather their rows in float32."""
     n, rank, rows = len(joined), request.format.rank, request.batch
     steps: list[Step] = []
     for modes in joined:
         if len(modes) > 1:
-            # It stays wide, and is not cast back.
+            # The product stays in float32, so that the last step, a cast, does not happen.
             made = khatri_rao_steps(request, "joined in factors", modes, rank)
             steps += made[:-1] if request.is_half else made
     if n > 1:
-        nbytes = 4 * (n - 1) * INDEX * rows
+        nbytes = 4 * (n - 1) * INDEX_BYTES * rows
         steps.append(stream("digits", nbytes, rows, launches=2 * (n - 1)))
     steps.append(_maps(request, "rows of the in factors", 2 * n, n))
     single = sum(len(modes) == 1 for modes in joined)
@@ -144,13 +149,14 @@ def _pick_steps(request: Request, joined: Sequence[Shape]) -> list[Step]:
 
 
 def _product_steps(request: Request, joined: Sequence[Shape]) -> list[Step]:
+    """List the steps that multiply the gathered rows to Z."""
     others = len(joined) - 1
     steps = [_maps(request, "Z, their product", 3 * others, others)] if others else []
     return steps + casts(request, "Z", 1, request.batch * request.format.rank)
 
 
 def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
-    """Rows of the table for so many indices."""
+    """List the steps that look up rows of the table."""
     fmt = _format(request)
     if route.by == "triton":
         return [_lookup(request)]
@@ -163,7 +169,7 @@ def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
 
 
 def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[Step]:
-    """Gradients of all factors."""
+    """List the steps that make the gradients of all factors."""
     fmt, rows = _format(request), request.batch
     if route.by == "triton":
         return _fused_backward(request, kept)
@@ -176,7 +182,8 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
     )
     steps += casts(request, "G", 1, rows * rank)
     if len(joined) > 1:
-        # Prefix products, suffix products, and their combination for each mode.
+        # Each mode's term is the product of all rows before it and all rows behind it: D-1 prefix
+        # products, D-2 suffix products, and D-1 products of the two.
         products = 3 * len(joined) - 4
         steps.append(_maps(request, "G times the other rows", 3 * products, products))
     for modes in joined:
@@ -186,15 +193,15 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
 
 
 def _lookup(request: Request) -> Step:
-    """Digits, rows, their product and its product with KC in one launch."""
+    """Price the launch that does it all: digits, rows, their product, and the product with KC."""
     fmt, rows = _format(request), request.batch
     columns, n = padded_rank(fmt.rank), fmt.out_features
-    moved = rows * (INDEX + request.item * n) + request.item * n * columns
+    moved = rows * (INDEX_BYTES + request.item * n) + request.item * n * columns
     return Step("Y, looked up", "fused", 2 * rows * columns * n, moved, elements=rows * n)
 
 
 def _fused_backward(request: Request, kept: int) -> list[Step]:
-    """Z again with KC, or KC alone; G; the sum of rows by digit; dKC; factors' gradients."""
+    """List the steps of the backward by Triton; Z is made again unless it was kept."""
     fmt, rows, item = _format(request), request.batch, request.item
     columns, n = padded_rank(fmt.rank), fmt.out_features
     maps = 0 if kept else rows * columns
@@ -210,29 +217,29 @@ def _fused_backward(request: Request, kept: int) -> list[Step]:
 
 
 def _sum_by_digit(request: Request, size: int) -> list[Step]:
-    """Rows (b, R) summed by their digit: (size, R)."""
+    """List the steps that sum rows (b, R) by their digit, to (size, R)."""
     rows, rank = request.batch, request.format.rank
     if request.on_cpu:
         return [_maps(request, "sum of rows by digit", 3, 2)]
     elements = size * rows
-    # As a product with the matrix of ones where a digit is, in float32.
+    # It is a product with a matrix (size, b) in float32 that has a one where the digit is.
     chosen = stream("one-hot digits", (2 + 4) * elements, elements, launches=3, views=1)
     product = gemm(request, "sum of rows by digit", size, rows, rank)
     return [chosen, dataclasses.replace(product, nbytes=4 * (elements + (size + rows) * rank))]
 
 
 def kept_elements(request: Request, plan: LinearPlan) -> int:
-    """Elements that stay for the backward beside the parameters and the indices: Z or nothing."""
+    """Count the elements that stay for the backward besides parameters and indices: Z or none."""
     return request.batch * request.format.rank if plan.keep else 0
 
 
 def kept_bytes_of_indices(request: Request) -> int:
-    """Bytes of the indices, which stay for the backward."""
-    return INDEX * request.batch
+    """Count the bytes of the indices, which stay for the backward."""
+    return INDEX_BYTES * request.batch
 
 
 def dense_steps(request: Request) -> Steps:
-    """What torch's does: copy rows, and backward fill a gradient as large as the table."""
+    """List the steps of torch's: copy rows; then fill a gradient as large as the table."""
     fmt = _format(request)
     looked_up = request.batch * fmt.out_features
     moved = request.item * (fmt.dense_parameters + 3 * looked_up)
@@ -241,12 +248,12 @@ def dense_steps(request: Request) -> Steps:
 
 
 def dense_kept(request: Request) -> int:
-    """Elements an embedding keeps beside its parameters and the indices: none."""
+    """Count the elements that torch's keeps besides its parameters and the indices: none."""
     return 0
 
 
 def describe(request: Request) -> str:
-    """The format and the batch in words."""
+    """Say format and batch in words."""
     fmt = _format(request)
     return (
         f"embedding {fmt.num_embeddings} -> {fmt.out_features}, modes {fmt.in_shape} -> "

@@ -1,4 +1,4 @@
-"""``polyadic.explain``: the plan of a layer step by step, its costs, and what was rejected."""
+"""``polyadic.explain`` says which plan a layer follows, step by step, what it costs, and why."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from polyadic.planner.request import Request, request
 from polyadic.planner.search import break_even
 from polyadic.plans import ConvPlan, LinearPlan, Memory
 
-# What an option is where it is not given.
+# The values of options that are not given.
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 
 class Layer(Protocol):
-    """What explain asks of a layer."""
+    """What ``explain`` asks of a layer: the request that it makes of the planner."""
 
     def request(self, batch: int, size: Any = None) -> Request:
-        """The request that a call of the layer makes of the planner.
+        """Return the request that a call of the layer makes of the planner.
 
         Args:
             batch: rows, images or indices.
@@ -81,7 +81,7 @@ def explain(
     options["output_padding"] = output_padding
     asked = requested(layer, batch, size, options, dtype, device)
     if memory is not None:
-        asked = dataclasses.replace(asked, memory=checks.memory(memory))
+        asked = dataclasses.replace(asked, memory=checks.check_memory(memory))
     return explained(asked, plan, training)
 
 
@@ -116,8 +116,8 @@ def requested(
                 f"LinearFormat or ConvFormat, got {type(layer).__name__}"
             )
     return asked.at(
-        checks.device_type(asked.device if device is None else device),
-        checks.computed_dtype(asked.dtype if dtype is None else dtype),
+        checks.check_device(asked.device if device is None else device),
+        checks.check_dtype(asked.dtype if dtype is None else dtype),
     )
 
 
@@ -131,10 +131,10 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
         indices = embedding.kept_bytes_of_indices(request)
     if plan is not None:
         if isinstance(request.format, ConvFormat):
-            plan = checks.plan_of(plan, ConvPlan).covering(request.format)
+            plan = checks.check_plan(plan, ConvPlan).covering(request.format)
             reason = never("convolution", request.device, request.dtype)
         else:
-            plan = checks.plan_of(plan, LinearPlan).covering(request.format)
+            plan = checks.check_plan(plan, LinearPlan).covering(request.format)
             reason = never("linear", request.device, request.dtype)
         if reason is not None and "triton" in (plan.forward.by, plan.backward.by):
             raise ValueError(f"the plan asks for by='triton', but {reason}; use by='torch'")
@@ -162,29 +162,29 @@ def _request_of_conv(
     fmt: ConvFormat, batch: int, size: int | Sequence[int] | None, options: dict[str, Any]
 ) -> Request:
     if fmt.transposed:
-        where = checks.transposed_geometry(fmt.kernel_size, **options)
+        where = checks.check_transposed_geometry(fmt.kernel_size, **options)
     else:
         _refuse({"output_padding": options.pop("output_padding")}, fmt)
-        where = checks.geometry(fmt.kernel_size, **options)
-    sizes = checks.spatial_size(size, where)
+        where = checks.check_geometry(fmt.kernel_size, **options)
+    sizes = checks.check_spatial_size(size, where)
     return request(fmt, batch, geometry=where, size=sizes)
 
 
 def _checked(fmt: Any) -> Any:
-    """A format with plain ints, after a check of them."""
+    """Check the sizes of a format and return it with plain ints."""
     names = [name for name in ("in_shape", "out_shape", "kernel_size") if hasattr(fmt, name)]
     shapes = {name: mode_sizes(getattr(fmt, name), name) for name in names}
     fmt = dataclasses.replace(fmt, **shapes, rank=positive_int(fmt.rank, "rank"))
     if isinstance(fmt, ConvFormat):
         side = "in_channels" if fmt.transposed else "out_channels"
-        checks.channel_groups(fmt.groups, **{side: getattr(fmt, side)})
+        checks.check_channel_groups(fmt.groups, **{side: getattr(fmt, side)})
         if len(fmt.kernel_size) > 3:
             raise ValueError(f"kernel_size must have 1 to 3 entries, got {fmt.kernel_size}")
     return fmt
 
 
 def _refuse(options: dict[str, Any], layer: object) -> None:
-    """Refuse what a layer or format has no use for, so that nothing is ignored."""
+    """Refuse options that a layer or format does not take, so that none is ignored."""
     for name, value in options.items():
         if value != _DEFAULTS[name]:
             raise ValueError(

@@ -1,8 +1,16 @@
-"""Plans of a linear layer: which there are, their steps, and the cheapest for a request.
+"""Plans of a linear layer, the steps of each plan, and the cheapest plan for a request.
 
-The steps mirror ``kernels.linear``. A linear layer's four pieces (each side, forward and backward)
-do not depend on each other, so each takes its own grouping of the modes; rebuilding W, and the
-library's own kernels where the device has them, compete with the factorized whole.
+The steps mirror ``kernels.linear``. A factorized plan is made of four pieces, each side in each
+direction, and any grouping of the modes of one piece fits any grouping of the others:
+
+    forward    contract the in side    expand the out side
+    backward   partials of the out side    partials of the in side
+
+A piece of order D can be grouped in up to 2^(D-1) ways, so that all plans together would be too
+many to price. But the FLOPs and bytes of a piece depend on its own grouping alone. So ``choose``
+prices each piece once for each grouping, combines the prices of the two pieces of a direction, and
+takes the cheapest pair. The winner then competes with the routes that have no grouping: rebuilding
+W, and our own kernels on a device that they serve.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ Steps = tuple[list[Step], list[Step]]
 
 
 def compositions(total: int) -> Iterator[Groups]:
-    """All ways to cut ``total`` modes into consecutive groups, the single group first."""
+    """Yield all ways to cut ``total`` modes into consecutive groups, the single group first."""
     for first in range(total, 0, -1):
         if first == total:
             yield (total,)
@@ -43,7 +51,7 @@ def compositions(total: int) -> Iterator[Groups]:
 
 
 def groupings(order: int) -> list[Groups]:
-    """The groupings weighed: all for small orders, else one or two groups and per factor."""
+    """List the groupings that are priced: all up to order 5, else one, two and D groups."""
     if order <= 5:
         return list(compositions(order))
     two = [(left, order - left) for left in range(1, order)]
@@ -56,7 +64,7 @@ def _format(request: Request) -> LinearFormat:
 
 
 def candidates(request: Request) -> list[LinearPlan]:
-    """Every plan with the same route forward and backward."""
+    """List the plans that take one route in both directions."""
     fmt, keep = _format(request), int(request.memory != "least")
     m, n = len(fmt.in_shape), len(fmt.out_shape)
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
@@ -72,17 +80,18 @@ def candidates(request: Request) -> list[LinearPlan]:
 
 
 def simplest(request: Request) -> LinearPlan:
-    """The plan that is right for any sizes, where a compiler does not know them."""
+    """Return the plan for sizes that a compiler does not know; it is right for any sizes."""
     fmt = _format(request)
     route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
     return LinearPlan(route, route, int(request.memory != "least"))
 
 
 def choose(request: Request) -> LinearPlan:
-    """The cheapest plan for the request as it is; ``choice.choose`` remembers what this finds."""
+    """Return the cheapest plan for the request as it is; ``choice.choose`` remembers it."""
     machine, fmt, keep = machine_for(request), _format(request), request.memory != "least"
     m, n = (len(fmt.in_shape),), (len(fmt.out_shape),)
 
+    # Routes without a grouping to choose: they compete with the best factorized route.
     rivals = [LinearRoute(m, n, "dense")] if request.rebuild else []
     if serves("linear", request.device, request.dtype):
         rivals += [dataclasses.replace(route, by="triton") for route in rivals]
@@ -99,18 +108,20 @@ def choose(request: Request) -> LinearPlan:
     simple = forward.is_khatri_rao and forward.by == "torch"
     if request.memory == "fast" and simple and backward == forward:
         return LinearPlan(forward, backward, keep=2)
-    # Z is of no use to a backward that rebuilds W.
+    # A backward that rebuilds W does not use Z, so that keeping it would waste memory.
     return LinearPlan(forward, backward, kept if backward.kind == "factorized" else 0)
 
 
+# For each grouping of one side, the seconds of the processor and of the device.
 Spent = Mapping[Groups, tuple[float, float]]
 
 
 def _cheapest(machine: Machine, ins: Spent, outs: Spent) -> LinearRoute:
-    """The groupings of both sides that are cheapest together.
+    """Return the groupings of both sides that are cheapest together.
 
-    On a CPU that is the cheapest of each side. On a GPU it need not be: one side may have many
-    launches where the other has much work.
+    A CPU takes the sum of all seconds, so that the cheapest grouping of each side would do. A GPU
+    takes max(launching, working), each summed over both sides: a side with many launches and
+    little work can hide behind a side with few launches and much work.
     """
 
     def time(pair: tuple[Groups, Groups]) -> float:
@@ -121,6 +132,7 @@ def _cheapest(machine: Machine, ins: Spent, outs: Spent) -> LinearRoute:
 
 
 def _forward_route(request: Request, machine: Machine) -> LinearRoute:
+    """Return the factorized forward that is cheapest: contract the in side, expand the out side."""
     fmt, rows = _format(request), request.batch
     ins = {
         g: machine.spent(contract_steps(request, rows, fmt.in_shape, fmt.rank, g))
@@ -134,6 +146,11 @@ def _forward_route(request: Request, machine: Machine) -> LinearRoute:
 
 
 def _backward_route(request: Request, machine: Machine) -> LinearRoute:
+    """Return the factorized backward that is cheapest: the partials of both sides.
+
+    The out side makes G = dY KC, the in side takes G. If Z is not kept, the in side is contracted
+    again, by the same groups, which is added to its price.
+    """
     fmt, rows = _format(request), request.batch
     keep = request.memory != "least"
 
@@ -152,7 +169,7 @@ def _backward_route(request: Request, machine: Machine) -> LinearRoute:
 
 
 def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
-    """What runs: weights λ come as one more in factor, of mode size 1, in front."""
+    """Return what runs: weights λ become one more in factor, with a mode of size 1, in front."""
     if not request.weights:
         return request, plan
     fmt = _format(request)
@@ -161,7 +178,7 @@ def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
 
 
 def steps(request: Request, plan: LinearPlan) -> Steps:
-    """Steps of a plan, forward and backward."""
+    """List the steps of a plan, forward and backward."""
     request, plan = _obeyed(request, plan)
     kept = plan.keep if plan.forward.kind == "factorized" else 0
     return (
@@ -171,7 +188,7 @@ def steps(request: Request, plan: LinearPlan) -> Steps:
 
 
 def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
-    """Y = X W by one route."""
+    """List the steps that make Y = X W by one route."""
     fmt, rows = _format(request), request.batch
     m, n, r = fmt.in_features, fmt.out_features, fmt.rank
     if route.is_khatri_rao and request.device == "cuda":
@@ -194,12 +211,12 @@ def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
 
 
 def _side(side: str, steps: Iterable[Step]) -> list[Step]:
-    """The same steps, named by the side they work on."""
+    """Put the side that the steps work on in front of their names."""
     return [dataclasses.replace(step, name=f"{side}: {step.name}") for step in steps]
 
 
 def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[Step]:
-    """All gradients by one route, with what ``LinearPlan.keep`` says kept."""
+    """List the steps that make all gradients by one route; ``kept`` is ``LinearPlan.keep``."""
     fmt, rows = _format(request), request.batch
     m, n, r = fmt.in_features, fmt.out_features, fmt.rank
     if route.is_khatri_rao and request.device == "cuda" and kept < 2:
@@ -242,6 +259,7 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
 
 
 def _both_khatri_rao(request: Request, fmt: LinearFormat) -> list[Step]:
+    """List the steps that make KA and KC with torch's operations."""
     return [
         *khatri_rao_steps(request, "KA", fmt.in_shape, fmt.rank),
         *khatri_rao_steps(request, "KC", fmt.out_shape, fmt.rank),
@@ -251,10 +269,10 @@ def _both_khatri_rao(request: Request, fmt: LinearFormat) -> list[Step]:
 def _both_matrices(
     request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
 ) -> list[Step]:
-    """KA and KC with so many columns, padded on a GPU; by Triton in one launch."""
+    """List the steps that make KA and KC with so many columns; by Triton it is one launch."""
     sides = fmt.in_features, fmt.out_features
     if route.by == "triton":
-        # The factors come from the cache.
+        # We count the matrices that are written; the small factors stay in the cache.
         nbytes = request.item * sum(sides) * columns
         return [Step("KA and KC", "fused", 0, nbytes, elements=max(sides) * columns)]
     steps = _both_khatri_rao(request, fmt)
@@ -269,9 +287,9 @@ def _both_matrices(
 def _all_mttkrps(
     request: Request, fmt: LinearFormat, columns: int, route: LinearRoute
 ) -> list[Step]:
-    """Gradients of all factors on a GPU from dK in float32; by Triton in one launch."""
+    """List the steps that make all factors' gradients from dK in float32, on a GPU."""
     if route.by == "triton":
-        # dK is read once for each factor.
+        # One launch does it all, and reads dK once for each factor.
         read = len(fmt.in_shape) * fmt.in_features + len(fmt.out_shape) * fmt.out_features
         written = max(*fmt.in_shape, *fmt.out_shape) * fmt.rank
         return [Step("MTTKRPs", "fused", 0, 4 * read * columns, elements=written)]
@@ -285,7 +303,7 @@ def _all_mttkrps(
 
 
 def kept_elements(request: Request, plan: LinearPlan) -> int:
-    """Elements that stay for the backward beside the parameters: X and what the plan keeps."""
+    """Count the elements that stay for the backward besides parameters: X and what is kept."""
     fmt = _format(request)
     kept = request.batch * fmt.in_features + request.kept_beside
     if plan.forward.kind == "dense" or not plan.keep:
@@ -298,13 +316,13 @@ def kept_elements(request: Request, plan: LinearPlan) -> int:
 
 
 def _products(modes: Shape) -> int:
-    """Rows of all partial Khatri-Rao products on the way to the whole one."""
+    """Count the rows of all partial Khatri-Rao products on the way to the whole one."""
     rows: int = sum(itertools.accumulate(modes, operator.mul))
     return rows - modes[0]
 
 
 def dense_steps(request: Request) -> Steps:
-    """What a dense linear layer does: one GEMM forward, two backward."""
+    """List the steps of a dense linear layer: one GEMM forward, two backward."""
     fmt, rows = _format(request), request.batch
     m, n = fmt.in_features, fmt.out_features
     forward = [gemm(request, "Y = X W", rows, m, n)]
@@ -315,12 +333,12 @@ def dense_steps(request: Request) -> Steps:
 
 
 def dense_kept(request: Request) -> int:
-    """Elements a dense layer keeps for the backward beside its parameters: X."""
+    """Count the elements that a dense layer keeps for the backward besides parameters: X."""
     return request.batch * _format(request).in_features + request.kept_beside
 
 
 def describe(request: Request) -> str:
-    """The format and the batch in words."""
+    """Say format and batch in words."""
     fmt = _format(request)
     return (
         f"linear {fmt.in_features} -> {fmt.out_features}, modes {fmt.in_shape} -> "

@@ -1,4 +1,4 @@
-"""A machine's rates, and the seconds that it is predicted to need for the steps of a plan."""
+"""The rates of a machine, and how they turn the steps of a plan into predicted seconds."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from polyadic.planner.steps import Step
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one device with one dtype and thread count; seconds, bytes and FLOPs.
+    """The rates of one device with one dtype and one number of threads.
 
     A processor does one step after the other. A GPU works through a queue while the processor
-    beside it still fills it: what takes longer of both is what a plan takes, and in a CUDA graph,
-    which is launched as a whole, only the GPU's part is left.
+    still fills it, so that a plan takes the longer of the two times. A CUDA graph is launched as a
+    whole: in it only the GPU's own time is left.
 
     Args:
         gemm: FLOP/s of a large matrix product.
-        gemm_bandwidth: bytes/s at which a product reads its operands (and writes its result).
+        gemm_bandwidth: bytes/s at which a product reads its operands and writes its result.
         memory_bandwidth: bytes/s of elementwise steps on tensors larger than the cache.
         cache_bandwidth: bytes/s of elementwise steps on tensors that fit into the cache.
-        cache: bytes of the cache.
-        launch: seconds of the processor per operation.
-        view: seconds of the processor per operation that only makes a view.
-        fused_launch: seconds of the processor per kernel of the library's own.
-        kernel: seconds of a GPU per kernel, beside its work.
+        cache: size of the cache in bytes.
+        launch: seconds that the processor needs to launch an operation.
+        view: seconds that the processor needs for an operation that only makes a view.
+        fused_launch: seconds that the processor needs to launch one of our own kernels.
+        kernel: seconds that a GPU needs for a kernel besides its work.
         row: seconds per outer iteration of an elementwise step.
-        depthwise: FLOP/s of a depthwise convolution in channels_last, beside the time to read and
-            write its maps.
+        depthwise: FLOP/s of a depthwise convolution in channels_last; the time to read and write
+            its maps is added.
         depthwise_first: FLOP/s of a depthwise convolution in channels_first.
         conv: FLOP/s of a dense convolution in channels_last.
         conv_first: FLOP/s of a dense convolution in channels_first.
-        conv_call: seconds of the processor per convolution.
-        call: seconds of the processor per pass through a CP layer, beside its operations.
-        dense_call: seconds of the processor per pass through a torch layer.
+        conv_call: seconds that the processor needs to launch a convolution.
+        call: seconds that the processor needs for a pass through a CP layer, besides operations.
+        dense_call: seconds that the processor needs for a pass through a torch layer.
         queued: whether the device works while the processor launches.
         source: ``"built-in"`` or ``"calibrated"``.
 
@@ -82,7 +82,7 @@ class Machine:
                 raise ValueError(f"{field.name} must be above 0, got {value!r}")
 
     def host(self, step: Step) -> float:
-        """Seconds of the processor to launch a step."""
+        """Predict the seconds that the processor needs to launch a step."""
         each = self.fused_launch if step.kind == "fused" else self.launch
         if step.kind in ("conv", "depthwise"):
             each = self.conv_call
@@ -90,7 +90,7 @@ class Machine:
         return calls * each + step.views * self.view
 
     def work(self, step: Step) -> float:
-        """Seconds of the device for a step once it is launched."""
+        """Predict the seconds that the device needs for a step once it is launched."""
         flops = step.padded_flops or step.flops
         streamed, fixed = self.streamed(step.nbytes), step.launches * self.kernel
         if step.kind == "depthwise":
@@ -101,36 +101,36 @@ class Machine:
             return fixed + max(flops / rate, streamed)
         if step.kind == "gemm":
             made, read = flops / self.gemm, step.nbytes / self.gemm_bandwidth
-            # A processor packs its operands before it multiplies; a GPU does both at once.
+            # A CPU packs the operands before it multiplies; a GPU reads while it multiplies.
             return fixed + (max(made, read) * step.slowed if self.queued else made + read)
         if step.kind == "fused":
             return fixed + max(flops / self.gemm, streamed)
         return fixed + step.rows * self.row + streamed
 
     def seconds(self, step: Step) -> float:
-        """Predicted time of one step by itself."""
+        """Predict the seconds that one step takes by itself."""
         return self.total([step])
 
     def streamed(self, nbytes: float) -> float:
-        """Seconds to read and write so many bytes in passing."""
+        """Predict the seconds to read and write so many bytes."""
         return nbytes / (self.cache_bandwidth if nbytes <= self.cache else self.memory_bandwidth)
 
     def spent(self, steps: Iterable[Step]) -> tuple[float, float]:
-        """Seconds of the processor and of the device for steps one after the other."""
+        """Predict the seconds of the processor, and those of the device, for steps in a row."""
         listed = list(steps)
         return sum(map(self.host, listed)), sum(map(self.work, listed))
 
     def time(self, host: float, work: float) -> float:
-        """Seconds that pass while the processor and the device are busy for so long."""
+        """Predict the seconds that pass in all from those of the processor and of the device."""
         return max(host, work) if self.queued else host + work
 
     def total(self, steps: Iterable[Step], calls: float = 0.0) -> float:
-        """Predicted time of steps, with so many seconds of calls of layers beside them."""
+        """Predict the seconds of steps; ``calls`` is what calls of layers add on the processor."""
         host, work = self.spent(steps)
         return self.time(host + calls, work)
 
     def in_graph(self) -> Machine:
-        """The machine as it is for what is captured in a graph, whose launches cost nothing."""
+        """Return the machine as a CUDA graph sees it: launches and calls cost nothing."""
         names = ("launch", "view", "fused_launch", "conv_call", "call", "dense_call")
         nothing: dict[str, Any] = dict.fromkeys(names, 0.0)
         return dataclasses.replace(self, **nothing)
@@ -142,12 +142,13 @@ RATES = (
 )  # fmt: skip
 
 CPU_THREAD = Machine()
-# An NVIDIA H200 in bfloat16, torch 2.11, CUDA 13.0, measured on 2026-11-26 by benchmarks/gpu: large
-# product 0.78 PFLOP/s, copy 4.27 TB/s, copy within the 60 MB of L2 4.9 TB/s, thin products up to
-# 3.2 TB/s, a kernel in a graph 1.1 µs (elementwise) to 2.3 µs (product). The processor's share is
-# that of a virtual machine's core: 6 to 13 µs an operation, 2 µs a view, a kernel of ours with its
-# outputs 25 µs, a backward pass through autograd about 100 µs. Depthwise and dense convolutions are
-# estimates. ``polyadic.calibrate(device="cuda")`` measures the machine at hand.
+# Rates of an NVIDIA H200 in bfloat16 with torch 2.11 and CUDA 13.0, measured on 2026-11-26 by
+# benchmarks/gpu: large product 0.78 PFLOP/s, copy 4.27 TB/s, copy within the 60 MB of L2 4.9 TB/s,
+# thin products up to 3.2 TB/s, a kernel in a graph 1.1 µs (elementwise) to 2.3 µs (product). The
+# processor's share is that of a virtual machine's core: 6 to 13 µs an operation, 2 µs a view, a
+# kernel of ours with its outputs 25 µs, a backward pass through autograd about 100 µs. Depthwise
+# and dense convolutions are estimates. ``polyadic.calibrate(device="cuda")`` measures the machine
+# at hand.
 GPU = Machine(
     gemm=780e12,
     gemm_bandwidth=3.0e12,
@@ -168,19 +169,19 @@ GPU = Machine(
     dense_call=55e-6,
     queued=True,
 )
-# FLOP/s of the same GPU in other dtypes: products, dense convolutions. float32 without TF32.
+# FLOP/s of that GPU for products and dense convolutions in other dtypes, by whether TF32 is on.
 GPU_RATES: dict[tuple[torch.dtype, bool], dict[str, Any]] = {
     (torch.float32, False): {"gemm": 51e12, "conv": 40e12, "conv_first": 40e12},
     (torch.float32, True): {"gemm": 350e12, "conv": 250e12, "conv_first": 175e12},
     (torch.float64, False): {"gemm": 61e12, "conv": 25e12, "conv_first": 25e12},
 }
-# Rates that grow with threads. Bandwidths do not: cores read what other cores wrote.
+# Rates that grow with the number of threads. Bandwidths do not: cores read what others wrote.
 _COMPUTE = ("gemm", "depthwise", "depthwise_first", "conv", "conv_first")
 
 
 @functools.lru_cache(maxsize=64)
 def built_in(device_type: str, dtype: torch.dtype, threads: int, tf32: bool = False) -> Machine:
-    """Built-in numbers for a device type and dtype: one thread's, scaled where it is a CPU."""
+    """Return the built-in rates; those of a CPU are one thread's, times the number of threads."""
     if device_type != "cpu":
         return dataclasses.replace(GPU, **GPU_RATES.get((dtype, tf32), {}))
     width = {torch.float64: 0.5, torch.bfloat16: 2.0, torch.float16: 2.0}.get(dtype, 1.0)

@@ -1,7 +1,7 @@
-"""The steps of the multilinear form's pieces: a mirror of ``kernels.multilinear`` on sizes.
+"""The steps of the pieces of the multilinear form: a mirror of ``kernels.multilinear`` on sizes.
 
-Khatri-Rao matrices of half-precision factors are formed in float32 and rounded once: the casts are
-steps too, as each is a kernel of its own.
+Khatri-Rao matrices of half-precision factors are formed in float32 and rounded once. Each cast is
+an operation that has to be launched, so the casts are steps too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from polyadic.plans import Groups
 
 
 def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
-    """The mode sizes of each group."""
+    """Cut mode sizes into groups of these lengths."""
     pieces, start = [], 0
     for length in groups:
         pieces.append(tuple(sizes[start : start + length]))
@@ -25,19 +25,19 @@ def grouped(sizes: Sequence[int], groups: Groups) -> list[Shape]:
 
 
 def _wide(request: Request) -> int:
-    """Bytes of an element of what is multiplied and summed in at least float32."""
+    """Count the bytes of an element of a tensor that is kept in at least float32."""
     return max(request.item, 4)
 
 
 def khatri_rao_steps(request: Request, name: str, sizes: Sequence[int], rank: int) -> list[Step]:
-    """(Π sizes, R) from its factors."""
+    """List the steps that form a Khatri-Rao matrix (Π sizes, R)."""
     steps = casts(request, f"{name}: factors", len(sizes), sum(sizes) * rank)
     steps += _growing(request, name, sizes, rank)
     return steps + casts(request, name, 1, math.prod(sizes) * rank)
 
 
 def _growing(request: Request, name: str, sizes: Sequence[int], rank: int) -> list[Step]:
-    """The products that build (Π sizes, R) from wide factors; none for one factor."""
+    """List the products that build (Π sizes, R) from wide factors; one factor needs none."""
     steps, rows = [], sizes[0]
     for mode, size in enumerate(sizes[1:], 2):
         elements = rows * size * rank
@@ -48,7 +48,7 @@ def _growing(request: Request, name: str, sizes: Sequence[int], rank: int) -> li
                 _wide(request) * elements,
                 elements,
                 views=1 + (mode == len(sizes)),
-                # Outer iterations cost something of their own where the inner loop is short.
+                # Where the inner loop is short, each outer iteration adds to the time.
                 rows=rows if size * rank < 2048 else 0,
             )
         )
@@ -57,7 +57,7 @@ def _growing(request: Request, name: str, sizes: Sequence[int], rank: int) -> li
 
 
 def _prefixes(request: Request, name: str, sizes: Sequence[int], rank: int) -> list[Step]:
-    """Wide factors, and the products of the first of them without the last."""
+    """List the steps that widen the factors and make the products of the first d < D of them."""
     steps = casts(request, f"{name}: factors", len(sizes), sum(sizes) * rank)
     others = len(sizes) - 1
     if others:
@@ -70,14 +70,14 @@ def _prefixes(request: Request, name: str, sizes: Sequence[int], rank: int) -> l
 def mttkrp_steps(
     request: Request, name: str, sizes: Sequence[int], rank: int, *, wide: bool = False
 ) -> list[Step]:
-    """Gradients of the factors from dK (Π sizes, R), mode by mode from the right.
+    """List the steps that make the factors' gradients from dK (Π sizes, R), last mode first.
 
     Args:
-        request: dtype and device.
-        name: of the steps.
+        request: says dtype and device.
+        name: starts the names of the steps.
         sizes: modes of the factors.
         rank: R.
-        wide: dK is in float32 already.
+        wide: whether dK is in float32 already.
     """
     # A GPU hands dK out in float32.
     wide = wide or request.device == "cuda"
@@ -96,7 +96,7 @@ def mttkrp_steps(
 def khatri_rao_backward_steps(
     request: Request, name: str, sizes: Sequence[int], rank: int, *, wide: bool = False
 ) -> list[Step]:
-    """Gradients of the factors from dK, whose prefixes are made anew."""
+    """List the steps that make the factors' gradients from dK, with the prefixes made anew."""
     return [
         *_prefixes(request, name, sizes, rank),
         *mttkrp_steps(request, name, sizes, rank, wide=wide),
@@ -104,7 +104,7 @@ def khatri_rao_backward_steps(
 
 
 def _matrices(request: Request, pieces: Sequence[Shape], rank: int) -> list[Step]:
-    """The Khatri-Rao matrix of each group; the last one in the dtype of the GEMM."""
+    """List the steps that form each group's Khatri-Rao matrix, the last in the GEMM's dtype."""
     modes = [size for piece in pieces for size in piece]
     steps = casts(request, "factors", len(modes), sum(modes) * rank)
     for piece in pieces:
@@ -116,12 +116,13 @@ def _matrices(request: Request, pieces: Sequence[Shape], rank: int) -> list[Step
 def contract_steps(
     request: Request, rows: int, sizes: Shape, rank: int, groups: Groups
 ) -> list[Step]:
-    """Z = X K."""
+    """List the steps of Z = X K."""
     pieces = grouped(sizes, groups)
     return [*_matrices(request, pieces, rank), *_sum_right(request, rows, pieces, rank)]
 
 
 def _sum_right(request: Request, rows: int, pieces: Sequence[Shape], rank: int) -> list[Step]:
+    """List the steps that contract X with the groups from the right: a GEMM, then weighted sums."""
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     views = 0 if len(pieces) == 1 else 2
     steps = [gemm(request, "contract the last group", rows * outer, last, rank, views=views)]
@@ -134,7 +135,7 @@ def _sum_right(request: Request, rows: int, pieces: Sequence[Shape], rank: int) 
 
 
 def _spread(request: Request, rows: int, pieces: Sequence[Shape], rank: int) -> list[Step]:
-    """Q: Z multiplied by all groups but the last."""
+    """List the steps that make Q: Z multiplied by all groups but the last."""
     steps: list[Step] = []
     outer = 1
     for piece in pieces[:-1]:
@@ -148,7 +149,7 @@ def _spread(request: Request, rows: int, pieces: Sequence[Shape], rank: int) -> 
 def expand_steps(
     request: Request, rows: int, sizes: Shape, rank: int, groups: Groups
 ) -> list[Step]:
-    """X = Z Kᵀ."""
+    """List the steps of X = Z Kᵀ."""
     pieces = grouped(sizes, groups)
     return [
         *_matrices(request, pieces, rank),
@@ -158,6 +159,7 @@ def expand_steps(
 
 
 def _expand_last(request: Request, rows: int, pieces: Sequence[Shape], rank: int) -> Step:
+    """Price the GEMM of Q with the matrix of the last group."""
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     views = 1 if len(pieces) == 1 else 3
     return gemm(request, "expand the last group", rows * outer, rank, last, views=views)
@@ -174,26 +176,28 @@ def partials_steps(
     wrt_z: bool,
     matrices_kept: bool = False,
 ) -> list[Step]:
-    """Gradients of one side: of its factors and of X or Z.
+    """List the steps that make the gradients of one side: of its factors and of X or Z.
+
+    The tags are the terms of ``kernels.multilinear.partials``.
 
     Args:
-        request: dtype and device.
+        request: says dtype and device.
         rows: B.
         sizes: modes of the side.
         rank: R.
         groups: lengths of the groups of modes.
-        wrt_x: the gradient of X is wanted.
-        wrt_z: that of Z is wanted.
-        matrices_kept: the Khatri-Rao matrices are there from the forward.
+        wrt_x: whether the gradient of X is wanted.
+        wrt_z: whether the gradient of Z is wanted.
+        matrices_kept: whether the Khatri-Rao matrices were kept by the forward.
     """
     pieces = grouped(sizes, groups)
     outer, last = math.prod(map(math.prod, pieces[:-1])), math.prod(pieces[-1])
     steps = [] if matrices_kept else _matrices(request, pieces, rank)
-    steps += _spread(request, rows, pieces, rank)
+    steps += _spread(request, rows, pieces, rank)  # Q_j
     if wrt_x:
-        steps.append(_expand_last(request, rows, pieces, rank))
+        steps.append(_expand_last(request, rows, pieces, rank))  # ∂T/∂X = Q K_kᵀ
     if wrt_z or len(groups) > 1:
-        steps += _sum_right(request, rows, pieces, rank)
+        steps += _sum_right(request, rows, pieces, rank)  # P_j, of which P_0 = ∂T/∂Z
     before = 1
     for j, piece in enumerate(pieces[:-1]):
         elements = rows * before * math.prod(piece) * rank
@@ -202,10 +206,11 @@ def partials_steps(
             steps += casts(request, "Z", 1, rows * rank)
         if j == len(pieces) - 2:
             steps += casts(request, "P", 1, elements)
+        # ∂T/∂K_j = Σ P_j ∘ Q_{j-1}
         steps.append(product_and_sum("dK of a group", nbytes, elements, rows * before, views=1))
         steps += mttkrp_steps(request, "MTTKRP", piece, rank, wide=True)
         before *= math.prod(piece)
-    # Its rows of Z are those that give dX.
+    # ∂T/∂K_k. The GEMM for dX has made the view of Q that this one reads.
     views = 1 if len(groups) == 1 or wrt_x else 2
     steps.append(gemm(request, "dK of the last group", last, rows * outer, rank, views=views))
     return steps + mttkrp_steps(request, "MTTKRP", pieces[-1], rank)

@@ -1,4 +1,4 @@
-"""What ``polyadic.explain`` found: plans with their costs, and the report of them."""
+"""The result of ``polyadic.explain``: plans with their costs, and the printed report."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Costed:
         plan: the plan; None for the dense layer.
         forward: steps of the forward pass.
         backward: steps of the backward pass; empty for inference.
-        kept_bytes: what stays for the backward beside parameters: the input and intermediates.
-        seconds: predicted time, per-call overhead included.
-        graph_seconds: predicted time in a CUDA graph, where nothing is launched; None on a CPU.
+        kept_bytes: bytes that stay for the backward besides parameters: input and intermediates.
+        seconds: predicted time, including the cost of the call.
+        graph_seconds: predicted time in a CUDA graph, where launches cost nothing; None on a CPU.
     """
 
     plan: Plan | None
@@ -50,13 +50,13 @@ class Costed:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; ``str()`` of it is the report.
+    """The result of ``explain``; ``str()`` of it is the report.
 
     Attributes:
-        title: the format and the input in words.
+        title: format and input in words.
         chosen: the plan that will run.
-        dense: the dense layer beside it.
-        rejected: other plans, cheapest first, each with the reason.
+        dense: the dense layer, to compare with.
+        rejected: the other plans, cheapest first, each with the reason.
         break_even_rank: largest rank up to which the plan chosen for this batch has no more FLOPs
             than the dense layer; at least 1.
         rank: the layer's rank.
@@ -78,13 +78,13 @@ class Explanation:
 
     @property
     def dense_is_faster_in_a_graph(self) -> bool:
-        """Whether that holds where both are captured in a CUDA graph; on a CPU there is none."""
+        """Whether the dense layer is faster in a CUDA graph (on a CPU, without one)."""
         if self.dense.graph_seconds is None or self.chosen.graph_seconds is None:
             return self.dense_is_faster
         return self.dense.graph_seconds < self.chosen.graph_seconds
 
     def _time(self, step: Step) -> float:
-        """Seconds of a step; of a GPU those of its own work, as launches overlap with it."""
+        """Predict the seconds of a step; on a GPU without its launch, which overlaps with work."""
         return self.machine.work(step) if self.machine.queued else self.machine.seconds(step)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Explanation:
 
 
 def _compared(where: str, ours: float, theirs: float) -> str:
-    """Which of the plan and the dense layer is faster, and by how much."""
+    """Say whether the plan or the dense layer is faster, and by how much."""
     if theirs < ours:
         return f"dense is faster {where}: the plan takes {ours / theirs:.2f} times as long"
     there = "" if where == "here" else f"{where} "
@@ -188,7 +188,7 @@ def _seconds(value: float) -> str:
 def costed(
     plan: Plan | None, steps: tuple[Sequence[Step], Sequence[Step]], kept: int, machine: Machine
 ) -> Costed:
-    """A plan (None: the dense layer) of some forward and backward steps, keeping some bytes."""
+    """Price a plan (None: the dense layer) by its steps; ``kept`` is the bytes that it keeps."""
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
     by_autograd = isinstance(plan, LinearPlan) and plan.backward_by_autograd
@@ -208,7 +208,7 @@ def costed(
 def rejected(
     others: list[Costed], chosen: Costed, machine: Machine
 ) -> tuple[tuple[Costed, str], ...]:
-    """The other plans, cheapest first, each with the step that makes it dearer."""
+    """Return the plans not chosen, cheapest first, each with the step that costs it most."""
     found = []
     for other in sorted(others, key=lambda c: c.seconds):
         if other.plan == chosen.plan:

@@ -1,4 +1,4 @@
-"""What a plan is asked for: one value that holds all that a choice depends on."""
+"""The request for a plan: one hashable value that holds all that the choice depends on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Place(NamedTuple):
-    """All that a machine's rates depend on.
+    """Where something is computed: all that a machine's rates depend on.
 
     Attributes:
-        device: type of the device.
-        dtype: computed in.
-        threads: of the processor, where the device is one; else 1.
+        device: type of the device, such as ``"cpu"``.
+        dtype: dtype of the computation.
+        threads: number of threads if the device is a CPU, else 1.
         tf32: whether float32 products run in TF32.
     """
 
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 def bucket(batch: int) -> int:
-    """The next power of two, at least 1."""
+    """Round up to a power of two, at least 1."""
     return 1 << (max(batch, 1) - 1).bit_length()
 
 
@@ -42,18 +42,19 @@ class Request:
 
     Args:
         format: sizes of the factors.
-        batch: rows of a linear layer, indices of an embedding, images of a convolution.
-        dtype: computed in.
+        batch: number of rows of a linear layer, indices of an embedding, images of a convolution.
+        dtype: dtype of the computation.
         device: type of the device, such as ``"cpu"``.
-        threads: of the processor, where the device is one; else 1.
+        threads: number of threads if the device is a CPU, else 1.
         tf32: whether float32 products may run in TF32, as torch's own switch says.
         memory: how much may be kept for the backward.
         rebuild: whether the dense weight may be built.
-        weights: whether there are weights λ, which come as one more factor.
-        geometry: of a convolution.
+        weights: whether there are weights λ, which are passed as one more factor.
+        geometry: kernel size, stride, padding and dilation of a convolution.
         size: spatial size of a convolution's input.
         channels_last: whether a convolution's input comes in this layout.
-        kept_beside: elements that a call keeps for the backward beside the map and its input.
+        kept_beside: number of elements that the call keeps for the backward besides what the map
+            keeps and its input.
     """
 
     format: LinearFormat | ConvFormat
@@ -77,7 +78,7 @@ class Request:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the device is a CPU, for which the kernels do some things their own way."""
+        """Whether the device is a CPU, where the kernels do what ``kernels.cpu`` says."""
         return self.device == "cpu"
 
     @property
@@ -86,7 +87,7 @@ class Request:
         return self.dtype in HALVES
 
     def padded(self, columns: int) -> int:
-        """Columns that a product works on where there are so many.
+        """Round a number of columns up to the number that a product takes the time of.
 
         A CPU's vector units leave lanes idle beyond the last multiple of 16; a GPU reads rows in
         pieces of 16 bytes.
@@ -95,7 +96,7 @@ class Request:
         return -(-columns // lanes) * lanes
 
     def bucketed(self) -> Request:
-        """The request that stands for all batches up to the next power of two.
+        """Return the request with its batch rounded up to a power of two.
 
         Whatever does not bear on the choice of a plan is left out, so that choices are shared.
         """
@@ -103,15 +104,15 @@ class Request:
 
     @property
     def place(self) -> Place:
-        """Where it is computed, and how."""
+        """Where the layer is computed."""
         return Place(self.device, self.dtype, self.threads, self.tf32)
 
     def at(self, device: str, dtype: torch.dtype) -> Request:
-        """The same on another device or in another dtype."""
+        """Return the request moved to another type of device and another dtype."""
         return dataclasses.replace(self, **place_now(device, dtype)._asdict())
 
     def constants(self) -> tuple[Any, ...]:
-        """The request as nested tuples of plain values, which a compiler knows as constants."""
+        """Return the request as tuples of plain values, which a compiler takes for constants."""
         fmt, where = self.format, self.geometry
         shape: tuple[Any, ...]
         if isinstance(fmt, ConvFormat):
@@ -130,7 +131,7 @@ class Request:
 
     @staticmethod
     def of_constants(constants: tuple[Any, ...]) -> Request:
-        """The request that ``constants`` came from."""
+        """Return the request of which ``constants`` made the tuples."""
         shape, place, batch, dtype, device, options = constants
         kind = {3: LinearFormat, 4: EmbeddingFormat, 6: ConvFormat}[len(shape)]
         memory, rebuild, size, channels_last = options
@@ -154,12 +155,12 @@ def request(
     device: str = "cpu",
     **options: Any,
 ) -> Request:
-    """A request under torch's present settings; ``options`` are further fields of ``Request``."""
+    """Make a request under torch's present settings; ``options`` are further fields of it."""
     return Request(fmt, batch, **place_now(device, dtype)._asdict(), **options)
 
 
 def place_now(device: str, dtype: torch.dtype) -> Place:
-    """A type of device and a dtype under torch's present settings."""
+    """Return the place of a type of device and a dtype, under torch's present settings."""
     threads = torch.get_num_threads() if device == "cpu" else 1
     tf32 = device == "cuda" and dtype == torch.float32 and _allows_tf32()
     return Place(device, dtype, threads, tf32)

@@ -1,7 +1,9 @@
-"""The vocabulary of a plan's steps: what one operation, or a few that belong together, costs.
+"""The vocabulary in which plans are priced: a step, and the usual kinds of steps.
 
-The modules beside this one list the steps of each kind of layer. They mirror the modules of
-``polyadic.kernels`` that have the same names, on sizes alone, for the device of a request.
+A step is one operation of torch, or a few that belong together, with its FLOPs, its bytes and its
+launches. ``linear``, ``conv`` and ``embedding`` beside this module list the steps of their kind of
+layer. Each mirrors the module of ``polyadic.kernels`` that has its name: it goes through the
+operations that the kernel would call, but on sizes alone, for the device of a request.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ class Step:
         name: what it computes, in the axes of the kernels.
         kind: which rate of the machine it runs at; ``"fused"`` is a kernel of the library's own.
         flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them.
-        nbytes: least bytes read and written.
-        launches: torch operations dispatched that touch memory; of a convolution, calls of torch's.
-        views: torch operations dispatched that make a view.
-        sums: of the launches those that sum; calling one takes a CPU as long as two others.
-        rows: outer iterations of an elementwise step whose inner loop is short.
-        elements: elements of the largest tensor written.
-        padded_flops: FLOPs at the width the vector units work in, or of a convolution those that
-            take as long at the forward's rate; ``flops`` by default.
-        channels_last: of a convolution, the layout.
-        slowed: how many times as long a GPU takes as for rows that begin at multiples of 16 bytes.
+        nbytes: the least number of bytes that must be read and written.
+        launches: number of torch operations that touch memory; for a convolution, number of calls.
+        views: number of torch operations that only make a view.
+        sums: how many of the launches are sums, whose call takes a CPU as long as two others.
+        rows: number of outer iterations of an elementwise step whose inner loop is short.
+        elements: number of elements of the largest tensor that is written.
+        padded_flops: FLOPs including those on the padding up to the width of the vector units; for
+            a convolution, the FLOPs that take as long at the rate of a forward convolution. Equal
+            to ``flops`` by default.
+        channels_last: whether a convolution works in this layout.
+        slowed: factor by which a GPU is slower than for rows that begin at multiples of 16 bytes.
     """
 
     name: str
@@ -48,12 +51,13 @@ class Step:
     slowed: float = 1.0
 
 
-# Without measurement: cuBLAS has slower products for half-precision rows that are not aligned.
+# cuBLAS multiplies half-precision rows more slowly where they do not begin at multiples of 16
+# bytes. The factor is an estimate and has not been measured.
 SLOWED_BY_MISALIGNED_ROWS = 2.0
 
 
 def gemm(request: Request, name: str, m: int, k: int, n: int, *, views: int = 0) -> Step:
-    """(m, k) @ (k, n), with so many views before and after it."""
+    """Price the product (m, k) @ (k, n), and the ``views`` made for it."""
     misaligned = request.is_half and not request.on_cpu and (k % 8 or n % 8)
     return Step(
         name,
@@ -68,22 +72,22 @@ def gemm(request: Request, name: str, m: int, k: int, n: int, *, views: int = 0)
 
 
 def stream(name: str, nbytes: int, elements: int, **counts: Any) -> Step:
-    """Elementwise work that reads and writes so many bytes."""
+    """Price elementwise work that reads and writes ``nbytes`` bytes."""
     return Step(name, "stream", 0, nbytes, elements=elements, **counts)
 
 
 def product_and_sum(name: str, nbytes: int, elements: int, rows: int, *, views: int = 0) -> Step:
-    """A product of the largest tensor with a smaller one, and its sum over some dimensions."""
+    """Price a product of the largest tensor with a smaller one, and a sum over some dimensions."""
     return stream(name, nbytes, elements, launches=2, sums=1, views=views, rows=rows)
 
 
 def transpose(request: Request, name: str, elements: int) -> Step:
-    """A copy that reads or writes with a stride: about half the bandwidth of a plain one."""
+    """Price a copy that reads or writes with a stride, at half the bandwidth of a plain one."""
     return Step(name, "layout", 0, 4 * request.item * elements, elements=elements)
 
 
 def casts(request: Request, name: str, tensors: int, elements: int) -> list[Step]:
-    """So many half-precision tensors made wide, or back, with so many elements in all."""
+    """Price casts of half-precision tensors to float32 or back, of ``elements`` in all."""
     if not (request.is_half and tensors):
         return []
     nbytes = (request.item + 4) * elements

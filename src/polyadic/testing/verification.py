@@ -50,7 +50,7 @@ class Problem:
         tensor: groups (in, out) for a linear layer, (out, in, kernel) for a convolution.
         x: ``(B, M)`` or ``(B, Cin, H, W)``.
         dy: ``(B, N)`` or ``(B, Cout, H, W)``.
-        seed: what all numbers were drawn from.
+        seed: the seed from which all numbers were drawn.
     """
 
     tensor: CPTensor
@@ -88,8 +88,8 @@ class Check:
         implementation: a key of ``IMPLEMENTATIONS``.
         quantity: ``"y"``, ``"dx"``, ``"d in_factors[0]"``, ...
         error: the largest absolute difference over the largest absolute value.
-        tolerance: what the error may be.
-        torch_error: that of dense PyTorch in the same dtype; None in float64, the yardstick.
+        tolerance: the largest error allowed.
+        torch_error: error of dense PyTorch in this dtype; None in float64, which is the yardstick.
     """
 
     implementation: str
@@ -125,7 +125,7 @@ class Result:
         return all(check.ok for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON; an error that is no finite number becomes None."""
+        """Return plain values for JSON; an error that is no finite number becomes None."""
         values = {**self.__dict__, "ok": self.ok}
         values["checks"] = [
             {
@@ -158,7 +158,7 @@ def linear_problem(
         order: modes in each group.
         batch: rows of x; may be 0.
         dtype: float64, float32 or bfloat16.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         weights: whether the components get weights of their own.
 
     Raises:
@@ -192,7 +192,7 @@ def conv_problem(
         order: modes in the out group, and in the in group.
         batch: images in x; may be 0.
         dtype: float64, float32 or bfloat16.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         weights: whether the components get weights of their own.
 
     Raises:

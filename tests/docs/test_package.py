@@ -1,0 +1,53 @@
+"""What stands around the package: the README of an index, citation, workflow, templates."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyadic
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from hatch_build import for_an_index  # noqa: E402
+
+
+def test_an_index_shows_no_link_into_the_repository() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\]\((?!\w+://)", text)
+    without = for_an_index(text)
+    assert not re.search(r"\]\((?!\w+://)", without)
+    assert "a tour" in without
+    assert for_an_index("[a](b.md) ![c](d.png) [e](https://doi.org/f)", "https://doi.org/x/") == (
+        "[a](https://doi.org/x/blob/main/b.md) ![c](https://doi.org/x/raw/main/d.png) "
+        "[e](https://doi.org/f)"
+    )
+
+
+def test_the_citation_knows_version_and_license() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {polyadic.__version__}\n" in text
+    assert "\nlicense: BSD-3-Clause\n" in text
+
+
+def test_the_workflow_runs_what_everyone_runs() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    script = ROOT / ".ci" / "run"
+    assert "run: .ci/run" in text
+    assert os.access(script, os.X_OK)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"run: make (\w+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_workflow_and_templates_are_yaml() -> None:
+    yaml = pytest.importorskip("yaml")
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"]
+    assert len(files) >= 4
+    for path in files:
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path.name
