@@ -213,4 +213,7 @@ def calls_of_layers(asked: Request, device: str, machine: Machine, clock: Clock)
         **found,
         "call": max((few - launched) / 2, few / 10),
         "dense_call": max((theirs - 3 * machine.launch) / 2, theirs / 10),
+        # Both are means of a forward and a backward.
+        "backward_call": 0.0,
+        "dense_backward_call": 0.0,
     }

@@ -192,7 +192,11 @@ def costed(
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
     by_autograd = isinstance(plan, LinearPlan) and plan.backward_by_autograd
-    calls = call + ((machine.dense_call if by_autograd else call) if backward else 0.0)
+    calls = call
+    if backward and (plan is None or by_autograd):
+        calls += machine.dense_call + machine.dense_backward_call
+    elif backward:
+        calls += call + machine.backward_call
     every = [*forward, *backward]
     graph = machine.in_graph().total(every) if machine.queued else None
     return Costed(
