@@ -13,6 +13,7 @@ from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic.interop.tltorch import accelerate_tltorch
 from polyadic.nn.freezing import freeze, unfreeze
 from polyadic.planner.explanation import explain
+from polyadic.planner.model import ModelExplanation
 from polyadic.planner.ranks import rank_for
 from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
@@ -36,6 +37,7 @@ __all__ = [
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
+    "ModelExplanation",
     "Report",
     "TuneReport",
     "TunedLayer",
