@@ -160,6 +160,13 @@ def namespace() -> Any:
     return types.SimpleNamespace(polyadic=polyadic)
 
 
+def test_the_sites_menu_has_every_page() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- [^:]+: ([\w/]+\.md)$", menu, re.MULTILINE)
+    pages = (ROOT / "docs").rglob("*.md")
+    assert sorted(listed) == sorted(str(p.relative_to(ROOT / "docs")) for p in pages)
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
