@@ -20,6 +20,7 @@ from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
+from polyadic.tuning import TunedLayer, TuneReport, tune, untune
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ __all__ = [
     "LinearRoute",
     "ModelExplanation",
     "Report",
+    "TuneReport",
+    "TunedLayer",
     "accelerate_tltorch",
     "calibrate",
     "compress",
@@ -60,5 +63,7 @@ __all__ = [
     "save_pretrained",
     "second_moments",
     "tensorize",
+    "tune",
     "unfreeze",
+    "untune",
 ]
