@@ -329,7 +329,9 @@ FOREIGN = {
     "a path of one machine": r"(?<![\w.)}\]*])/(?:home|root|tmp|work|mnt|opt|Users|private)/[\w.]",
     "a package index": r"(?:extra-|--)index[-]url|simple/[\w-]+/?\"",
 }
-HOSTS = {"github.com", "doi.org", "arxiv.org", "keepachangelog.com", "semver.org", "www.w3.org"}
+# The last stands in a message of torch that a record of a GPU quotes.
+HOSTS = {"github.com", "doi.org", "arxiv.org", "keepachangelog.com", "semver.org", "www.w3.org",
+         "docs.nvidia.com"}  # fmt: skip
 
 
 def tracked() -> list[Path]:
