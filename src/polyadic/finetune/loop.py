@@ -15,7 +15,7 @@ from polyadic.finetune import checkpoint
 from polyadic.finetune.settings import Progress, Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recovery:
     """How a training went.
 
@@ -36,6 +36,13 @@ class Recovery:
     best: float
     stopped_early: bool
     seconds: float
+
+    def __repr__(self) -> str:
+        losses = f"{self.losses[0]:.4g} to {self.losses[-1]:.4g}" if self.losses else "none"
+        return (
+            f"Recovery(steps={self.steps}, losses={losses}, best={self.best:.4g} after step "
+            f"{self.best_step}, stopped_early={self.stopped_early}, seconds={self.seconds:.3g})"
+        )
 
 
 class _Walk:

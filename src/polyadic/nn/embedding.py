@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,15 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
-from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, dense, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.weight import Weighted
 from polyadic.planner.request import Request, request
 from polyadic.plans import Memory
 from polyadic.tensor import CPSlice
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CPEmbedding(Exchangeable):
@@ -226,7 +229,7 @@ class CPEmbedding(Exchangeable):
         out_shape: Sequence[int] | None = None,
         memory: Memory = "balanced",
         cp: Fitted | None = None,
-        **fit: Any,
+        **fit: Unpack[FitOptions],
     ) -> CPEmbedding:
         """Make a CPEmbedding whose table is fitted to that of a ``torch.nn.Embedding``.
 
