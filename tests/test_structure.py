@@ -119,11 +119,74 @@ def test_kernels_do_not_know_layers_or_functions() -> None:
 
 
 def test_the_planner_does_not_know_layers_or_functions() -> None:
-    """It asks a layer for its request, and is asked by the functions."""
+    """A layer makes its request, and the functions ask for a plan."""
     for name, targets in import_graph().items():
         if name.startswith("polyadic.planner"):
             above = ("polyadic.nn", "polyadic.functional", "polyadic.compression")
             assert not any(target.startswith(above) for target in targets), name
+
+
+def private_words_of_torch(source: str) -> set[str]:
+    """Names that begin with an underscore and belong to torch, one of its modules or classes."""
+    tree = ast.parse(source)
+    torchs = {"torch"}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "torch"]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            torchs |= {alias.asname or alias.name for alias in node.names}
+        else:
+            continue
+        found |= {name for name in names if any(p.startswith("_") for p in name.split("."))}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, *rest = ast.unparse(node).split(".")
+            private = [p for p in rest if p.startswith("_") and not p.startswith("__")]
+            if root in torchs and private:
+                found.add(ast.unparse(node))
+    return found
+
+
+def test_private_words_of_torch_stand_in_one_file() -> None:
+    """They change without notice, so that a new version of torch is checked against one file."""
+    for path in FILES:
+        if path.name != "_torch.py":
+            assert not private_words_of_torch(path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._C._get_tracing_state()",
+        "from torch.autograd import forward_ad\nforward_ad._current_level",
+        "from torch.utils._pytree import tree_leaves",
+        "from torch import Tensor\nTensor._typed_storage",
+    ],
+)
+def test_a_private_word_would_be_seen(source: str) -> None:
+    assert private_words_of_torch(source)
+    assert not private_words_of_torch(source.replace("._", ".").replace("C._", "C."))
+
+
+MOST_ROOT_MODULES = 12
+
+
+def test_the_root_has_few_modules() -> None:
+    modules = [path for path in PACKAGE.glob("*.py") if path.name != "__main__.py"]
+    assert len(modules) <= MOST_ROOT_MODULES
+
+
+@pytest.mark.parametrize("package", [polyadic, finetune, functional, nn])
+def test_no_module_bears_the_name_of_a_public_function(package: Any) -> None:
+    """``polyadic.explain`` would otherwise be a function or a module, as imports happened."""
+    functions = {name for name in package.__all__ if inspect.isfunction(getattr(package, name))}
+    folder = Path(package.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }
+    assert not functions & modules
 
 
 def test_layers_do_no_arithmetic() -> None:

@@ -13,12 +13,14 @@ from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic.interop.tltorch import accelerate_tltorch
 from polyadic.nn.freezing import freeze, unfreeze
 from polyadic.planner.explanation import explain
+from polyadic.planner.model import ModelExplanation
 from polyadic.planner.ranks import rank_for
 from polyadic.planner.report import Explanation
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
+from polyadic.tuning import TunedLayer, TuneReport, tune, untune
 
 __version__ = "0.1.0"
 
@@ -35,7 +37,10 @@ __all__ = [
     "LinearFormat",
     "LinearPlan",
     "LinearRoute",
+    "ModelExplanation",
     "Report",
+    "TuneReport",
+    "TunedLayer",
     "accelerate_tltorch",
     "calibrate",
     "compress",
@@ -58,5 +63,7 @@ __all__ = [
     "save_pretrained",
     "second_moments",
     "tensorize",
+    "tune",
     "unfreeze",
+    "untune",
 ]

@@ -1,33 +1,38 @@
-"""What is asked of torch in its own words: compiling, exporting, autocast, and memos.
+"""Every private word of torch that this library uses, and what else it asks about torch's state.
 
-What code asks while a compiler traces it is put in words that every supported torch understands.
+No other module names anything of torch's that begins with an underscore; a test holds that. All of
+these words were seen to exist and to mean the same in torch 2.11 to 2.13. Questions that code asks
+while a compiler traces it are put in words that the compilers of those versions understand.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function, forward_ad, profiler
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 T = TypeVar("T")
-MOST = 4096
+MOST_ENTRIES = 4096
 
-# A symbolic batch under torch.compile gets one plan for all sizes: that of a large batch.
+# Under torch.compile, a symbolic number of rows gets one plan for all sizes, which is the plan for
+# this many rows.
 UNKNOWN_BATCH = 256
 
 
 def not_traced(function: F) -> F:
     """Have a compiler call a function while it traces, and keep the result as a constant.
 
-    What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+    torch.compiler.assume_constant_result does the same, but imports the whole compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -36,13 +41,13 @@ def not_traced(function: F) -> F:
 @not_traced
 def exporting() -> bool:
     """Whether the graph being traced is to be exported."""
-    # Traced, the compiler of torch 2.11 takes this for true in each graph.
+    # The compiler of torch 2.11 takes this for true in every graph that it traces.
     return torch.compiler.is_exporting()
 
 
 def known(*sizes: int) -> bool:
     """Whether torch.compile, which is tracing, knows all sizes as constants."""
-    # Imported while tracing, as it takes half a second.
+    # This import takes half a second, so that only a trace makes it.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     known = True
@@ -51,13 +56,23 @@ def known(*sizes: int) -> bool:
     return known
 
 
+# Every call of a layer asks the next five questions. They are answered in C, because even a call of
+# a Python function would show in the time of a small layer.
 # Whether a transform of torch.func is active.
 transforms_active = torch._C._are_functorch_transforms_active
+# The innermost level of forward mode, which is negative outside forward mode.
+forward_mode_level: Callable[[], int] = functools.partial(getattr, forward_ad, "_current_level")
+# Whether one of torch's profilers is running.
+is_profiled: Callable[[], bool] = functools.partial(getattr, profiler, "_is_profiler_enabled")
+# Whether autocast is on for any device.
+any_autocast = torch._C._is_any_autocast_enabled
+# The tensor inside a wrapper that an ended transform of torch.func has left behind.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def in_transform() -> bool:
     """Whether a transform of torch.func is active, or a level of forward mode."""
-    return transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or forward_mode_level() >= 0
 
 
 def transformed() -> bool:
@@ -67,11 +82,36 @@ def transformed() -> bool:
 
 def observed() -> bool:
     """Whether a mode or a tracer wants to see each operation that runs now."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or is_traced()
 
 
-# A tensor that a transform of torch.func has left behind, as the plain one in it.
-unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+def is_traced() -> bool:
+    """Whether torch.jit.trace is running."""
+    return torch._C._get_tracing_state() is not None
+
+
+# A context in which a subclass of Tensor is a plain tensor to functions of torch.
+as_plain_tensor = torch._C.DisableTorchFunctionSubclass
+# An older way to ask for a tensor's memory.
+typed_storage = Tensor._typed_storage
+
+
+def without_memory(
+    cls: type[Tensor], like: Tensor, shape: Sequence[int], strides: Sequence[int]
+) -> Any:
+    """Make a tensor of a subclass that has a shape, and the dtype and device of another tensor."""
+    make: Any = torch.Tensor._make_wrapper_subclass
+    return make(cls, shape, strides=strides, dtype=like.dtype, device=like.device)
+
+
+def onednn_has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def onednn_has_float16() -> bool:
+    """Whether oneDNN computes in float16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def direct_apply(function: type[Function]) -> Callable[..., Any]:
@@ -85,12 +125,12 @@ def direct_apply(function: type[Function]) -> Callable[..., Any]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of torch's own, no subclass that has other ideas of operations."""
+    """Whether a tensor is of one of torch's own classes and not of a subclass of them."""
     return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and a device, but no numbers."""
+    """Whether a tensor has a shape and a device, but no values."""
     return type(tensor) is FakeTensor
 
 
@@ -100,29 +140,29 @@ def autocasts(device_type: str) -> bool:
 
 
 def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Autocast off for the device of a tensor, where it is on."""
+    """Return a context that switches autocast off for the device of a tensor if it is on."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
 
 @not_traced
 def _exists(device_type: str) -> bool:
-    # The compiler of torch 2.11 cannot look into this.
+    # The compiler of torch 2.11 cannot trace this function.
     return torch.amp.is_autocast_available(device_type)
 
 
 class Memo(dict[Any, Any]):
-    """A dict that starts anew when it has grown large."""
+    """A dict that is emptied when it holds ``MOST_ENTRIES``, so that it cannot grow for ever."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if len(self) >= MOST:
+        if len(self) >= MOST_ENTRIES:
             self.clear()
         super().__setitem__(key, value)
 
 
 def memoized(function: Callable[P, T]) -> Callable[P, T]:
-    """Remember results by argument; under torch.compile, which cannot see a memo, just call."""
-    remembered = functools.lru_cache(maxsize=MOST)(function)
+    """Remember results by argument. While torch.compile traces, the function is just called."""
+    remembered = functools.lru_cache(maxsize=MOST_ENTRIES)(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

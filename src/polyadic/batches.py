@@ -13,14 +13,14 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)``, ``model(*batch)`` of a tuple or list, ``model(**batch)`` of a mapping."""
+    """Call a model on a batch: a tuple or list as ``*batch``, a mapping as ``**batch``."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The same batch with its tensors on a device; lists, tuples and mappings are looked into."""
+    """Copy a batch with its tensors on a device; lists, tuples and mappings are searched."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -32,7 +32,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def keeping_modes(*models: nn.Module) -> Iterator[None]:
-    """Restore training or evaluation mode of every module of some models in the end."""
+    """Restore in the end the training or evaluation mode of every module of some models."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
@@ -43,7 +43,7 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the modes of all modules are restored in the end."""
+    """Use evaluation mode without gradients; the modes of all modules are restored in the end."""
     with keeping_modes(model), torch.no_grad():
         model.eval()
         yield

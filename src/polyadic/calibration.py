@@ -22,7 +22,7 @@ from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Request, request
 from polyadic.plans import Groups, LinearPlan, LinearRoute
 
-# A layer of next to no work, whose time is that of its calls.
+# A layer with so little work that its time is that of its calls.
 TINY = LinearFormat((2, 2, 2), (2, 2, 2), 2)
 ROWS = 2
 
@@ -86,7 +86,7 @@ class Rates:
         # Tensors of a GPU are so large that it is busy for longer than a kernel takes to start.
         self.scale = 8 if queued else 1
         one = self._random(4)
-        # In a loop of nothing else, as the others are measured: less than in a layer.
+        # It is measured in a loop of nothing else, as the others are; in a layer it takes longer.
         self.kernel = clock.work(lambda: one * one)
 
     def _random(self, *shape: int) -> Tensor:
@@ -121,7 +121,7 @@ class Rates:
     def stream(self) -> dict[str, Any]:
         """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows."""
         large = self._random(256 * self.scale, 16, 256)
-        # In turns, as a layer's operands are not in the nearest cache when their time comes.
+        # Operands take turns, as those of a layer are not in the nearest cache when it is called.
         several = [self._random(64, 16, 64) for _ in range(16)]
         turns = itertools.cycle(several)
         short = self._random(2048, 4, 16)
@@ -213,4 +213,7 @@ def calls_of_layers(asked: Request, device: str, machine: Machine, clock: Clock)
         **found,
         "call": max((few - launched) / 2, few / 10),
         "dense_call": max((theirs - 3 * machine.launch) / 2, theirs / 10),
+        # Both are means of a forward and a backward.
+        "backward_call": 0.0,
+        "dense_backward_call": 0.0,
     }

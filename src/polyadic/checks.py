@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from polyadic._torch import memoized
+from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
@@ -161,7 +161,7 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not torch.compiler.is_compiling() and is_traced():
         raise RuntimeError(
             "CP layers do not support torch.jit.trace, which torch has deprecated; use "
             "torch.export or torch.compile, or polyadic.freeze a linear layer first"

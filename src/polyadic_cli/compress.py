@@ -17,7 +17,7 @@ from polyadic_cli.app import app
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# What a model of transformers puts out that is worth comparing, the first that is there.
+# Outputs of a model of transformers to compare by; the first that the model has is used.
 _OUTPUTS = ("logits", "last_hidden_state")
 
 
@@ -40,7 +40,7 @@ def compress(
     target: Annotated[
         str | None, typer.Option(help="Regular expression for whole names of layers.")
     ] = None,
-    exclude: Annotated[str | None, typer.Option(help="Likewise, what to leave alone.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Pattern of layers to leave alone.")] = None,
     orders: Annotated[
         str | None, typer.Option(help="Modes per side to weigh, as in 1,2; 1 is low rank.")
     ] = None,
@@ -143,7 +143,7 @@ def _orders(text: str | None) -> tuple[int, ...] | None:
 
 
 def _load(folder: Path) -> tuple[nn.Module, Any]:
-    """The model, as the class its configuration names, and its tokenizer if it has one.
+    """Load the model as the class its configuration names, and its tokenizer if it has one.
 
     CP layers of an earlier conversion are loaded as such.
     """
@@ -170,7 +170,7 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
 
 
 def _lines(path: Path, most: int) -> list[str]:
-    """The first lines that are not empty.
+    """Read the first lines that are not empty.
 
     Raises:
         ValueError: there is none, or the file is not UTF-8.

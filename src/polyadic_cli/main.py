@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check failed, 2 a wrong argument.
 
     Args:
-        arguments: what follows the program's name; by default what the shell gave.
+        arguments: the words after the program's name; by default those that the shell gave.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["--version"]:

@@ -1,4 +1,4 @@
-"""Options as they are written on the command line: their values, and which are given in vain."""
+"""Options of the command line: their values, and which of them would be ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def two_sizes(option: str, text: str) -> tuple[int, int]:
-    """Height and width, as in 3x3."""
+    """Read height and width, as in 3x3."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"{option} must be height x width, as in 3x3, got {text!r}")

@@ -65,7 +65,8 @@ def verify(
     if as_json:
         print(json.dumps({"ok": ok, "results": [result.to_dict() for result in results]}, indent=2))
     else:
-        console = Console()
+        # A narrow or missing window must not cut numbers off.
+        console = Console(width=max(Console().width, 100))
         for result in results:
             _print_result(console, result)
     raise typer.Exit(0 if ok else 1)
@@ -121,6 +122,7 @@ def _print_result(console: Console, result: Result) -> None:
         table.add_row(quantity, *cells, *own, f"{first.tolerance:.1e}")
     console.print(table)
 
+    console.print(f"plan of autograd: {result.plan}", soft_wrap=True, highlight=False)
     ratio = result.dense_parameters / result.parameters
     console.print(
         f"parameters: {result.parameters} in CP format, {result.dense_parameters} dense "

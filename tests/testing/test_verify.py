@@ -49,9 +49,9 @@ def test_the_notebooks_checks_agree() -> None:
     assert conv.ok
     assert (linear.parameters, linear.dense_parameters) == (4000, 32768)
     assert (conv.parameters, conv.dense_parameters) == (2600, 4608)
-    three = ["reference", "explicit", "autograd"]
-    assert implementations(linear) == dict.fromkeys(three, LINEAR_QUANTITIES)
-    assert implementations(conv) == dict.fromkeys(three, CONV_QUANTITIES)
+    every = ["reference", "explicit", "autograd", "factorized"]
+    assert implementations(linear) == dict.fromkeys(every, LINEAR_QUANTITIES)
+    assert implementations(conv) == dict.fromkeys(every, CONV_QUANTITIES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -151,7 +151,7 @@ def test_without_a_shape_the_notebooks_are_checked(capsys: pytest.CaptureFixture
     assert "conv 4x8 4x4 3x3, rank 100, input 1x16x32x32, float64" in out
     assert "4000 in CP format, 32768 dense" in out
     assert "2600 in CP format, 4608 dense" in out
-    assert out.count("24 quantities compared with dense autograd: all agree") == 2
+    assert out.count("32 quantities compared with dense autograd: all agree") == 2
 
 
 def test_json_of_a_convolution(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +164,7 @@ def test_json_of_a_convolution(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["input_shape"] == [2, 6, 4, 6]
     assert (result["rank"], result["dtype"], result["weights"]) == (3, "float32", True)
     assert result["parameters"] == 3 * (1 + 2 + 2 + 1 + 2 + 3 + 2 + 5) + 3
-    assert {"explicit", "autograd"} == {
+    assert {"explicit", "autograd", "factorized"} == {
         c["implementation"] for c in result["checks"] if c["quantity"] == "d weights"
     }
 

@@ -4,7 +4,7 @@ No labels are needed: the original answers for every batch. ``distill`` trains o
 whole model, ``match_layers`` on those of each converted layer.
 """
 
-from polyadic.finetune.distill import distill
+from polyadic.finetune.distillation import distill
 from polyadic.finetune.loop import Recovery
 from polyadic.finetune.match import LayerMatch, match_layers
 from polyadic.finetune.settings import Progress

@@ -1,4 +1,4 @@
-"""The file a training is continued from: tensors and plain values, read without running code."""
+"""The file from which a training is continued: tensors and plain values; reading runs no code."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def load(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
     Args:
         path: the file.
-        settings: of this training; those in the file must be the same.
-        tensors: by name, what the file's parameters will be copied to.
+        settings: settings of this training, to which those in the file must be equal.
+        tensors: by name, the tensors to which the file's parameters will be copied.
 
     Raises:
         ValueError: the file is not a checkpoint, is damaged, or is of another training.

@@ -15,18 +15,18 @@ from polyadic.finetune import checkpoint
 from polyadic.finetune.settings import Progress, Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recovery:
     """How a training went.
 
     Attributes:
-        steps: Steps done, over all resumed parts.
-        losses: Loss of each step's batch, before the step.
-        validations: Pairs (steps done, validation); the first is before the first step.
-        best_step: Steps after which the parameters were as they are now.
-        best: Validation of these, infinite without validation.
-        stopped_early: Whether patience ran out.
-        seconds: Time spent.
+        steps: number of steps, over all resumed parts.
+        losses: loss of each step's batch, before the step.
+        validations: pairs (steps done, validation); the first is from before the first step.
+        best_step: the step after which the parameters were what they are now.
+        best: the validation of these parameters; infinite without validation.
+        stopped_early: whether patience ran out.
+        seconds: time spent.
     """
 
     steps: int
@@ -37,9 +37,16 @@ class Recovery:
     stopped_early: bool
     seconds: float
 
+    def __repr__(self) -> str:
+        losses = f"{self.losses[0]:.4g} to {self.losses[-1]:.4g}" if self.losses else "none"
+        return (
+            f"Recovery(steps={self.steps}, losses={losses}, best={self.best:.4g} after step "
+            f"{self.best_step}, stopped_early={self.stopped_early}, seconds={self.seconds:.3g})"
+        )
+
 
 class _Walk:
-    """Batches one after the other, epoch after epoch, from any place in them."""
+    """Iterates over batches, epoch after epoch, and can start from any place in them."""
 
     def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
         self._batches, self._device = batches, device
@@ -48,7 +55,7 @@ class _Walk:
         self._current: Iterator[Any] | None = None
 
     def rng(self) -> dict[str, Tensor]:
-        """Random state of torch, and of the loader's own generator where it has one."""
+        """Return the random state of torch, and of the loader's generator if it has one."""
         state = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self._device)
@@ -65,7 +72,7 @@ class _Walk:
             self._batches.generator.set_state(state["loader"])  # type: ignore[attr-defined]
 
     def go_to(self, epoch: int, index: int, epoch_rng: Mapping[str, Tensor]) -> None:
-        """Begin an epoch in the random state it began with, and pass over its first batches."""
+        """Restart an epoch in its initial random state and skip the batches already used."""
         self.epoch, self.index, self.epoch_rng = epoch, index, dict(epoch_rng)
         self.set_rng(self.epoch_rng)
         self._current = iter(self._batches)
@@ -88,16 +95,16 @@ class _Walk:
 
 
 class Loop:
-    """One training.
+    """One training from its first step to its last, over several runs if it is resumed.
 
     Args:
-        parameters: what is trained, by name.
-        buffers: what a step may change besides, by name; kept with the parameters.
-        batches: walked again and again.
-        loss: of a batch, with a graph.
+        parameters: the parameters that are trained, by name.
+        buffers: buffers that a step may change, by name; they are stored with the parameters.
+        batches: the batches of one epoch; walked again for every epoch.
+        loss: function of a batch; its result has a graph.
         settings: how to train.
-        record: more of what must be the same when the training is continued.
-        validate: what is to be made small, without a graph; None for none.
+        record: further settings that must be equal when the training is continued.
+        validate: function whose value is to become small; None for no validation.
     """
 
     def __init__(
@@ -146,13 +153,13 @@ class Loop:
         if self._validate is not None:
             self._copy(self._kept)
         return Recovery(
-            self._step,
-            tuple(self._losses),
-            tuple(self._validations),
-            self._best_step if self._validate is not None else self._step,
-            self._best,
-            self._stopped_early,
-            self._elapsed(),
+            steps=self._step,
+            losses=tuple(self._losses),
+            validations=tuple(self._validations),
+            best_step=self._step if self._validate is None else self._best_step,
+            best=self._best,
+            stopped_early=self._stopped_early,
+            seconds=self._elapsed(),
         )
 
     def _one_step(self) -> None:
@@ -245,7 +252,7 @@ class Loop:
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where a checkpoint was written; the model is changed last."""
+        """Continue from a checkpoint; the model is changed last, after everything was checked."""
         try:
             self._optimizer.load_state_dict(state["optimizer"])
             validations = [(int(step), float(value)) for step, value in state["validations"]]

@@ -31,8 +31,8 @@ class LayerMatch:
 
     Attributes:
         before: ‖Y − Ŷ‖ / ‖Y‖ over all batches before the training, Y being the teacher's outputs.
-        after: the same after it.
-        seconds: Time of the training; of a joint one, of all layers together.
+        after: the relative error over all batches after the training.
+        seconds: time of the training; for a joint one, that of all layers together.
     """
 
     before: float
@@ -72,23 +72,23 @@ def match_layers(
 
     - ``"sequential"``: one layer after the other, in the order in which the teacher calls them. A
       layer's inputs are those it gets *in the student*, whose earlier layers are matched by then,
-      its targets the teacher's outputs: what earlier layers lost is made up for (the asymmetric
-      reconstruction of Zhang, Zou, He & Sun, TPAMI 2016). Inputs and targets of the layer at work
-      are held in memory for all batches.
-    - ``"joint"``: all layers at once, each on the teacher's inputs; one forward of the teacher per
-      step, nothing is held.
+      and its targets are the teacher's outputs, so that it makes up for what earlier layers lost
+      (the asymmetric reconstruction of Zhang, Zou, He & Sun, TPAMI 2016). Inputs and targets of
+      the layer in training are held in memory for all batches.
+    - ``"joint"``: all layers at once, each on the teacher's inputs; the teacher runs forward once
+      per step, and nothing is held in memory.
 
-    A layer that the training would leave worse, over all batches, keeps its parameters.
+    A layer whose error over all batches would rise keeps its parameters.
 
     Args:
         student: the converted model, trained in place.
         teacher: the original, not changed.
         batches: as in ``distill``.
         names: layers to train; by default every CP layer that the teacher has as another one.
-        mode: see above.
+        mode: ``"sequential"`` or ``"joint"``, as described above.
         steps: batches to train on, for each layer (sequential) or for all (joint).
-        epochs: instead of ``steps``: walks through ``batches``.
-        lr: learning rate; the best one hangs on the scale of the factors, see docs/compression.md.
+        epochs: number of walks through ``batches``, to be given in place of ``steps``.
+        lr: learning rate; the best one depends on the scale of the factors (docs/compression.md).
         optimizer: as in ``distill``.
         schedule: as in ``distill``.
         warmup: as in ``distill``.
@@ -127,19 +127,19 @@ def match_layers(
     def settings(name: str) -> Settings:
         tell = None if callback is None else (lambda progress: callback(name, progress))
         return Settings(
-            number,
-            lr,
-            schedule,
-            warmup,
-            optimizer,
-            clip,
-            number,
-            None,
-            None,
-            number,
-            False,
-            tell,
-            seed,
+            steps=number,
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            optimizer=optimizer,
+            clip=clip,
+            validate_every=number,
+            patience=None,
+            checkpoint=None,
+            checkpoint_every=number,
+            resume=False,
+            callback=tell,
+            seed=seed,
         )
 
     settings("")
@@ -147,12 +147,11 @@ def match_layers(
         called = _order(teacher, layers, batches, device)
         if mode == "joint":
             return _joint(teacher, layers, called, batches, settings(""), device)
-        found = {}
+        found: dict[str, LayerMatch] = {}
         for name in called:
             pairs = list(_sequential_calls(student, teacher, name, batches, device))
-            found[name] = _train({name: layers[name]}, pairs, lambda calls: calls, settings(name))[
-                name
-            ]
+            alone = {name: layers[name]}
+            found |= _train(alone, pairs, lambda calls: calls, settings(name))
         return found
 
 
@@ -190,7 +189,7 @@ def _layers(
 
 @contextmanager
 def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[_Call]]]:
-    """Collect the calls of layers; copies, since what follows may work in place."""
+    """Record the calls of layers; tensors are copied, since later layers may work in place."""
     calls: dict[str, list[_Call]] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -219,7 +218,7 @@ def _copied(value: Any) -> Any:
 def _order(
     teacher: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Any], device: torch.device
 ) -> list[str]:
-    """The layers in the order of their first call on the first batch."""
+    """Return the names of the layers in the order in which the first batch calls them."""
     for batch in batches:
         with torch.no_grad(), _recorded(teacher, layers) as calls:
             call(teacher, moved(batch, device))
@@ -240,7 +239,7 @@ def _sequential_calls(
     batches: Iterable[Any],
     device: torch.device,
 ) -> Iterator[dict[str, list[_Call]]]:
-    """The student's inputs of a layer with the teacher's outputs, batch by batch."""
+    """Pair the student's inputs of a layer with the teacher's outputs, batch by batch."""
     for batch in batches:
         batch = moved(batch, device)
         with torch.no_grad(), _recorded(teacher, [name]) as theirs:
@@ -297,7 +296,7 @@ def _train(
     after = _errors(layers, batches, capture)
     seconds = time.perf_counter() - start
     for name in layers:
-        # Not "after > before": that would let NaN through.
+        # "after > before" would be false for NaN and keep it.
         if not after[name] <= before[name]:
             after[name] = before[name]
             for own, parameter in trained.items():

@@ -26,7 +26,7 @@ def require_module(model: Any, name: str) -> None:
 
 
 def require_batches(batches: Any, name: str) -> None:
-    """Refuse what cannot be walked, or only once."""
+    """Raise a TypeError for what cannot be walked, or can be walked only once."""
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
             f"{name} must be an iterable of batches such as a list or a DataLoader, got "
@@ -40,7 +40,7 @@ def require_batches(batches: Any, name: str) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter."""
+    """Return the device of the first parameter; the CPU for a model without parameters."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -71,11 +71,11 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
 
 
 def select(model: nn.Module, trainable: Any) -> dict[str, nn.Parameter]:
-    """Parameters to train, by name.
+    """Select the parameters to train, by name.
 
     Raises:
         TypeError: ``trainable`` is neither a known word nor callable.
-        ValueError: an unknown word, or nothing is selected.
+        ValueError: the word is unknown, or nothing is selected.
         RuntimeError: a layer is frozen for inference.
     """
     for name, module in model.named_modules():
@@ -144,7 +144,7 @@ def refuse_shared(trained: Mapping[str, nn.Parameter], teacher: nn.Module) -> No
 def prepared(
     student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter], train_mode: bool
 ) -> Iterator[None]:
-    """Only ``trained`` requires gradients, the teacher is in evaluation mode; restored after."""
+    """Let only ``trained`` require gradients, and the teacher evaluate; restore both in the end."""
     flags = [(p, p.requires_grad) for p in student.parameters()]
     wanted = {id(parameter) for parameter in trained.values()}
     try:

@@ -29,13 +29,13 @@ class Progress:
     """What a callback is told after each step.
 
     Attributes:
-        step: Steps done.
-        steps: Steps in all.
-        loss: Loss of the step's batch, before the step.
-        learning_rate: Of the step, of the first group of parameters.
-        validation: Validation after this step, None where there was none.
-        best: Best validation so far, infinite where there is none.
-        seconds: Time spent so far, over all resumed parts.
+        step: number of steps done.
+        steps: number of steps in all.
+        loss: loss of the step's batch, before the step.
+        learning_rate: learning rate of the step, that of the first group of parameters.
+        validation: validation after this step; None if there was none.
+        best: best validation so far; infinite if there is none.
+        seconds: time spent so far, over all resumed parts.
     """
 
     step: int
@@ -91,7 +91,7 @@ class Settings:
             raise ValueError("resume=True needs checkpoint=, the file to continue from")
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied with at a step, counted from 0."""
+        """Return the factor of the learning rate at a step, counted from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -99,7 +99,7 @@ class Settings:
         return float(schedule(done))
 
     def record(self) -> dict[str, Any]:
-        """What must be the same when a training is continued."""
+        """Return the settings that must be equal when a training is continued."""
         return {
             "steps": self.steps,
             "lr": float(self.lr),
@@ -124,7 +124,7 @@ def _name(value: Any) -> str:
 
 
 def total_steps(steps: int | None, epochs: int | None, batches: Iterable[Any]) -> int:
-    """Steps in all, from the one of ``steps`` and ``epochs`` that is given.
+    """Return the number of steps, from the one of ``steps`` and ``epochs`` that is given.
 
     Raises:
         ValueError: both or none are given, or the batches cannot be counted.
@@ -145,12 +145,12 @@ def total_steps(steps: int | None, epochs: int | None, batches: Iterable[Any]) -
 
 
 def batch_count(batches: Iterable[Any]) -> int | None:
-    """Number of batches, None where it is not known before they are walked."""
+    """Return the number of batches, or None if only a walk through them would tell."""
     return len(batches) if isinstance(batches, Sized) else None
 
 
 def as_path(checkpoint: Any) -> Path | None:
-    """The checkpoint's path.
+    """Return the path of the checkpoint, or None.
 
     Raises:
         TypeError: it is no path.

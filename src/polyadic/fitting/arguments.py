@@ -19,11 +19,11 @@ STARTS = ("orthogonal", "random")
 
 
 def groups(value: Any) -> tuple[Shape, ...]:
-    """The tensorized shape as tuples of plain ints.
+    """Return the tensorized shape as tuples of plain ints.
 
     Raises:
-        TypeError: not groups of integers.
-        ValueError: no group, an empty one, or a size below 1.
+        TypeError: the value is no sequence of groups of integers.
+        ValueError: there is no group, one is empty, or a size is below 1.
     """
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(
@@ -37,11 +37,11 @@ def groups(value: Any) -> tuple[Shape, ...]:
 
 
 def weight(value: Any, shape: tuple[Shape, ...]) -> None:
-    """A finite floating tensor whose dimensions are products of adjacent modes.
+    """Check that a weight is finite and that its dimensions are products of adjacent modes.
 
     Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: its shape does not fit, it is not finite, or a process holds a part of it alone.
+        TypeError: it is not a floating-point tensor.
+        ValueError: its shape does not fit, it is not finite, or a process holds only a part of it.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
@@ -76,17 +76,17 @@ def _joins(dims: Shape, modes: Shape) -> bool:
 
 
 def rank(value: Any) -> int:
-    """A positive int.
+    """Return the rank as a plain positive int.
 
     Raises:
-        TypeError: not an integer.
-        ValueError: below 1.
+        TypeError: it is not an integer.
+        ValueError: it is below 1.
     """
     return positive_int(value, "rank")
 
 
 def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]:
-    """The groups of the input side, with a metric that fits them.
+    """Check the metric, and return the groups of the input side.
 
     Raises:
         TypeError: the metric is not a floating-point tensor, or the groups are not ints.
@@ -155,11 +155,11 @@ def options(
     seed: Any,
     callback: Any,
 ) -> None:
-    """The numbers.
+    """Check all other options.
 
     Raises:
-        TypeError: of the wrong type.
-        ValueError: out of range.
+        TypeError: an option is of the wrong type.
+        ValueError: an option is out of range.
     """
     positive_int(iterations, "iterations")
     checks.a_number(damping, "damping", above=0)
@@ -173,11 +173,12 @@ def options(
 
 
 def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:
-    """The starts to be raced.
+    """Return the starts to be raced.
 
     Raises:
         TypeError: a start is neither a name nor factors.
-        ValueError: an unknown name, no start, or factors of another shape or not finite.
+        ValueError: a name is unknown, there is no start, or factors are of another shape or not
+            finite.
     """
     if isinstance(value, str) and value == "auto":
         return list(STARTS)

@@ -117,10 +117,10 @@ class Problem:
     def to_fitted_modes(
         self, factors: Sequence[Tensor], dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """The factors of the fitted modes, those of size 1 multiplied into the first.
+        """Return the factors of the fitted modes; factors of modes of size 1 scale the first.
 
         Args:
-            factors: of all modes of the weight, (n_d, R).
+            factors: the factors (n_d, R) of all modes of the weight.
             dtype: dtype of the result; that of the fit by default.
         """
         dtype = dtype or self.matrix.dtype

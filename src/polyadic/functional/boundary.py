@@ -31,9 +31,12 @@ from torch.autograd import Function, forward_ad, profiler
 
 from polyadic._torch import (
     Memo,
+    any_autocast,
     autocasts,
     direct_apply,
     exporting,
+    forward_mode_level,
+    is_profiled,
     transforms_active,
     unwrap_if_dead,
 )
@@ -170,7 +173,7 @@ def call(
         options: whatever else decides.
     """
     cast = False
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or any_autocast():
         x, bias, cast = autocast(x, bias)
     found, groups = settled(settle, x, groups, bias, weights, cast, *options)
     return found.run(x, groups, bias, weights)
@@ -253,7 +256,7 @@ def _apply(
     if torch.compiler.is_compiling():
         return _traced(layer_map, x, bias, factors)
     # Entering a label costs more than a small layer's product.
-    if profiler._is_profiler_enabled:
+    if is_profiled():
         with profiler.record_function(f"polyadic.{type(layer_map).__name__}({layer_map.plan})"):
             return _eager(layer_map, x, bias, factors)
     return _eager(layer_map, x, bias, factors)
@@ -273,7 +276,7 @@ def _eager(
 ) -> Tensor:
     if layer_map.autograd_backward or not torch.is_grad_enabled():
         return layer_map.forward(x, bias, factors)[0]
-    if transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active() or forward_mode_level() >= 0:
         y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
         return y
     bias = None if bias is None else unwrap_if_dead(bias)
@@ -339,7 +342,7 @@ def _differentiated(inputs: Sequence[Tensor]) -> bool:
     """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
     if torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_compiling() or forward_mode_level() < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
 

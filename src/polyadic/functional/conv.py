@@ -30,7 +30,7 @@ from polyadic.plans import ConvPlan, Memory
 Prepare = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConvSaved(Saved):
     """What ``cp_conv_forward`` hands to ``cp_conv_backward``.
 

@@ -18,7 +18,7 @@ from polyadic.planner.ask import plan_linear
 from polyadic.plans import LinearPlan, Memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LinearSaved(Saved):
     """What ``cp_linear_forward`` hands to ``cp_linear_backward``.
 

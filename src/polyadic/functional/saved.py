@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polyadic import checks
 from polyadic.functional.boundary import Call, Groups, joined
+from polyadic.plans import ConvPlan, LinearPlan
 
 
 class Saved:
@@ -23,6 +24,22 @@ class Saved:
             value = getattr(self, field.name)
             held += value if isinstance(value, tuple) else (value,)
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+
+    def __repr__(self) -> str:
+        """Shapes in place of tensors, and the plan."""
+        parts = [
+            f"{field.name}={_short(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        ]
+        return f"{type(self).__name__}({', '.join(parts)}, nbytes={self.nbytes})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "x".join(map(str, value.shape)) or "scalar"
+    if isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"<{value}>" if isinstance(value, (LinearPlan, ConvPlan)) else repr(value)
 
 
 def explicit_forward(

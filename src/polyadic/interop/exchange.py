@@ -1,4 +1,4 @@
-"""How a CP tensor goes to tensorly and tltorch, and comes from them."""
+"""The exchange of CP tensors with tensorly and tltorch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Exchanged(nn.Module):
         first = self.factors[0]
         weights = first.new_ones(self.rank) if self.weights is None else self.weights
         factors = [factor.detach().clone() for factor in self.factors]
-        # for this call alone: the user's own setting is left as it is
+        # The backend is set for this call alone; the user's setting stays.
         with tensorly.backend_context("pytorch", local_threadsafe=True):
             return tensorly.cp_tensor.CPTensor((weights.detach().clone(), factors))
 
@@ -97,8 +97,8 @@ class Exchanged(nn.Module):
         Args:
             tensor: a ``CPTensorized`` (of a linear layer or an embedding), whose ints are modes of
                 layers that share it; or a ``CPTensor`` (of a convolution).
-            tensorized_shape: groups of the same modes; a ``CPTensorized``'s own by default. It has
-                to be given for a ``CPTensor``, such as (3, (6,), (4,), (3, 3)) for three layers.
+            tensorized_shape: groups of the modes; those of a ``CPTensorized`` by default. It has to
+                be given for a ``CPTensor``, such as (3, (6,), (4,), (3, 3)) for three layers.
 
         Raises:
             TypeError: ``tensor`` is neither, or it has no groups and none are given.
@@ -129,7 +129,7 @@ def owned(tensor: Tensor) -> nn.Parameter:
 
 
 def _interop(name: str) -> Any:
-    """An optional package, or which extra brings it."""
+    """Import an optional package; an ImportError names the extra that brings it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from polyadic._torch import not_traced
+from polyadic._torch import not_traced, onednn_has_bfloat16, onednn_has_float16
 
 # ``addmm`` first spreads the bias over the whole output, which is one more pass over it. Adding the
 # bias afterwards costs one more call instead: with more elements than these that is faster, 1.13 to
@@ -43,9 +43,9 @@ def in_onednn(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return onednn_has_bfloat16()
     if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return onednn_has_float16()
     return dtype == torch.float32
 
 

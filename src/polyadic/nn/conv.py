@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,14 @@ from polyadic.formats import (
 )
 from polyadic.functional.conv import padded, padded_size
 from polyadic.kernels.depthwise import Geometry
-from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
+from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
 from polyadic.planner.request import Request
 from polyadic.planner.search import WORD_IMAGES, word_size
 from polyadic.plans import Memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CPConvBase(Exchangeable):
@@ -165,7 +168,7 @@ class _CPConv(CPConvBase):
         out_shape: Sequence[int] | None = None,
         memory: Memory = "balanced",
         cp: Fitted | None = None,
-        **fit: Any,
+        **fit: Unpack[FitOptions],
     ) -> Conv:
         """Make the CP layer whose kernel is fitted to that of torch's convolution.
 
@@ -285,7 +288,8 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format.
         dtype: of the parameters.
 
     Attributes:
-        cp: the ``CPTensor`` with tensorized shape (out_shape, in_shape, kernel_size).
+        cp: the ``CPTensor`` with tensorized shape (out_shape, in_shape, kernel_size): out factors
+            first, as in torch's kernel; a linear layer has its in factors first.
         bias: (Cout,) or None.
         weight: the dense kernel (Cout, Cin/groups, *k), to read alone.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from polyadic.fitting import Decomposition, decompose
+from polyadic.fitting.arguments import Start
+from polyadic.fitting.fit import Callback
 from polyadic.formats import (
     Rank,
     Shape,
@@ -20,6 +22,20 @@ from polyadic.tensor import CPTensor
 
 Layer = TypeVar("Layer", bound=CPLayer)
 Fitted = CPTensor | Decomposition
+
+
+class FitOptions(TypedDict, total=False):
+    """What the conversions hand to ``polyadic.decompose``, which says what each option does."""
+
+    metric: Tensor | None
+    damping: float
+    start: Start | Sequence[Start]
+    iterations: int
+    tolerance: float
+    regularization: float
+    max_growth: float | None
+    seed: int
+    callback: Callback | None
 
 
 class Exchangeable(CPLayer):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,15 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
-from polyadic.nn.convert import Exchangeable, Fitted, convert, dense, revert
+from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, dense, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.weight import Weighted
-from polyadic.planner.request import Request
+from polyadic.planner.request import Request, request
 from polyadic.plans import Memory
 from polyadic.tensor import CPSlice
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CPEmbedding(Exchangeable):
@@ -226,7 +229,7 @@ class CPEmbedding(Exchangeable):
         out_shape: Sequence[int] | None = None,
         memory: Memory = "balanced",
         cp: Fitted | None = None,
-        **fit: Any,
+        **fit: Unpack[FitOptions],
     ) -> CPEmbedding:
         """Make a CPEmbedding whose table is fitted to that of a ``torch.nn.Embedding``.
 
@@ -368,6 +371,28 @@ class CPTiedLinear(Weighted):
     def out_factors(self) -> tuple[Tensor, ...]:
         """Tensors (m_d, R): the embedding's in factors."""
         return self.cp.factor_groups()[0]
+
+    @property
+    def format(self) -> LinearFormat:
+        """Modes and rank of the map, rows that only pad the vocabulary included."""
+        rows, columns = self.cp.tensorized_shape
+        return LinearFormat(columns, rows, self.rank)
+
+    def request(self, batch: int, size: None = None) -> Request:
+        """What a call of this head asks of the planner, as other layers' ``request``.
+
+        Args:
+            batch: rows.
+            size: None, as a head has no spatial size.
+
+        Raises:
+            ValueError: there is a size.
+        """
+        if size is not None:
+            raise ValueError(f"size is of a convolution's input; a head has none, got {size!r}")
+        first = self.cp.factors[0]
+        made = request(self.format, batch, first.dtype, first.device.type, memory=self.memory)
+        return dataclasses.replace(made, weights=self.cp.weights is not None)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
-from polyadic.nn.convert import Exchangeable, Fitted, convert, revert
+from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CPLinear(Exchangeable):
@@ -47,7 +50,8 @@ class CPLinear(Exchangeable):
         dtype: of the parameters.
 
     Attributes:
-        cp: the ``CPTensor`` of shape (M, N) with tensorized shape (in_shape, out_shape).
+        cp: the ``CPTensor`` of shape (M, N) with tensorized shape (in_shape, out_shape):
+            in factors first, as x W is written; a convolution has its out factors first.
         bias: (N,) or None.
         weight: the dense weight (N, M), to read alone.
 
@@ -108,7 +112,7 @@ class CPLinear(Exchangeable):
         out_shape: Sequence[int] | None = None,
         memory: Memory = "balanced",
         cp: Fitted | None = None,
-        **fit: Any,
+        **fit: Unpack[FitOptions],
     ) -> CPLinear:
         """Make a CPLinear whose weight is fitted to that of a ``torch.nn.Linear``.
 

@@ -31,7 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from polyadic._torch import in_transform, no_autocast
+from polyadic._torch import (
+    as_plain_tensor,
+    in_transform,
+    no_autocast,
+    typed_storage,
+    without_memory,
+)
 from polyadic.tensor import CPTensor
 
 T = TypeVar("T")
@@ -118,13 +124,7 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
 
     @staticmethod
     def _empty(source: Source) -> DenseWeight:
-        made: DenseWeight = torch.Tensor._make_wrapper_subclass(
-            DenseWeight,
-            source.shape,
-            strides=source.strides,
-            dtype=source.like.dtype,
-            device=source.like.device,
-        )
+        made: DenseWeight = without_memory(DenseWeight, source.like, source.shape, source.strides)
         made._source = source
         # transformers marks the parameters it has loaded, and then leaves them as they are where
         # it draws the missing ones; some models ask that of layer.weight.
@@ -140,7 +140,7 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
         """Answer questions about shape and dtype, refuse writes, and build for all else."""
         kwargs = kwargs or {}
         if func in _KNOWN_WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with as_plain_tensor():
                 return func(*args, **kwargs)
         first: Any = args[0] if args else next(iter(kwargs.values()), None)
         if func in _ANSWERS:
@@ -326,7 +326,7 @@ _ANSWERS: dict[Any, Callable[[DenseWeight], Any]] = {
     Tensor.data_ptr: _no_memory,
     Tensor.untyped_storage: _no_memory,
     Tensor.storage: _no_memory,
-    Tensor._typed_storage: _no_memory,
+    typed_storage: _no_memory,
     Tensor.__dlpack__: _no_memory,
     Tensor.register_hook: _no_hook,
     Tensor.register_post_accumulate_grad_hook: _no_hook,

@@ -6,13 +6,14 @@ request, until ``forget`` is called.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 from polyadic._torch import not_traced
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat
-from polyadic.planner import conv, embedding, linear
+from polyadic.planner import conv, embedding, linear, tuned
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step
@@ -57,6 +58,8 @@ KINDS: dict[type, Kind] = {
 # Functions that are called when choices are forgotten, because other modules remember what they
 # made of a plan.
 _on_forget: list[Callable[[], None]] = []
+# Functions that are called with each request that is chosen for and was not remembered.
+_on_request: list[Callable[[Request], None]] = []
 
 
 def kind_of(request: Request) -> Kind:
@@ -75,13 +78,29 @@ def choose(request: Request) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(request: Request) -> Any:
-    return kind_of(request).choose(request)
+    for call in _on_request:
+        call(request)
+    measured = tuned.plan_for(request)
+    return kind_of(request).choose(request) if measured is None else measured
 
 
 @not_traced
 def choose_for_constants(constants: tuple[Any, ...]) -> Any:
     """Do what ``choose`` does while a compiler traces; it keeps the plan as a constant."""
     return choose(Request.of_constants(constants))
+
+
+@contextlib.contextmanager
+def requests_asked() -> Iterator[list[Request]]:
+    """Collect the requests that are chosen for within, their batches rounded to powers of two."""
+    found: list[Request] = []
+    note = found.append
+    forget()
+    _on_request.append(note)
+    try:
+        yield found
+    finally:
+        _on_request.remove(note)
 
 
 def when_forgotten(call: Callable[[], None]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
+from torch import nn
 
 from polyadic import checks
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, mode_sizes, positive_int
 from polyadic.kernels.backend import never
 from polyadic.planner import choice, embedding
 from polyadic.planner.calibrated import machine_for
+from polyadic.planner.model import ModelExplanation, explained_model
 from polyadic.planner.report import Costed, Explanation, costed, rejected
 from polyadic.planner.request import Request, request
 from polyadic.planner.search import break_even
@@ -37,6 +40,7 @@ class Layer(Protocol):
         """
 
 
+@overload
 def explain(
     layer: Layer | LinearFormat | ConvFormat,
     *,
@@ -51,14 +55,42 @@ def explain(
     training: bool = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-) -> Explanation:
-    """Explain how a layer will be computed, what that costs, and what was weighed against it.
+) -> Explanation: ...
+@overload
+def explain(
+    layer: nn.Module,
+    *inputs: Any,
+    memory: Memory | None = None,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> ModelExplanation: ...
+def explain(
+    layer: Any,
+    *inputs: Any,
+    batch: int | None = None,
+    size: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    output_padding: int | Sequence[int] = 0,
+    plan: choice.Plan | None = None,
+    memory: Memory | None = None,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Explanation | ModelExplanation:
+    """Explain how a layer or a model will be computed, what that costs, and what was weighed.
+
+    With ``inputs``, as in ``explain(model, x)``, the model is run on them once, in evaluation mode
+    and without gradients, and every call of a CP layer is a row of a table, dense beside it.
 
     Times are predictions of a cost model (FLOPs, bytes and launches over the machine's rates);
     ``polyadic.calibrate()`` measures the rates of the machine at hand.
 
     Args:
-        layer: a CP layer, or a ``LinearFormat`` or ``ConvFormat``.
+        layer: a CP layer, or a ``LinearFormat`` or ``ConvFormat``; or any model, with its inputs.
+        inputs: what the model is called with.
         batch: rows of a linear layer (all leading dimensions multiplied), images of a convolution,
             indices of an embedding (distinct ones where they are looked up once).
         size: spatial size of a convolution's input, int or one per dimension.
@@ -75,8 +107,20 @@ def explain(
     Raises:
         TypeError: ``layer`` or another argument is of another type.
         ValueError: a size is missing or does not fit, an option is given that is the layer's own,
-            or the layer is frozen, which follows no plan.
+            or the layer is frozen, which follows no plan; of a model, no CP layer is called.
     """
+    if inputs:
+        given = {"batch": batch, "size": size, "plan": plan}
+        told = [name for name, value in given.items() if value is not None]
+        if told or not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"inputs are those of a model, got them with {', '.join(told) or type(layer)}; "
+                f"explain(model, *inputs) takes the batch from them"
+            )
+        places = {"memory": memory, "dtype": dtype, "device": device}
+        return explained_model(layer, inputs, functools.partial(explain, **places), training)
+    if batch is None:
+        raise TypeError("explain expects batch=, or the inputs of a model: explain(model, x)")
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     options["output_padding"] = output_padding
     asked = requested(layer, batch, size, options, dtype, device)

@@ -42,6 +42,9 @@ class Machine:
         conv_call: seconds that the processor needs to launch a convolution.
         call: seconds that the processor needs for a pass through a CP layer, besides operations.
         dense_call: seconds that the processor needs for a pass through a torch layer.
+        backward_call: seconds of the processor by which a backward of a CP layer exceeds ``call``.
+        dense_backward_call: seconds of the processor by which a backward of a torch layer exceeds
+            ``dense_call``.
         queued: whether the device works while the processor launches.
         source: ``"built-in"`` or ``"calibrated"``.
 
@@ -67,6 +70,8 @@ class Machine:
     conv_call: float = 30e-6
     call: float = 40e-6
     dense_call: float = 15e-6
+    backward_call: float = 0.0
+    dense_backward_call: float = 0.0
     queued: bool = False
     source: str = "built-in"
 
@@ -133,6 +138,7 @@ class Machine:
         """Return the machine as a CUDA graph sees it: launches and calls cost nothing."""
         names = ("launch", "view", "fused_launch", "conv_call", "call", "dense_call")
         nothing: dict[str, Any] = dict.fromkeys(names, 0.0)
+        nothing |= {"backward_call": 0.0, "dense_backward_call": 0.0}
         return dataclasses.replace(self, **nothing)
 
 
@@ -146,9 +152,10 @@ CPU_THREAD = Machine()
 # benchmarks/gpu: large product 0.78 PFLOP/s, copy 4.27 TB/s, copy within the 60 MB of L2 4.9 TB/s,
 # thin products up to 3.2 TB/s, a kernel in a graph 1.1 µs (elementwise) to 2.3 µs (product). The
 # processor's share is that of a virtual machine's core: 6 to 13 µs an operation, 2 µs a view, a
-# kernel of ours with its outputs 25 µs, a backward pass through autograd about 100 µs. Depthwise
-# and dense convolutions are estimates. ``polyadic.calibrate(device="cuda")`` measures the machine
-# at hand.
+# kernel of ours with its outputs 25 µs; on autograd's own thread operations take two to three times
+# as long, so that the backward of a dense layer takes 0.12 ms beside its operations and that of a
+# CP layer 0.87 ms. Depthwise and dense convolutions are estimates.
+# ``polyadic.calibrate(device="cuda")`` measures the machine at hand.
 GPU = Machine(
     gemm=780e12,
     gemm_bandwidth=3.0e12,
@@ -165,8 +172,10 @@ GPU = Machine(
     conv=500e12,
     conv_first=350e12,
     conv_call=15e-6,
-    call=100e-6,
-    dense_call=55e-6,
+    call=70e-6,
+    dense_call=12e-6,
+    backward_call=800e-6,
+    dense_backward_call=110e-6,
     queued=True,
 )
 # FLOP/s of that GPU for products and dense convolutions in other dtypes, by whether TF32 is on.

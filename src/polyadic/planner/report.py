@@ -125,37 +125,37 @@ class Explanation:
 
     def __str__(self) -> str:
         chosen, dense = self.chosen, self.dense
-        lines = [self.title, f"plan     {chosen.plan}", ""]
+        lines = [_compared("here", chosen.seconds, dense.seconds)]
+        if chosen.graph_seconds is not None and dense.graph_seconds is not None:
+            lines.append(_compared("in a CUDA graph", chosen.graph_seconds, dense.graph_seconds))
+        lines += ["", self.title, f"plan     {chosen.plan}", ""]
         column = "GPU time" if self.machine.queued else "time"
         lines.append(f"{'step':<44}{'FLOPs':>10}{'bytes':>10}{column:>10}")
         for name, steps in (("forward", chosen.forward), ("backward", chosen.backward)):
             if steps:
                 lines.append(name)
             for step in steps:
-                time = _seconds(self._time(step))
-                work = _count(step.flops) if step.flops else "-"
-                lines.append(f"  {step.name:<42}{work:>10}{_count(step.nbytes):>10}{time:>10}")
+                time = seconds_text(self._time(step))
+                work = count_text(step.flops) if step.flops else "-"
+                lines.append(f"  {step.name:<42}{work:>10}{count_text(step.nbytes):>10}{time:>10}")
         lines += ["", f"{'':<22}{'this plan':>12}{'dense layer':>14}"]
         rows = [
-            ("FLOPs", _count(chosen.flops), _count(dense.flops)),
-            ("bytes moved", _count(chosen.nbytes), _count(dense.nbytes)),
-            ("kept for backward, B", _count(chosen.kept_bytes), _count(dense.kept_bytes)),
-            ("largest tensor", _count(chosen.largest), _count(dense.largest)),
-            ("predicted time", _seconds(chosen.seconds), _seconds(dense.seconds)),
+            ("FLOPs", count_text(chosen.flops), count_text(dense.flops)),
+            ("bytes moved", count_text(chosen.nbytes), count_text(dense.nbytes)),
+            ("kept for backward, B", count_text(chosen.kept_bytes), count_text(dense.kept_bytes)),
+            ("largest tensor", count_text(chosen.largest), count_text(dense.largest)),
+            ("predicted time", seconds_text(chosen.seconds), seconds_text(dense.seconds)),
         ]
         if chosen.graph_seconds is not None and dense.graph_seconds is not None:
-            graphs = _seconds(chosen.graph_seconds), _seconds(dense.graph_seconds)
+            graphs = seconds_text(chosen.graph_seconds), seconds_text(dense.graph_seconds)
             rows.append(("in a CUDA graph", *graphs))
         for label, ours, theirs in rows:
             lines.append(f"{label:<22}{ours:>12}{theirs:>14}")
         head = "" if dense.flops else ", as an output head: a lookup has none"
         lines += ["", f"rank {self.rank}, break-even rank {self.break_even_rank} (in FLOPs{head})"]
-        lines.append(_compared("here", chosen.seconds, dense.seconds))
-        if chosen.graph_seconds is not None and dense.graph_seconds is not None:
-            lines.append(_compared("in a CUDA graph", chosen.graph_seconds, dense.graph_seconds))
         lines += ["", f"rejected, by predicted time ({self.machine.source} machine numbers)"]
         for other, reason in self.rejected:
-            lines.append(f"  {_seconds(other.seconds):>9}  {_route(other.plan)}: {reason}")
+            lines.append(f"  {seconds_text(other.seconds):>9}  {_route(other.plan)}: {reason}")
         return "\n".join(lines)
 
 
@@ -171,7 +171,8 @@ def _route(plan: Plan | None) -> str:
     return "" if plan is None else str(plan.forward)
 
 
-def _count(value: float) -> str:
+def count_text(value: float) -> str:
+    """A number with the letter of its thousands."""
     for unit in ("", "k", "M", "G", "T"):
         if value < 1000 or unit == "T":
             return f"{value:.4g} {unit}".rstrip()
@@ -179,7 +180,8 @@ def _count(value: float) -> str:
     raise AssertionError
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """A time with its unit."""
     if value < 1e-3:
         return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
@@ -192,7 +194,11 @@ def costed(
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
     by_autograd = isinstance(plan, LinearPlan) and plan.backward_by_autograd
-    calls = call + ((machine.dense_call if by_autograd else call) if backward else 0.0)
+    calls = call
+    if backward and (plan is None or by_autograd):
+        calls += machine.dense_call + machine.dense_backward_call
+    elif backward:
+        calls += call + machine.backward_call
     every = [*forward, *backward]
     graph = machine.in_graph().total(every) if machine.queued else None
     return Costed(
@@ -216,7 +222,7 @@ def rejected(
         dearest = max((*other.forward, *other.backward), key=machine.seconds)
         reason = (
             f"{other.seconds / chosen.seconds:.2f} times the chosen plan's time, "
-            f"{_seconds(machine.seconds(dearest))} of it in '{dearest.name}'"
+            f"{seconds_text(machine.seconds(dearest))} of it in '{dearest.name}'"
         )
         found.append((other, reason))
     return tuple(found)

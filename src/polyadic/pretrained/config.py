@@ -1,7 +1,7 @@
-"""The configuration file: what is written, and the checks of what is read.
+"""The configuration file: its content, and the checks of a file that is read.
 
-Whoever wrote a file that is read here is not trusted: every value is checked for its type and
-range before anything is made of it, and classes are looked up in a fixed table.
+A file that is read is not trusted: every value is checked for its type and range before anything
+is made of it, and classes are looked up in a fixed table.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _KEYS = {"format_version", "layers", "ties", "dtype", "quant_method"}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is written down of a model.
+    """The description of a model with CP layers that is saved.
 
     Attributes:
         layers: its CP layers by name.
-        ties: names of parameters that are the same as another, with the name of that one.
-        dtype: of the model as a whole, where it has one.
+        ties: by the name of a parameter that is shared, the name under which it is stored.
+        dtype: the dtype of the model as a whole, if it has one.
     """
 
     layers: dict[str, LayerConfig]
@@ -95,10 +95,10 @@ def dumps(config: ModelConfig) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """Read JSON as the standard has it: no NaN, no entry given twice.
+    """Read strict JSON: without NaN, and without an entry given twice.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: the text is not strict JSON, is too long or is nested too deeply.
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text)} bytes, more than the {MOST_BYTES} that are read")
@@ -204,7 +204,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Of one to three spatial dimensions; padding and the like may be 0."""
+    """Whether a value has one to three sizes; 0 is allowed, as padding may be 0."""
     return (
         isinstance(value, tuple)
         and 1 <= len(value) <= 3

@@ -1,4 +1,4 @@
-"""CP layers of a model back to torch layers."""
+"""The CP layers of a model are turned back into torch layers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from polyadic.pretrained.layers import describe
 
 
 def merge_layers(model: nn.Module) -> nn.Module:
-    """Put torch layers with the dense weights in the place of all CP layers of a model.
+    """Replace all CP layers of a model by torch layers with the dense weights.
 
-    Layers that share a CP tensor share the dense weight, as far as it is the same.
+    Layers that share a CP tensor share the dense weight if it is equal.
 
     Returns:
         The model, or the torch layer in the place of a model that is a CP layer.
@@ -38,7 +38,7 @@ def merge_layers(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         dense = BY_CP[type(layer)].unmake(layer)
         for other in made.setdefault(id(layer.cp), []):
-            # An embedding's row of padding_idx is zero where that of its head is not.
+            # The row of padding_idx is zero in an embedding, but not in its head.
             if torch.equal(other.weight, dense.weight):
                 dense.weight = other.weight
                 break

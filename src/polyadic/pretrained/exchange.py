@@ -1,4 +1,4 @@
-"""CP layers put into a skeleton: planned and checked as a whole, then done."""
+"""CP layers are put into a skeleton: the exchange is planned and checked as a whole, then made."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from polyadic.pretrained.layers import LayerConfig, build, describe, differences
 
 @dataclass(frozen=True)
 class Exchange:
-    """Layers to be put into a model, which is as it was until ``apply``.
+    """Layers to be put into a model, which stays unchanged until ``apply``.
 
     Attributes:
         model: the skeleton.
         layers: new layers by name, on the meta device.
-        state: what the state dict of the model will be; of new layers on the meta device, and one
-            tensor under each of its names where parameters are tied.
-        devices: by name, the device of that which a tensor replaces.
+        state: the state dict that the model will have; tensors of new layers are on the meta
+            device, and a tied parameter is one tensor under each of its names.
+        devices: by name, the device of the tensor that is replaced.
     """
 
     model: nn.Module
@@ -37,11 +37,11 @@ class Exchange:
 
 
 def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
-    """Make the layers for a skeleton, after all checks of it.
+    """Check a skeleton and make the layers for it.
 
     Args:
-        model: with a torch layer, or the very same CP layer, in the place of each.
-        configs: layers by name.
+        model: the skeleton, with a torch layer, or an equal CP layer, in the place of each layer.
+        configs: the layers by name.
 
     Raises:
         ValueError: a layer does not fit the model.
@@ -93,7 +93,7 @@ def _state(
             old, new = module._parameters.get("bias"), layer._parameters.get("bias")
             if old is not None and new is not None:
                 biases[id(old)] = new
-    # What was tied to the bias of a replaced layer is tied to that of the new one.
+    # Parameters that were tied to the bias of a replaced layer are tied to the new layer's bias.
     return {key: biases.get(id(value), value) for key, value in state.items()}
 
 
@@ -111,13 +111,13 @@ def fill(
     sources: Mapping[str, str],
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
-    """The state dict to be loaded: one parameter under each of its names.
+    """Make the state dict to be loaded, in which a tied parameter stands under each of its names.
 
     Args:
-        exchange: what is to be filled.
-        tensors: as they were stored.
-        sources: of every name in the state, which tensor it takes.
-        device: of what the skeleton holds on the meta device.
+        exchange: the exchange whose state is to be filled.
+        tensors: the stored tensors by name.
+        sources: by every name in the state, the name of the stored tensor it takes.
+        device: device for what the skeleton holds on the meta device.
     """
     made: dict[tuple[str, bool], Tensor] = {}
     filled: dict[str, Tensor] = {}

@@ -38,13 +38,13 @@ def write(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_by(directory: Path, save: Callable[[Path], None]) -> None:
-    """Let a function write into a folder of its own, and put its files in their place."""
+    """Let a function write into a temporary folder, then move its files into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         save(Path(folder))
         for file in sorted(Path(folder).iterdir()):
             os.replace(file, directory / file.name)
-    # It would be read in their place.
+    # A file that was left there would be read in their place.
     (directory / CONFIG).unlink(missing_ok=True)
 
 
@@ -109,7 +109,7 @@ class Tensors:
         directory: with ``model.safetensors``, or the shards that transformers writes.
 
     Attributes:
-        shapes: of every tensor by name.
+        shapes: the shape of every tensor by name.
 
     Raises:
         ValueError: there is no such file, or it is not whole.
@@ -129,7 +129,7 @@ class Tensors:
                     self._files[name] = file
 
     def load(self) -> dict[str, Tensor]:
-        """Read all tensors into memory of their own.
+        """Read all tensors; they do not share memory with the file.
 
         Raises:
             ValueError: one cannot be read.
@@ -139,7 +139,7 @@ class Tensors:
             with _opened(file) as opened:
                 for name, place in self._files.items():
                     if place == file:
-                        # A copy: what is read is a view of the file, which may change later.
+                        # What is read is a view of the file, which may change later: copy it.
                         loaded[name] = opened.get_tensor(name).clone()
         return loaded
 
@@ -162,7 +162,7 @@ def _shards(directory: Path) -> dict[Path, set[str] | None]:
         shards: dict[Path, set[str] | None] = {}
         names: dict[str, set[str]] = {}
         for name, file in places.items():
-            # Only files beside it: no folder, no parent, no absolute path.
+            # Only files in the same folder are read: no subfolder, no parent, no absolute path.
             if (
                 not isinstance(file, str)
                 or not file.endswith(".safetensors")
@@ -188,7 +188,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def storable(name: str, value: Any) -> Tensor:
-    """Return a tensor as it is written, or say why it cannot be.
+    """Return a tensor in the form in which it is written, or raise why it cannot be written.
 
     Raises:
         ValueError: it is not a plain, dense tensor with values.

@@ -26,12 +26,12 @@ class LayerConfig:
 
     Attributes:
         kind: name of its class, a key of ``nn.kinds.BY_NAME``.
-        arguments: of its constructor, all but device and dtype.
-        dtype: of its factors.
+        arguments: arguments of its constructor, except device and dtype.
+        dtype: dtype of its factors.
         weights: whether its tensor owns a λ.
         joint: of one of several layers that share a tensor, how many there are and which it is, an
             int per layer mode.
-        tied_to: name of the layer whose tensor it shares, None for one with a tensor of its own.
+        tied_to: name of the layer whose tensor it shares; None if it owns its tensor.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class LayerConfig:
 
 
 def describe(model: nn.Module) -> dict[str, LayerConfig]:
-    """Write down every CP layer of a model by name; one in several places by its first.
+    """Describe every CP layer of a model, by name; one in several places by the first name.
 
     Raises:
         ValueError: a layer cannot be made again from what is written down.
@@ -132,7 +132,7 @@ def _head_sizes(embedding: LayerConfig) -> dict[str, int]:
 
 
 def head_of(embedding: LayerConfig, name: str, bias: bool) -> LayerConfig:
-    """The output head tied to an embedding of that name."""
+    """Describe the output head that is tied to an embedding of that name."""
     return LayerConfig(
         "CPTiedLinear",
         {**_head_sizes(embedding), "bias": bias},
@@ -150,7 +150,7 @@ def _plain(value: Any) -> Any:
 def build(
     configs: Mapping[str, LayerConfig], present: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Make the layers, on the meta device, those that share a tensor sharing it again.
+    """Make the layers on the meta device; layers that shared a tensor share one again.
 
     Args:
         configs: layers by name.
@@ -160,7 +160,7 @@ def build(
         ValueError: a layer cannot be made of what is written down.
     """
     made = dict(present)
-    # Owners of tensors first.
+    # Layers that own a tensor are made before those that share it.
     for name, config in sorted(configs.items(), key=lambda item: item[1].tied_to is not None):
         if name not in made:
             owner = None if config.tied_to is None else made[config.tied_to]
@@ -171,7 +171,7 @@ def build(
 def _made(name: str, config: LayerConfig, owner: nn.Module | None) -> nn.Module:
     try:
         return _build(config, owner)
-    # Sizes that overflow are RuntimeErrors of torch's.
+    # torch raises a RuntimeError for sizes that overflow.
     except (TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(f"layer {name!r:.80} cannot be made: {error}") from error
 
@@ -213,15 +213,15 @@ def _sizes(tensor: CPTensor) -> dict[str, Any]:
 
 
 def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None) -> list[str]:
-    """How a module of a skeleton differs from the layer that shall stand in its place.
+    """List how a module of a skeleton differs from the layer that shall take its place.
 
-    A torch layer has to have the same sizes and options, a CP layer the same factors too; how it
-    is computed (``memory``) may differ, and stays as it is.
+    A torch layer must have equal sizes and options; a CP layer must have equal shapes of factors
+    too, but may be computed differently (``memory``), which is kept.
 
     Args:
-        config: of the layer.
-        module: what stands there.
-        own: what ``describe`` says of it, if it is a CP layer.
+        config: the description of the layer.
+        module: the module in its place.
+        own: the description of that module, if it is a CP layer.
     """
     if own is not None:
         wants, has = _facts(config), _facts(own)

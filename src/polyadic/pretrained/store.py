@@ -24,25 +24,26 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Save a model with CP layers: what they are as JSON, all tensors as safetensors.
+    """Save a model with CP layers: their description as JSON, all tensors as safetensors.
 
     ``polyadic_config.json`` holds class, arguments, rank and dtype of every CP layer and which
-    parameters are the same, ``model.safetensors`` every parameter and persistent buffer, bit by
-    bit, shared ones once. Both are written whole before they take their place. A frozen layer is
-    saved as it was before ``polyadic.freeze``. Code is not saved: to load the model again, its
-    architecture is needed as a skeleton.
+    parameters are shared; ``model.safetensors`` holds every parameter and persistent buffer bit by
+    bit, and shared ones once. Both are written to the end before they replace older files. A
+    frozen layer is saved in the state before ``polyadic.freeze``. Code is not saved: to load the
+    model again, its architecture is needed as a skeleton.
 
-    A model of transformers is saved in its own format, the CP layers in ``config.json``: it can be
-    loaded by transformers after ``polyadic.register_transformers``, or here.
+    A model of transformers is saved in the format of transformers, with the CP layers in
+    ``config.json``: transformers loads it after ``polyadic.register_transformers``, and so does
+    ``from_pretrained``.
 
     Args:
         model: a module that holds CP layers, or is one.
-        directory: made if it is not there.
+        directory: the directory to write to, which is made if it does not exist.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: it has no CP layer, or state that cannot be saved: an extra state, tensors on
-            the meta device, sharded, sparse or quantized ones, a CP layer of a class of its own.
+            the meta device, sharded, sparse or quantized tensors, a subclass of a CP layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -51,7 +52,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
     if _is_transformers(model):
         _bridge().attach(model)
-        # Under the names of the modules now: some models store those of earlier versions.
+        # Tensors get the present names of the modules: some models store those of old versions.
         save = functools.partial(cast(Any, model).save_pretrained, save_original_format=False)
         files.write_by(Path(directory), save)
         return
@@ -66,7 +67,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         if source != name:
             ties[name] = source
             continue
-        # Two tensors on one storage are two tensors in the file.
+        # Two tensors that share a storage are stored as two tensors.
         place = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if place in storages else tensor
         storages.add(place)
@@ -87,14 +88,14 @@ def from_pretrained(
     first: after an error the model is as it was.
 
     Args:
-        directory: with ``polyadic_config.json`` and ``model.safetensors``, or as transformers
-            writes it, in shards too.
-        model: the skeleton, dense, or with the same CP layers already; it may be on the meta
-            device, so that it needs no memory of its own.
-        device: for what the skeleton holds on the meta device; the CPU by default.
+        directory: a directory with ``polyadic_config.json`` and ``model.safetensors``, or one that
+            transformers wrote, in shards too.
+        model: the skeleton, dense or with equal CP layers already; it may be on the meta device,
+            where it needs no memory.
+        device: device for what the skeleton holds on the meta device; the CPU by default.
 
     Returns:
-        The same model.
+        The model that was given.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -122,7 +123,7 @@ def from_pretrained(
 
 
 def _no_lost_buffers(exchange: Exchange) -> None:
-    """Buffers that no state dict holds cannot be filled."""
+    """Refuse buffers on the meta device that no state dict holds, as nothing could fill them."""
     lost = [
         f"{name} is on the meta device"
         for name, buffer in exchange.model.named_buffers()
@@ -137,7 +138,7 @@ def _check_dtypes(
     stored: Mapping[str, torch.dtype],
     folder: Path,
 ) -> None:
-    """Factors have the dtype written down; of all else the precision may differ, not the kind."""
+    """Check dtypes: factors have the one described; others may differ in precision, not in kind."""
     factors = {
         name: layer.dtype
         for prefix, layer in config.layers.items()
@@ -159,9 +160,9 @@ def _sources(
     ties: Mapping[str, str],
     folder: Path,
 ) -> dict[str, str]:
-    """Of every name in a state dict the stored tensor it takes.
+    """Find for every name in a state dict the stored tensor it takes.
 
-    A name that is not stored takes what it is tied to, by the configuration or in the model.
+    A name that is not stored takes the tensor it is tied to, by the configuration or in the model.
     """
     same: dict[int, str] = {}
     for name, value in state.items():
@@ -184,7 +185,7 @@ def _sources(
 def merge(model: nn.Module) -> nn.Module:
     """Turn every CP layer of a model back into the torch layer it stands for, in place.
 
-    The dense weights are the products of the factors, so that the model computes the same to
+    The dense weights are the products of the factors, so that the model's outputs are equal up to
     rounding; names in the state dict are those of the dense model again. Biases, dtypes, the
     training flag and ``requires_grad`` are kept; layers that share a CP tensor share the weight
     too, as a tied embedding and head do, except where an embedding has a zero row for padding
@@ -194,12 +195,12 @@ def merge(model: nn.Module) -> nn.Module:
         model: a module that holds CP layers.
 
     Returns:
-        The same model; where it is a CP layer itself, the torch layer.
+        The model that was given; if it is a CP layer itself, the torch layer.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it holds no CP layer, one is of a class of its own, has hooks that would be
-            lost, or is kept in a plain list or the like too; it is wrapped
+        ValueError: it holds no CP layer, one is of a subclass, has hooks that would be lost, or is
+            kept in a plain list or another object too; it is wrapped
             (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module):
@@ -215,8 +216,8 @@ def register_transformers() -> None:
     """Teach transformers to load models with CP layers by its own ``from_pretrained``.
 
     It registers a quantizer under the name ``"polyadic"``, which ``config.json`` of a saved model
-    asks for. To be called once in a process, before the first such model is loaded; a second call
-    does nothing. Without it transformers warns of an unknown quantization type, and builds a dense
+    asks for. Call it once in a process, before the first such model is loaded; a second call does
+    nothing. Without it transformers warns of an unknown quantization type, and builds a dense
     model with random weights in the place of the CP layers.
 
     Raises:
@@ -228,21 +229,22 @@ def register_transformers() -> None:
 def resize_token_embeddings(model: nn.Module, new_num_tokens: int) -> nn.Module:
     """Give a model of transformers another number of tokens, where its table is in CP format.
 
-    For its own ``resize_token_embeddings``, which takes a dense table alone. Tokens that stay keep
-    their vectors and logits. Those added have the mean of others (see ``CPEmbedding.resize``), in
-    a dense head the mean of its rows, and a bias of zero. To be called before an optimizer is made.
+    It replaces the model's method ``resize_token_embeddings``, which takes a dense table alone.
+    Tokens that stay keep their vectors and logits. New tokens get the mean of others (see
+    ``CPEmbedding.resize``), in a dense head the mean of its rows, and a bias of zero. Call it
+    before an optimizer is made.
 
     Args:
-        model: of transformers. Where its table is dense its own method is called.
-        new_num_tokens: of the vocabulary from now on.
+        model: a model of transformers. If its table is dense, its own method is called.
+        new_num_tokens: the new size of the vocabulary.
 
     Returns:
-        The table, as transformers' own method does.
+        The table, which is what the model's own method returns.
 
     Raises:
         TypeError: ``model`` is not a model of transformers, or the number is not an int.
         ValueError: the number is below 1 or not above the padding index, the table is a layer of a
-            joint tensor, the head is in CP format with a weight of its own, or the model is
+            joint tensor, the head is in CP format and not tied to the table, or the model is
             wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     if not isinstance(model, nn.Module) or not _is_transformers(model):
@@ -269,14 +271,14 @@ def _bridge() -> ModuleType:
 def attach(model: nn.Module) -> None:
     """Make transformers' own ``save_pretrained`` save the CP layers of a model, or of its parts.
 
-    Does nothing for other models. Whoever puts CP layers into a model calls it.
+    Code that puts CP layers into a model calls it; it does nothing for other models.
     """
     if any(map(_is_transformers, model.modules())):
         _bridge().attach(model)
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    """Whether it is a model of transformers; asked without importing it."""
+    """Whether a model is one of transformers, found out without importing transformers."""
     return any(
         base.__name__ == "PreTrainedModel" and base.__module__.partition(".")[0] == "transformers"
         for base in type(model).__mro__

@@ -90,7 +90,7 @@ def _replace(model: nn.Module, old: Tensor | None, rows: int, fill: float | None
         model: whose modules hold it.
         old: (V, ...), or None for nothing to do.
         rows: V from now on.
-        fill: of new rows; None for the mean of the old ones.
+        fill: value of new rows; None for the mean of the old rows.
     """
     if old is None or len(old) == rows:
         return

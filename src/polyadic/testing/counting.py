@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from polyadic._torch import TorchDispatchMode, tree_leaves
 
 
 class _Storages:
@@ -55,7 +55,7 @@ class _Storages:
 
 
 def _identity(tensor: Tensor) -> int:
-    # Not the address of the data: storages of meta tensors all have the address 0.
+    # The address of the data would not do: storages of meta tensors all have the address 0.
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -100,7 +100,7 @@ class KeptBytes:
             for part in _dense_parts(tensor):
                 if _identity(part) not in ignored:
                     self._kept.add(part)
-            # Not the tensor itself: an output that its own graph holds would never be freed.
+            # If the tensor itself were held, an output that its graph holds would never be freed.
             return tensor.detach()
 
         self._hooks = saved_tensors_hooks(pack, _unchanged)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic import reference
-from polyadic.formats import positive_int, tensorize
+from polyadic.formats import ConvFormat, LinearFormat, positive_int, tensorize
 from polyadic.functional import (
     cp_conv,
     cp_conv_backward,
@@ -33,6 +33,9 @@ from polyadic.functional import (
     cp_linear_backward,
     cp_linear_forward,
 )
+from polyadic.planner.choice import choose
+from polyadic.planner.explanation import requested
+from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.tensor import CPTensor
 
 __all__ = ["Check", "Problem", "Result", "conv_problem", "linear_problem", "verify"]
@@ -50,7 +53,7 @@ class Problem:
         tensor: groups (in, out) for a linear layer, (out, in, kernel) for a convolution.
         x: ``(B, M)`` or ``(B, Cin, H, W)``.
         dy: ``(B, N)`` or ``(B, Cout, H, W)``.
-        seed: what all numbers were drawn from.
+        seed: the seed from which all numbers were drawn.
     """
 
     tensor: CPTensor
@@ -88,8 +91,8 @@ class Check:
         implementation: a key of ``IMPLEMENTATIONS``.
         quantity: ``"y"``, ``"dx"``, ``"d in_factors[0]"``, ...
         error: the largest absolute difference over the largest absolute value.
-        tolerance: what the error may be.
-        torch_error: that of dense PyTorch in the same dtype; None in float64, the yardstick.
+        tolerance: the largest error allowed.
+        torch_error: error of dense PyTorch in this dtype; None in float64, which is the yardstick.
     """
 
     implementation: str
@@ -118,6 +121,7 @@ class Result:
     parameters: int
     dense_parameters: int
     checks: tuple[Check, ...]
+    plan: str = ""
 
     @property
     def ok(self) -> bool:
@@ -125,7 +129,7 @@ class Result:
         return all(check.ok for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON; an error that is no finite number becomes None."""
+        """Return plain values for JSON; an error that is no finite number becomes None."""
         values = {**self.__dict__, "ok": self.ok}
         values["checks"] = [
             {
@@ -158,7 +162,7 @@ def linear_problem(
         order: modes in each group.
         batch: rows of x; may be 0.
         dtype: float64, float32 or bfloat16.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         weights: whether the components get weights of their own.
 
     Raises:
@@ -192,7 +196,7 @@ def conv_problem(
         order: modes in the out group, and in the in group.
         batch: images in x; may be 0.
         dtype: float64, float32 or bfloat16.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         weights: whether the components get weights of their own.
 
     Raises:
@@ -238,6 +242,7 @@ def verify(problem: Problem) -> Result:
         parameters=sum(parameter.numel() for parameter in tensor.parameters()),
         dense_parameters=math.prod(tensor.shape),
         checks=tuple(checks),
+        plan=chosen_plan(problem),
     )
 
 
@@ -325,6 +330,37 @@ def _autograd(problem: Problem) -> Outcome:
     return _differentiate(layer, problem)
 
 
+def _factorized(problem: Problem) -> Outcome:
+    """With a plan that rebuilds no weight, as the one that is chosen may."""
+
+    def layer(x: Tensor) -> Tensor:
+        weights = problem.tensor.weights
+        if problem.layer == "linear":
+            ins, outs = problem.groups
+            linear = LinearRoute((len(ins),), (len(outs),))
+            return cp_linear(x, ins, outs, weights=weights, plan=LinearPlan(linear, linear))
+        outs, ins, kernel = problem.groups
+        plan = ConvPlan(ConvRoute(), ConvRoute())
+        return cp_conv(x, outs, ins, kernel, weights=weights, padding="same", plan=plan)
+
+    return _differentiate(layer, problem)
+
+
+def chosen_plan(problem: Problem) -> str:
+    """The plan that the autograd functions follow, in words."""
+    first, second, *kernel = problem.tensor.tensorized_shape
+    rank, x = problem.tensor.rank, problem.x
+    options: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    fmt: LinearFormat | ConvFormat = LinearFormat(first, second, rank)
+    rows = math.prod(x.shape[:-1])
+    size: tuple[int, ...] | None = None
+    if kernel:
+        fmt, options["padding"] = ConvFormat(first, second, kernel[0], rank), "same"
+        rows, size = x.shape[0], tuple(x.shape[2:])
+    asked = requested(fmt, max(rows, 1), size, options, x.dtype, x.device)
+    return str(choose(asked))
+
+
 def _dense(problem: Problem) -> Outcome:
     def layer(x: Tensor) -> Tensor:
         weight = reference.dense(problem.tensor)
@@ -353,6 +389,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], Outcome]] = {
     "reference": _reference,
     "explicit": _explicit,
     "autograd": _autograd,
+    "factorized": _factorized,
 }
 
 

@@ -1,7 +1,7 @@
 """Learning rates and weight decay of factors, from those of the dense weight they stand for.
 
 A factor is larger than the weight: K factors multiply to one entry, so that entries of W of size
-0.04 are made of factors of size 0.4. An optimizer whose step has a size of its own, such as Adam,
+0.04 are made of factors of size 0.4. An optimizer whose step has a fixed size, such as Adam,
 changes such a factor relatively ten times less than it would change W, and a model of CP layers
 under the dense learning rate trains as if that rate were a tenth. The rules here are derived in
 docs/maths.md, "The dense recipe".

@@ -29,7 +29,7 @@ class Exchanged:
     """One layer that became a CP layer.
 
     Attributes:
-        name: of the layer in the model.
+        name: name of the layer in the model.
         kind: class of the CP layer.
         modes: its tensorized shape.
         rank: R.
@@ -122,9 +122,9 @@ def factorize(
         target_modules: a regular expression for whole names, or names or last parts of names, as in
             PEFT; ``"all-linear"`` for every ``nn.Linear`` but the output head; all layers by
             default.
-        exclude_modules: likewise, what to leave alone.
+        exclude_modules: layers to leave alone, in the form of ``target_modules``.
         rank_pattern: other ranks, by regular expressions for names or their last parts.
-        order_pattern: other orders, likewise.
+        order_pattern: other orders, in the form of ``rank_pattern``.
         callback: called as ``callback(name, done, total)`` after each layer.
 
     Returns:

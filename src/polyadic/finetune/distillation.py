@@ -82,18 +82,19 @@ def distill(
     gradients. Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, 2015;
     for compressed layers Phan et al., ECCV 2020 (fine-tuning after CPD-EPC).
 
-    A training stopped between two steps and continued from its checkpoint is the same training, bit
-    by bit, on the same machine: parameters, optimizer, the place in the batches and torch's random
-    state are stored. Batches that draw from another source of randomness are not covered.
+    If a training is stopped between two steps and continued from its checkpoint on one machine, its
+    result is bit for bit that of an uninterrupted training: parameters, optimizer, the place in the
+    batches and torch's random state are stored. This does not cover batches that draw from another
+    source of randomness.
 
     Args:
         student: the converted model, trained in place.
-        teacher: the original; in evaluation mode while this runs, and not changed.
+        teacher: the original, which is in evaluation mode while this runs, and not changed.
         batches: an iterable that can be walked again, such as a list or a DataLoader. A tensor
             is given to the models as ``model(batch)``, a tuple or list as ``model(*batch)``, a
             mapping as ``model(**batch)``, on the device of the student's parameters.
         steps: batches to train on; the iterable is walked as often as that needs.
-        epochs: instead of ``steps``: walks through ``batches``.
+        epochs: number of walks through ``batches``, to be given in place of ``steps``.
         loss: ``"mse"``; ``"cosine"``, 1 less the mean cosine along the last dimension; ``"kl"``,
             the divergence of softmax outputs along it; or a function (student's, teacher's output)
             → scalar. Low precisions are compared in float32.
@@ -101,27 +102,27 @@ def distill(
             must then be one tensor.
         trainable: ``"cp"``, factors and biases of the CP layers; ``"cp+norms"``, the normalisation
             layers too; ``"all"``; or a function (name, parameter) → bool.
-        lr: learning rate; the best one hangs on the scale of the factors, see docs/compression.md.
+        lr: learning rate; the best one depends on the scale of the factors (docs/compression.md).
         optimizer: class or function, called with a list of parameters and ``lr=``.
-        schedule: of the learning rate: ``"constant"``, ``"linear"`` or ``"cosine"`` (to zero), or a
-            function of the part done in [0, 1) → factor.
+        schedule: the factor of the learning rate: ``"constant"``, ``"linear"`` or ``"cosine"`` (to
+            zero), or a function of the part done in [0, 1) → factor.
         warmup: steps over which the learning rate rises linearly first.
         clip: largest norm of the gradient over all trained parameters, None for no limit.
-        train_mode: whether the student is in training mode meanwhile (dropout, batch statistics).
+        train_mode: whether the student is trained in training mode (dropout, batch statistics).
         validation: batches on which the loss is measured, or a function of the student whose
             value is to become small. The best parameters found are kept, the initial ones included.
         validate_every: steps between validations; there is one before the first and after the last.
         patience: validations without improvement after which to stop; None for never.
         checkpoint: a file to write after every ``checkpoint_every`` steps and after the last.
-        checkpoint_every: see there.
-        resume: continue from ``checkpoint`` where that file exists; else an existing one is an
-            error.
+        checkpoint_every: steps between writes of the checkpoint.
+        resume: continue from ``checkpoint`` if that file exists; without ``resume`` an existing
+            file is an error.
         callback: called with a ``Progress`` after each step; what it raises ends the training.
-        seed: of torch's random state during the training; the caller's is left as it was.
+        seed: seed of torch's random state during the training; the caller's state is restored.
 
     Returns:
-        Losses, validations and where the best was. The student has the best parameters where there
-        is a validation, else the last.
+        A ``Recovery`` with the losses, the validations and the step of the best one. The student
+        has its best parameters if there is a validation, else the last.
 
     Raises:
         TypeError: an argument is of the wrong type; batches that can be walked only once.
@@ -143,19 +144,19 @@ def distill(
     run_model = forward or models.output_tensor
     device = models.device_of(student)
     settings = Settings(
-        total_steps(steps, epochs, batches),
-        lr,
-        schedule,
-        warmup,
-        optimizer,
-        clip,
-        validate_every,
-        patience,
-        as_path(checkpoint),
-        checkpoint_every,
-        resume,
-        callback,
-        seed,
+        steps=total_steps(steps, epochs, batches),
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        optimizer=optimizer,
+        clip=clip,
+        validate_every=validate_every,
+        patience=patience,
+        checkpoint=as_path(checkpoint),
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        callback=callback,
+        seed=seed,
     )
 
     def batch_loss(batch: Any) -> Tensor:
@@ -223,7 +224,7 @@ def _validator(
             return math.fsum(values) / len(values)
 
     def evaluate() -> float:
-        """As in use: without dropout, and without a trace in batch statistics."""
+        """Measure in evaluation mode: without dropout, and without a change of batch statistics."""
         with keeping_modes(student):
             student.eval()
             return measure()

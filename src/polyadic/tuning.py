@@ -1,0 +1,247 @@
+"""``polyadic.tune``: time the plans of a model's layers at a call's shapes; use the fastest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyadic.batches import evaluating
+from polyadic.nn.shared import CPSharedInput
+from polyadic.nn.weight import Weighted
+from polyadic.planner import choice, tuned
+from polyadic.planner.choice import Plan
+from polyadic.planner.request import Request
+
+# Rounds in which every plan is timed once; who is this much slower than the best so far drops out.
+ROUNDS, DROPPED_BEYOND = 7, 1.25
+# Seconds that one sample should last at least.
+SAMPLE = 2e-3
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """What was found for one request.
+
+    Attributes:
+        layer: name of the first layer that makes the request.
+        request: the format and the batch in words.
+        before: the plan that was followed.
+        after: the fastest plan, followed from now on.
+        seconds_before: of a call by the former.
+        seconds_after: of a call by the latter.
+    """
+
+    layer: str
+    request: str
+    before: Plan
+    after: Plan
+    seconds_before: float
+    seconds_after: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether another plan is followed from now on."""
+        return self.before != self.after
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What ``tune`` found; ``str()`` of it is the report.
+
+    Attributes:
+        layers: one entry for each request that the model's layers made.
+        training: whether steps with gradients were timed, or forwards alone.
+    """
+
+    layers: tuple[TunedLayer, ...]
+    training: bool
+
+    def __str__(self) -> str:
+        what = "forward and backward" if self.training else "forward"
+        changed = sum(found.changed for found in self.layers)
+        lines = [f"{changed} of {len(self.layers)} plans changed, by time of {what}"]
+        for found in self.layers:
+            lines.append(f"{found.layer}: {found.request}")
+            times = f"{1e6 * found.seconds_before:.1f} µs"
+            if found.changed:
+                gain = found.seconds_before / found.seconds_after
+                lines += [f"  was  {found.before}: {times}"]
+                times = f"{1e6 * found.seconds_after:.1f} µs, {gain:.2f}x as fast"
+            lines.append(f"  now  {found.after}: {times}")
+        return "\n".join(lines)
+
+
+def tune(
+    model: nn.Module, *inputs: Any, training: bool | None = None, store: bool = False, **named: Any
+) -> TuneReport:
+    """Time the plans of every CP layer at the shapes that a call meets, and use the fastest.
+
+    The model is called once on the inputs, in evaluation mode and without gradients, to see what
+    each layer is given. Then each layer runs by every plan that the planner weighs, in turns, and
+    the fastest is what the planner chooses from now on for the same sizes, dtype, device, threads
+    and ``memory``, for all batches up to the next power of two, in this layer and any other. It
+    takes seconds for each kind of layer. Graphs that are already compiled or captured keep theirs.
+    Call it in the autocast context that the model will run in.
+
+    Args:
+        model: a module that holds CP layers, or is one.
+        inputs: what the model is called with.
+        training: time forward and backward; the model's ``training`` by default.
+        store: keep the plans in the user's cache folder too, bound to this processor and torch.
+        named: further arguments of the call.
+
+    Returns:
+        What was measured and changed.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: the call reaches no CP layer that follows a plan.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if training is None:
+        training = model.training
+    calls = _calls(model, inputs, named)
+    found: dict[str, TunedLayer] = {}
+    kept: dict[Any, dict[str, Plan]] = {}
+    for name, layer, args in calls:
+        run = _runner(layer, args, training)
+        with choice.requests_asked() as asked:
+            run()
+        for request in dict.fromkeys(asked):
+            key = tuned.key_of(request)
+            if key in found:
+                continue
+            found[key] = _tuned(name, request, run)
+            kept.setdefault(request.place, {})[key] = found[key].after
+    if not found:
+        raise ValueError(
+            f"the call of {type(model).__name__} reaches no CP layer that follows a plan (frozen "
+            f"layers follow none), so there is nothing to tune"
+        )
+    if store:
+        for place, plans in kept.items():
+            tuned.store(place, plans)
+    return TuneReport(tuple(found.values()), training)
+
+
+def untune(*, stored: bool = True) -> None:
+    """Forget what ``tune`` has found; the planner predicts again.
+
+    Args:
+        stored: remove what was stored for later sessions, too.
+    """
+    tuned.forget(stored)
+    choice.forget()
+
+
+def _calls(model: nn.Module, inputs: Any, named: Any) -> list[tuple[str, nn.Module, Any]]:
+    """Each CP layer with what it is given."""
+    calls: list[tuple[str, nn.Module, Any]] = []
+    handles = []
+    for name, module in model.named_modules():
+        frozen = getattr(module, "frozen", None) is not None
+        if isinstance(module, (Weighted, CPSharedInput)) and not frozen:
+
+            def note(layer: nn.Module, args: Any, name: str = name) -> None:
+                calls.append((name or type(layer).__name__, layer, args))
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        with evaluating(model):
+            model(*inputs, **named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _runner(layer: nn.Module, args: Any, training: bool) -> Callable[[], object]:
+    """A call of a layer on what it was given, with gradients of all that can have one or none."""
+    given = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    if not training:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return layer(*given)
+
+        return forward
+    given = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given
+    ]
+    wanted = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
+    wanted += [p for p in layer.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        grads = [torch.ones_like(y) for y in _outputs(layer(*given))]
+
+    def step() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(_outputs(layer(*given)), wanted, grads)
+
+    return step if wanted else lambda: layer(*given)
+
+
+def _outputs(y: Any) -> tuple[Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)
+
+
+def _tuned(name: str, request: Request, run: Callable[[], object]) -> TunedLayer:
+    """Time the plans of one request and hold the fastest."""
+    before: Plan = choice.choose(request)
+    candidates = list(dict.fromkeys([before, *choice.kind_of(request).candidates(request)]))
+    try:
+        times = _timed(request, candidates, run)
+    except BaseException:
+        _follow(request, None)
+        raise
+    after = min(times, key=times.__getitem__)
+    _follow(request, after)
+    words = choice.kind_of(request).describe(request)
+    return TunedLayer(name, words, before, after, times[before], times[after])
+
+
+def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> dict[Plan, float]:
+    """The least seconds of each plan, timed in turns; slow ones drop out."""
+    waiting = list(plans)
+    best: dict[Plan, float] = {}
+    for turn in range(ROUNDS):
+        for plan in waiting:
+            _follow(request, plan)
+            run()
+            seconds = seconds_of(plan, run, request.device)
+            best[plan] = min(seconds, best.get(plan, seconds))
+        least = min(best.values())
+        # The first round is of cold caches, and drops only what is far off.
+        limit = least * (2 * DROPPED_BEYOND if turn == 0 else DROPPED_BEYOND)
+        waiting = [plan for plan in waiting if plan is plans[0] or best[plan] <= limit]
+        if len(waiting) == 1:
+            break
+    return best
+
+
+def _follow(request: Request, plan: Plan | None) -> None:
+    tuned.hold(request, plan)
+    choice.forget()
+
+
+def seconds_of(plan: Plan, run: Callable[[], object], device: str) -> float:
+    """Seconds of a call, of several calls in a row where one is short."""
+
+    def timed(calls: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once = timed(1)
+    calls = min(100, round(SAMPLE / max(once, 1e-9)))
+    return once if calls <= 1 else timed(calls) / calls

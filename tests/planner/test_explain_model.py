@@ -1,0 +1,100 @@
+"""``explain`` of a model: a row for each call, dense beside it, the verdict first."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import polyadic
+from polyadic import ModelExplanation, explain
+from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
+
+X = torch.randn(8, 64, 12, 12)
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(
+        CPConv2d(64, 64, 3, padding=1, rank=32),
+        nn.BatchNorm2d(64),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        CPLinear(1024, 1024, rank=64),
+        CPLinear(1024, 10, rank=4),
+    )
+
+
+def test_a_row_is_what_explain_says_of_the_layer() -> None:
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = explain(net, X)
+    assert isinstance(found, ModelExplanation)
+    assert [row.name for row in found.layers] == ["0", "4", "5"]
+    alone = [
+        explain(net[0], batch=8, size=12), explain(net[4], batch=8), explain(net[5], batch=8)
+    ]  # fmt: skip
+    assert [str(row.found) for row in found.layers] == [str(each) for each in alone]
+    assert found.seconds == sum(each.chosen.seconds for each in alone)
+    assert found.dense_seconds == sum(each.dense.seconds for each in alone)
+    assert [row.parameters for row in found.layers] == [
+        sum(p.numel() for p in net[i].cp.parameters()) for i in (0, 4, 5)
+    ]
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_the_verdict_is_the_first_line_and_slower_layers_are_named() -> None:
+    found = explain(model(), X)
+    lines = str(found).splitlines()
+    assert lines[0] == found.verdict
+    assert "times as fast as dense" in lines[0]
+    assert found.slower == ("5",)
+    assert any(line.startswith("dense is faster for 5") for line in lines)
+    assert any(line.startswith("sum") for line in lines)
+    slow = explain(nn.Sequential(CPLinear(16, 10, rank=2)), torch.randn(4, 16))
+    assert "times as slow as dense" in slow.verdict
+    assert json.loads(json.dumps(found.to_dict()))["slower"] == ["5"]
+
+
+def test_inference_is_of_the_forward_alone() -> None:
+    found = explain(model(), X, training=False)
+    assert all(not row.found.chosen.backward for row in found.layers if row.found)
+    assert "forward (" in found.verdict
+
+
+def test_repeated_tied_joint_and_frozen_layers() -> None:
+    layer = CPLinear(256, 256, rank=8)
+    found = explain(nn.Sequential(layer, layer), torch.randn(64, 256))
+    weights = sum(p.numel() for p in layer.cp.parameters())
+    assert [(r.parameters, r.dense_parameters) for r in found.layers] == [
+        (weights, 256 * 256), (0, 0)
+    ]  # fmt: skip
+    table = CPEmbedding(3000, 64, rank=8)
+    found = explain(nn.Sequential(table, table.as_linear()), torch.randint(3000, (4, 9)))
+    assert [row.parameters > 0 for row in found.layers] == [True, False]
+    assert next(row.found.title.split()[0] for row in found.layers if row.found) == "embedding"
+    joint = CPLinear.joint(2, 256, 256, rank=8)
+    found = explain(nn.Sequential(*joint), torch.randn(64, 256))
+    assert [row.dense_parameters for row in found.layers] == [256 * 256] * 2
+    assert found.layers[1].parameters == 0
+    frozen = polyadic.freeze(nn.Sequential(CPLinear(512, 512, rank=8)), batch=64)
+    found = explain(frozen, torch.randn(64, 512))
+    assert "frozen" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: explain(nn.Linear(3, 3), torch.ones(1, 3)), ValueError, "Linear has none"),
+        (lambda: explain(model(), X, batch=8), ValueError, "takes the batch from them"),
+        (lambda: explain("a", X), ValueError, "inputs are those of a model"),
+        (lambda: explain(model()), TypeError, "expects batch="),
+    ],
+)
+def test_mistakes_are_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
