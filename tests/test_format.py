@@ -74,7 +74,9 @@ def test_parameter_counts_of_the_notebooks() -> None:
     assert (NOTEBOOK_CONV.parameters, NOTEBOOK_CONV.dense_parameters) == (2600, 4608)
 
 
-@over(lambda case: len(case.leaves().factors) == len(case.modes) and hasattr(case.cls, "format"))
+@over(
+    lambda case: len(case.leaves().factors) == len(case.modes) and case.kind.from_dense is not None
+)
 def test_parameter_counts(case: Case) -> None:
     """The format's count is what the tensor owns, and the dense one what its matrix has."""
     unit = case.build().format

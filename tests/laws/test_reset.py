@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from cases import FEW, few_cases, params
 from cases.protocol import Case
+from polyadic.nn import CPTiedLinear
 
 
 def reset(layer: Any) -> None:
     """Reset a layer; a head has its bias alone, the table is reset where it is owned."""
     layer.reset_parameters()
-    if not hasattr(layer, "format") and hasattr(layer, "in_features"):
+    if isinstance(layer, CPTiedLinear):
         layer.cp.reset_parameters()
 
 
