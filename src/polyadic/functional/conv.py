@@ -204,7 +204,7 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
 
 
 def padded_size(size: Shape, where: Geometry, mode: str) -> tuple[Shape, Geometry]:
-    """The same of a spatial size alone."""
+    """Return the spatial size, and the geometry, of what ``padded`` would return."""
     wider, rest = padded(torch.empty(1, 1, *size, device="meta"), where, mode)
     return tuple(wider.shape[2:]), rest
 

@@ -83,7 +83,7 @@ class FusedConv:
         return khatri_rao_pair(sides, self.ins[0].dtype)
 
     def _each(self, kc: Tensor) -> Tensor:
-        """KC as (g, n/g, r') where there are groups: each has rows of its own."""
+        """Return KC, with groups as (g, n/g, r'): each group has rows that no other has."""
         return kc if self.groups == 1 else kc.view(self.groups, -1, kc.shape[1])
 
     def keeps(self, kept: Sequence[Tensor]) -> bool:

@@ -100,8 +100,18 @@ class ModelExplanation:
         }
 
     def __str__(self) -> str:
-        head = ["layer", "rank", "time", "dense", "FLOPs", "dense", "kept, B", "dense",
-                "weights", "dense"]  # fmt: skip
+        head = [
+            "layer",
+            "rank",
+            "time",
+            "dense",
+            "FLOPs",
+            "dense",
+            "kept, B",
+            "dense",
+            "weights",
+            "dense",
+        ]
         rows = [head, *(_cells(row) for row in self.layers), self._sum()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [self.verdict, ""]
@@ -109,8 +119,11 @@ class ModelExplanation:
             cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
             lines.append("  ".join(cells).rstrip())
         if self.slower:
-            lines += ["", f"dense is faster for {', '.join(self.slower)}: keep them dense, or give "
-                      f"them a lower rank (polyadic.rank_for)"]  # fmt: skip
+            lines += [
+                "",
+                f"dense is faster for {', '.join(self.slower)}: keep them dense, or give "
+                f"them a lower rank (polyadic.rank_for)",
+            ]
         lines += ["", "Layers other than CP layers are not counted."]
         return "\n".join(lines)
 

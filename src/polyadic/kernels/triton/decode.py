@@ -172,7 +172,7 @@ def form_of(
     """What both kernels are started with."""
     size, width = map(math.prod, modes)
     right = right_of(modes[0]), right_of(modes[1])
-    # The same tiles take more registers of float32, of more rows, or read entry by entry.
+    # A tile takes more registers in float32, with more rows, or if it is read entry by entry.
     aligned = rank * dtype.itemsize % ALIGNMENT_BYTES == 0
     wide = rows <= 8 and aligned
     block = BLOCK if dtype != torch.float32 and aligned else BLOCK // 2
