@@ -37,7 +37,7 @@ _LEADING = tuple(tuple(range(d)) for d in range(64))
 
 
 def best_cut(sizes: Sequence[int]) -> int:
-    """Where to halve modes for a dimension tree: both Khatri-Rao products together smallest."""
+    """Return where to halve modes so that the Khatri-Rao products of both halves are smallest."""
     if len(sizes) == 2:
         return 1
     return min(range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:]))
@@ -55,16 +55,16 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
         factors: D tensors (m_d, R); the last mode varies fastest.
         dtype: dtype of the result, the factors' own by default.
     """
-    product, *rest = _at_least_fp32(factors)
+    product, *rest = widened(factors)
     for factor in rest:
         product = product.unsqueeze(-2) * factor
     if rest:
         product = product.flatten(0, -2)
-    return _rounded(product, dtype or factors[0].dtype)
+    return cast(product, dtype or factors[0].dtype)
 
 
 def _prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
-    """What K grows from: the products of the first d factors, d < D, each (m_1, …, m_d, 1, R)."""
+    """Return the products of the first d factors for each d < D, as (m_1, …, m_d, 1, R)."""
     if len(factors) == 1:
         return []
     prefixes = [factors[0].unsqueeze(-2)]
@@ -74,12 +74,12 @@ def _prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _product(factors: Sequence[Tensor], prefixes: Sequence[Tensor]) -> Tensor:
-    """K (Π m_d, R) from the factors and their prefixes."""
+    """Return K (Π m_d, R), the last prefix times the last factor."""
     return (prefixes[-1] * factors[-1]).flatten(0, -2) if prefixes else factors[-1]
 
 
-def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same tensors, half precisions cast to fp32."""
+def widened(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Cast tensors of half precision to float32; return others as they are."""
     if tensors[0].dtype not in _HALVES:
         return tensors
     return [tensor.to(torch.float32) for tensor in tensors]
@@ -88,18 +88,19 @@ def _at_least_fp32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def _grouped(
     factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Sequence[Tensor]], list[list[Tensor]]]:
-    """One Khatri-Rao matrix (g, R) per group, left to right; its factors and their prefixes.
+    """Return the Khatri-Rao matrix (g, R) of each group, its factors, and their prefixes.
 
-    The last one enters a GEMM in ``dtype``. The others enter products that are rounded once, in
-    the end, so that more groups do not mean more roundings: they stay in fp32 at least.
+    The last matrix enters a GEMM and is in ``dtype``. The others stay in at least float32: the
+    products that they enter are rounded once, at the end, so that more groups do not mean more
+    roundings.
     """
     matrices, pieces, grown, start = [], [], [], 0
-    every, wide = _at_least_fp32(factors), accumulate_dtype(dtype)
+    every, wide = widened(factors), accumulate_dtype(dtype)
     for length in groups:
         stop = start + length
         piece = every[start:stop]
         prefixes = _prefixes(piece)
-        matrices.append(_rounded(_product(piece, prefixes), wide if stop < len(factors) else dtype))
+        matrices.append(cast(_product(piece, prefixes), wide if stop < len(factors) else dtype))
         pieces.append(piece)
         grown.append(prefixes)
         start = stop
@@ -115,7 +116,7 @@ def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
 
 
 def _split_last(x: Tensor, last: Tensor) -> Tensor:
-    """(B, M) → (B·L, g), the modes of the last group apart from those before it."""
+    """Reshape (B, M) to (B·L, g), so that the modes of the last group are the columns."""
     rows, size = x.shape
     width = last.shape[0]
     return x.reshape(rows * (size // width), width)
@@ -131,18 +132,18 @@ def _sum_left(x: Tensor, last: Tensor, rows: int, left: Sequence[Tensor]) -> lis
     partials = [matmul_nn(x, last).view(rows, *sizes, last.shape[1])]
     for matrix in reversed(left):
         partials.insert(0, (partials[0] * matrix).sum(-2))
-    partials[0] = _rounded(partials[0], x.dtype)
+    partials[0] = cast(partials[0], x.dtype)
     return partials
 
 
-def _weighted(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise product in the accumulation dtype, for a sum that follows."""
+def product_for_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply elementwise in the dtype in which the sum that follows is taken."""
     wide = accumulate_dtype(a.dtype)
-    return _rounded(a, wide) * _rounded(b, wide)
+    return cast(a, wide) * cast(b, wide)
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype; Tensor.to costs a microsecond even where nothing is to do."""
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor if needed; Tensor.to takes a microsecond even if there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -154,7 +155,7 @@ def _spread(z: Tensor, left: Sequence[Tensor]) -> list[Tensor]:
     spread = [z]
     for matrix in left:
         spread.append(spread[-1].unsqueeze(-2) * matrix)
-    spread[-1] = _rounded(spread[-1], z.dtype)
+    spread[-1] = cast(spread[-1], z.dtype)
     return spread
 
 
@@ -179,12 +180,21 @@ def partials(
     wrt_z: bool = False,
     wrt_factors: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
-    """Partial derivatives of T(X, Z, A) that are asked for, sharing their intermediates.
+    """Return the partial derivatives of T(X, Z, A) that are asked for; they share intermediates.
 
-    With groups g_1 … g_k, Q_j = Z ∘ K_1 ∘ … ∘ K_j (spread from the left) and P_j = X contracted
-    with K_k … K_{j+1} (summed from the right):
+    The modes come in groups g_1 … g_k with Khatri-Rao matrices K_1 … K_k, so that T is a product of
+    X, Z and one matrix for each group, summed over all indices. Leaving one of them out of the sum
+    gives the derivative with respect to it. What is left is a part to the left of it and a part to
+    the right of it, and these parts grow step by step:
 
-        ∂T/∂X = Q_{k-1} K_kᵀ        ∂T/∂Z = P_0        ∂T/∂K_j = Σ_{b,l<j} P_j ∘ Q_{j-1}
+        Q_j = Z ∘ K_1 ∘ … ∘ K_j     spreads Z over the groups, from the left:   (B, g_1, …, g_j, R)
+        P_j = X K_k … K_{j+1}       sums X over the groups, from the right:     (B, g_1, …, g_j, R)
+
+        ∂T/∂X = Q_{k-1} K_kᵀ        ∂T/∂Z = P_0        ∂T/∂K_j = Σ_{b, groups < j} P_j ∘ Q_{j-1}
+
+    For the last group P_k = X, and the sum is the GEMM Xᵀ Q_{k-1}. Each ∂T/∂K_j becomes the
+    gradients of that group's factors by an MTTKRP (``_mttkrp``). With one group Q_0 = Z, and all of
+    it is three GEMMs with K.
 
     Args:
         x: (B, M).
@@ -197,40 +207,43 @@ def partials(
     """
     own = factors[0].dtype
     if len(groups) == 1:
-        wide = _at_least_fp32(factors)
+        wide = widened(factors)
         prefixes = _prefixes(wide)
-        # Gradients first: dK is as large as K, and need not live beside it.
+        # ∂T/∂K and its factors come first, because dK is as large as K: so both are never in
+        # memory.
         grads = _mttkrp(matmul_tn_unrounded(x, z), wide, prefixes, own) if wrt_factors else None
         if not (wrt_x or wrt_z):
             return None, None, grads
-        matrix = _rounded(_product(wide, prefixes), x.dtype)
-        d_x = matmul_nt(z, matrix) if wrt_x else None
-        return d_x, matmul_nn(x, matrix) if wrt_z else None, grads
+        matrix = cast(_product(wide, prefixes), x.dtype)
+        d_x = matmul_nt(z, matrix) if wrt_x else None  # ∂T/∂X = Z Kᵀ
+        return d_x, matmul_nn(x, matrix) if wrt_z else None, grads  # ∂T/∂Z = X K
     (*left, last), pieces, grown = _grouped(factors, groups, x.dtype)
-    spread = _spread(z, left)
+    spread = _spread(z, left)  # Q_0 … Q_{k-1}
     every = spread[-1].reshape(-1, last.shape[1])
-    d_x = matmul_nt(every, last).view(x.shape) if wrt_x else None
+    d_x = matmul_nt(every, last).view(x.shape) if wrt_x else None  # ∂T/∂X = Q_{k-1} K_kᵀ
     if not (wrt_z or wrt_factors):
         return d_x, None, None
     split = _split_last(x, last)
-    summed = _sum_left(split, last, x.shape[0], left)
-    d_z = summed[0] if wrt_z else None
+    summed = _sum_left(split, last, x.shape[0], left)  # P_0 … P_{k-1}
+    d_z = summed[0] if wrt_z else None  # ∂T/∂Z = P_0
     if not wrt_factors:
         return d_x, d_z, None
     grads = []
     for j in range(len(left)):
-        d_matrix = _weighted(summed[j + 1], spread[j].unsqueeze(-2)).sum(_LEADING[j + 1])
+        # ∂T/∂K of group j + 1 = Σ P_{j+1} ∘ Q_j
+        d_matrix = product_for_sum(summed[j + 1], spread[j].unsqueeze(-2)).sum(_LEADING[j + 1])
         grads += _mttkrp(d_matrix, pieces[j], grown[j], own)
+    # ∂T/∂K_k = Xᵀ Q_{k-1}
     return d_x, d_z, grads + _mttkrp(matmul_tn_unrounded(split, every), pieces[-1], grown[-1], own)
 
 
 def product_gradients(x: Tensor, z: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the factors of K from dK = Xᵀ Z, x (B, M), z (B, R), in the factors' dtype."""
+    """Return the gradients of K's factors from dK = Xᵀ Z, of x (B, M), z (B, R)."""
     return khatri_rao_backward(matmul_tn_unrounded(x, z), factors)
 
 
 def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the factors of K from that of K (MTTKRP of ``d_matrix`` with all others).
+    """Return the gradients of the factors of K from that of K: each is an MTTKRP.
 
     Args:
         d_matrix: (Π m_d, R).
@@ -239,25 +252,34 @@ def khatri_rao_backward(d_matrix: Tensor, factors: Sequence[Tensor]) -> list[Ten
     Returns:
         D tensors (m_d, R), in the factors' dtype.
     """
-    wide = _at_least_fp32(factors)
+    wide = widened(factors)
     return _mttkrp(d_matrix, wide, _prefixes(wide), factors[0].dtype)
 
 
 def _mttkrp(
     d_matrix: Tensor, factors: Sequence[Tensor], prefixes: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Gradients of the factors, the last mode first, with the prefixes that K was built from.
+    """Return the gradients of the factors from dK, with the prefixes that K was built from.
 
-    dA_d = Σ_{i<d} D_d ∘ (A_1 ⊙ … ⊙ A_{d-1}),    D_{d-1} = Σ_{i_d} D_d ∘ A_d,    D_D = dK
+    K[i] = Π_d A_d[i_d], so dA_d sums dK over all modes but d, times the factors of those modes. We
+    take the modes from the last to the first. D_d is dK with the modes behind d summed away and
+    their factors multiplied in; what is left for dA_d are the modes in front of d, whose product is
+    a prefix that is there already:
+
+        D_D = dK
+        dA_d = Σ_{i_1 … i_{d-1}} D_d ∘ (A_1 ⊙ … ⊙ A_{d-1})
+        D_{d-1} = Σ_{i_d} D_d ∘ A_d
+
+    The largest tensor is read twice, and each further one is smaller by a mode.
     """
     d = d_matrix if d_matrix.dtype == factors[0].dtype else d_matrix.to(factors[0].dtype)
     mode, grads = len(prefixes), []
     if mode:
         d = d.view(*prefixes[-1].shape[:-2], -1, d.shape[1])
     while mode:
-        grads.append((d * prefixes[mode - 1]).sum(_LEADING[mode]))
-        d = (d * factors[mode]).sum(-2)
+        grads.append((d * prefixes[mode - 1]).sum(_LEADING[mode]))  # dA_d
+        d = (d * factors[mode]).sum(-2)  # D_{d-1}
         mode -= 1
-    grads.append(d)
+    grads.append(d)  # dA_1 = D_1
     grads.reverse()
     return grads if dtype == d.dtype else [grad.to(dtype) for grad in grads]
