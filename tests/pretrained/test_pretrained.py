@@ -197,7 +197,7 @@ def test_every_argument_of_every_layer_is_saved(name: str) -> None:
 def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:
     def made() -> Any:
         layers = [polyadic.nn.CPLinear(8, n, rank=2) for n in (6, 4)]
-        return nn.Sequential(polyadic.nn.CPSharedInput(*layers))
+        return nn.Sequential(polyadic.nn.CPSharedInput(layers))
 
     torch.manual_seed(0)
     model, skeleton = made(), made()
