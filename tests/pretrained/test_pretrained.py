@@ -202,7 +202,7 @@ def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, skeleton = made(), made()
     polyadic.save_pretrained(model, tmp_path)
-    polyadic.from_pretrained(skeleton, tmp_path)
+    polyadic.from_pretrained(tmp_path, skeleton)
     x = torch.randn(3, 8)
     for ours, theirs in zip(skeleton(x), model(x), strict=True):
         assert torch.equal(ours, theirs)
