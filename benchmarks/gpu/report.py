@@ -165,15 +165,15 @@ def _steps(run: Run, group: str) -> str:
 
 
 def _forwards(run: Run) -> str:
-    return _forwardmarkdown_rows(run, _cells(run, "linear"), WHO)
+    return _forward_and_step_rows(run, _cells(run, "linear"), WHO)
 
 
 def _decode(run: Run) -> str:
     who = {OURS: "polyadic", "polyadic, frozen": "frozen", **WHO}
-    return _forwardmarkdown_rows(run, _cells(run, "decode"), who)
+    return _forward_and_step_rows(run, _cells(run, "decode"), who)
 
 
-def _forwardmarkdown_rows(run: Run, cells: Sequence[Record], who: dict[str, str]) -> str:
+def _forward_and_step_rows(run: Run, cells: Sequence[Record], who: dict[str, str]) -> str:
     rows = [["cell, µs", *(f"{name}, graph" for name in who.values()), "dense over ours",
              "ours, eager", "dense, eager"]]  # fmt: skip
     for cell in cells:

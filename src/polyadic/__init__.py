@@ -1,7 +1,6 @@
 """CP-factorized layers for PyTorch: forward and backward in closed form on the factors."""
 
 from polyadic import finetune, functional, init, nn, reference
-from polyadic.calibration import calibrate
 from polyadic.compression import Report, compress
 from polyadic.fitting import (
     DecomposeInterrupted,
@@ -11,6 +10,8 @@ from polyadic.fitting import (
 )
 from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
 from polyadic.interop.tltorch import accelerate_tltorch
+from polyadic.measure.calibration import calibrate
+from polyadic.measure.tuning import TunedLayer, TuneReport, tune, untune
 from polyadic.nn.freezing import freeze, unfreeze
 from polyadic.planner.explanation import explain
 from polyadic.planner.model import ModelExplanation
@@ -20,7 +21,6 @@ from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
-from polyadic.tuning import TunedLayer, TuneReport, tune, untune
 
 __version__ = "0.1.0"
 

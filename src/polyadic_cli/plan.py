@@ -43,7 +43,7 @@ def plan(
     """Show how a layer will be computed: steps, costs, dense beside it, what was rejected."""
     import torch
 
-    from polyadic.calibration import calibrate as measure
+    from polyadic.measure.calibration import calibrate as measure
     from polyadic.nn import CPConv2d, CPLinear
     from polyadic.planner.explanation import explain
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import polyadic
-from polyadic import calibration
+from polyadic.measure import calibration
 from polyadic.planner import calibrated, choice
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.machine import built_in

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import polyadic
-from polyadic import LinearPlan, LinearRoute, tuning
+from polyadic import LinearPlan, LinearRoute
+from polyadic.measure import tuning
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear, CPSharedInput
 from polyadic.planner import choice, tuned
 from polyadic.planner.request import place_now

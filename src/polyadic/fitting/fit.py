@@ -131,15 +131,20 @@ def decompose(
         return fit.result(*ended)
 
 
+# Squares and sums of entries between 2^-20 and 2^20 are far from the ends of float32.
+ORDINARY_EXPONENT = 20
+
+
 def _power_of_two(weight: Tensor, order: int) -> int:
     """Return p such that the entries of W / 2^(p·order) are near 1.
 
     Fits square the entries, which must neither overflow nor vanish. As a factor times 2^p is
     exact, the scaling rounds nothing: a weight times 2^order has the fit of the weight, with every
-    factor doubled.
+    factor doubled. Weights of ordinary size are left as they are, which spares a copy of them.
     """
     largest = float(weight.detach().abs().max())
-    return round(math.log2(largest) / order) if largest > 0 else 0
+    exponent = math.log2(largest) if largest > 0 else 0.0
+    return 0 if abs(exponent) <= ORDINARY_EXPONENT else round(exponent / order)
 
 
 def _scaled(weight: Tensor, power: int, groups: Sequence[Shape]) -> Tensor:

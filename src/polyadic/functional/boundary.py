@@ -51,7 +51,7 @@ class MultilinearMap(Protocol):
 
     @property
     def plan(self) -> object:
-        """What it obeys; printed in a profiler's label."""
+        """The plan that the map obeys; a profiler's label names it."""
 
     @property
     def output_channels_last(self) -> bool:
@@ -285,7 +285,7 @@ def _eager(
 
 
 class _ClosedForm(Function):
-    """Closed-form backward around a map's forward; reverse mode and vmap, for those below."""
+    """A map's forward with its closed-form backward; it supports reverse mode and vmap."""
 
     generate_vmap_rule = True
 
@@ -348,9 +348,12 @@ def _differentiated(inputs: Sequence[Tensor]) -> bool:
 
 
 class _Compiled(_ClosedForm):
-    """``_ClosedForm`` with the output's channels last where they are innermost in memory.
+    """``_ClosedForm`` for compiled code, which hands out maps with channels as the last dimension.
 
-    Dynamo makes gradients contiguous, which is then no pass over them.
+    Dynamo makes the gradient of every output contiguous. A convolution in channels_last has its
+    channels innermost in memory, so making the gradient of (b, n, *s) contiguous would copy it to
+    channels_first, and the backward would copy it back. With (b, *s, n) as output the gradient is
+    contiguous already. ``_traced`` moves the channels of the output back to their place.
     """
 
     @staticmethod

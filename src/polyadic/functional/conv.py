@@ -204,7 +204,7 @@ def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
 
 
 def padded_size(size: Shape, where: Geometry, mode: str) -> tuple[Shape, Geometry]:
-    """The same of a spatial size alone."""
+    """Return the spatial size, and the geometry, of what ``padded`` would return."""
     wider, rest = padded(torch.empty(1, 1, *size, device="meta"), where, mode)
     return tuple(wider.shape[2:]), rest
 
@@ -257,9 +257,21 @@ def cp_conv(
         ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
     """
     return call(
-        _settle, x, (out_factors, in_factors, kernel_factors), bias, weights,
-        False, stride, padding, None, dilation, groups, padding_mode, plan, memory,
-    )  # fmt: skip
+        _settle,
+        x,
+        (out_factors, in_factors, kernel_factors),
+        bias,
+        weights,
+        False,
+        stride,
+        padding,
+        None,
+        dilation,
+        groups,
+        padding_mode,
+        plan,
+        memory,
+    )
 
 
 def cp_conv_transpose(
@@ -310,9 +322,21 @@ def cp_conv_transpose(
         ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
     """
     return call(
-        _settle, x, (out_factors, in_factors, kernel_factors), bias, weights,
-        True, stride, padding, output_padding, dilation, groups, "zeros", plan, memory,
-    )  # fmt: skip
+        _settle,
+        x,
+        (out_factors, in_factors, kernel_factors),
+        bias,
+        weights,
+        True,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        "zeros",
+        plan,
+        memory,
+    )
 
 
 def cp_conv_forward(
@@ -350,9 +374,18 @@ def cp_conv_forward(
         ValueError: see ``cp_conv``.
     """
     found = _checked(
-        x, (out_factors, in_factors, kernel_factors), weights, False, False,
-        (stride, padding, dilation), groups, "zeros", plan, "balanced", rebuild=False,
-    )  # fmt: skip
+        x,
+        (out_factors, in_factors, kernel_factors),
+        weights,
+        False,
+        False,
+        (stride, padding, dilation),
+        groups,
+        "zeros",
+        plan,
+        "balanced",
+        rebuild=False,
+    )
     y, kept = explicit_forward(found.call(x), x, found.groups, weights)
     fmt, geometry = found.fmt, found.geometry
     return y, ConvSaved(x, kept, *found.groups, weights, geometry, found.plan, fmt.groups)

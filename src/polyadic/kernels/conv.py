@@ -50,9 +50,9 @@ def _unstrided(grad: Tensor, like: Tensor, skip: Ints) -> Tensor:
 def _taps(
     stage: Stage, kernel_factors: Sequence[Tensor], dtype: torch.dtype, groups: int
 ) -> Tensor:
-    """Depthwise kernels (g·r, 1, *k) of one stage, the same for every group."""
+    """Return the depthwise kernels (g·r, 1, *k) of one stage; every group has the same ones."""
     columns = khatri_rao([kernel_factors[i] for i in stage.factor_positions], dtype)
-    # Contiguous, or each convolution with them would copy them for itself.
+    # They are made contiguous here, or each convolution would copy them.
     kernels = columns.t().contiguous().view(-1, 1, *stage.kernel_size)
     return kernels if groups == 1 else kernels.repeat(groups, *[1] * (kernels.dim() - 1))
 
@@ -95,7 +95,10 @@ class ConvMap:
     def _matrices(
         self, in_factors: Sequence[Tensor], out_factors: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """KA (c, r) and KC (n, r), the side that groups do not share as (g, c/g, r) or likewise."""
+        """Return KA (c, r) and KC (n, r).
+
+        The side that groups do not share is (g, c/g, r) or (g, n/g, r).
+        """
         ka, kc = khatri_rao(in_factors, dtype), khatri_rao(out_factors, dtype)
         if self.groups > 1 and self.geometry.transposed:
             ka = ka.view(self.groups, -1, ka.shape[1])
@@ -112,41 +115,41 @@ class ConvMap:
         """Return y (b, n, *s') and what the plan keeps for the backward beside x and factors."""
         out_factors, in_factors, kernel_factors = self._split(factors)
         route = self.plan.forward
-        plan = self._stages(route.depthwise, factors)
+        split = self._stages(route.depthwise, factors)
         x = x.unsqueeze(2) if self._lifted else x
         maps: list[Tensor] = []
-        if is_fused(route, plan, x, factors):
-            fused = self._fused(plan, out_factors, in_factors, kernel_factors)
-            y, kept = fused.forward(_strided(x, plan.skip), bias, self.plan.keep)
+        if is_fused(route, split, x, factors):
+            fused = self._fused(split, out_factors, in_factors, kernel_factors)
+            y, kept = fused.forward(_strided(x, split.skip), bias, self.plan.keep)
             return (y.squeeze(2) if self._lifted else y), kept
         if route.kind == "dense":
             kernel = in_layout(self._dense(factors, x.dtype), route.layout)
-            y = plan.dense.forward(in_layout(x, route.layout), kernel, bias, self.groups)
+            y = split.dense.forward(in_layout(x, route.layout), kernel, bias, self.groups)
         else:
-            if not plan.depthwise:
+            if not split.depthwise:
                 in_factors = [*kernel_factors, *in_factors]
             ka, kc = self._matrices(in_factors, out_factors, x.dtype)
-            z = project(_strided(x, plan.skip), ka, route.layout, self.groups)
-            # A map that is not kept is dropped before the next but one is made.
+            z = project(_strided(x, split.skip), ka, route.layout, self.groups)
+            # A map that is not kept is freed as soon as the next one has been made from it.
             maps = [z] if self.plan.keep else []
-            for stage in plan.depthwise:
+            for stage in split.depthwise:
                 taps = _taps(stage, kernel_factors, x.dtype, self.groups)
                 z = stage.forward(z, taps, None, taps.shape[0])
-            if self.plan.keep == 2 and plan.depthwise:
+            if self.plan.keep == 2 and split.depthwise:
                 maps.append(z)
             y = project(z, kc.mT, route.layout, self.groups, bias)
         return (y.squeeze(2) if self._lifted else y), tuple(maps)
 
     def _fused(
         self,
-        plan: Stages,
+        split: Stages,
         out_factors: Sequence[Tensor],
         in_factors: Sequence[Tensor],
         kernel_factors: Sequence[Tensor],
     ) -> FusedConv:
-        if not plan.depthwise:
+        if not split.depthwise:
             return FusedConv([*kernel_factors, *in_factors], out_factors, (), None, self.groups)
-        (stage,) = plan.depthwise
+        (stage,) = split.depthwise
         return FusedConv(in_factors, out_factors, kernel_factors, stage, self.groups)
 
     def _dense(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -221,40 +224,59 @@ class ConvMap:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradients of x and of the factors without building a dense kernel.
+
+        The forward is a chain of maps, each linear in its input and in its own factors:
+
+            X  --KA-->  Z1  --taps of stage 1-->  …  --taps of the last stage-->  Z2  --KC-->  Y
+
+        The backward goes through the chain in reverse. At each link it needs the link's input,
+        which was kept or is made again, and the gradient of the link's output:
+
+            dKC = Σ dY · Z2         dZ2 = dY ×_c KCᵀ        the out-projection
+            dtaps = Σ dZ' · Z       dZ = adjoint of taps    each stage, Z before and Z' behind it
+            dKA = Σ X · dZ1         dX = dZ1 ×_c KAᵀ        the in-projection
+
+        (Σ sums over the batch and all positions.) The gradient of each Khatri-Rao matrix, KC, taps
+        and KA, then becomes the gradients of its factors by an MTTKRP. A 1×1 kernel has no stages,
+        and its factors join those of KA. Each input of a stage is dropped as soon as it has been
+        used, so that the next gradient takes its memory.
+        """
         out_factors, in_factors, kernel_factors = self._split(factors)
         layout = self.plan.backward.layout
-        plan = self._stages(self.plan.backward.depthwise, factors)
+        split = self._stages(self.plan.backward.depthwise, factors)
         wrt_x, wrt_out = needs[0], any(needs[1 : 1 + self.n_out])
         wrt_rest = any(needs[1 + self.n_out :])
-        if (wrt_x or wrt_rest) and is_fused(self.plan.backward, plan, x, (grad_y, *factors)):
+        if (wrt_x or wrt_rest) and is_fused(self.plan.backward, split, x, (grad_y, *factors)):
             wrt = wrt_x, wrt_out, wrt_rest
-            return self._backward_fused(grad_y, x, kept, factors, plan, wrt)
-        if not plan.depthwise:
+            return self._backward_fused(grad_y, x, kept, factors, split, wrt)
+        if not split.depthwise:
             in_factors = [*kernel_factors, *in_factors]
         if kept and kept[0].shape[1] != self.groups * in_factors[0].shape[1]:
-            # Padded by the fused kernels, which computed the forward alone.
+            # The forward was fused and has kept padded maps; this way of computing cannot use them.
             kept = ()
         ka, kc = self._matrices(in_factors, out_factors, x.dtype)
-        taps = [_taps(stage, kernel_factors, x.dtype, self.groups) for stage in plan.depthwise]
-        taken = _strided(x, plan.skip)
+        taps = [_taps(stage, kernel_factors, x.dtype, self.groups) for stage in split.depthwise]
+        taken = _strided(x, split.skip)
 
-        maps = self._inputs_of_stages(taken, kept, ka, taps, plan, wrt_out, wrt_rest)
+        maps = self._inputs_of_stages(taken, kept, ka, taps, split, wrt_out, wrt_rest)
         d_out: list[Tensor] | None = None
         if wrt_out:
             z = kept[1] if len(kept) == 2 else maps[-1]
-            d_out = khatri_rao_backward(self._outer(grad_y, z, kc), out_factors)
+            d_out = khatri_rao_backward(self._outer(grad_y, z, kc), out_factors)  # from dKC
             del z
-        # A map is dropped where it has been used: the next one takes its memory.
+        # Z2 has been used and is dropped.
         del maps[len(taps) :]
         none_rest: list[Tensor | None] = [None] * (len(factors) - self.n_out)
         d_first: list[Tensor | None] = [*d_out] if d_out else [None] * self.n_out
         if not (wrt_x or wrt_rest):
             return None, [*d_first, *none_rest]
 
-        d_z = project(grad_y, kc, layout, self.groups)
+        d_z = project(grad_y, kc, layout, self.groups)  # dZ2
         d_kernel: list[Tensor | None] = [None] * len(kernel_factors)
-        for stage in reversed(plan.depthwise):
+        for stage in reversed(split.depthwise):
             weight = taps.pop()
+            # dZ and dtaps of this stage
             d_map, d_taps = stage.backward(
                 d_z, maps.pop(), weight, weight.shape[0], (True, wrt_rest)
             )
@@ -262,27 +284,27 @@ class ConvMap:
             d_z = d_map
             del d_map
             if d_taps is not None:
-                held = [kernel_factors[i] for i in stage.factor_positions]
+                own = [kernel_factors[i] for i in stage.factor_positions]
                 channels = d_taps.shape[0]
                 if self.groups == 1:
                     d_columns = d_taps.reshape(channels, -1)
                 else:
-                    # They share the taps: their gradients add up.
+                    # All groups share the taps, so the gradients of all groups add up.
                     d_columns = d_taps.reshape(self.groups, channels // self.groups, -1).sum(0)
-                pieces = khatri_rao_backward(d_columns.t(), held)
+                pieces = khatri_rao_backward(d_columns.t(), own)
                 for i, piece in zip(stage.factor_positions, pieces, strict=True):
                     d_kernel[i] = piece
         d_in: list[Tensor | None] = none_rest
         if wrt_rest:
-            d_in = [*khatri_rao_backward(self._outer(taken, d_z, ka), in_factors)]
-            if plan.depthwise:
+            d_in = [*khatri_rao_backward(self._outer(taken, d_z, ka), in_factors)]  # from dKA
+            if split.depthwise:
                 d_in = [*d_in, *d_kernel]
             else:
                 d_in = [*d_in[len(kernel_factors) :], *d_in[: len(kernel_factors)]]
         if not wrt_x:
             return None, [*d_first, *d_in]
-        d_x = project_back(d_z, ka, taken, layout, self.groups)
-        return _unstrided(d_x, x, plan.skip), [*d_first, *d_in]
+        d_x = project_back(d_z, ka, taken, layout, self.groups)  # dX
+        return _unstrided(d_x, x, split.skip), [*d_first, *d_in]
 
     def _backward_fused(
         self,
@@ -290,19 +312,19 @@ class ConvMap:
         x: Tensor,
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
-        plan: Stages,
+        split: Stages,
         wrt: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        fused = self._fused(plan, *self._split(factors))
-        taken = _strided(x, plan.skip)
+        fused = self._fused(split, *self._split(factors))
+        taken = _strided(x, split.skip)
         maps = kept if fused.keeps(kept) else ()
         d_x, (d_in, d_out, d_kernel) = fused.backward(grad_y, taken, maps, wrt)
-        if not plan.depthwise:
+        if not split.depthwise:
             # The factors of a 1×1 kernel stood in front of the in factors.
             cut = len(factors) - self.n_out - self.n_in
             d_in, d_kernel = d_in[cut:], d_in[:cut]
         none_out, none_rest = [None] * self.n_out, [None] * (len(factors) - self.n_out)
-        d_x = None if d_x is None else _unstrided(d_x, x, plan.skip)
+        d_x = None if d_x is None else _unstrided(d_x, x, split.skip)
         return d_x, [*(d_out or none_out), *([*d_in, *d_kernel] or none_rest)]
 
     def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
@@ -317,24 +339,25 @@ class ConvMap:
         kept: Sequence[Tensor],
         ka: Tensor,
         taps: Sequence[Tensor],
-        plan: Stages,
+        split: Stages,
         wrt_out: bool,
         wrt_rest: bool,
     ) -> list[Tensor]:
-        """Input of every depthwise stage and, where needed and not kept, the last one's output.
+        """Return the input of every depthwise stage, and the last output if it is needed.
 
-        Where no factor's gradient is wanted the sizes are all the backward asks of them.
+        If no factor's gradient is wanted, the backward uses only the sizes of these maps, so that
+        they have no values then.
         """
         if not (wrt_out or (wrt_rest and taps)):
             size, empty = taken.shape[2:], []
-            for stage in plan.depthwise:
+            for stage in split.depthwise:
                 shape = (taken.shape[0], self.groups * ka.shape[-1], *size)
                 empty.append(taken.new_empty(()).expand(shape))
                 size = torch.Size(stage.output_size(size))
             return empty
         maps = [kept[0] if kept else project(taken, ka, self.plan.backward.layout, self.groups)]
         needed = len(taps) if wrt_out and len(kept) < 2 else len(taps) - 1
-        for stage, weight in zip(plan.depthwise[:needed], taps, strict=False):
+        for stage, weight in zip(split.depthwise[:needed], taps, strict=False):
             maps.append(stage.forward(maps[-1], weight, None, weight.shape[0]))
         return maps
 

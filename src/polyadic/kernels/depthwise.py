@@ -48,10 +48,15 @@ class Geometry:
             return tuple(
                 (n - 1) * s - 2 * low + d * (k - 1) + extra + 1
                 for n, k, s, (low, _), d, extra in zip(
-                    size, self.kernel_size, self.stride, self.padding, self.dilation,
-                    self.output_padding, strict=True,
+                    size,
+                    self.kernel_size,
+                    self.stride,
+                    self.padding,
+                    self.dilation,
+                    self.output_padding,
+                    strict=True,
                 )
-            )  # fmt: skip
+            )
         return tuple(
             (n + low + high - d * (k - 1) - 1) // s + 1
             for n, k, s, (low, high), d in zip(
@@ -98,17 +103,27 @@ class Stage:
             return tuple(
                 (n - 1) * s - 2 * p + d * (k - 1) + e + 1
                 for n, k, s, p, e, d in zip(
-                    size, self.kernel_size, self.stride, self.padding, self.output_padding,
-                    self.dilation, strict=True,
+                    size,
+                    self.kernel_size,
+                    self.stride,
+                    self.padding,
+                    self.output_padding,
+                    self.dilation,
+                    strict=True,
                 )
-            )  # fmt: skip
+            )
         return tuple(
             (n + 2 * p + e - d * (k - 1) - 1) // s + 1
             for n, k, s, p, e, d in zip(
-                size, self.kernel_size, self.stride, self.padding, self.excess, self.dilation,
+                size,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.excess,
+                self.dilation,
                 strict=True,
             )
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
@@ -121,9 +136,16 @@ class Stage:
         else:
             x = self.padded(x)
         return torch.convolution(
-            _unambiguous(x), _unambiguous(weight), bias, stride, padding, dilation, transposed,
-            extra, groups,
-        )  # fmt: skip
+            _unambiguous(x),
+            _unambiguous(weight),
+            bias,
+            stride,
+            padding,
+            dilation,
+            transposed,
+            extra,
+            groups,
+        )
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
@@ -160,7 +182,8 @@ class Stage:
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Gradient of x alone, as the adjoint convolution; x is padded already.
 
-        The compiler decides layouts by the convolutions it sees, and a backward is none to it.
+        Inductor takes memory layouts from the convolutions in a graph and does not count
+        convolution_backward as one.
         """
         none = (0,) * len(self.stride)
         adjoint = replace(self, transposed=not self.transposed, excess=none, output_padding=none)
@@ -198,7 +221,7 @@ class Stage:
         return F.pad(x, widths)
 
     def _is_apart(self, x: Tensor, groups: int) -> bool:
-        """Whether the weight gradient is computed in another way than with that of x."""
+        """Whether the weight gradient is computed by itself and not together with that of x."""
         if x.device.type != "cpu":
             return False
         by_hand = len(self.kernel_size) == 3 and any(self.padding)
@@ -217,7 +240,7 @@ class Stage:
             return wide.to(weight.dtype)
         is_wide = self._is_wide(x, groups)
         if self.transposed:
-            # Of the adjoint, which has input and output exchanged.
+            # The adjoint convolution has the same weight gradient, with input and output exchanged.
             grad, x = x, grad
         if is_wide:
             return self._wide_weight_gradient(grad, x, weight)
@@ -272,8 +295,8 @@ def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:
 def _unambiguous(x: Tensor) -> Tensor:
     """Return x (b, c, *s) of one channel in the strides of channels_first, any other as it is.
 
-    Those of channels_last say the same of where its entries are, but torch decides layouts by them
-    and then convolves and differentiates such tensors wrongly.
+    With one channel, the strides of channels_last describe the same places in memory. But torch
+    decides its layout by the strides, and then convolves and differentiates such tensors wrongly.
     """
     if x.shape[1] != 1 or x.stride(1) != 1:
         return x
@@ -291,10 +314,15 @@ def _rows_as_images(x: Tensor) -> Tensor:
 
 
 def _weight_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints,
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
     groups: int,
-) -> Tensor:  # fmt: skip
-    """Weight gradient alone of a convolution."""
+) -> Tensor:
+    """Return the weight gradient of a convolution, and no other gradient."""
     where = (stride, padding, dilation, False, (0,) * len(stride), groups)
     x, grad = _unambiguous(x), _unambiguous(grad)
     d_weight: Tensor = torch.ops.aten.convolution_backward(

@@ -43,5 +43,5 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
 
 
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, copied where their entries do not follow each other in memory."""
+    """Return the tensors, those that are not contiguous as copies that are."""
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]

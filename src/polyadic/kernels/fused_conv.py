@@ -83,7 +83,7 @@ class FusedConv:
         return khatri_rao_pair(sides, self.ins[0].dtype)
 
     def _each(self, kc: Tensor) -> Tensor:
-        """KC as (g, n/g, r') where there are groups: each has rows of its own."""
+        """Return KC, with groups as (g, n/g, r'): each group has rows that no other has."""
         return kc if self.groups == 1 else kc.view(self.groups, -1, kc.shape[1])
 
     def keeps(self, kept: Sequence[Tensor]) -> bool:
@@ -117,9 +117,16 @@ class FusedConv:
             y = project(last, self._each(kc).mT, "channels_last", self.groups, bias)
             return y, (z1, last)[:keep]
         rows, z2 = depthwise_project(
-            _rows(z1), taps[0], kc, bias, where, _three(size, 1), _three(out, 1), self.groups,
+            _rows(z1),
+            taps[0],
+            kc,
+            bias,
+            where,
+            _three(size, 1),
+            _three(out, 1),
+            self.groups,
             keep=keep == 2,
-        )  # fmt: skip
+        )
         y = _volume(rows, taken.shape[0], out)
         maps = [z1] if z2 is None else [z1, _volume(z2, taken.shape[0], out)]
         return y, tuple(maps) if keep else ()
@@ -168,9 +175,16 @@ class FusedConv:
 
             where, size, out = self._where(self.stage, taken.shape[2:])
             rows, d_taps, again = depthwise_backward(
-                _rows(z1), _rows(d_z1), taps[0], where, _three(size, 1), _three(out, 1), groups,
-                wrt_taps=wrt_rest, again=wrt_out and len(kept) < 2,
-            )  # fmt: skip
+                _rows(z1),
+                _rows(d_z1),
+                taps[0],
+                where,
+                _three(size, 1),
+                _three(out, 1),
+                groups,
+                wrt_taps=wrt_rest,
+                again=wrt_out and len(kept) < 2,
+            )
             d_z1 = _volume(rows, images, size)
             last = kept[1] if len(kept) == 2 else z1
             last = last if again is None else _volume(again, images, out)

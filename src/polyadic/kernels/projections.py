@@ -13,8 +13,8 @@ from torch import Tensor
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded, plus_bias
 
-# Positions of an image from which a product for each is as fast as one of all rows.
-MANY = 64
+# From this many positions on, one product for each image is as fast as one product of all rows.
+PRODUCT_PER_IMAGE_FROM_POSITIONS = 64
 
 
 def _is_rows(x: Tensor) -> bool:
@@ -64,7 +64,7 @@ def project_back(z: Tensor, matrix: Tensor, like: Tensor, layout: str, groups: i
     over it is spent on conversion, by whoever takes it.
     """
     turned = layout == "channels_last" and groups == 1 and not _is_rows(like)
-    if not turned or math.prod(z.shape[2:]) < MANY:
+    if not turned or math.prod(z.shape[2:]) < PRODUCT_PER_IMAGE_FROM_POSITIONS:
         return project(z, matrix.mT, layout, groups)
     matrices = matrix.expand(z.shape[0], *matrix.shape)
     return torch.bmm(matrices, _columns(z)).view(z.shape[0], matrix.shape[0], *z.shape[2:])
@@ -129,8 +129,8 @@ def better_as_rows(maps: int, positions: int) -> bool:
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """Return the same tensor, converted to ``layout`` where it is in another."""
+    """Return the tensor in a layout, converted if it is in another one."""
     if layout == "channels_first":
         return x.contiguous()
-    # contiguous(memory_format=torch.channels_last) does the same but is refused under vmap.
+    # contiguous(memory_format=torch.channels_last) would do too, but vmap refuses it.
     return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -372,12 +372,6 @@ class CPTiedLinear(Weighted):
         """Tensors (m_d, R): the embedding's in factors."""
         return self.cp.factor_groups()[0]
 
-    @property
-    def format(self) -> LinearFormat:
-        """Modes and rank of the map, rows that only pad the vocabulary included."""
-        rows, columns = self.cp.tensorized_shape
-        return LinearFormat(columns, rows, self.rank)
-
     def request(self, batch: int, size: None = None) -> Request:
         """What a call of this head asks of the planner, as other layers' ``request``.
 
@@ -391,7 +385,10 @@ class CPTiedLinear(Weighted):
         if size is not None:
             raise ValueError(f"size is of a convolution's input; a head has none, got {size!r}")
         first = self.cp.factors[0]
-        made = request(self.format, batch, first.dtype, first.device.type, memory=self.memory)
+        # Rows that only pad the vocabulary are computed, too.
+        rows, columns = self.cp.tensorized_shape
+        fmt = LinearFormat(columns, rows, self.rank)
+        made = request(fmt, batch, first.dtype, first.device.type, memory=self.memory)
         return dataclasses.replace(made, weights=self.cp.weights is not None)
 
     def _weight_shape(self) -> tuple[int, int]:

@@ -175,8 +175,8 @@ class CPLayer(Weighted):
             layers: how many; or for each of them a mapping of arguments that differ, such as
                 ``[{}, {"stride": 2}]``.
             args: arguments of one layer, as the class takes them.
-            options: likewise. A rank given as a float is the fraction of the parameters of all
-                dense layers together.
+            options: keyword arguments of one layer. A rank given as a float is the fraction of the
+                parameters of all dense layers together.
 
         Returns:
             A list of layers; ``layer.cp.joint`` of each is the tensor they share.

@@ -171,7 +171,7 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
 
 
 class _Built(torch.autograd.Function):
-    """Where the gradient of a ``DenseWeight`` arrives that no recorded operation has used."""
+    """Receives the gradient of a ``DenseWeight`` that no recorded operation has used."""
 
     @staticmethod
     def forward(ctx: Any, source: Source, *inputs: Tensor) -> DenseWeight:
@@ -220,7 +220,7 @@ def _weights_in(tree: Any) -> list[DenseWeight]:
 
 
 def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same lists, tuples and dicts with the tensors in them changed."""
+    """Return the lists, tuples and dicts with every tensor in them changed."""
     if isinstance(tree, Tensor):
         return change(tree)
     if type(tree) in (tuple, list):

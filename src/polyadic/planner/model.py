@@ -100,8 +100,18 @@ class ModelExplanation:
         }
 
     def __str__(self) -> str:
-        head = ["layer", "rank", "time", "dense", "FLOPs", "dense", "kept, B", "dense",
-                "weights", "dense"]  # fmt: skip
+        head = [
+            "layer",
+            "rank",
+            "time",
+            "dense",
+            "FLOPs",
+            "dense",
+            "kept, B",
+            "dense",
+            "weights",
+            "dense",
+        ]
         rows = [head, *(_cells(row) for row in self.layers), self._sum()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [self.verdict, ""]
@@ -109,8 +119,11 @@ class ModelExplanation:
             cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
             lines.append("  ".join(cells).rstrip())
         if self.slower:
-            lines += ["", f"dense is faster for {', '.join(self.slower)}: keep them dense, or give "
-                      f"them a lower rank (polyadic.rank_for)"]  # fmt: skip
+            lines += [
+                "",
+                f"dense is faster for {', '.join(self.slower)}: keep them dense, or give "
+                f"them a lower rank (polyadic.rank_for)",
+            ]
         lines += ["", "Layers other than CP layers are not counted."]
         return "\n".join(lines)
 
@@ -193,16 +206,23 @@ def explained_model(
         new = [p for p in layer.cp.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         # A tied layer has the very tensor of another, a joint one a slice of its own.
-        dense = 0 if id(layer.cp) in dense_seen else layer.format.dense_parameters
+        dense = 0 if id(layer.cp) in dense_seen else _dense_parameters(layer)
         dense_seen.add(id(layer.cp))
         own = sum(p.numel() for p in new)
         rows.append(LayerExplanation(name, type(layer).__name__, found, own, dense))
     return ModelExplanation(tuple(rows), training)
 
 
+def _dense_parameters(layer: Any) -> int:
+    """Entries of the dense weight; a head, which has no format, is a matrix."""
+    if hasattr(layer, "format"):
+        return int(layer.format.dense_parameters)
+    return int(layer.in_features * layer.out_features)
+
+
 def _call_of(layer: Any, x: Any) -> tuple[int, tuple[int, ...] | None]:
     """Batch and spatial size of a call, as ``request`` takes them."""
-    fmt = layer.format
+    fmt = getattr(layer, "format", None)
     if isinstance(fmt, ConvFormat):
         dims = len(fmt.kernel_size)
         return (x.shape[0] if x.dim() == dims + 2 else 1), tuple(x.shape[-dims:])

@@ -2,10 +2,10 @@
 
     Y[p] = Z2[p] KCᵀ + bias        Z2 of the depthwise stage
 
-Z2 never stands in memory: a program makes a tile of it (see ``depthwise``), rounds it once and
-hands it to the tensor cores. It is the right-hand operand of the product there; as the left-hand
-one the compiler changes the layout of each tap's load, at the cost of a barrier each (read off the
-machine code).
+Z2 is never written to memory: a program makes a tile of it (see ``depthwise``), rounds it once and
+hands it to the tensor cores. It is the right-hand operand of that product. As the left-hand operand
+it would make the compiler change the layout of each tap's load, at the cost of one barrier each, as
+the machine code shows.
 
 Axes: p positions of all images, r maps of a group, n out channels, g groups, t taps.
 """
@@ -90,8 +90,9 @@ def depthwise_project_kernel(
         COLUMNS: channels of a program.
         TERMS: maps at a time.
     """
-    # One axis, as the others have room for 65,535 programs. Those of the same positions are
-    # neighbours: what they read of z1 is in the cache.
+    # All programs are on one axis, because the other axes have room for 65,535 programs only.
+    # Programs of the same positions are neighbours, so that they find in the cache what they read
+    # of z1.
     across: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
     strip, g = tl.program_id(0) % across, tl.program_id(1)
     n = strip * COLUMNS + tl.arange(0, COLUMNS)
@@ -103,10 +104,26 @@ def depthwise_project_kernel(
         r = start + tl.arange(0, TERMS)
         ranked = r < PADDED
         z2 = depthwise_rows(
-            z1 + g * PADDED, taps, p, inside, r, ranked,
-            size_0, size_1, size_2, out_0, out_1, out_2,
-            KERNEL, STRIDE, PADDING, DILATION, TAPS, GROUPS * PADDED, PADDED,
-        )  # fmt: skip
+            z1 + g * PADDED,
+            taps,
+            p,
+            inside,
+            r,
+            ranked,
+            size_0,
+            size_1,
+            size_2,
+            out_0,
+            out_1,
+            out_2,
+            KERNEL,
+            STRIDE,
+            PADDING,
+            DILATION,
+            TAPS,
+            GROUPS * PADDED,
+            PADDED,
+        )
         z2 = rounded(z2, dtype)
         if KEEP:
             at = kept + p[:, None].to(tl.int64) * (GROUPS * PADDED) + (g * PADDED + r)[None, :]

@@ -1,6 +1,6 @@
 """A linear map of few rows from its factors alone: Y = X KA KCᵀ + bias in two launches.
 
-With few rows there is next to nothing to compute; what costs is what is launched and what is read.
+With few rows there is next to nothing to compute; launching and reading take the time.
 The first kernel contracts: each program makes some rows of KA from the factors, multiplies its part
 of X with them and writes a partial Z. The second adds these up in a fixed order, rounds Z once,
 makes rows of KC and multiplies. Neither matrix ever stands in memory.
@@ -172,7 +172,7 @@ def form_of(
     """What both kernels are started with."""
     size, width = map(math.prod, modes)
     right = right_of(modes[0]), right_of(modes[1])
-    # The same tiles take more registers of float32, of more rows, or read entry by entry.
+    # A tile takes more registers in float32, with more rows, or if it is read entry by entry.
     aligned = rank * dtype.itemsize % ALIGNMENT_BYTES == 0
     wide = rows <= 8 and aligned
     block = BLOCK if dtype != torch.float32 and aligned else BLOCK // 2
@@ -203,7 +203,7 @@ def decode(
     Args:
         x: (t, M), 1 to 16 rows, contiguous.
         in_factors: (m_d, R) with Π m_d = M, contiguous, in the dtype of x.
-        out_factors: (n_d, R), likewise.
+        out_factors: (n_d, R), contiguous, in the dtype of x.
         bias: (Π n_d,) or None.
     """
     rows, rank = x.shape[0], in_factors[0].shape[1]

@@ -3,7 +3,7 @@
     Z2[p, r] = Σ_t Z1[p·stride + t·dilation - padding, r] taps[t, r]
 
     dZ1[q] = Σ_t dZ2[p with q = p·stride + t·dilation - padding] ∘ taps[t]
-    dtaps[t] = Σ_q Z1[q] ∘ (the same dZ2)
+    dtaps[t] = Σ_q Z1[q] ∘ dZ2[p with q = p·stride + t·dilation - padding]
 
 dZ1 and dtaps share what they read of dZ2; the launch that makes them also makes Z2 again, which the
 gradient of the projection behind the stage needs. Maps have their channels innermost, so that a tap
@@ -36,8 +36,9 @@ from polyadic.kernels.triton.sums import add_up
 
 # Programs that fill a large GPU a few times over (an H100 has 132 multiprocessors).
 MANY_PROGRAMS = 512
-# Entries of a tile of the backward, and taps up to which a program holds their sums for so many,
-# and for half as many; tiles that a program goes through at least.
+# TILE is the number of entries of a tile of the backward. A program keeps a sum in registers for
+# each tap and entry: for a whole tile up to MOST_SUMS taps, for half a tile up to MOST_TAPS taps.
+# It goes through at least LEAST_TILES tiles.
 TILE, MOST_SUMS, MOST_TAPS, LEAST_TILES = 1024, 9, 27, 8
 
 
@@ -71,7 +72,8 @@ def depthwise_rows(
     first = (((image * size_0 + i).to(tl.int64) * size_1 + j) * size_2 + k) * MAPS
     base = z1 + first[:, None] + r[None, :]
     total = tl.zeros((p.shape[0], r.shape[0]), tl.float32)
-    # Of many taps so many at a time: with all loads in flight the registers would not do.
+    # With many taps, nine are loaded at a time, because the loads of all would not fit in
+    # registers.
     together: tl.constexpr = TAPS if TAPS <= 9 else 9
     for first_tap in range(0, TAPS, together):
         for s in tl.static_range(together):
@@ -79,7 +81,8 @@ def depthwise_rows(
             u = t // (KERNEL[1] * KERNEL[2]) * DILATION[0]
             v = (t // KERNEL[2]) % KERNEL[1] * DILATION[1]
             w = t % KERNEL[2] * DILATION[2]
-            # Of the last few there may be fewer; as tensors, for the interpreter mixes no others.
+            # The last nine may not all exist. The condition is a tensor, because the interpreter
+            # cannot combine a tensor with a plain truth value.
             there = inside & (t + 0 * i < TAPS) & (i + u >= 0) & (i + u < size_0)
             there &= (j + v >= 0) & (j + v < size_1) & (k + w >= 0) & (k + w < size_2)
             step = ((u * size_1 + v) * size_2 + w) * MAPS
@@ -142,10 +145,26 @@ def depthwise_kernel(
     p = tl.program_id(0) // across * BLOCK + tl.arange(0, BLOCK)
     inside, ranked = p < positions, r < PADDED
     rows = depthwise_rows(
-        z1 + g * PADDED, taps, p, inside, r, ranked,
-        size_0, size_1, size_2, out_0, out_1, out_2,
-        KERNEL, STRIDE, PADDING, DILATION, TAPS, GROUPS * PADDED, PADDED,
-    )  # fmt: skip
+        z1 + g * PADDED,
+        taps,
+        p,
+        inside,
+        r,
+        ranked,
+        size_0,
+        size_1,
+        size_2,
+        out_0,
+        out_1,
+        out_2,
+        KERNEL,
+        STRIDE,
+        PADDING,
+        DILATION,
+        TAPS,
+        GROUPS * PADDED,
+        PADDED,
+    )
     at = p[:, None].to(tl.int64) * (GROUPS * PADDED) + (g * PADDED + r)[None, :]
     result = rounded(rows, z2.dtype.element_ty)
     tl.store(z2 + at, result, mask=inside[:, None] & ranked[None, :])
@@ -153,10 +172,18 @@ def depthwise_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "in_positions", "positions", "share", "in_programs",
-        "size_0", "size_1", "size_2", "out_0", "out_1", "out_2",
+        "in_positions",
+        "positions",
+        "share",
+        "in_programs",
+        "size_0",
+        "size_1",
+        "size_2",
+        "out_0",
+        "out_1",
+        "out_2",
     ]
-)  # fmt: skip
+)
 def depthwise_backward_kernel(
     z1,
     d_z2,
@@ -223,7 +250,7 @@ def depthwise_backward_kernel(
     if program < in_programs:
         first = program * share
         last = tl.minimum(first + share, in_positions)
-        # At least one, as a loop carries no tuple of nothing.
+        # There is at least one sum, because a loop cannot carry an empty tuple.
         sums = (tl.zeros((BLOCK, COLUMNS), tl.float32),) * (TAPS if SUMMED else 1)
         for start in range(first, last, BLOCK):
             q = start + tl.arange(0, BLOCK)
@@ -238,7 +265,8 @@ def depthwise_backward_kernel(
             total = tl.zeros((BLOCK, COLUMNS), tl.float32)
             grown = () if SUMMED else sums
             for t in tl.static_range(TAPS):
-                # Position p that tap t takes from q, where there is one: a whole number of strides.
+                # The position p to which tap t takes q. It exists if q is a whole number of
+                # strides away.
                 x = i - (t // (KERNEL[1] * KERNEL[2])) * DILATION[0]
                 y = j - ((t // KERNEL[2]) % KERNEL[1]) * DILATION[1]
                 z = k - (t % KERNEL[2]) * DILATION[2]
@@ -268,10 +296,26 @@ def depthwise_backward_kernel(
             p = start + tl.arange(0, BLOCK)
             inside = p < last
             rows = depthwise_rows(
-                z1 + g * PADDED, taps, p, inside, r, ranked,
-                size_0, size_1, size_2, out_0, out_1, out_2,
-                KERNEL, STRIDE, PADDING, DILATION, TAPS, GROUPS * PADDED, PADDED,
-            )  # fmt: skip
+                z1 + g * PADDED,
+                taps,
+                p,
+                inside,
+                r,
+                ranked,
+                size_0,
+                size_1,
+                size_2,
+                out_0,
+                out_1,
+                out_2,
+                KERNEL,
+                STRIDE,
+                PADDING,
+                DILATION,
+                TAPS,
+                GROUPS * PADDED,
+                PADDED,
+            )
             at = p[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
             tl.store(z2 + at, rounded(rows, dtype), mask=inside[:, None] & ranked[None, :])
 
@@ -304,7 +348,7 @@ class Where(NamedTuple):
 
 
 def _columns(padded: int) -> int:
-    """Maps of a program: fewer where more would reach far beyond the last map."""
+    """Return the number of maps of a program: fewer if 64 would reach far beyond the last map."""
     columns = 64 if -padded % 64 <= 16 else 32
     return min(columns, max(16, up_to_power_of_two(padded)))
 
@@ -337,7 +381,7 @@ def depthwise(
 def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
     """Constants of the backward's kernel."""
     taps = where.taps
-    # The sums take most registers: with none of them a tile may be larger.
+    # The sums take most of the registers, so that without them a tile can be larger.
     tile = 2 * TILE
     if wrt_taps:
         tile = TILE if taps <= MOST_SUMS else TILE // 2

@@ -81,7 +81,8 @@ def lookup_kernel(
 
     With KEEP the programs of the first columns write z (b, PADDED) as well.
     """
-    # One axis, as the others have room for 65,535 programs; neighbours have the same indices.
+    # All programs are on one axis, because the other axes have room for 65,535 programs only.
+    # Neighbouring programs have the same indices.
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program, strip = tl.program_id(0) // across, tl.program_id(0) % across
     b = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -97,7 +98,7 @@ def lookup_kernel(
         z = rounded(tl.where(mask, z, 0.0), dtype)
         if KEEP:
             inside = (b < count)[:, None] & (r < PADDED)[None, :]
-            # Every neighbour has made the same z.
+            # All programs of these indices make this z; one of them writes it.
             if strip == 0:
                 tl.store(kept + b[:, None] * PADDED + r[None, :], z, mask=inside)
         mask = (e < WIDTH)[:, None] & ranked
@@ -184,7 +185,7 @@ def scatter_kernel(
         share: indices to a split, a multiple of BLOCK.
         padding: the index that sends no gradient.
         MODES: of the in factors, in a tuple of this one group.
-        RIGHT: how far a step in each moves, likewise.
+        RIGHT: how far a step in each moves, in a tuple of this one group.
         FIRST: the first program of each factor, and the number of programs.
         BASE: the first row of each factor in ``partial``, and the number of rows.
         TABLE: rows of the table.
@@ -213,7 +214,7 @@ def scatter_kernel(
                 term *= tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 digit = (index // RIGHT[0][d]) % MODES[0][d]
                 chosen = (a[:, None] == digit[None, :]) & real[None, :]
-                # By way of float32, as the interpreter makes no bfloat16 of a truth value.
+                # The interpreter cannot cast a truth value to bfloat16, so that we cast it twice.
                 chosen = chosen.to(tl.float32).to(tl.bfloat16)
                 for _ in tl.static_range(PARTS):
                     part = rounded(term, tl.bfloat16)
@@ -227,7 +228,7 @@ def scatter_kernel(
 LOOKUP = Launcher(lookup_kernel)
 ROWS = Launcher(rows_kernel)
 SCATTER = Launcher(scatter_kernel)
-# No index is this one.
+# An index that no row has, for tables without a padding index.
 NO_PADDING = -1
 # Rows, and most columns, that a program makes of z or KC; and what the shares of indices are
 # multiples of.
@@ -294,7 +295,7 @@ def lookup(
     Args:
         indices: at least one, contiguous, int64 or int32.
         in_factors: contiguous (m_d, R), of one dtype, which is that of y and z.
-        out_factors: likewise, whose modes multiply to e.
+        out_factors: contiguous (n_d, R), whose modes multiply to e.
         padding_idx: the index whose row is zero, or None.
         padded: columns of z, at least R; those from R on are zero.
         keep: whether z is wanted.

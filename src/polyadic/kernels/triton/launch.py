@@ -1,9 +1,10 @@
 """Starting a kernel through its compiled form.
 
-Triton's own way looks at each argument to find out which compiled form serves: 33 µs of CPU time at
-25 arguments, thirty times an operation of torch's. Our kernels know their form beforehand: it
-hangs on sizes and dtypes, which are the key, and on pointers being multiples of 16 bytes, which is
-checked. (Measured with Triton 3.9 on one core of a Xeon, with a driver that launches nothing.)
+Triton's own launcher looks at each argument to find out which compiled form serves. That takes 33
+µs of CPU time for 25 arguments, thirty times as long as an operation of torch. Our kernels know
+their form beforehand. It depends on sizes and dtypes, which make the key, and on whether all
+pointers are multiples of 16 bytes, which the launcher checks. (Measured with Triton 3.9 on one core
+of a Xeon, with a driver that launches nothing.)
 """
 
 from __future__ import annotations

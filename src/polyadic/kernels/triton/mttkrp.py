@@ -57,7 +57,7 @@ def mttkrp_kernel(
     Args:
         d_matrices: for each group a pointer to dK, (rows, RANK) or SPLIT of them to be added.
         factors: for each group, a tuple of pointers to its factors (m_d, RANK).
-        gradients: pointers to their gradients, likewise.
+        gradients: for each group, a tuple of pointers to their gradients.
         MODES: for each group, (m_1, …, m_D).
         RIGHT: for each group, by how many rows of dK a step in each mode moves.
         FIRST: for each group, the first program of each factor and the end of the last.

@@ -1,0 +1,1 @@
+"""What is measured on the machine at hand: its rates, and the plans that are fastest there."""
