@@ -43,7 +43,7 @@ def main() -> None:
         if given.task == "language"
         else jobs.digits_entries(64)
     )
-    store = Store(given.out / f"training-{given.task}-{given.device}.jsonl", settings)
+    store = Store(given.out / f"training-{given.device}-{given.task}.jsonl", settings)
     checkpoints = given.out / "training-checkpoints" if given.device == "cpu" else None
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
