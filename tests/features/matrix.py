@@ -160,9 +160,6 @@ REFUSED = {
         "the check of the indices' range mixes a plain tensor with a DTensor, which torch refuses",
         "mixed torch.Tensor and DTensor",
     ) for name, layer in LAYERS.items() if layer.indices},
-    ("CPTiedLinear", "FlopCounterMode counts what explain says"): Refusal(
-        "explain takes no tied head; give it the LinearFormat of its modes", "explain expects"
-    ),
 }  # fmt: skip
 
 

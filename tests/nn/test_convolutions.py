@@ -19,7 +19,7 @@ from compare import assert_close
 from polyadic import ConvPlan, ConvRoute
 from polyadic import functional as PF
 from polyadic import nn as pnn
-from polyadic.kernels.projections import MANY
+from polyadic.kernels.projections import PRODUCT_PER_IMAGE_FROM_POSITIONS
 
 Shape = tuple[int, ...]
 
@@ -207,7 +207,8 @@ def test_an_inputs_gradient_has_the_inputs_layout(layout: Any, size: tuple[int, 
     y.square().sum().backward()
     assert x.grad is not None
     assert_close(x.grad, exact, "grad x")
-    assert as_given == [layout == torch.channels_last or math.prod(size) >= MANY]
+    many = math.prod(size) >= PRODUCT_PER_IMAGE_FROM_POSITIONS
+    assert as_given == [layout == torch.channels_last or many]
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
