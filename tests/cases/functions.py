@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cases.protocol import Case, Leaves
+from cases.protocol import Case, Leaves, y_shape
 
 Function = Callable[..., Tensor]
 Compute = Callable[[Leaves], Tensor]
@@ -17,6 +17,8 @@ def as_function(case: Case, compute: Compute) -> tuple[Function, list[Tensor]]:
     """A function of the tensors a case depends on, and these tensors."""
     leaves = case.leaves()
     named = leaves.named()
+    # Torch's layer draws its weights when it is made, at first use, which no transform may see.
+    y_shape(case)
 
     def function(*tensors: Tensor) -> Tensor:
         return compute(leaves.of(dict(zip(named, tensors, strict=True))))
