@@ -285,6 +285,7 @@ def _forms(
         depthwise.depthwise_kernel,
         (*pointers[:3], *("i32",) * 7),
         depthwise.forward_constants(where, groups, padded),
+        warps=depthwise.forward_warps(where),
     )
     if padded == 88:
         yield Form(

@@ -356,7 +356,14 @@ def _columns(padded: int) -> int:
 def forward_constants(where: Where, groups: int, padded: int) -> tuple[Any, ...]:
     """Constants of the forward's kernel."""
     columns = _columns(padded)
-    return (*where, where.taps, groups, padded, TILE // columns, columns)
+    # The addresses of many taps take registers: the compiler spills some of a whole tile's.
+    tile = TILE if where.taps <= MOST_SUMS else TILE // 2
+    return (*where, where.taps, groups, padded, tile // columns, columns)
+
+
+def forward_warps(where: Where) -> int:
+    """Warps that share a tile of the forward, so that each thread loads 16 bytes at once."""
+    return 4 if where.taps <= MOST_SUMS else 2
 
 
 def depthwise(
@@ -374,6 +381,7 @@ def depthwise(
         (programs, groups, 1),
         (z1, taps, z2),
         (z1, taps, z2, positions, *size, *out, *constants),
+        warps=forward_warps(where),
     )
     return z2
 
