@@ -161,7 +161,7 @@ def factorize(
                 layer = shaped(cls, first, ranks.get(names[0], rank), **options)
                 reason = None if names[0] in ranks else _pays(first, layer)
             except NoRankError as error:
-                reason = str(error)
+                reason = f"would not be faster: {error}"
         if reason is not None:
             left.update(dict.fromkeys(names, reason))
         else:
