@@ -329,9 +329,7 @@ FOREIGN = {
     "a path of one machine": r"(?<![\w.)}\]*])/(?:home|root|tmp|work|mnt|opt|Users|private)/[\w.]",
     "a package index": r"(?:extra-|--)index[-]url|simple/[\w-]+/?\"",
 }
-# The last stands in a message of torch that a record of a GPU quotes.
-HOSTS = {"github.com", "doi.org", "arxiv.org", "keepachangelog.com", "semver.org", "www.w3.org",
-         "docs.nvidia.com"}  # fmt: skip
+HOSTS = {"github.com", "doi.org", "arxiv.org", "keepachangelog.com", "semver.org", "www.w3.org"}
 
 
 def tracked() -> list[Path]:
