@@ -75,12 +75,14 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
+    """Write a text file in UTF-8, whole or not at all; a terminal or a pipe is written to as it is.
 
     Raises:
         OSError: it cannot be written; the file is as it was.
-        ValueError: what is there is no regular file.
     """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
 

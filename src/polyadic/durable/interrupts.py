@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_active: list[Pending] = []
+
 
 class Pending:
     """Ctrl-C that came and was put off."""
@@ -47,9 +49,17 @@ def deferred(most: int | None = None) -> Iterator[Pending]:
         yield pending
         return
     signal.signal(signal.SIGINT, pending.note)
+    _active.append(pending)
     try:
         yield pending
     finally:
+        _active.remove(pending)
         signal.signal(signal.SIGINT, handler)
         if pending.count:
             handler(signal.SIGINT, None)
+
+
+def check() -> None:
+    """Raise a KeyboardInterrupt that a ``deferred`` around puts off; a place where work may end."""
+    if _active and threading.current_thread() is threading.main_thread():
+        _active[-1].check()
