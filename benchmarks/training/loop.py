@@ -98,9 +98,9 @@ def train(
 
     def save(step: int) -> None:
         if checkpoint is not None:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"curve": curve, "step": step, "identity": own}
-            durable.save(checkpoint, KIND, state)
+            model_state, moments = model.state_dict(), optimizer.state_dict()
+            state = {"model": model_state, "optimizer": moments, "curve": curve, "step": step}
+            durable.save(checkpoint, KIND, {**state, "identity": own})
 
     diverged = bool(curve) and not math.isfinite(curve[-1][1])
     times = []

@@ -126,6 +126,11 @@ def _locked_folder(path: Path, mark: str) -> tuple[Path, BinaryIO]:
             lock.close()
 
 
+def is_draft(name: str) -> bool:
+    """Whether a name in a folder is that of drafts."""
+    return re.fullmatch(r"\.[0-9a-f]{8}-[0-9a-f]*\.part", name) is not None
+
+
 def _remove_dead(folder: Path) -> None:
     """Remove the folder of a process that was killed; a living one holds its lock."""
     with suppress(OSError):

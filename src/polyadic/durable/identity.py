@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
@@ -33,6 +34,8 @@ class Digest:
                 self.add(part)
         elif isinstance(value, (str, bytes, int, float, complex, type(None))):
             self._text(repr(value))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            self.add(vars(value))
         elif hasattr(value, "__array_interface__") and not value.dtype.hasobject:
             self._text(f"{value.dtype}{value.shape}")
             self._hash.update(value.tobytes())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyadic.durable import checkpoint
+from polyadic.durable.files import is_draft
 
 _JOB = "job.checkpoint"
 
@@ -42,7 +43,8 @@ class Pieces:
                 )
             checkpoint.same(folder.name, checkpoint.load(job, kind), identity)
             return
-        if folder.exists() and not (folder.is_dir() and not os.listdir(folder)):
+        # A process that was killed may have left drafts.
+        if folder.exists() and not (folder.is_dir() and all(map(is_draft, os.listdir(folder)))):
             raise ValueError(f"{folder} is no folder of a checkpoint, and not empty; name another")
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(job, kind, identity, generations=1)

@@ -140,10 +140,17 @@ def opened(file: Path, required: bool = False) -> Any:
             has = check(file)
             if required and not has:
                 raise ValueError(f"{file} cannot be read: it has no checksum")
-            handle = safe_open(file, framework="pt", device="cpu")
+            failed, handle = None, None
+            try:
+                handle = safe_open(file, framework="pt", device="cpu")
+            except (SafetensorError, OSError, RuntimeError) as error:
+                failed = error
             after = os.stat(file)
-            # Another process may have put a new file in its place since it was checked.
+            # Another process may have put a new file in its place since it was checked, or while
+            # safetensors opened it, which it does twice.
             if (before.st_ino, before.st_dev) == (after.st_ino, after.st_dev):
+                if failed is not None:
+                    raise failed
                 return handle
         raise ValueError(f"{file} cannot be read: it is replaced all the time")
     except (SafetensorError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:

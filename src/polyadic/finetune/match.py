@@ -305,7 +305,7 @@ def _train(
             raise ValueError("a batch must reach one of the layers at least, this one does not")
         return torch.stack(terms).sum()
 
-    before = job.before(lambda: _errors(layers, batches, capture))
+    before = _errors(layers, batches, capture)
     Loop(trained, {}, batches, loss, settings, {}, keeper=job.keeper).run()
     after = _errors(layers, batches, capture)
     seconds = time.perf_counter() - start

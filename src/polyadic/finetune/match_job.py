@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,11 @@ class Job:
         self._identity, self._trained = identity, trained
         self._batches, self._device = batches, device
         self.found: dict[str, LayerMatch] = {}
-        # Of the training under way: its name, the random state and all parameters at its start,
-        # the errors before it, and where it has come to.
+        # Of the training under way or the next: the random state and all parameters at its start,
+        # its name, and where it has come to.
+        self._rng = random_state(batches, device)
+        self._initial = {n: parameter.detach().clone() for n, parameter in trained.items()}
         self._name: str | None = None
-        self._rng: dict[str, Any] = {}
-        self._initial: dict[str, Tensor] = {}
-        self._before: dict[str, float] = {}
         self._loop: dict[str, Any] | None = None
         state = None if self._file is None else self._file.load()
         if state is None:
@@ -75,7 +74,7 @@ class Job:
             check_tensors("the checkpoint", state["initial"], trained)
             self.found = {name: LayerMatch(*values) for name, values in state["found"].items()}
             self._name, self._rng, self._initial = state["name"], state["rng"], state["initial"]
-            self._before, self._loop = state["before"], state["loop"]
+            self._loop = state["loop"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the checkpoint is damaged: it lacks {error}; remove it to begin anew"
@@ -86,17 +85,9 @@ class Job:
 
     def begin(self, name: str) -> None:
         """Begin a training, or go on with it, in the random state in which it was begun."""
-        if self._name == name:
-            set_random_state(self._rng, self._batches, self._device)
-            return
-        self._name, self._loop, self._before = name, None, {}
-        self._rng = random_state(self._batches, self._device)
-        self._initial = {n: parameter.detach().clone() for n, parameter in self._trained.items()}
-
-    def before(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Return the errors before the training; they are measured once."""
-        self._before = self._before or measure()
-        return self._before
+        if self._name != name:
+            self._name, self._loop = name, None
+        set_random_state(self._rng, self._batches, self._device)
 
     def initial(self, name: str) -> Tensor:
         """Return a parameter as it was before the training."""
@@ -105,7 +96,8 @@ class Job:
     def end(self, found: dict[str, LayerMatch]) -> None:
         """Note what came out of a training, and write it down."""
         self.found |= found
-        self._name, self._loop, self._before = None, None, {}
+        self._name, self._loop = None, None
+        self._rng = random_state(self._batches, self._device)
         self._initial = {n: parameter.detach().clone() for n, parameter in self._trained.items()}
         self._write()
 
@@ -133,7 +125,6 @@ class Job:
                     "name": self._name,
                     "rng": self._rng,
                     "initial": self._initial,
-                    "before": self._before,
                     "loop": self._loop,
                 }
             )

@@ -14,15 +14,19 @@ from polyadic.durable.identity import Digest
 
 def random_state(batches: Any, device: torch.device) -> dict[str, Any]:
     """Return the random state of torch, Python and NumPy, and of a loader's own generator."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": (version, torch.tensor(words), gauss),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     own = getattr(batches, "generator", None)
     if isinstance(own, torch.Generator):
         state["loader"] = own.get_state().cpu()
     if (numpy := sys.modules.get("numpy")) is not None:
-        name, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (name, keys.tolist(), *rest)
+        name, words, *rest = numpy.random.get_state()
+        state["numpy"] = (name, torch.tensor(words.tolist()), *rest)
     return state
 
 
@@ -35,9 +39,11 @@ def set_random_state(state: Mapping[str, Any], batches: Any, device: torch.devic
         batches.generator.set_state(state["loader"])
     # Versions before did not store the two.
     if "python" in state:
-        random.setstate(state["python"])
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words.tolist()), gauss))
     if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.set_state(state["numpy"])
+        name, words, *rest = state["numpy"]
+        numpy.random.set_state((name, words.tolist(), *rest))
 
 
 class Walk:
