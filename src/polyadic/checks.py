@@ -164,6 +164,8 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}; make it so by .to_dense()")
     if not torch.compiler.is_compiling() and is_traced():
         raise RuntimeError(
             "CP layers do not support torch.jit.trace, which torch has deprecated; use "
@@ -209,6 +211,17 @@ def check_memory(value: Any) -> Memory:
         if value == level:
             return level
     raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """Return an option that is on or off; None is off, and 0 and 1 are known too.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is None or isinstance(value, bool) or type(value).__name__ == "bool_" or is_int(value):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r:.80}")
 
 
 def check_plan(plan: Any, kind: type[Plan]) -> Plan:
@@ -376,6 +389,8 @@ def check_conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
             f"{spatial}), got {tuple(x.shape)}"
         )
     size = x.shape[-dims:]
+    if not torch.compiler.is_compiling() and 0 in size and (x.dim() == dims + 1 or x.shape[0]):
+        raise ValueError(f"x must not be empty in a spatial dimension, got {tuple(x.shape)}")
     if not torch.compiler.is_compiling() and min(where.output_size(size)) < 1:
         raise ValueError(
             f"the kernel {fmt.kernel_size} with dilation {where.dilation} does not fit into an "

@@ -11,11 +11,16 @@ Shape = tuple[int, ...]
 Rank = int | float | Literal["break-even", "faster"]
 # Ranks beyond the largest that any tensor needs are let through up to here, as they cost little.
 _HARMLESS_RANK = 4096
+# Of a feature count that is factored into modes, and of the modes it is factored into.
+_MOST_FEATURES = 2**40
+MOST_MODES = 64
 
 
 def is_int(value: Any) -> bool:
-    """Return whether a value is an integer; bool and float are none."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """Return whether a value is an integer; bool, float, and tensors without one value are none."""
+    if not hasattr(value, "__index__") or isinstance(value, bool):
+        return False
+    return not getattr(value, "ndim", 0) and not getattr(value, "is_meta", False)
 
 
 def positive_int(value: Any, name: str) -> int:
@@ -107,6 +112,24 @@ def _merge_smallest(parts: list[int], count: int) -> Shape:
     return (1,) * (count - len(parts)) + tuple(parts)
 
 
+def _check_split(size: int, order: int) -> None:
+    """Refuse what would take for ever to factor, or more modes than torch has dimensions."""
+    if size > _MOST_FEATURES:
+        raise ValueError(f"a size must be at most 2**40 to be split into modes, got {size}")
+    if order > MOST_MODES:
+        raise ValueError(f"order must be at most {MOST_MODES}, got {order}")
+
+
+def check_fits_memory(*sizes: int) -> None:
+    """Refuse a tensor whose bytes no machine can count, with a message of ours.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if math.prod(sizes) >= 2**58:
+        raise ValueError(f"a tensor of {' × '.join(map(str, sizes))} entries is too large")
+
+
 def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shape, Shape]:
     """Factor both feature counts into ``order`` integers each, ascending and balanced.
 
@@ -136,6 +159,7 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     in_features = positive_int(in_features, "in_features")
     out_features = positive_int(out_features, "out_features")
     order = positive_int(order, "order")
+    _check_split(max(in_features, out_features), order)
     in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
     # A number of few primes beside one of many: tltorch stops splitting the second early.
     kept = max(len(in_parts), order - 1)
@@ -165,6 +189,7 @@ def padded_shape(size: int, order: int = 3) -> Shape:
     (31, 31, 32)
     """
     size, order = positive_int(size, "size"), positive_int(order, "order")
+    _check_split(size, order)
     total = order * max(1, math.floor(size ** (1 / order)) - 1)
     while True:
         low, more = divmod(total, order)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
-from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
+from polyadic.formats import check_fits_memory, is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
 from polyadic.kernels.multilinear import accumulate_dtype, is_computed, khatri_rao
@@ -88,9 +88,10 @@ class CPTensor(Exchanged):
         self._pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
         self._names = tuple(map(str, range(ends[-1])))
         self.rank = positive_int(rank, "rank")
-        dtype = dtype or torch.get_default_dtype()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
         if not is_computed(dtype):
-            raise TypeError(f"dtype must be floating point, complex64 or complex128, got {dtype}")
+            raise TypeError(f"dtype must be floating point, complex64 or complex128, got {dtype!r}")
+        check_fits_memory(max(map(max, self.tensorized_shape)), self.rank)
         self.factors = Factors(
             (
                 nn.Parameter(torch.empty(mode, self.rank, device=device, dtype=dtype))

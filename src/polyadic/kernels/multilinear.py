@@ -48,6 +48,8 @@ def is_computed(dtype: torch.dtype) -> bool:
 
     torch has no products in complex32 on a CPU.
     """
+    if not isinstance(dtype, torch.dtype):
+        return False
     return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
 
 

@@ -141,7 +141,7 @@ class _CPConv(CPConvBase):
         self._create(
             (self.out_shape, self.in_shape, self.kernel_size),
             rank,
-            self.out_channels if bias else None,
+            self.out_channels if checks.check_flag(bias, "bias") else None,
             device,
             dtype,
         )

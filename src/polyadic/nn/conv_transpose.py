@@ -80,7 +80,7 @@ class _CPConvTranspose(CPConvBase):
         self._create(
             (self.in_shape, self.out_shape, self.kernel_size),
             rank,
-            self.out_channels if bias else None,
+            self.out_channels if checks.check_flag(bias, "bias") else None,
             device,
             dtype,
         )

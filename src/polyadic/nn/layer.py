@@ -17,6 +17,7 @@ from polyadic.formats import (
     LinearFormat,
     Rank,
     Shape,
+    check_fits_memory,
     positive_int,
     resolve_rank,
 )
@@ -56,6 +57,8 @@ class CPLayer(Weighted):
         # Made without values: reset_parameters draws them, once.
         resolved = self._resolved(rank, device, dtype)
         self.cp = CPTensor._without_values(tensorized_shape, resolved, None, device, dtype)
+        if bias is not None:
+            check_fits_memory(bias)
         values = None if bias is None else torch.empty(bias, device=device, dtype=dtype)
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self.reset_parameters()

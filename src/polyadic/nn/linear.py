@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import functional
-from polyadic.checks import check_memory
+from polyadic.checks import check_flag, check_memory
 from polyadic.formats import (
     LinearFormat,
     Rank,
@@ -90,7 +90,7 @@ class CPLinear(Exchangeable):
         self._create(
             (self.in_shape, self.out_shape),
             rank,
-            self.out_features if bias else None,
+            self.out_features if check_flag(bias, "bias") else None,
             device,
             dtype,
         )
