@@ -20,7 +20,9 @@ def is_int(value: Any) -> bool:
     """Return whether a value is an integer; bool, float, and tensors without one value are none."""
     if not hasattr(value, "__index__") or isinstance(value, bool):
         return False
-    return not getattr(value, "ndim", 0) and not getattr(value, "is_meta", False)
+    if getattr(value, "ndim", 0) or getattr(value, "is_meta", False):
+        return False
+    return "int" in str(getattr(value, "dtype", "int"))
 
 
 def positive_int(value: Any, name: str) -> int:

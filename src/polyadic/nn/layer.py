@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyadic.checks import check_dtype
 from polyadic.formats import (
     ConvFormat,
     EmbeddingFormat,
@@ -54,6 +55,8 @@ class CPLayer(Weighted):
     ) -> None:
         """Create the parameters and fill them; ``bias`` is its length, or None."""
         self.frozen = None
+        if dtype is not None:
+            check_dtype(dtype)
         # Made without values: reset_parameters draws them, once.
         resolved = self._resolved(rank, device, dtype)
         self.cp = CPTensor._without_values(tensorized_shape, resolved, None, device, dtype)
