@@ -32,7 +32,8 @@ def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
 
     Takes a few seconds. The numbers hold for this device type, dtype and thread count
     (``torch.get_num_threads()``), on a GPU for float32 with or without TF32 as torch's switch says,
-    and are kept in the user's cache folder; plans made from now on rest on them. Where the folder
+    and are kept in the user's cache folder; plans made from now on rest on them, in later processes
+    too. Another plan computes the same map, but may change the last bits of a result. Where the folder
     cannot be written to, a warning says so and they hold for this process alone.
 
     On a CUDA device the work of operations is timed by events in replayed graphs, so that no launch

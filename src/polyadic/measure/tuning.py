@@ -85,7 +85,7 @@ def tune(
     each layer is given. Then each layer runs by every plan that the planner weighs, in turns, and
     the fastest is what the planner chooses from now on for the same sizes, dtype, device, threads
     and ``memory``, for all batches up to the next power of two, in this layer and any other. It
-    takes seconds for each kind of layer. Graphs that are already compiled or captured keep theirs.
+    takes seconds for each kind of layer. Another plan may change the last bits of a result. Graphs that are already compiled or captured keep theirs.
     Call it in the autocast context that the model will run in.
 
     Args:
