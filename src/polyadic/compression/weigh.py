@@ -14,6 +14,7 @@ from polyadic.compression.calibration import Calibration, Evidence
 from polyadic.compression.costs import Calls, Cost, cp_cost, dense_cost
 from polyadic.compression.curves import DAMPING, Curve, approximation, curves, fitted
 from polyadic.compression.targets import Target
+from polyadic.fitting.problem import inner, wide
 from polyadic.formats import Rank
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
@@ -99,7 +100,7 @@ def weigh(
         The options of each target, in the order of the targets.
     """
     found = []
-    norms = [float(target.weight.double().square().sum()) for target in targets]
+    norms = [inner(wide(target.weight), wide(target.weight)) for target in targets]
     for i, (target, norm) in enumerate(zip(targets, norms, strict=True)):
         tell("curves", i, len(targets), target.name)
         asked = next((ranks[n] for n in target.names if n in ranks), None)

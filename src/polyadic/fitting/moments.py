@@ -150,14 +150,15 @@ class _Moment:
         return self.weights.to(x.device, torch.float32).reshape(-1)
 
     def _add(self, rows: Tensor, counts: Tensor | None) -> None:
-        rows, scaled, count = rows.float(), rows.float(), float(len(rows))
+        rows = rows.to(torch.complex64 if rows.is_complex() else torch.float32)
+        scaled, count = rows, float(len(rows))
         if counts is not None:
             seen = counts != 0
             rows, counts = rows[seen], counts[seen]
             scaled, count = rows * counts.unsqueeze(1), float(counts.sum())
         # Autocast may be on for the model; the moments are not to be rounded by it.
         with torch.autocast(rows.device.type, enabled=False):
-            product = scaled.t() @ rows
+            product = scaled.mH @ rows
         self.total = product if self.total is None else self.total.add_(product)
         self.count += count
 

@@ -16,7 +16,8 @@ from polyadic.nn.layer import CPLayer
 from polyadic.tensor import CPSlice, CPTensor
 
 DTYPES = {
-    str(d).split(".")[1]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    str(d).split(".")[1]: d
+    for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
 }
 
 
