@@ -165,7 +165,6 @@ def test_complex_entries_are_centred_and_circular() -> None:
     assert weights.real.std().item() == pytest.approx(weights.imag.std().item(), rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
 def test_a_layer_made_complex_is_drawn_as_a_complex_one() -> None:
     """Whoever resets it, the layer itself or each of its parts."""
     layer = CPLinear(24, 30, rank=8).to(torch.complex64)

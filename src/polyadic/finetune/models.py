@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, keeping_modes
-from polyadic.kernels.multilinear import is_computed
+from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
 Forward = Callable[[nn.Module, Any], Tensor]

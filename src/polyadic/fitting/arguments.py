@@ -13,7 +13,7 @@ from polyadic import checks
 from polyadic.fitting.problem import wide
 from polyadic.fitting.result import Decomposition
 from polyadic.formats import Shape, is_int, mode_sizes, positive_int
-from polyadic.kernels.multilinear import is_computed
+from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
 Start: TypeAlias = "str | CPTensor | Decomposition"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyadic.functional import cp_conv, cp_embedding, cp_linear
 from polyadic.functional.boundary import autocast_dtype
-from polyadic.kernels.multilinear import is_computed
+from polyadic.kernels.backend import is_computed
 from polyadic.plans import Memory
 
 # Even at this level our convolutions and embeddings keep less than tltorch's. Where tltorch keeps

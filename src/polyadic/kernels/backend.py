@@ -1,4 +1,4 @@
-"""Which GPUs our Triton kernels serve, asked once for each.
+"""In which dtypes layers compute, and which GPUs our Triton kernels serve, asked once for each.
 
 They serve NVIDIA's from compute capability 8.0 on, where Triton is installed. The environment
 variable ``POLYADIC_TRITON=0``, set before the first use, switches them off.
@@ -21,6 +21,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Kinds of maps that obey a route by "triton".
 KINDS = ("linear", "convolution", "embedding")
 _LOG = logging.getLogger("polyadic")
+
+
+def is_computed(dtype: torch.dtype) -> bool:
+    """Whether factors may be of a dtype: floating point, complex64 or complex128.
+
+    torch has no products in complex32 on a CPU.
+    """
+    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
 
 
 @not_traced

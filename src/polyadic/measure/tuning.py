@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import evaluating
-from polyadic.kernels.multilinear import is_computed
+from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
 from polyadic.planner import choice, tuned

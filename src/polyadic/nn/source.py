@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from polyadic.kernels.multilinear import is_computed
+from polyadic.kernels.backend import is_computed
 
 # By the name of the hook that computes a weight: what bakes it in.
 _BAKE = {
