@@ -13,9 +13,9 @@ from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
+from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
-Plan = TypeVar("Plan", LinearPlan, ConvPlan)
+Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -112,7 +112,7 @@ def _check_factors(
         for i, (shape, dtype, device) in enumerate(group):
             if len(shape) != 2:
                 raise ValueError(f"{name}[{i}] must have shape (mode, rank), got {shape}")
-            if not dtype.is_floating_point:
+            if not (dtype.is_floating_point or dtype.is_complex):
                 raise TypeError(
                     f"factors must be of a floating-point dtype, {name}[{i}] is {dtype}; cast it"
                 )
@@ -170,7 +170,7 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
         raise ValueError(
             f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"
         )
-    if not tensor.dtype.is_floating_point:
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}; cast it first")
     if not cast and tensor.dtype != like.dtype:
         raise TypeError(
@@ -258,6 +258,11 @@ def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
     if any(v < least for v in values):
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return tuple(int(v) for v in values)
+
+
+def check_sizes(value: Any, dims: int, name: str) -> Shape:
+    """Return sizes of at least 1, an int or one for each of ``dims`` dimensions."""
+    return _per_dimension(value, dims, name, 1)
 
 
 def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:

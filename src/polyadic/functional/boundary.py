@@ -333,7 +333,13 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         # Kept intermediates are constants to autograd: second derivatives need them recomputed.
         kept = ()
     needs: tuple[bool, ...] = ctx.needs_input_grad
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs[1], *needs[3:]))
+    wanted = (needs[1], *needs[3:])
+    if grad_y.is_complex():
+        # torch's gradient of a complex tensor is the conjugate of the derivative.
+        d_x, d_factors = layer_map.backward(grad_y.conj(), x, kept, factors, wanted)
+        d_x, *d_factors = (None if d is None else d.conj() for d in (d_x, *d_factors))
+    else:
+        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
     d_bias = layer_map.bias_gradient(grad_y) if needs[2] else None
     return (None, d_x, d_bias, *d_factors)
 

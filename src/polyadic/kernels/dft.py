@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from polyadic._torch import in_transform, no_autocast, not_traced, observed
+from polyadic._torch import in_transform, no_autocast, observed
 from polyadic.formats import Shape
 from polyadic.plans import Transform
 
@@ -158,7 +158,7 @@ class _Transformed(_Linear):
 def _to_modes(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
     """(b, c, …, n, …) → (b, c, …, k, …) in spatial dimension d, of complex numbers."""
     if way == "dft":
-        return _times(_on(_complex_table, x.real, n, k), x, d)
+        return _times(_on(_complex_table, x.real, n, k), x, d, k)
     y = torch.fft.fft(x, dim=d + 2)
     negative = k // 2
     pieces = y.narrow(d + 2, n - negative, negative), y.narrow(d + 2, 0, k - negative)
@@ -168,7 +168,7 @@ def _to_modes(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
 def _to_positions(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
     """(b, c, …, k, …) → (b, c, …, n, …) in spatial dimension d, of complex numbers."""
     if way == "dft":
-        return _times(_on(_complex_table, x.real, n, k).mH, x, d)
+        return _times(_on(_complex_table, x.real, n, k).mH, x, d, n)
     negative = k // 2
     below, above = x.narrow(d + 2, 0, negative), x.narrow(d + 2, negative, k - negative)
     zeros = x.new_zeros(*x.shape[: d + 2], n - k, *x.shape[d + 3 :])
@@ -176,18 +176,17 @@ def _to_positions(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
     return y
 
 
-def _times(matrix: Tensor, x: Tensor, d: int) -> Tensor:
+def _times(matrix: Tensor, x: Tensor, d: int, m: int) -> Tensor:
     """Multiply a matrix (m, n) to spatial dimension d of x (b, c, …, n, …)."""
     lead, n, trail = x.shape[: d + 2], x.shape[d + 2], x.shape[d + 3 :]
     y = matrix @ x.reshape(math.prod(lead), n, math.prod(trail))
-    return y.view(*lead, matrix.shape[0], *trail)
+    return y.view(*lead, m, *trail)
 
 
 def _on(table: Callable[..., Tensor], like: Tensor, *sizes: Any, **options: Any) -> Tensor:
     """Return a table on the device of a real tensor and in its dtype, remembered."""
-    if torch.compiler.is_compiling():
-        return _constant(table, like.dtype, str(like.device), *sizes, **options)
-    if in_transform() or observed():
+    # Compiled code makes its tables anew, as a compiler takes no tensor for a constant of a graph.
+    if torch.compiler.is_compiling() or in_transform() or observed():
         return table(like.dtype, like.device, *sizes, **options)
     return _remembered(table, like.dtype, like.device, *sizes, **options)
 
@@ -197,13 +196,6 @@ def _remembered(table: Callable[..., Tensor], *args: Any, **options: Any) -> Ten
     # A tensor of inference mode could not be used where gradients are asked for.
     with torch.inference_mode(False), torch.no_grad():
         return table(*args, **options)
-
-
-@not_traced
-def _constant(
-    table: Callable[..., Tensor], dtype: torch.dtype, device: str, *sizes: Any, **options: Any
-) -> Tensor:
-    return table(dtype, torch.device(device), *sizes, **options)
 
 
 def _phases(n: int, modes: Tensor) -> Tensor:
