@@ -210,16 +210,26 @@ def _settle(
     return found, groups
 
 
-def _kept_modes(factors: Sequence[Tensor], sizes: Shape, out_sizes: Shape) -> list[Tensor]:
+def kept_modes(modes: Shape, sizes: Shape, out_sizes: Shape) -> Shape:
+    """How many of the modes of each dimension both grids have.
+
+    Args:
+        modes: numbers of modes, in the last dimension those from 0 on.
+        sizes: of the grid of the input.
+        out_sizes: of the grid of the output.
+    """
+    few = list(map(min, sizes, out_sizes))
+    few[-1] = few[-1] // 2 + 1
+    return tuple(map(min, modes, few))
+
+
+def _rows_kept(factors: Sequence[Tensor], sizes: Shape, out_sizes: Shape) -> list[Tensor]:
     """The rows of the modes that both grids have: around mode 0, in the last dimension from it."""
-    kept = []
-    last = len(factors) - 1
-    for d, (factor, *both) in enumerate(zip(factors, sizes, out_sizes, strict=True)):
-        n, k = min(both), factor.shape[0]
-        few = min(k, n // 2 + 1 if d == last else n)
-        if few < k:
-            factor = factor.narrow(0, 0 if d == last else k // 2 - few // 2, few)
-        kept.append(factor)
+    modes = tuple([factor.shape[0] for factor in factors])
+    kept, last = [], len(modes) - 1
+    for d, few in enumerate(kept_modes(modes, sizes, out_sizes)):
+        start = 0 if d == last else modes[d] // 2 - few // 2
+        kept.append(factors[d] if few == modes[d] else factors[d].narrow(0, start, few))
     return kept
 
 
@@ -303,7 +313,7 @@ def cp_spectral_conv(
     if any_autocast() and real is not None and autocast_dtype(x) is not None:
         x = x.to(real)
         bias = None if bias is None else bias.to(real)
-    groups = in_factors, out_factors, _kept_modes(modes, sizes, out_sizes)
+    groups = in_factors, out_factors, _rows_kept(modes, sizes, out_sizes)
     options = fft_norm, None if out_sizes == sizes else out_sizes, precision, plan, memory
     with no_autocast(x):
         found, groups = settled(_settle, x, groups, bias, weights, *options)
