@@ -21,8 +21,8 @@ of X, Y and K alone, so that a plan may take the modes in pieces whose Z and H s
 The dense route rebuilds all W_s by one product K (A ⊙ C)ᵀ (S, Cin·Cout). A separable layer has no
 C: its weight W = K Aᵀ (S, Cin) multiplies each channel by itself.
 
-Every formula is holomorphic and is written without conjugates; the boundary to autograd conjugates
-the gradient that comes in and those that go out, which is torch's convention for complex numbers.
+Every formula is holomorphic and is written without conjugates. The boundary to autograd hands the
+conjugates of X and of the factors to the backward, which is torch's convention for complex numbers.
 
 Axes: s kept modes, b batch, i in channels, o out channels, r rank.
 """
@@ -124,7 +124,8 @@ class SpectralMap:
         """
         dtype, route, wide = x.dtype, self.plan.backward, factors[0].dtype
         ins, outs, modes = self._groups(factors)
-        x, grad_y = cast(x, wide), cast(grad_y, wide)
+        # The boundary hands over a conjugate as a view, which each product would resolve again.
+        x, grad_y = cast(x.resolve_conj(), wide), cast(grad_y.resolve_conj(), wide)
         wrt_x, wrt_factors = needs[0], any(needs[1:])
         spectral, a = khatri_rao(modes), khatri_rao(ins)
         d_channels: Sequence[Tensor]
@@ -206,8 +207,7 @@ def _backward_in_pieces(
     """``_backward_at_once`` with the Z and H of some modes at a time in two pieces of memory."""
     modes, batch, channels = x.shape
     rank = a.shape[1]
-    # The boundary hands over a conjugate as a view, which each product would resolve again.
-    g = g.resolve_conj().contiguous()
+    g = g.contiguous()
     d_x = torch.empty_like(x) if wrt_x else None
     d_a, d_c, d_spectral = torch.zeros_like(a), torch.zeros_like(c), torch.empty_like(spectral)
     z_memory, h_memory = (x.new_empty(min(at_once, modes), batch, rank) for _ in range(2))
