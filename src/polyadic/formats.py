@@ -369,7 +369,9 @@ class SpectralFormat:
         """
         if self.separable:
             return 1
-        return max(1, self.in_channels * self.out_channels // (self.in_channels + self.out_channels))
+        return max(
+            1, self.in_channels * self.out_channels // (self.in_channels + self.out_channels)
+        )
 
 
 @dataclass(frozen=True)
@@ -381,7 +383,7 @@ class JointFormat:
         layers: L.
     """
 
-    one: LinearFormat | ConvFormat
+    one: LinearFormat | ConvFormat | SpectralFormat
     layers: int
 
     @property
@@ -404,7 +406,7 @@ def _largest_rank(modes: Shape) -> int:
     return math.prod(modes) // max(modes)
 
 
-def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | JointFormat) -> int:
+def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | SpectralFormat | JointFormat) -> int:
     """Turn a rank that is a number into an integer.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from interop.their_tests import run_their_tests
 
 pytest.importorskip("neuralop", reason="needs neuraloperator: pip install 'polyadic[neuralop]'")

@@ -50,7 +50,8 @@ class _SpectralCall(Call):
         made = Call(self.map, self.weights_at).run(rows.contiguous(), groups, None, weights)
         if self.rounded:
             made = made.to(spectrum.dtype)
-        y = made.permute(1, 2, 0).unflatten(2, self.modes)
+        y: Tensor = made.permute(1, 2, 0)
+        y = y.reshape(*y.shape[:2], *self.modes)
         if self.out is None:
             return y
         y = self.out(y)
@@ -127,7 +128,9 @@ def cp_spectral_product(
 ) -> Tensor:
     """Product of a spectrum with a CP weight, mode by mode, without building the weight.
 
-    y[b, o, k] = Σ_i x[b, i, k] W[i, o, k] with W[i, o, k] = Σ_r λ_r A[i, r] C[o, r] Π_d U_d[k_d, r],
+        y[b, o, k] = Σ_i x[b, i, k] W[i, o, k]
+        W[i, o, k] = Σ_r λ_r A[i, r] C[o, r] Π_d U_d[k_d, r]
+
     where A and C are the Khatri-Rao products of the in and of the out factors. Differentiable, also
     twice and in forward mode; works under torch.func and torch.compile.
 
@@ -277,11 +280,11 @@ def cp_spectral_conv(
 
     The Fourier transforms compute the kept modes alone; ``cp_spectral_product`` is what lies
     between them. In every dimension but the last the modes -⌊K_d/2⌋ … ⌈K_d/2⌉-1 are kept, in the
-    last one, whose spectrum is that of real numbers, 0 … K_d-1. Where the grid of x or of the output
-    is too coarse for some of them, those around mode 0 are taken. Source: Li et al., Fourier Neural
-    Operator for Parametric Partial Differential Equations, 2021. Differentiable, also twice and in
-    forward mode; works under torch.func and torch.compile. Autocast does not change the precision,
-    as it does not change that of torch's transforms.
+    last one, whose spectrum is that of real numbers, 0 … K_d-1. Where the grid of x or of the
+    output is too coarse for some of them, those around mode 0 are taken. Source: Li et al.,
+    Fourier Neural Operator for Parametric Partial Differential Equations, 2021. Differentiable,
+    also twice and in forward mode; works under torch.func and torch.compile. Autocast does not
+    change the precision, as it does not change that of torch's transforms.
 
     Args:
         x: (B, Cin, *S) or (Cin, *S), real, in the dtype of the factors' parts.
@@ -313,7 +316,7 @@ def cp_spectral_conv(
     if any_autocast() and real is not None and autocast_dtype(x) is not None:
         x = x.to(real)
         bias = None if bias is None else bias.to(real)
-    groups = in_factors, out_factors, _rows_kept(modes, sizes, out_sizes)
+    groups: Any = (in_factors, out_factors, _rows_kept(modes, sizes, out_sizes))
     options = fft_norm, None if out_sizes == sizes else out_sizes, precision, plan, memory
     with no_autocast(x):
         found, groups = settled(_settle, x, groups, bias, weights, *options)

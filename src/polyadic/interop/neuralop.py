@@ -75,11 +75,12 @@ def _spectral_classes() -> dict[type[nn.Module], tuple[Any, ...]]:
         modules = [importlib.import_module(name) for name in _MODULES]
     except ImportError as error:
         raise ImportError(
-            'accelerate_neuralop needs neuraloperator: pip install "polyadic[neuralop]" '
-            f"({error})"
+            f'accelerate_neuralop needs neuraloperator: pip install "polyadic[neuralop]" ({error})'
         ) from error
     return {
-        module.SpectralConv: tuple(getattr(module, name) for name in _FUNCTIONS if hasattr(module, name))
+        module.SpectralConv: tuple(
+            getattr(module, name) for name in _FUNCTIONS if hasattr(module, name)
+        )
         for module in modules
     }
 
@@ -128,7 +129,7 @@ class _Contraction:
         """Why a layer stays with neuraloperator whatever it is called with, or None."""
         theirs, weight = layer.__dict__.get("_contract"), layer.weight
         # A legacy layer of several weights that no one of them stands for has a list of them.
-        weights = list(weight) if isinstance(weight, nn.ModuleList) else [weight]
+        weights: list[Any] = list(weight) if isinstance(weight, nn.ModuleList) else [weight]
         for each in weights:
             if type(each) not in self._cp:
                 return f"its weight is a {type(each).__name__}, not a CPTensor or ComplexCPTensor"
@@ -170,7 +171,7 @@ class _ContractionPatch(Patch):
         cp = _cp_classes() if (classes := _spectral_classes()) else ()
         self._replaced = {cls: _Contraction(cp, functions) for cls, functions in classes.items()}
         for cls, contraction in self._replaced.items():
-            cls._contract = contraction  # type: ignore[assignment]
+            cls._contract = contraction  # type: ignore[attr-defined]
 
     def reasons(self, model: nn.Module) -> dict[str, str | None]:
         """Say of each spectral convolution in a model who runs it."""
@@ -190,7 +191,7 @@ class _ContractionPatch(Patch):
         for cls, contraction in self._replaced.items():
             contraction.switch_off()
             if cls.__dict__.get("_contract") is contraction:
-                del cls._contract
+                del cls._contract  # type: ignore[attr-defined]
 
 
 class _LayersPatch(Patch):

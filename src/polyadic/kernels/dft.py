@@ -69,6 +69,16 @@ class Transformation:
 
     def compute(self, x: Tensor) -> Tensor:
         """Transform."""
+        # torch has no fast transform of an empty batch.
+        if x.shape[0] == 0:
+            return self._empty(x)
+        with no_autocast(x):
+            return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _empty(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def adjoint(self) -> Transformation:
@@ -83,19 +93,21 @@ class Transformation:
 class Analysis(Transformation):
     """A real map (b, c, *n) → the kept modes of its spectrum (b, c, *k)."""
 
-    def compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         """Transform the last dimension first, then the others from the back."""
-        with no_autocast(x):
-            n, k, way = self.sizes[-1], self.modes[-1], self.forward_by[-1]
-            weights = n, k, self.scale, self.doubled
-            if way == "dft":
-                table = _on(_real_table, x, *weights)
-                y = torch.view_as_complex((x @ table.t()).unflatten(-1, (k, 2)))
-            else:
-                y = torch.fft.rfft(x)[..., :k] * _on(_mode_weights, x, *weights)
-            for d in reversed(range(len(self.sizes) - 1)):
-                y = _to_modes(y, d, self.sizes[d], self.modes[d], self.forward_by[d])
+        n, k, way = self.sizes[-1], self.modes[-1], self.forward_by[-1]
+        weights = n, k, self.scale, self.doubled
+        if way == "dft":
+            table = _on(_real_table, x, *weights)
+            y = torch.view_as_complex((x @ table.t()).view(*x.shape[:-1], k, 2))
+        else:
+            y = torch.fft.rfft(x)[..., :k] * _on(_mode_weights, x, *weights)
+        for d in reversed(range(len(self.sizes) - 1)):
+            y = _to_modes(y, d, self.sizes[d], self.modes[d], self.forward_by[d])
         return y
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], *self.modes, dtype=COMPLEX[x.dtype])
 
     def adjoint(self) -> Transformation:
         """The synthesis with the same scale and weights of modes."""
@@ -105,20 +117,21 @@ class Analysis(Transformation):
 class Synthesis(Transformation):
     """The kept modes of a spectrum (b, c, *k) → a real map (b, c, *n)."""
 
-    def compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         """Transform the first dimension first, the last one last."""
-        with no_autocast(x):
-            for d in range(len(self.sizes) - 1):
-                x = _to_positions(x, d, self.sizes[d], self.modes[d], self.forward_by[d])
-            n, k, way = self.sizes[-1], self.modes[-1], self.forward_by[-1]
-            if way == "dft":
-                parts = torch.view_as_real(x.resolve_conj()).flatten(-2)
-                table = _on(_real_table, parts, n, k, self.scale, self.doubled)
-                return parts @ table
-            # irfft counts each mode twice that stands for its mirror image.
-            halved = _on(_mode_weights, x.real, n, k, self.scale, self.doubled, halved=True)
-            y: Tensor = torch.fft.irfft(x * halved, n=n, norm="forward")
+        for d in range(len(self.sizes) - 1):
+            x = _to_positions(x, d, self.sizes[d], self.modes[d], self.forward_by[d])
+        n, k, way = self.sizes[-1], self.modes[-1], self.forward_by[-1]
+        if way == "dft":
+            parts = torch.view_as_real(x.resolve_conj()).flatten(-2)
+            return parts @ _on(_real_table, parts, n, k, self.scale, self.doubled)
+        # irfft counts each mode twice that stands for its mirror image.
+        halved = _on(_mode_weights, x.real, n, k, self.scale, self.doubled, halved=True)
+        y: Tensor = torch.fft.irfft(x * halved, n=n, norm="forward")
         return y
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return x.real.new_zeros(*x.shape[:2], *self.sizes)
 
     def adjoint(self) -> Transformation:
         """The analysis with the same scale and weights of modes."""

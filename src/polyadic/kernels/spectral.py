@@ -157,7 +157,7 @@ class SpectralMap:
             if not wrt_factors:
                 return _cast_or_none(d_x, dtype), [None] * len(factors)
             d_channels = [*khatri_rao_backward(d_a, ins), *khatri_rao_backward(d_c, outs)]
-        d_factors = [*d_channels, *khatri_rao_backward(d_spectral, modes)]
+        d_factors: list[Tensor | None] = [*d_channels, *khatri_rao_backward(d_spectral, modes)]
         return _cast_or_none(d_x, dtype), d_factors
 
     @staticmethod
@@ -172,7 +172,7 @@ def _cast_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _rebuilt(spectral: Tensor, channels: Sequence[Tensor], in_channels: int) -> Tensor:
     """W (s, i, o), all of it by one product; the channels' factors are the in and the out ones."""
-    return (spectral @ khatri_rao(channels).t()).unflatten(1, (in_channels, -1))
+    return (spectral @ khatri_rao(channels).t()).view(spectral.shape[0], in_channels, -1)
 
 
 def _forward_in_pieces(x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_once: int) -> Tensor:
@@ -191,7 +191,7 @@ def _forward_in_pieces(x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_onc
 def _backward_at_once(
     g: Tensor, x: Tensor, z: Tensor, a: Tensor, c: Tensor, spectral: Tensor, wrt_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """dX (None unless it is wanted), dA, dC and dK."""
+    """Return dX (None unless it is wanted), dA, dC and dK."""
     scale, h = spectral.unsqueeze(1), g @ c
     d_spectral = (z * h).sum(1)
     scaled = (h * scale).flatten(0, 1)

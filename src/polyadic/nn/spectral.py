@@ -22,8 +22,8 @@ from polyadic.formats import (
 from polyadic.functional.spectral import NORMS, REAL, Norm, Precision, kept_modes
 from polyadic.kernels.dft import COMPLEX
 from polyadic.nn.layer import CPLayer
-from polyadic.planner.request import Request
-from polyadic.planner.search import WORD_IMAGES, WORD_SIZES
+from polyadic.planner.request import Request, request
+from polyadic.planner.search import WORD_IMAGES
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 
@@ -130,17 +130,23 @@ class _CPSpectralConv(CPLayer):
     def _format_of_rank_1(self) -> SpectralFormat:
         return SpectralFormat(self.in_shape, self.out_shape, self._kept(self._n_modes), 1)
 
-    def _usual_call(self) -> tuple[int, Shape | None]:
-        usual = WORD_SIZES[self._dims]
-        return WORD_IMAGES, tuple(max(usual, 2 * n) for n in self.max_n_modes)
+    def _request_of_words(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Request:
+        """The request at rank 1 for which words are resolved: the product with the weight."""
+        where = torch.device(torch.get_default_device() if device is None else device).type
+        wide = COMPLEX[torch.get_default_dtype()] if dtype is None else dtype
+        unit = self._format_of_rank_1()
+        where = "cpu" if where == "meta" else where
+        return request(unit, WORD_IMAGES, wide, where, memory=self.memory)
 
-    def _request_of_size(self, request: Request, size: Any) -> Request:
+    def _request_of_size(self, asked: Request, size: Any) -> Request:
         if size is None:
             raise ValueError("give the spatial size of the input, such as size=(64, 64)")
         sizes = checks.check_sizes(size, self._dims, "size")
-        kept = kept_modes(request.format.modes, sizes, sizes)
-        fmt = dataclasses.replace(request.format, modes=kept)
-        return dataclasses.replace(request, format=fmt, size=sizes)
+        kept = kept_modes(self._kept(self._n_modes), sizes, sizes)
+        fmt = SpectralFormat(self.in_shape, self.out_shape, kept, self.rank)
+        return dataclasses.replace(asked, format=fmt, size=sizes)
 
     def _fan_in(self) -> int:
         return self.in_channels
@@ -228,7 +234,7 @@ class _CPSpectralConv(CPLayer):
             TypeError: ``conv`` is no such layer, or its weight is in another format.
             ValueError: it has other dimensions, or an option that this layer does not have.
         """
-        weight = getattr(conv, "weight", None)
+        weight: Any = getattr(conv, "weight", None)
         if not hasattr(weight, "factors") or not hasattr(weight, "weights"):
             raise TypeError(
                 f"expected a SpectralConv of neuraloperator whose weight is in CP format, got "
@@ -337,15 +343,21 @@ _TEXT = """{title}
 
 
 class CPSpectralConv1d(_CPSpectralConv):
-    __doc__ = _TEXT.format(title="Spectral convolution of one dimension.", dims=1)
+    """Spectral convolution of one dimension."""
+
+    __doc__ = _TEXT.format(title=__doc__, dims=1)
     _dims = 1
 
 
 class CPSpectralConv2d(_CPSpectralConv):
-    __doc__ = _TEXT.format(title="Spectral convolution of two dimensions.", dims=2)
+    """Spectral convolution of two dimensions."""
+
+    __doc__ = _TEXT.format(title=__doc__, dims=2)
     _dims = 2
 
 
 class CPSpectralConv3d(_CPSpectralConv):
-    __doc__ = _TEXT.format(title="Spectral convolution of three dimensions.", dims=3)
+    """Spectral convolution of three dimensions."""
+
+    __doc__ = _TEXT.format(title=__doc__, dims=3)
     _dims = 3

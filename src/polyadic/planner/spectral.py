@@ -6,7 +6,7 @@ does not depend on how the others are transformed, so each dimension is decided 
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -60,12 +60,15 @@ def _keep(request: Request) -> int:
 
 
 def candidates(request: Request) -> list[SpectralPlan]:
-    """List the plans that take one route in both directions, each with every transform."""
-    each = itertools.product(_transforms_allowed(request), repeat=len(request.size))
+    """List the plans that take one route in both directions, and one transform for all dimensions.
+
+    The best ones mix transforms; ``choose`` decides each dimension by itself.
+    """
+    ways = _transforms_allowed(request) if request.size else TRANSFORMS[:1]
     return [
         SpectralPlan(route, route, _keep(request))
-        for transforms in each
-        for route in _routes(request, transforms)
+        for way in ways
+        for route in _routes(request, (way,) * len(request.size))
     ]
 
 
@@ -76,8 +79,9 @@ def _transforms_allowed(request: Request) -> tuple[Transform, ...]:
 
 def simplest(request: Request) -> SpectralPlan:
     """Return a plan that is right for any sizes, for when they are not known."""
-    kind = "dense" if _format(request).separable else "factorized"
-    route = SpectralRoute(None, kind, ("fft",) * len(request.size))
+    fast: Transform = "fft"
+    whole = (fast,) * len(request.size)
+    route = SpectralRoute(None, "dense" if _format(request).separable else "factorized", whole)
     return SpectralPlan(route, route, _keep(request))
 
 
@@ -141,9 +145,7 @@ def _ends(request: Request) -> tuple[End, End]:
     return ("X", fmt.in_channels), ("Y", fmt.out_channels)
 
 
-def _transform_steps(
-    request: Request, end: End, transforms: tuple[Transform, ...]
-) -> list[Step]:
+def _transform_steps(request: Request, end: End, transforms: tuple[Transform, ...]) -> list[Step]:
     """List the steps of the truncated transforms of all dimensions, and of the copy to rows."""
     steps = [
         step for d, way in enumerate(transforms) for step in _one_dimension(request, end, d, way)
@@ -309,6 +311,14 @@ def _product_backward(request: Request, route: SpectralRoute, *, kept: int) -> l
     ]
 
 
+def product_alone(request: Request) -> Request:
+    """Return the request without transforms, for ranks to be judged by the product with the weight.
+
+    A product with a DFT matrix has FLOPs that torch counts, a fast transform has none.
+    """
+    return dataclasses.replace(request, size=())
+
+
 def kept_elements(request: Request, plan: SpectralPlan) -> int:
     """Count the complex numbers kept for the backward: kept modes of the spectrum, and Z or not."""
     fmt = _format(request)
@@ -361,6 +371,42 @@ def dense_kept(request: Request) -> int:
     fmt = _format(request)
     each = math.prod(request.size) // 2 + _full_spectrum(request) if request.size else fmt.kept
     return request.batch * fmt.in_channels * each
+
+
+def tucker_ranks(fmt: SpectralFormat) -> Shape:
+    """Return the ranks of a Tucker weight that has about as many parameters as the CP weight.
+
+    Each is the same share of its mode, as neuraloperator chooses them.
+    """
+    modes = (fmt.in_channels, *((fmt.out_channels,) * (not fmt.separable)), *fmt.modes)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        share = (low + high) / 2
+        ranks = tuple(max(1, round(share * mode)) for mode in modes)
+        size = math.prod(ranks) + sum(m * r for m, r in zip(modes, ranks, strict=True))
+        low, high = (share, high) if size <= fmt.parameters else (low, share)
+    return tuple(max(1, round(low * mode)) for mode in modes)
+
+
+def note(request: Request) -> str:
+    """Say how many multiply-adds a Tucker weight of as many parameters takes; "" of a separable."""
+    fmt = _format(request)
+    if fmt.separable:
+        return ""
+    into, out, *cores = ranks = tucker_ranks(fmt)
+    # The core is expanded to all kept modes, (into, out, S), and multiplies the projected spectrum.
+    expanded, entries = 0, math.prod(ranks)
+    for mode, rank in zip(fmt.modes, cores, strict=True):
+        expanded += entries * mode
+        entries = entries // rank * mode
+    i, o = fmt.in_channels, fmt.out_channels
+    tucker = expanded + fmt.kept * request.batch * (i * into + into * out + out * o)
+    ours = fmt.kept * request.batch * fmt.rank * (i + o)
+    named = "x".join(map(str, ranks))
+    return (
+        f"A Tucker weight of as many parameters (ranks {named}) multiplies this spectrum with "
+        f"{tucker / ours:.2g} times the multiply-adds of the CP weight."
+    )
 
 
 def describe(request: Request) -> str:

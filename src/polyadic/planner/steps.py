@@ -32,8 +32,9 @@ class Step:
         rows: number of outer iterations of an elementwise step whose inner loop is short.
         elements: number of elements of the largest tensor that is written.
         padded_flops: FLOPs including those on the padding up to the width of the vector units; of
-            a fast transform, which torch does not count, its operations; for a convolution, the FLOPs that take as long at the rate of a forward convolution. Equal
-            to ``flops`` by default.
+            a fast transform, which torch does not count, its operations; for a convolution, the
+            FLOPs that take as long at the rate of a forward convolution. Equal to ``flops`` by
+            default.
         channels_last: whether a convolution works in this layout.
         slowed: factor by which a GPU is slower than for rows that begin at multiples of 16 bytes.
     """
