@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from polyadic._torch import in_transform, no_autocast, observed
-from polyadic.formats import Shape
 from polyadic.plans import Transform
+
+Shape = tuple[int, ...]
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
