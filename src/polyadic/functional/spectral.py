@@ -45,9 +45,11 @@ class _SpectralCall(Call):
         """Apply transforms and map, differentiably."""
         x = self.batched(x)
         spectrum = x if self.into is None else self.into(x)
-        rows = spectrum.flatten(2).permute(2, 0, 1)
+        last = range(2, spectrum.dim())
+        # One copy at most, also of a spectrum that was cut out of a larger one.
+        rows = spectrum.permute(*last, 0, 1).contiguous().flatten(0, -3)
         rows = rows.to(torch.complex32) if self.rounded else rows
-        made = Call(self.map, self.weights_at).run(rows.contiguous(), groups, None, weights)
+        made = Call(self.map, self.weights_at).run(rows, groups, None, weights)
         if self.rounded:
             made = made.to(spectrum.dtype)
         y: Tensor = made.permute(1, 2, 0)

@@ -100,8 +100,9 @@ class SpectralMap:
             return cast(torch.bmm(x, weight), dtype), ()
         c = khatri_rao(outs)
         if route.modes_at_once is None or not _writes_to_memory(x, *factors):
-            z = x @ a
-            y = (z * spectral.unsqueeze(1)) @ c.t()
+            # Products of all rows: a product for each mode would take far longer.
+            z = (x.flatten(0, 1) @ a).view(*x.shape[:2], a.shape[1])
+            y = ((z * spectral.unsqueeze(1)).flatten(0, 1) @ c.t()).view(*x.shape[:2], c.shape[0])
             return cast(y, dtype), (z,) if self.plan.keep and route.modes_at_once is None else ()
         return cast(_forward_in_pieces(x, a, c, spectral, route.modes_at_once), dtype), ()
 
@@ -125,7 +126,7 @@ class SpectralMap:
         dtype, route, wide = x.dtype, self.plan.backward, factors[0].dtype
         ins, outs, modes = self._groups(factors)
         # The boundary hands over a conjugate as a view, which each product would resolve again.
-        x, grad_y = cast(x.resolve_conj(), wide), cast(grad_y.resolve_conj(), wide)
+        x, grad_y = cast(x.resolve_conj(), wide), cast(grad_y.resolve_conj(), wide).contiguous()
         wrt_x, wrt_factors = needs[0], any(needs[1:])
         spectral, a = khatri_rao(modes), khatri_rao(ins)
         d_channels: Sequence[Tensor]
@@ -148,7 +149,7 @@ class SpectralMap:
         else:
             c, at_once = khatri_rao(outs), route.modes_at_once
             if at_once is None or kept or not _writes_to_memory(grad_y, x, *factors):
-                z = kept[0] if kept else x @ a
+                z = kept[0] if kept else (x.flatten(0, 1) @ a).view(*x.shape[:2], a.shape[1])
                 d_x, d_a, d_c, d_spectral = _backward_at_once(grad_y, x, z, a, c, spectral, wrt_x)
             else:
                 d_x, d_a, d_c, d_spectral = _backward_in_pieces(
@@ -192,11 +193,12 @@ def _backward_at_once(
     g: Tensor, x: Tensor, z: Tensor, a: Tensor, c: Tensor, spectral: Tensor, wrt_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Return dX (None unless it is wanted), dA, dC and dK."""
-    scale, h = spectral.unsqueeze(1), g @ c
+    scale, rows_g = spectral.unsqueeze(1), g.flatten(0, 1)
+    h = (rows_g @ c).view(z.shape)
     d_spectral = (z * h).sum(1)
     scaled = (h * scale).flatten(0, 1)
     d_a = x.flatten(0, 1).t() @ scaled
-    d_c = g.flatten(0, 1).t() @ (z * scale).flatten(0, 1)
+    d_c = rows_g.t() @ (z * scale).flatten(0, 1)
     d_x = (scaled @ a.t()).view(x.shape) if wrt_x else None
     return d_x, d_a, d_c, d_spectral
 
@@ -207,7 +209,6 @@ def _backward_in_pieces(
     """``_backward_at_once`` with the Z and H of some modes at a time in two pieces of memory."""
     modes, batch, channels = x.shape
     rank = a.shape[1]
-    g = g.contiguous()
     d_x = torch.empty_like(x) if wrt_x else None
     d_a, d_c, d_spectral = torch.zeros_like(a), torch.zeros_like(c), torch.empty_like(spectral)
     z_memory, h_memory = (x.new_empty(min(at_once, modes), batch, rank) for _ in range(2))
