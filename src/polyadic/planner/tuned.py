@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from polyadic.durable.files import check_regular, write_text
 from polyadic.planner.calibrated import calibration_file, fingerprint
 from polyadic.planner.request import Place, Request
 from polyadic.plans import (
@@ -70,8 +69,9 @@ def tuned_file(place: Place) -> Path:
 def _stored(place: Place) -> dict[str, Plan]:
     try:
         path = tuned_file(place)
+        check_regular(path)
         text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return {}
     try:
         found: Any = json.loads(text)
@@ -112,11 +112,8 @@ def store(place: Place, plans: dict[str, Plan]) -> Path | None:
     try:
         path = tuned_file(place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(".tmp", path.stem, path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump({**content, "plans": every}, file, indent=2)
-        os.replace(draft, path)
-    except OSError as error:
+        write_text(path, json.dumps({**content, "plans": every}, indent=2))
+    except (OSError, ValueError) as error:
         warnings.warn(
             f"the tuned plans hold for this process alone, as they could not be written: {error}",
             RuntimeWarning,
