@@ -4,7 +4,7 @@ dense             nn.Linear
 lowrank:r64       two matrices, x A B
 cp:o3:r64         CPLinear with three modes a side
 tltorch-cp:o3:r64 tltorch's FactorizedLinear as it initialises and contracts it; also
-tltorch-tucker:o3:p52992, tltorch-btt:o3:p52992, of about so many parameters in all blocks
+tltorch-tucker:o3:f40, tltorch-btt:o3:f30, of about 0.040 and 0.030 times dense's parameters
 paired:o2:r4      W = Σ_r A_1[:, :, r] ⊗ … ⊗ A_D[:, :, r], in plain torch
 """
 
