@@ -63,7 +63,7 @@ class Entry:
 
 def language_entries(width: int, blocks: int) -> list[Entry]:
     """The contestants of the language model, the most telling first."""
-    wide, deep = width * 4 // 3, blocks * 3 // 2
+    wide, deep = width * 5 // 4, blocks * 3 // 2
     return [
         Entry("dense", width, blocks, DENSE_RATES),
         Entry("cp:o3:r64", width, blocks, DENSE_RATES, groups=True),
@@ -72,18 +72,18 @@ def language_entries(width: int, blocks: int) -> list[Entry]:
         Entry("cp:o2:r64", width, blocks, FACTOR_RATES),
         Entry("cp:o1:r64", width, blocks, DENSE_RATES, groups=True),
         Entry("lowrank:r64", width, blocks, LOW_RANK_RATES),
-        Entry("lowrank:r4", width, blocks, LOW_RANK_RATES),
+        Entry("lowrank:r5", width, blocks, LOW_RANK_RATES),
         Entry("dense", width // 4, blocks, LOW_RANK_RATES),
         Entry("dense", width // 2, blocks, LOW_RANK_RATES),
         Entry("cp:o3:r16", width, blocks, FACTOR_RATES),
         Entry("cp:o3:r256", width, blocks, FACTOR_RATES),
         # Of about the dense model's step time.
-        Entry("cp:o3:r64", width, deep, FACTOR_RATES),
         Entry("cp:o3:r64", wide, blocks, FACTOR_RATES),
-        Entry("paired:o2:r4", width, blocks, FACTOR_RATES),
+        Entry("cp:o3:r32", width, deep, FACTOR_RATES),
+        Entry("paired:o2:r5", width, blocks, FACTOR_RATES),
         Entry("tltorch-cp:o3:r64", width, blocks, FACTOR_RATES),
-        Entry("tltorch-tucker:o3:f40", width, blocks, FACTOR_RATES),
-        Entry("tltorch-btt:o3:f30", width, blocks, FACTOR_RATES),
+        Entry("tltorch-tucker:o3:f60", width, blocks, FACTOR_RATES),
+        Entry("tltorch-btt:o3:f52", width, blocks, FACTOR_RATES),
         Entry("cp:o3:r128", width, blocks, FACTOR_RATES),
         Entry("cp:o2:r256", width, blocks, FACTOR_RATES),
         Entry("cp:o2:r16", width, blocks, FACTOR_RATES),
@@ -107,7 +107,12 @@ def digits_entries(width: int) -> list[Entry]:
     ]
 
 
-def due(entries: Sequence[Entry], common: Job, losses: Mapping[Job, float]) -> list[Job]:
+def common(task: str, steps: int, length: int, sequences: int) -> Job:
+    """What all runs of a task share, as a run whose contestant, rate and seed are yet to be set."""
+    return Job(task, "dense", 0, 0, 0.0, False, SEEDS[0], steps, length, sequences)
+
+
+def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> list[Job]:
     """The runs that are to be made now, the most telling first, among them those made already.
 
     A contestant runs at each of its rates with the first seed, on while the best is the last of
@@ -116,14 +121,14 @@ def due(entries: Sequence[Entry], common: Job, losses: Mapping[Job, float]) -> l
 
     Args:
         entries: the contestants, dense first.
-        common: what all runs share: its task, steps, length and sequences.
+        shared: as ``common`` makes it.
         losses: of the runs made.
     """
     found: list[Job] = []
     dense: Job | None = None
     for entry in entries:
         own = dataclasses.replace(
-            common, layer=entry.layer, width=entry.width, blocks=entry.blocks, groups=entry.groups,
+            shared, layer=entry.layer, width=entry.width, blocks=entry.blocks, groups=entry.groups,
             seed=SEEDS[0],
         )  # fmt: skip
         swept = _swept([dataclasses.replace(own, lr=lr) for lr in entry.rates], losses)

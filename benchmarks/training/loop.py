@@ -73,7 +73,7 @@ def train(
         the median of the steps' wall time, not comparable between runs that share a machine.
     """
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, recipe, device)
+    optimizer = optimizer_of(model, recipe, device)
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     curve: list[list[float]] = []
     start = 0
@@ -82,7 +82,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         curve, start = state["curve"], state["step"]
-    step_on = _stepper(model, optimizer, loss, batch(start), device)
+    step_on = stepper(model, optimizer, loss, batch(start), device)
     times = []
     for step in range(start, recipe.steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -103,7 +103,8 @@ def train(
     return {"curve": curve, "loss": curve[-1][1], "seconds_per_step": seconds}
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+def optimizer_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over all parameters, in the groups that the recipe asks for."""
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if recipe.groups:
         groups = polyadic.param_groups(model, recipe.lr, recipe.weight_decay)
@@ -128,7 +129,7 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _stepper(
+def stepper(
     model: nn.Module,
     optimizer: torch.optim.AdamW,
     loss: Loss,

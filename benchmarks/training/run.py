@@ -31,8 +31,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
     device = torch.device(device_type)
     torch.manual_seed(job.seed)
     began = time.perf_counter()
-    made = _language(job, device) if job.task == "language" else _digits(job, device)
-    model, batch, loss, validate = made
+    model, batch, loss, validate = made(job, device)
     file = None if checkpoints is None else checkpoints / f"{_slug(job)}.checkpoint"
     found = train(
         model,
@@ -53,6 +52,11 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
         "seconds": time.perf_counter() - began,
         **found,
     }
+
+
+def made(job: Job, device: torch.device) -> Any:
+    """Of a run: its model, batch of a step, loss of a batch and held-out loss."""
+    return _language(job, device) if job.task == "language" else _digits(job, device)
 
 
 def _slug(job: Job) -> str:
