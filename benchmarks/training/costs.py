@@ -30,7 +30,12 @@ class _Subject:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(entries: Sequence[Entry], common: Job, rounds: int = ROUNDS) -> list[Record]:
+def measure(
+    entries: Sequence[Entry],
+    common: Job,
+    rounds: int = ROUNDS,
+    tell: Callable[[str], None] = print,
+) -> list[Record]:
     """A record of the kind ``step`` for each layer, width and number of blocks among the entries.
 
     Steps are made in turns, so that what disturbs the machine disturbs all alike. Time is the
@@ -41,12 +46,16 @@ def measure(entries: Sequence[Entry], common: Job, rounds: int = ROUNDS) -> list
         entries: the contestants. What they would be trained with does not matter here.
         common: the task and the sizes of a step.
         rounds: steps timed of each.
+        tell: takes a line about each contestant left out because its package is not installed.
     """
     shapes = dict.fromkeys((e.layer, e.width, e.blocks) for e in entries)
-    subjects = [
-        _subject(dataclasses.replace(common, layer=layer, width=width, blocks=blocks))
-        for layer, width, blocks in shapes
-    ]
+    subjects: list[_Subject] = []
+    for layer, width, blocks in shapes:
+        job = dataclasses.replace(common, layer=layer, width=width, blocks=blocks)
+        try:
+            subjects.append(_subject(job))
+        except ImportError as error:
+            tell(f"{layer} is left out: {error}")
     for number in range(WARM_UP + rounds):
         for subject in subjects:
             began = time.thread_time()

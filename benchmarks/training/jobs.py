@@ -81,6 +81,7 @@ def language_entries(width: int, blocks: int) -> list[Entry]:
         Entry("cp:o3:r64", wide, blocks, FACTOR_RATES),
         Entry("cp:o3:r32", width, deep, FACTOR_RATES),
         Entry("paired:o2:r5", width, blocks, FACTOR_RATES),
+        Entry("monarch:b32", width, blocks, FACTOR_RATES),
         Entry("tltorch-cp:o3:r64", width, blocks, FACTOR_RATES),
         Entry("tltorch-tucker:o3:f60", width, blocks, FACTOR_RATES),
         Entry("tltorch-btt:o3:f52", width, blocks, FACTOR_RATES),

@@ -16,6 +16,7 @@ KINDS = {
     "lowrank": "low rank",
     "cp": "CP",
     "paired": "paired modes",
+    "monarch": "Monarch",
     "tltorch-cp": "CP, tltorch",
     "tltorch-tucker": "Tucker, tltorch",
     "tltorch-btt": "block TT, tltorch",
@@ -126,6 +127,8 @@ def title(layer: str, width: int, blocks: int, usual: tuple[int, int]) -> str:
         words.append(f"order {options['o']}")
     if "r" in options:
         words.append(f"R={options['r']}")
+    if "b" in options:
+        words.append(f"{options['b']} blocks a layer")
     if width != usual[0]:
         words.append(f"width {width}")
     if blocks != usual[1]:
