@@ -337,8 +337,9 @@ def summary(task: Task) -> str:
             f"In the dense model's time the best CP model measured, {task.named(best)}, is "
             f"{apart(best.best.mean, dense.best.mean)} it."
         )
+    seeds = len(dense.best.losses)
     lines.append(
-        f"{len(dense.best.losses)} seeds, each contestant with its "
+        f"{'One seed' if seeds == 1 else f'{seeds} seeds'}, each contestant with its "
         "own best learning rate: [docs/training.md](docs/training.md)."
     )
     picture = "![Held-out loss over parameters and step time](docs/figures/training-readme.svg)"
