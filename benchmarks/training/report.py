@@ -124,8 +124,8 @@ def section(tasks: Sequence[Task], larger: Task) -> str:
             f"![Held-out loss over what a contestant costs](figures/training-{task.name}.svg)"
         )
         parts += ["### Does the dense recipe hold?", recipe_table(task), recipe_finding(task)]
-        parts.append("### At equal cost")
-        parts += [equal_table(task), "\n".join(f"- {line}" for line in findings(task))]
+        parts += ["### At equal cost", equal_table(task)]
+        parts.append("\n".join(f"- {line}" for line in findings(task)))
     parts += ["## Larger, on a GPU", where(larger), larger_table(larger)]
     return "\n\n".join(parts)
 
@@ -200,18 +200,12 @@ def recipe_table(task: Task) -> str:
 
 def recipe_finding(task: Task) -> str:
     """Whether the dense recipe holds."""
-    parts = []
-    for holds, word in ((True, "ends within"), (False, "does not end within")):
-        names = [
-            f"{task.named(c)} ({score.mean - c.best.mean:.3f})"
-            for c, score in recipe_rows(task)
-            if (score.mean - c.best.mean <= WITHIN) is holds
-        ]
-        if names:
-            parts.append(f"{'; '.join(names)} {word} {WITHIN:g} nats of its own best")
-    lr = task.dense.best.lr
+    rows = [(task.named(c), score.mean - c.best.mean) for c, score in recipe_rows(task)]
+    near = "; ".join(f"{name} ({behind:.3f})" for name, behind in rows if behind <= WITHIN)
+    far = "; ".join(f"{name} ({behind:.3f})" for name, behind in rows if behind > WITHIN)
     return (
-        f"At {lr:g}, the dense model's best rate, with `polyadic.param_groups`: {'. '.join(parts)}."
+        f"At {task.dense.best.lr:g}, the dense model's best rate, with `polyadic.param_groups`. "
+        f"Within {WITHIN:g} nats of their own best: {near or 'none'}. Not: {far or 'none'}."
     )
 
 
@@ -251,7 +245,7 @@ def equal_table(task: Task) -> str:
                     f"{task.named(c)} {c.best.mean - one.best.mean:+.3f}" for c in others
                 )
                 rows.append([f"{task.named(one)} ({one.best.mean:.3f})", cost, listed])
-    return markdown_rows(rows, "lll")
+    return markdown_rows(rows, "lll") if len(rows) > 1 else "No other layer costs as much as CP."
 
 
 def findings(task: Task) -> list[str]:
@@ -279,10 +273,9 @@ def findings(task: Task) -> list[str]:
         best = min(cps, key=lambda c: c.best.mean)
         found.append(
             f"The best CP contestant of all, {task.named(best)}, is "
-            f"{apart(best.best.mean, dense.best.mean)} the dense model with "
+            f"{apart(best.best.mean, dense.best.mean)} the dense model, with "
             f"{times(dense.block_parameters, best.block_parameters)} fewer block parameters"
-            + timed(best, dense)
-            + "."
+            f"{timed(best, dense)}."
         )
     return found
 
@@ -302,7 +295,7 @@ def timed(one: Contestant, dense: Contestant) -> str:
     """What a step takes beside the dense model's, where both were timed."""
     if one.step is None or dense.step is None:
         return ""
-    return f" and {one.step['seconds'] / dense.step['seconds']:.2f} of its step time"
+    return f" at {one.step['seconds'] / dense.step['seconds']:.2f} of its step time"
 
 
 def summary(task: Task) -> str:
@@ -325,18 +318,14 @@ def summary(task: Task) -> str:
             )
             + "."
         )
-    slow = [
-        c
-        for c in task.contestants
-        if c.kind == "cp" and c.step and dense.step
-        and c.step["seconds"] <= dense.step["seconds"] * (1 + EQUAL)
-    ]  # fmt: skip
-    if slow:
-        best = min(slow, key=lambda c: c.best.mean)
-        lines.append(
-            f"In the dense model's time the best CP model measured, {task.named(best)}, is "
-            f"{apart(best.best.mean, dense.best.mean)} it."
-        )
+    cps = [c for c in task.contestants if c.kind == "cp"]
+    best = min(cps, key=lambda c: c.best.mean)
+    reached = best.best.mean <= dense.best.mean + WITHIN
+    lines.append(
+        ("A CP model reaches" if reached else "None of the CP models measured reaches")
+        + f" the dense loss; the best, {task.named(best)}, is "
+        f"{apart(best.best.mean, dense.best.mean)} it{timed(best, dense)}."
+    )
     seeds = len(dense.best.losses)
     lines.append(
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'}, each contestant with its "
