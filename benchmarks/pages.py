@@ -47,10 +47,10 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-# No software version or date inside.
+# No software version or date inside, and in an SVG file no address of a vocabulary.
 _NAMELESS: dict[str, dict[str, None]] = {
     "png": {"Software": None},
-    "svg": {"Creator": None, "Date": None},
+    "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
 }
 
 
