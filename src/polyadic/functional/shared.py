@@ -12,7 +12,7 @@ from torch import Tensor
 from polyadic import checks
 from polyadic.formats import LinearFormat, Shape
 from polyadic.functional.boundary import Call, autocast
-from polyadic.kernels.shared import InHalf, OutHalf
+from polyadic.kernels.shared import Half
 from polyadic.planner.ask import plan_linear
 
 Factors = tuple[Tensor, ...]
@@ -88,7 +88,7 @@ def cp_linear_shared(
         if scale[i] is not None:
             # λ is one more factor, in front, with a mode of size 1.
             forward, backward = ((first + 1, *rest) for first, *rest in (forward, backward))
-        half = Call(OutHalf(forward, backward), 0)
+        half = Call(Half(True, forward, backward), 0)
         y = half.run(projected[i], (outs[i],), own, scale[i])
         results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], fmt.out_features))
     return tuple(results)
@@ -116,7 +116,7 @@ def _projected(rows: Tensor, ins: Sequence[Factors], formats: Sequence[LinearFor
             factors = tuple([torch.cat(side, 1) for side in zip(*groups, strict=True)])
         fmt = LinearFormat(modes, formats[members[0]].out_shape, sum(ranks))
         plan = plan_linear(fmt, rows, "balanced", False)
-        half = Call(InHalf(plan.forward.in_groups, plan.backward.in_groups), 0)
+        half = Call(Half(False, plan.forward.in_groups, plan.backward.in_groups), 0)
         z = half.run(rows, (factors,), None, None)
         columns = [z] if len(ranks) == 1 else torch.split(z[:, : fmt.rank], ranks, 1)
         for i in members:

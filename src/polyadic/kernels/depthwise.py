@@ -44,25 +44,17 @@ class Geometry:
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial size of the output for an input of spatial size ``size``."""
-        if self.transposed:
-            return tuple(
-                (n - 1) * s - 2 * low + d * (k - 1) + extra + 1
-                for n, k, s, (low, _), d, extra in zip(
-                    size,
-                    self.kernel_size,
-                    self.stride,
-                    self.padding,
-                    self.dilation,
-                    self.output_padding,
-                    strict=True,
-                )
-            )
-        return tuple(
-            (n + low + high - d * (k - 1) - 1) // s + 1
-            for n, k, s, (low, high), d in zip(
-                size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        return _output_size(self, size, tuple([low + high for low, high in self.padding]))
+
+
+def _output_size(where: Geometry | Stage, size: Sequence[int], padding: Ints) -> Ints:
+    """Spatial size of an output, where ``padding`` counts both ends of each dimension together."""
+    reach = [d * (k - 1) + 1 for k, d in zip(where.kernel_size, where.dilation, strict=True)]
+    each = zip(size, padding, reach, where.stride, strict=True)
+    if not where.transposed:
+        return tuple([(n + p - r) // s + 1 for n, p, r, s in each])
+    extra = where.output_padding
+    return tuple([(n - 1) * s - p + r + e for (n, p, r, s), e in zip(each, extra, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -99,31 +91,8 @@ class Stage:
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial size of the output for an input of spatial size ``size``."""
-        if self.transposed:
-            return tuple(
-                (n - 1) * s - 2 * p + d * (k - 1) + e + 1
-                for n, k, s, p, e, d in zip(
-                    size,
-                    self.kernel_size,
-                    self.stride,
-                    self.padding,
-                    self.output_padding,
-                    self.dilation,
-                    strict=True,
-                )
-            )
-        return tuple(
-            (n + 2 * p + e - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, e, d in zip(
-                size,
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.excess,
-                self.dilation,
-                strict=True,
-            )
-        )
+        padded = zip(self.padding, self.excess, strict=True)
+        return _output_size(self, size, tuple([2 * p + e for p, e in padded]))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""

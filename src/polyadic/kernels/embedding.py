@@ -28,16 +28,15 @@ from torch import Tensor
 from polyadic._torch import is_plain, no_autocast
 from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
 from polyadic.kernels.multilinear import (
-    Groups,
     accumulate_dtype,
     expand,
     khatri_rao,
     khatri_rao_backward,
     partials,
 )
-from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank, unpadded
 from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded
-from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.plans import Groups, LinearPlan, LinearRoute
 
 # Rows of one factor up to which a GPU sums into them by comparing each index with each row.
 MOST_SCATTERED_ROWS = 4096
@@ -211,9 +210,7 @@ class EmbeddingMap:
         if wrt_in or not kept:
             digits, rows = _pick(x, in_factors, route.in_groups)
         if kept:
-            # Padded where a fused kernel made it.
-            rank = in_factors[0].shape[1]
-            z = kept[0] if kept[0].shape[1] == rank else kept[0][:, :rank]
+            z = unpadded(kept[0], in_factors[0].shape[1])
         elif wrt_out:
             z = self._product(rows, x, in_factors[0].dtype)
         else:

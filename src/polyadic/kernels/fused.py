@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import is_fake, is_plain, observed, transformed
-from polyadic.kernels.backend import triton_serves
+from polyadic.kernels.backend import DTYPES, triton_serves
 
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Sizes and numbers of rows are 32-bit integers in the kernels.
 MOST_ROWS = 2**31 - 1
 
@@ -30,7 +29,7 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
     """
     return (
         x.is_cuda
-        and factors[0].dtype in FUSED_DTYPES
+        and factors[0].dtype in DTYPES
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not transformed()

@@ -25,7 +25,7 @@ from torch import Tensor
 from polyadic.kernels.depthwise import Ints, Stage, Stages
 from polyadic.kernels.fused import MOST_ROWS, may_fuse
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
-from polyadic.kernels.projections import outer, project, project_back
+from polyadic.kernels.projections import as_rows, outer, project, project_back
 from polyadic.plans import MOST_FUSED_TAPS, ConvRoute
 
 # Out channels of a group up to which the projection is made in the kernel of the depthwise stage.
@@ -47,11 +47,6 @@ def _three(values: Sequence[int], missing: int) -> tuple[int, int, int]:
     """One number for each of three dimensions, ``missing`` for those there are not, in front."""
     first, second, third = (*[missing] * (3 - len(values)), *values)
     return first, second, third
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """(b, r, *s) → (b·s, r), a view as the channels are innermost."""
-    return maps.movedim(1, -1).reshape(-1, maps.shape[1])
 
 
 def _volume(rows: Tensor, images: int, size: Sequence[int]) -> Tensor:
@@ -111,13 +106,13 @@ class FusedConv:
         where, size, out = self._where(self.stage, taken.shape[2:])
         if kc.shape[0] // self.groups > MOST_PROJECTED_CHANNELS:
             rows = depthwise(
-                _rows(z1), taps[0], where, _three(size, 1), _three(out, 1), self.groups
+                as_rows(z1), taps[0], where, _three(size, 1), _three(out, 1), self.groups
             )
             last = _volume(rows, taken.shape[0], out)
             y = project(last, self._each(kc).mT, "channels_last", self.groups, bias)
             return y, (z1, last)[:keep]
         rows, z2 = depthwise_project(
-            _rows(z1),
+            as_rows(z1),
             taps[0],
             kc,
             bias,
@@ -175,8 +170,8 @@ class FusedConv:
 
             where, size, out = self._where(self.stage, taken.shape[2:])
             rows, d_taps, again = depthwise_backward(
-                _rows(z1),
-                _rows(d_z1),
+                as_rows(z1),
+                as_rows(d_z1),
                 taps[0],
                 where,
                 _three(size, 1),

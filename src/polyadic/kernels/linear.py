@@ -23,7 +23,7 @@ from polyadic.kernels.multilinear import (
     partials,
     product_gradients,
 )
-from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, unpadded
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan, LinearRoute
 
@@ -40,11 +40,6 @@ def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
     """
     whole = len(route.in_groups) == 1 and len(route.out_groups) == 1
     return x.is_cuda and route.kind == "factorized" and whole
-
-
-def _unpadded(z: Tensor, rank: int) -> Tensor:
-    """The columns of a Z or G that are no padding."""
-    return z if z.shape[1] == rank else z[:, :rank]
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class LinearMap:
             )
         else:
             if kept:
-                z = _unpadded(kept[0], in_factors[0].shape[1])
+                z = unpadded(kept[0], in_factors[0].shape[1])
             elif wrt_out:
                 z = contract(x, in_factors, route.in_groups)
             else:

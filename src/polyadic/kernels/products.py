@@ -17,6 +17,8 @@ from torch.compiler import is_compiling
 from polyadic._torch import is_plain, transformed
 from polyadic.kernels import cpu
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """X K + bias of x (n, k), matrix (k, m), bias (m,)."""
@@ -55,7 +57,7 @@ def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
         x.is_cuda
         and torch.version.hip is None
         and x.shape[0] > 0
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in HALVES
         and is_plain(x)
         and is_plain(z)
         and not is_compiling()

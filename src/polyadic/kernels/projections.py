@@ -22,7 +22,7 @@ def _is_rows(x: Tensor) -> bool:
     return x.stride(1) == 1
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """(b, c, *s) → (b·s, c); a view where the channels are innermost."""
     return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
 
@@ -52,7 +52,7 @@ def project(
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
         return plus_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
     if _is_rows(x):
-        return _volume(matmul_nn(_rows(x), matrix, bias), x)
+        return _volume(matmul_nn(as_rows(x), matrix, bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
     return _volume(plus_bias(torch.bmm(columns, matrices), bias), x)
 
@@ -81,7 +81,7 @@ def _project_groups(
     """``project`` with groups: (b, g·c, *s) → (b, g·r, *s)."""
     if layout == "channels_last":
         if _is_rows(x):
-            rows = _rows(x).view(-1, groups, x.shape[1] // groups)
+            rows = as_rows(x).view(-1, groups, x.shape[1] // groups)
             own = matrix.dim() == 3
             y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
         else:
@@ -106,8 +106,8 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
         x = in_layout(x, layout)
     if last and _is_rows(x):
         if groups == 1:
-            return matmul_tn_unrounded(_rows(x), _rows(z))
-        rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
+            return matmul_tn_unrounded(as_rows(x), as_rows(z))
+        rows, maps = (as_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)
         # reshape, not flatten, which gradients batched by autograd have no rule for.

@@ -10,9 +10,8 @@ import torch
 
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape
 from polyadic.kernels.depthwise import Geometry
+from polyadic.kernels.products import HALVES
 from polyadic.plans import Memory
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class Place(NamedTuple):

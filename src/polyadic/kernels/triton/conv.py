@@ -60,35 +60,12 @@ def depthwise_project_kernel(
     COLUMNS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Write BLOCK positions and COLUMNS channels of one group of y; with KEEP also Z2.
+    """Write BLOCK positions and COLUMNS channels of one group of y (p, GROUPS · CHANNELS).
 
-    Args:
-        z1: (b, *s, GROUPS · PADDED).
-        taps: (t, PADDED).
-        kc: (GROUPS · CHANNELS, PADDED), group by group.
-        bias: (GROUPS · CHANNELS,), read where BIASED.
-        y: (p, GROUPS · CHANNELS).
-        kept: Z2 (p, GROUPS · PADDED), written where KEEP.
-        positions: number of positions p of all images.
-        size_0: first spatial size of z1.
-        size_1: second.
-        size_2: third.
-        out_0: first spatial size of y.
-        out_1: second.
-        out_2: third.
-        KERNEL: taps along each dimension.
-        STRIDE: along each dimension.
-        PADDING: zeros in front, along each dimension.
-        DILATION: along each dimension.
-        TAPS: number of taps.
-        GROUPS: groups of channels.
-        CHANNELS: out channels of a group.
-        PADDED: maps of a group.
-        BIASED: whether the bias is added.
-        KEEP: whether Z2 is written.
-        BLOCK: positions of a program.
-        COLUMNS: channels of a program.
-        TERMS: maps at a time.
+    It is made from z1 (b, *s, GROUPS · PADDED), taps (t, PADDED), kc (GROUPS · CHANNELS, PADDED),
+    group by group, and with BIASED bias (GROUPS · CHANNELS,), TERMS maps at a time, for all p <
+    ``positions``. With KEEP also Z2 is written, to ``kept`` (p, GROUPS · PADDED). The arguments
+    that ``depthwise`` has too mean the same here.
     """
     # All programs are on one axis, because the other axes have room for 65,535 programs only.
     # Programs of the same positions are neighbours, so that they find in the cache what they read

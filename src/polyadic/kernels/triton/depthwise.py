@@ -19,6 +19,11 @@ taps of a 3×3 kernel are found.
 
 Axes: b images, s positions of an input, p and q positions of all images, r maps of a group, g
 groups, t taps.
+
+Arguments that mean the same in every kernel: size_0 to size_2 and out_0 to out_2 are the spatial
+sizes before the stage and after it; KERNEL, STRIDE, PADDING (zeros in front) and DILATION have an
+entry for each dimension; TAPS is the number of taps, GROUPS the number of groups of channels and
+PADDED the number of maps in a group; BLOCK positions and COLUMNS maps make a tile.
 """
 
 from __future__ import annotations
@@ -116,28 +121,9 @@ def depthwise_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write Z2 (p, GROUPS · PADDED), a tile a program.
+    """Write z2 (p, GROUPS · PADDED) for all p < ``positions``; each program writes one tile.
 
-    Args:
-        z1: (b, *s, GROUPS · PADDED).
-        taps: (t, PADDED).
-        z2: written.
-        positions: number of positions p of all images.
-        size_0: first spatial size of z1.
-        size_1: second.
-        size_2: third.
-        out_0: first spatial size of z2.
-        out_1: second.
-        out_2: third.
-        KERNEL: taps along each dimension.
-        STRIDE: along each dimension.
-        PADDING: zeros in front, along each dimension.
-        DILATION: along each dimension.
-        TAPS: number of taps.
-        GROUPS: groups of channels.
-        PADDED: maps of a group.
-        BLOCK: positions of a program.
-        COLUMNS: maps of a program.
+    It is made from z1 (b, *s, GROUPS · PADDED) and taps (t, PADDED).
     """
     across: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
     g = tl.program_id(1)
@@ -212,35 +198,13 @@ def depthwise_backward_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write dZ1 and partial sums of dtaps, by the first programs, and Z2, by the others.
+    """Write d_z1 and partial sums of dtaps, by the first programs, and z2, by the others.
 
-    Args:
-        z1: (b, *s, GROUPS · PADDED).
-        d_z2: (p, GROUPS · PADDED).
-        taps: (t, PADDED).
-        d_z1: as ``z1``; written.
-        z2: as ``d_z2``; written where there are programs for it.
-        partial: (in_programs, GROUPS, t, PADDED) in float32; written where SUMMED.
-        in_positions: number of positions q of all images.
-        positions: number of positions p of all images.
-        share: positions that a program goes through, a multiple of BLOCK.
-        in_programs: how many programs there are for dZ1 and dtaps.
-        size_0: first spatial size of z1.
-        size_1: second.
-        size_2: third.
-        out_0: first spatial size of d_z2.
-        out_1: second.
-        out_2: third.
-        KERNEL: taps along each dimension.
-        STRIDE: along each dimension.
-        PADDING: zeros in front, along each dimension.
-        DILATION: along each dimension.
-        TAPS: number of taps.
-        GROUPS: groups of channels.
-        PADDED: maps of a group.
-        SUMMED: whether the taps' gradient is wanted.
-        BLOCK: positions at a time.
-        COLUMNS: maps of a program.
+    They are made from z1 (b, *s, GROUPS · PADDED), d_z2 (p, GROUPS · PADDED) and taps (t, PADDED).
+    The first ``in_programs`` programs write d_z1, shaped as z1, for all q < ``in_positions``, and
+    with SUMMED partial (in_programs, GROUPS, t, PADDED) in float32. The others, if there are any,
+    write z2, shaped as d_z2, for all p < ``positions``. Each program goes through ``share``
+    positions, a multiple of BLOCK, one tile after the other.
     """
     program, g = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
