@@ -23,6 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from polyadic.nn.kinds import is_torch_layer
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import prepare, refuse
@@ -282,12 +283,13 @@ def _tied_to_tables(
     for pair in model.all_tied_weights_keys.items():
         for source, target in (pair, pair[::-1]):
             table, name = (one.removesuffix(".weight") for one in (source, target))
-            if table not in layers or layers[table].kind != "CPEmbedding" or name in layers:
+            if table not in layers or layers[table].family != "embedding" or name in layers:
                 continue
-            layer, config = model.get_submodule(name), layers[table]
-            if isinstance(layer, nn.Linear):
+            layer: Any = model.get_submodule(name)
+            config = layers[table]
+            if is_torch_layer(layer, "linear"):
                 added[name] = head_of(config, table, layer.bias is not None)
-            elif isinstance(layer, nn.Embedding):
+            elif is_torch_layer(layer, "embedding"):
                 arguments = {**config.arguments, "padding_idx": layer.padding_idx}
                 added[name] = dataclasses.replace(
                     config, arguments=arguments, tied_to=config.tied_to or table
