@@ -1,9 +1,9 @@
-"""Whether steps of a map that follow each other are fused into one Triton kernel; one place asks.
+"""The one place that decides whether consecutive steps of a map are fused into one Triton kernel.
 
-A fused kernel keeps to itself what torch's operations write to memory and read again between these
-steps, and is one launch where they are several. It computes numbers and nothing else: where a
-backward is differentiated, in transforms of torch.func, in graphs to be compiled or exported, and
-under modes that watch operations, torch's operations are used.
+Between these steps torch's operations write intermediates to memory and read them again; a fused
+kernel keeps them to itself, and needs one launch instead of several. It computes numbers and
+nothing else. If a backward is differentiated, in transforms of torch.func, in graphs to be compiled
+or exported, and under modes that watch operations, torch's operations are used instead.
 """
 
 from __future__ import annotations

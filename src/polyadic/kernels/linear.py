@@ -27,8 +27,8 @@ from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, unpadded
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan, LinearRoute
 
-# Rows up to which a GPU computes a layer from its factors in two launches: as in the decoding of a
-# language model, where what is launched costs more than what is computed.
+# A GPU computes up to this many rows from the factors in two launches, as when a language model
+# decodes: launching then costs more than computing.
 MOST_DECODED_ROWS = 16
 
 
@@ -87,6 +87,7 @@ class LinearMap:
         return few and self.plan.keep == "x" and may_fuse(x, factors)
 
     def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+        """Return y (B, N) for a few rows x, from the factors alone."""
         from polyadic.kernels.triton.decode import decode
 
         x, *factors = contiguous((x, *factors))
@@ -100,7 +101,7 @@ class LinearMap:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of the factors.
+        """Return the gradients of x and of the factors.
 
             Z = X KA, G = dY KC (B, R)    dX = G KAᵀ    dKA = Xᵀ G    dKC = dYᵀ Z
 

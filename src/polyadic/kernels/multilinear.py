@@ -48,12 +48,12 @@ def best_cut(sizes: Sequence[int]) -> int:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which products of factors are formed: fp32 for half precisions, else ``dtype``."""
+    """Return the dtype in which products of factors are formed: float32 instead of a half one."""
     return torch.float32 if dtype in HALVES else dtype
 
 
 def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """Column-wise Kronecker product (Π m_d, R), formed in at least fp32 and rounded once.
+    """Return the column-wise Kronecker product (Π m_d, R), formed in at least fp32 and rounded once.
 
     Args:
         factors: D tensors (m_d, R); the last mode varies fastest.

@@ -36,7 +36,7 @@ PADDED_TO = 8
 
 
 def padded_rank(rank: int) -> int:
-    """Columns of a Khatri-Rao matrix on a GPU."""
+    """Return the number of columns that a Khatri-Rao matrix of this rank has on a GPU."""
     return -(-rank // PADDED_TO) * PADDED_TO
 
 
@@ -48,7 +48,7 @@ def unpadded(matrix: Tensor, rank: int) -> Tensor:
 def khatri_rao_pair(
     groups: Sequence[Group], dtype: torch.dtype, by: Backend = "triton"
 ) -> list[Tensor]:
-    """Khatri-Rao matrix of each group of factors.
+    """Make the Khatri-Rao matrix of each group of factors.
 
     Args:
         groups: factors (m_d, R) of each matrix, all of one rank, dtype and device; the last mode of
@@ -77,7 +77,7 @@ def khatri_rao_pair(
 def mttkrp_pair(
     d_matrices: Sequence[Tensor], groups: Sequence[Group], by: Backend = "triton"
 ) -> list[list[Tensor]]:
-    """Gradient of every factor of every group from those of the Khatri-Rao matrices.
+    """Make the gradient of every factor of every group from those of the Khatri-Rao matrices.
 
     Args:
         d_matrices: for each group dK (Π m_d, R or more columns, which are not read), or pieces
@@ -129,14 +129,14 @@ def _regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tens
 
 
 def _khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
-    """One by one, with torch's operations."""
+    """Make the matrices one by one with torch's operations."""
     matrices = [khatri_rao(group, dtype) for group in groups]
     extra = padded - matrices[0].shape[1]
     return [F.pad(matrix, (0, extra)) for matrix in matrices] if extra else matrices
 
 
 def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
-    """One by one, with torch's operations."""
+    """Make the gradients one by one with torch's operations."""
     gradients = []
     for d_matrix, group in zip(d_matrices, groups, strict=True):
         total = d_matrix.sum(0) if d_matrix.dim() == 3 else d_matrix

@@ -121,7 +121,7 @@ LAUNCHER = Launcher(depthwise_project_kernel)
 
 
 def columns_of(channels: int, positions: int, dtype: torch.dtype) -> int:
-    """Channels of a program: many, as each makes Z2 again, where that leaves enough programs."""
+    """Return the channels of a program: many, as each makes Z2 again, if that leaves programs."""
     columns = max(16, min(64 if dtype == torch.float32 else 256, up_to_power_of_two(channels)))
     while columns > 64 and -(-channels // columns) * -(-positions // POSITIONS) < ENOUGH_PROGRAMS:
         columns //= 2
@@ -138,7 +138,7 @@ def project_constants(
     columns: int,
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
-    """Constants of the forward's kernel, with ``columns`` channels to a program."""
+    """Return the constants of the kernel, with ``columns`` channels to a program."""
     block = POSITIONS // 2 if dtype == torch.float32 else POSITIONS
     # The addresses of many taps take registers beside those of wide entries.
     if dtype == torch.float32 and where.taps > MOST_SUMS:
@@ -163,7 +163,7 @@ def depthwise_project(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y = Z2 KCᵀ + bias of the depthwise stage's Z2, and Z2 itself where it is to be kept.
+    """Return Y = Z2 KCᵀ + bias of the depthwise stage's Z2, and Z2 if it is to be kept.
 
     Args:
         z1: (b·s, g·r), contiguous.

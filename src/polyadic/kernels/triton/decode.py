@@ -1,9 +1,9 @@
 """A linear map of few rows from its factors alone: Y = X KA KCᵀ + bias in two launches.
 
-With few rows there is next to nothing to compute; launching and reading take the time.
-The first kernel contracts: each program makes some rows of KA from the factors, multiplies its part
-of X with them and writes a partial Z. The second adds these up in a fixed order, rounds Z once,
-makes rows of KC and multiplies. Neither matrix ever stands in memory.
+With few rows there is next to nothing to compute; launching and reading take the time. In the first
+kernel each program makes some rows of KA from the factors, multiplies its part of X with them and
+writes a partial Z. The second kernel adds these up in a fixed order, rounds Z once, makes rows of
+KC and multiplies Z with them. Neither matrix ever stands in memory.
 
 Rows are padded to 16, the least that tensor cores take.
 
@@ -31,7 +31,7 @@ from polyadic.kernels.triton.numerics import (
     up_to_power_of_two,
 )
 
-# Rows of X at most.
+# The largest number of rows of X.
 MOST_ROWS = 16
 # Parts that the in features are divided into, for up to 8 rows and for more: the second kernel
 # holds all partial sums of a tile at once.
@@ -63,7 +63,7 @@ def contract_kernel(
         partial: (parts, ROWS, RANK) in float32; rows beyond ``rows`` are not written.
         rows: number of rows t.
         MODES: of the in factors and of the out factors.
-        RIGHT: how far a step in each moves.
+        RIGHT: by how many rows of the matrix a step in each mode moves.
         SIZE: in features.
         RANK: columns of a factor.
         ROWS: the number of rows, up to a power of two.
@@ -116,7 +116,7 @@ def expand_kernel(
         y: (t, WIDTH).
         rows: number of rows t.
         MODES: of the in factors and of the out factors.
-        RIGHT: how far a step in each moves.
+        RIGHT: by how many rows of the matrix a step in each mode moves.
         WIDTH: out features.
         RANK: columns of a factor.
         ROWS: the number of rows, up to a power of two.
@@ -169,7 +169,7 @@ class Form(NamedTuple):
 def form_of(
     modes: tuple[Modes, Modes], rank: int, rows: int, biased: bool, dtype: torch.dtype
 ) -> Form:
-    """What both kernels are started with."""
+    """Return the grids and constants with which both kernels are started."""
     size, width = map(math.prod, modes)
     right = right_of(modes[0]), right_of(modes[1])
     # A tile takes more registers in float32, with more rows, or if it is read entry by entry.
@@ -198,7 +198,7 @@ def decode(
     out_factors: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    """Y = X KA KCᵀ + bias.
+    """Compute Y = X KA KCᵀ + bias (t, N).
 
     Args:
         x: (t, M), 1 to 16 rows, contiguous.

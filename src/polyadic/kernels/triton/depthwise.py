@@ -294,10 +294,10 @@ class Where(NamedTuple):
     """A depthwise stage along three dimensions; fewer are lifted by ones in front.
 
     Args:
-        kernel: taps.
-        stride: step.
+        kernel: number of taps.
+        stride: step of the kernel.
         padding: zeros in front; those behind follow from the sizes.
-        dilation: distance of taps.
+        dilation: distance between neighbouring taps.
     """
 
     kernel: Three
@@ -318,7 +318,7 @@ def _columns(padded: int) -> int:
 
 
 def forward_constants(where: Where, groups: int, padded: int) -> tuple[Any, ...]:
-    """Constants of the forward's kernel."""
+    """Return the constants of the forward's kernel."""
     columns = _columns(padded)
     # The addresses of many taps take registers: the compiler spills some of a whole tile's.
     tile = TILE if where.taps <= MOST_SUMS else TILE // 2
@@ -333,7 +333,7 @@ def forward_warps(where: Where) -> int:
 def depthwise(
     z1: Tensor, taps: Tensor, where: Where, size: Three, out: Three, groups: int
 ) -> Tensor:
-    """Z2 (b·s', g·r) of Z1 (b·s, g·r), in one launch; arguments as of ``depthwise_backward``."""
+    """Return Z2 (b·s', g·r) of Z1 (b·s, g·r); see ``depthwise_backward`` for the arguments."""
     images = z1.shape[0] // (size[0] * size[1] * size[2])
     positions = images * out[0] * out[1] * out[2]
     z2 = z1.new_empty((positions, z1.shape[1]))
@@ -351,7 +351,7 @@ def depthwise(
 
 
 def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
-    """Constants of the backward's kernel."""
+    """Return the constants of the backward's kernel."""
     taps = where.taps
     # The sums take most of the registers, so that without them a tile can be larger.
     tile = 2 * TILE
@@ -373,9 +373,9 @@ def depthwise_backward(
     wrt_taps: bool,
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dZ1, the gradient of the taps where it is wanted, and Z2 where it is wanted again.
+    """Return dZ1, the gradient of the taps if it is wanted, and Z2 if it is wanted again.
 
-    One launch, and one more for the taps.
+    It takes one launch, and one more for the taps.
 
     Args:
         z1: (b·s, g·r), contiguous.
