@@ -53,7 +53,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """Return the column-wise Kronecker product (Π m_d, R), formed in at least fp32 and rounded once.
+    """Return the column-wise Kronecker product (Π m_d, R), formed in fp32 at least, rounded once.
 
     Args:
         factors: D tensors (m_d, R); the last mode varies fastest.

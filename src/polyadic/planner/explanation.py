@@ -151,7 +151,7 @@ def requested(
         if isinstance(layer, LinearFormat):
             asked = request(_checked(layer), batch)
             if size is not None:
-                raise ValueError(f"size is of a convolution's input, got {size!r} for {layer}")
+                raise ValueError(f"size is that of a convolution's input, got {size!r} for {layer}")
         elif callable(getattr(layer, "request", None)):
             asked = layer.request(batch, size)
         else:

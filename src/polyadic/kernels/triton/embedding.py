@@ -336,7 +336,7 @@ def rows(
     padding_idx: int | None,
     padded: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return Z (b, padded) and KC (e, padded), zero from column R on; arguments as of ``lookup``."""
+    """Return Z (b, padded) and KC (e, padded), zero from column R on; see ``lookup``."""
     leader, count = in_factors[0], indices.shape[0]
     sizes = _sizes(in_factors, out_factors)
     width = sizes[-2]
