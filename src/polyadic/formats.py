@@ -289,7 +289,7 @@ class ConvFormat:
 
     @property
     def depthwise_taps(self) -> int:
-        """Multiply-adds for each component and position, by the cheaper depthwise form; 0 if 1×1."""
+        """Multiply-adds of the cheaper depthwise form per component and position; 0 for 1×1."""
         longer = [size for size in self.kernel_size if size > 1]
         return min(math.prod(longer), sum(longer)) if longer else 0
 
