@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,12 @@ class CPLayer(Weighted):
         if name == "cp" and isinstance(value, CPTensor):
             value.std = self._std()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Tell the CP tensor again, as complex weights are drawn otherwise than real ones."""
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cp.std = self._std()
+        return moved
+
     def _format_of_rank_1(self) -> LinearFormat | ConvFormat:
         """Return the layer's format at rank 1."""
         raise NotImplementedError
@@ -145,7 +151,7 @@ class CPLayer(Weighted):
 
     def _std(self) -> float:
         """Return the standard deviation of an initial weight."""
-        return torch_std(self._fan_in())
+        return torch_std(self._fan_in(), self.cp.factors[0].dtype)
 
     def _fit_target(self, weight: Tensor) -> Tensor:
         """Return what the CP tensor is fitted to, for a weight of the torch layer."""

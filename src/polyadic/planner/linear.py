@@ -300,7 +300,8 @@ def _all_mttkrps(
     for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
         if columns > fmt.rank:
             elements = math.prod(shape) * fmt.rank
-            steps.append(stream("columns of zeros off", 8 * elements, elements, views=2))
+            moved = 2 * max(request.item, 4) * elements
+            steps.append(stream("columns of zeros off", moved, elements, views=2))
         steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, fmt.rank, wide=True)
     return steps
 
