@@ -229,7 +229,7 @@ def _patches(module: Any, x: Tensor, counts: Tensor | None) -> _Rows:
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The input with the convolution's padding."""
+    """Return the input with the convolution's padding."""
     amounts: list[int] = []
     for dim, (size, spread) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
         if module.padding == "same":

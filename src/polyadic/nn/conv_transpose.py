@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks, functional
-from polyadic.formats import (
-    ConvFormat,
-    Rank,
-    Shape,
-    positive_int,
-)
+from polyadic.formats import ConvFormat, Rank, Shape, positive_int
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import Fitted, convert, revert

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.arguments import Start
 from polyadic.fitting.fit import Callback
-from polyadic.formats import (
-    Rank,
-    Shape,
-)
+from polyadic.formats import Rank, Shape
 from polyadic.nn.layer import CPLayer
 from polyadic.nn.source import weight_of
 from polyadic.tensor import CPTensor

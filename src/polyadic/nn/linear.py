@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from polyadic import functional
 from polyadic.checks import check_memory
-from polyadic.formats import (
-    LinearFormat,
-    Rank,
-    factored_shape,
-    positive_int,
-    tensorize,
-)
+from polyadic.formats import LinearFormat, Rank, factored_shape, positive_int, tensorize
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.plans import Memory

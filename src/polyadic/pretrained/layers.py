@@ -1,4 +1,4 @@
-"""What is written down of a CP layer, and the layer made from it again."""
+"""The description of a CP layer that is saved, and the layer that is made from it again."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class LayerConfig:
         arguments: arguments of its constructor, except device and dtype.
         dtype: dtype of its factors.
         weights: whether its tensor owns a λ.
-        joint: of one of several layers that share a tensor, how many there are and which it is, an
-            int per layer mode.
+        joint: for one of several layers that share a tensor, how many there are and which of them
+            it is, with an int for each layer mode.
         tied_to: name of the layer whose tensor it shares; None if it owns its tensor.
     """
 
@@ -51,7 +51,7 @@ class LayerConfig:
 
 
 def describe(model: nn.Module) -> dict[str, LayerConfig]:
-    """Describe every CP layer of a model, by name; one in several places by the first name.
+    """Describe every CP layer of a model, by name; a layer in several places has its first name.
 
     Raises:
         ValueError: a layer cannot be made again from what is written down.
@@ -78,7 +78,7 @@ def _tensor(layer: Any) -> CPTensor:
 
 
 def _owners(layers: Mapping[str, nn.Module]) -> dict[int, str]:
-    """The layer that is made first, of those that share a tensor: an embedding, if there is one."""
+    """Name for each tensor the layer that is made first: an embedding, if one has the tensor."""
     owners: dict[int, str] = {}
     embeddings_first = sorted(layers.items(), key=lambda item: family_of(item[1]) != "embedding")
     for name, layer in embeddings_first:
@@ -116,7 +116,7 @@ def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
 
 
 def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]) -> None:
-    """Heads are made from an embedding of their size that shares their tensor."""
+    """Check that the model has an embedding of the head's size with the head's tensor."""
     owner = None if head.tied_to is None else configs[head.tied_to]
     if (
         owner is None
@@ -130,7 +130,7 @@ def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]
 
 
 def _head_sizes(embedding: LayerConfig) -> dict[str, int]:
-    """Sizes of the output head of an embedding."""
+    """Return the sizes of the output head of an embedding."""
     of = embedding.arguments
     return {"in_features": of["embedding_dim"], "out_features": of["num_embeddings"]}
 
@@ -241,7 +241,7 @@ def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None)
 
 
 def of_another_size(config: LayerConfig, module: nn.Module) -> bool:
-    """Whether a torch layer differs from what was saved in numbers of features or rows alone."""
+    """Whether a torch layer differs from what was saved only in numbers of features or rows."""
     if type(module) is not config.row.dense:
         return False
     wants, has = _arguments_of_both(config, module)
@@ -253,7 +253,7 @@ def of_another_size(config: LayerConfig, module: nn.Module) -> bool:
 def _arguments_of_both(
     config: LayerConfig, module: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constructor's arguments a layer needs in its place, and those of what stands there."""
+    """Return the constructor's arguments that a layer needs, and those of the torch layer there."""
     wants = {key: config.arguments[key] for key in config.row.shared} | {**config.row.required}
     has = {key: _plain(getattr(module, key)) for key in wants if key != "bias"}
     if "bias" in wants:

@@ -60,9 +60,9 @@ def _check(model: nn.Module, table: Any, head: Any, tokens: int) -> None:
 
 
 def _tell_of_bias(model: Any, head: Any) -> None:
-    """Let a model that has a bias of the head in another place too make it of the same size.
+    """Let a model that keeps the bias of its head in a second place resize it there too.
 
-    Where it was a parameter of its own, as in models without ties, it is one again.
+    If it was a parameter of its own there, as in models without ties, it becomes one again.
     """
     bias = head.bias
     before = {(id(module), key) for module, key in _places(model, bias)}
@@ -74,7 +74,7 @@ def _tell_of_bias(model: Any, head: Any) -> None:
 
 
 def _places(model: nn.Module, wanted: Tensor | None) -> list[tuple[nn.Module, str]]:
-    """Where a parameter is registered."""
+    """Return the modules in which a parameter is registered, with its names there."""
     return [
         (module, key)
         for module in model.modules()
@@ -84,11 +84,11 @@ def _places(model: nn.Module, wanted: Tensor | None) -> list[tuple[nn.Module, st
 
 
 def _replace(model: nn.Module, old: Tensor | None, rows: int, fill: float | None) -> None:
-    """Put a parameter of another number of rows wherever one is; new rows are a number or the mean.
+    """Replace a parameter, wherever it is registered, by one with another number of rows.
 
     Args:
-        model: whose modules hold it.
-        old: (V, ...), or None for nothing to do.
+        model: the model whose modules hold it.
+        old: the parameter (V, ...); None if there is nothing to do.
         rows: V from now on.
         fill: value of new rows; None for the mean of the old rows.
     """
