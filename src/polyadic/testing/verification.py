@@ -318,32 +318,25 @@ def _explicit(problem: Problem) -> Outcome:
     return y, dx, [grad for group in grads for grad in group], weight_grad
 
 
-def _autograd(problem: Problem) -> Outcome:
+def _autograd(problem: Problem, plan: Any = None) -> Outcome:
     def layer(x: Tensor) -> Tensor:
-        weights = problem.tensor.weights
+        options = {"weights": problem.tensor.weights, "plan": plan}
         if problem.layer == "linear":
             ins, outs = problem.groups
-            return cp_linear(x, ins, outs, weights=weights)
+            return cp_linear(x, ins, outs, **options)
         outs, ins, kernel = problem.groups
-        return cp_conv(x, outs, ins, kernel, weights=weights, padding="same")
+        return cp_conv(x, outs, ins, kernel, padding="same", **options)
 
     return _differentiate(layer, problem)
 
 
 def _factorized(problem: Problem) -> Outcome:
     """Use a plan that rebuilds no weight; the plan that is chosen may rebuild it."""
-
-    def layer(x: Tensor) -> Tensor:
-        weights = problem.tensor.weights
-        if problem.layer == "linear":
-            ins, outs = problem.groups
-            linear = LinearRoute((len(ins),), (len(outs),))
-            return cp_linear(x, ins, outs, weights=weights, plan=LinearPlan(linear, linear))
-        outs, ins, kernel = problem.groups
-        plan = ConvPlan(ConvRoute(), ConvRoute())
-        return cp_conv(x, outs, ins, kernel, weights=weights, padding="same", plan=plan)
-
-    return _differentiate(layer, problem)
+    if problem.layer == "linear":
+        ins, outs = problem.groups
+        route = LinearRoute((len(ins),), (len(outs),))
+        return _autograd(problem, LinearPlan(route, route))
+    return _autograd(problem, ConvPlan(ConvRoute(), ConvRoute()))
 
 
 def chosen_plan(problem: Problem) -> str:

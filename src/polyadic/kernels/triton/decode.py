@@ -8,6 +8,10 @@ KC and multiplies Z with them. Neither matrix ever stands in memory.
 Rows are padded to 16, the least that tensor cores take.
 
 Axes: t rows, i in features (M), n out features, r rank.
+
+Arguments that mean the same in both kernels: MODES are the modes of the in factors and of the out
+factors, and RIGHT says by how many rows of the matrix a step in each moves; RANK is the number of
+columns of a factor; ROWS is the number of rows t, ``rows``, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -57,19 +61,9 @@ def contract_kernel(
 ):
     """Write partial[part, t, r], the sum of X[t, i] KA[i, r] over the in features of a part.
 
-    Args:
-        x: (t, SIZE).
-        factors: pointers to the in factors (m_d, RANK).
-        partial: (parts, ROWS, RANK) in float32; rows beyond ``rows`` are not written.
-        rows: number of rows t.
-        MODES: of the in factors and of the out factors.
-        RIGHT: by how many rows of the matrix a step in each mode moves.
-        SIZE: in features.
-        RANK: columns of a factor.
-        ROWS: the number of rows, up to a power of two.
-        SHARE: in features of a part, a multiple of BLOCK.
-        BLOCK: in features at a time.
-        COLUMNS: columns of a program.
+    It is made from x (t, SIZE) and pointers to the in factors (m_d, RANK). ``partial`` is (parts,
+    ROWS, RANK) in float32, of which rows beyond t are not written. A part has SHARE in features, a
+    multiple of BLOCK, and BLOCK of them are summed at a time; a program makes COLUMNS columns.
     """
     t = tl.arange(0, 16)
     r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -107,23 +101,10 @@ def expand_kernel(
     COLUMNS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Write COLUMNS out features of Y from the partial sums of Z.
+    """Write COLUMNS out features of y (t, WIDTH) from the partial sums of Z.
 
-    Args:
-        partial: (PARTS, ROWS, RANK) in float32.
-        factors: pointers to the out factors (n_d, RANK).
-        bias: (WIDTH,), read where BIASED.
-        y: (t, WIDTH).
-        rows: number of rows t.
-        MODES: of the in factors and of the out factors.
-        RIGHT: by how many rows of the matrix a step in each mode moves.
-        WIDTH: out features.
-        RANK: columns of a factor.
-        ROWS: the number of rows, up to a power of two.
-        PARTS: number of partial sums.
-        BIASED: whether the bias is added.
-        COLUMNS: out features of a program.
-        TERMS: terms of a sum at a time.
+    It is made from partial (PARTS, ROWS, RANK) in float32, pointers to the out factors (n_d, RANK)
+    and, with BIASED, bias (WIDTH,). TERMS terms of a sum are taken at a time.
     """
     t = tl.arange(0, 16)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
