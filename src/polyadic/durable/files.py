@@ -59,14 +59,13 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
         ValueError: what is there is no regular file.
     """
     path = Path(os.path.realpath(path))
-    there = path.exists()
-    if there:
+    if path.exists():
         check_regular(path)
     try:
         with drafts(path) as folder:
             draft = folder / "draft"
             yield draft
-            if previous is not None and there:
+            if previous is not None and path.exists():
                 _keep(path, previous, draft)
             place(draft, path)
             sync_folder(path.parent)

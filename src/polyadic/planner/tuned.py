@@ -18,13 +18,21 @@ import torch
 from polyadic.durable.files import check_regular, write_text
 from polyadic.planner.calibrated import calibration_file, fingerprint
 from polyadic.planner.request import Place, Request
-from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.plans import (
+    ConvPlan,
+    ConvRoute,
+    LinearPlan,
+    LinearRoute,
+    SpectralPlan,
+    SpectralRoute,
+)
 
-Plan = LinearPlan | ConvPlan
+Plan = LinearPlan | ConvPlan | SpectralPlan
 FORMAT_VERSION = 1
 _KINDS: dict[str, tuple[Any, Any]] = {
     "linear": (LinearPlan, LinearRoute),
     "conv": (ConvPlan, ConvRoute),
+    "spectral": (SpectralPlan, SpectralRoute),
 }
 _held: dict[str, Plan] = {}
 
@@ -93,7 +101,7 @@ def _read(plain: dict[str, Any]) -> Plan:
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
-    kind = "linear" if isinstance(plan, LinearPlan) else "conv"
+    kind = next(name for name, (made, _) in _KINDS.items() if isinstance(plan, made))
     return {"kind": kind, **dataclasses.asdict(plan)}
 
 
