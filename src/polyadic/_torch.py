@@ -151,6 +151,19 @@ def _exists(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def check_before_style(style: Any, check: Callable[[str, torch.nn.Module], None]) -> None:
+    """Have a style of ``parallelize_module`` call a check with its name and a module, first."""
+    apply = style._apply
+
+    @functools.wraps(apply)
+    def checked(self: Any, module: torch.nn.Module, device_mesh: Any) -> torch.nn.Module:
+        check(style.__name__, module)
+        parallel: torch.nn.Module = apply(self, module, device_mesh)
+        return parallel
+
+    style._apply = checked
+
+
 class Memo(dict[Any, Any]):
     """A dict that is emptied when it holds ``MOST_ENTRIES``, so that it cannot grow for ever."""
 
