@@ -134,6 +134,18 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) is FakeTensor
 
 
+def is_spread(value: Any) -> bool:
+    """Whether a value is a DTensor, of which each process holds a part."""
+    # Asked without torch's module of them, whose import takes long.
+    return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of a DTensor, which its processes then ask for together; differentiable."""
+    full: Tensor = tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
     return _exists(device_type) and torch.is_autocast_enabled(device_type)

@@ -37,11 +37,12 @@ from polyadic._torch import (
     exporting,
     forward_mode_level,
     is_profiled,
+    is_spread,
     transforms_active,
     unwrap_if_dead,
 )
 from polyadic.formats import Shape
-from polyadic.functional.spread import Layout, is_spread, spread_call
+from polyadic.functional.spread import Layout, spread_call
 from polyadic.planner import choice
 
 Groups = tuple[Sequence[Tensor], ...]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from polyadic import checks
+from polyadic._torch import is_spread
 from polyadic.formats import LinearFormat, Shape
 from polyadic.functional.boundary import Call, autocast
-from polyadic.functional.spread import Layout, is_spread, spread_call
+from polyadic.functional.spread import Layout, spread_call
 from polyadic.kernels.shared import InHalf, OutHalf
 from polyadic.planner.ask import plan_linear
 

@@ -39,16 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from polyadic._torch import is_spread
+
 Groups = tuple[tuple[Tensor, ...], ...]
 STYLES = (
     "parallelize the layer by polyadic.distributed.RankParallel or FeatureParallel, which place "
     "factors and input"
 )
-
-
-def is_spread(value: Any) -> bool:
-    """Whether a value is a DTensor; torch's module of them is not imported for it."""
-    return isinstance(value, Tensor) and hasattr(value, "placements")
 
 
 @dataclass(frozen=True)
