@@ -176,14 +176,15 @@ def _fill_shards(tensors: Sequence[Any], draw: Callable[[list[Tensor]], None]) -
     device, everywhere = first.device, [Replicate()] * mesh.ndim
     random: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
     own = random.get_rng_state()
-    shared = distribute_tensor(own.to(device), mesh, everywhere).to_local()
+    shared = distribute_tensor(own.to(device, copy=True), mesh, everywhere).to_local()
     random.set_rng_state(shared.to(own.device))
     drawn = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors]
     draw(drawn)
     if any(mesh.get_coordinate()):
         random.set_rng_state(own)
     for tensor, values in zip(tensors, drawn, strict=True):
-        tensor.copy_(DTensor.from_local(values, mesh, everywhere, run_check=False))
+        shared = DTensor.from_local(values, mesh, everywhere, run_check=False)
+        tensor.to_local().copy_(shared.redistribute(placements=tensor.placements).to_local())
 
 
 def mup_std(fan_in: int, fan_out: int) -> float:
