@@ -72,7 +72,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def data_parallel(layer: Layer, rank: int) -> None:
-    """As it stands, twice with a static graph, and in two halves with buckets that are gradients."""
+    """As it stands, twice with a static graph, and in two halves with gradients in buckets."""
     module, x, want = expected(layer, rank)
     wrapped = nn.parallel.DistributedDataParallel
     assert_same(trained(wrapped(copy.deepcopy(module)), x), want)

@@ -66,9 +66,7 @@ class _Spread(ParallelStyle):
         for layer in layers:
             self._check(layer, device_mesh)
         for layer in layers:
-            distribute_module(
-                layer, device_mesh, self._place, self._take_input, self._give_output
-            )
+            distribute_module(layer, device_mesh, self._place, self._take_input, self._give_output)
         return module
 
     def _check(self, layer: nn.Module, mesh: DeviceMesh) -> None:
@@ -255,7 +253,8 @@ class FeatureParallel(_Spread):
                 f"FeatureParallel does not support a {type(layer).__name__}, whose sum would be of "
                 f"images with R channels; use polyadic.distributed.RankParallel"
             )
-        shape = layer.cp.tensorized_shape  # type: ignore[union-attr]
+        cp: Any = layer.cp
+        shape = cp.tensorized_shape
         for side in self._sides(layer):
             if (mode := shape[side][0]) % mesh.size():
                 raise ValueError(

@@ -98,9 +98,7 @@ def cp_linear_shared(
     return tuple(results)
 
 
-def _spread(
-    found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any
-) -> tuple[Tensor, ...]:
+def _spread(found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any) -> tuple[Tensor, ...]:
     """What one process computes of layers whose factors are DTensors."""
     if found.ins or found.outs:
         raise ValueError(

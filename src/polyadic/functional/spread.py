@@ -41,7 +41,8 @@ from torch.autograd import Function
 
 from polyadic._torch import is_spread
 
-Groups = tuple[tuple[Tensor, ...], ...]
+# Factors by group.
+Groups = tuple[tuple[Any, ...], ...]
 STYLES = (
     "parallelize the layer by polyadic.distributed.RankParallel or FeatureParallel, which place "
     "factors and input"
@@ -109,9 +110,7 @@ class Layout:
                 scale = [None if w is None else F.pad(w, (0, 1)) for w in scale]
         return x, local, own, scale
 
-    def _summed_gradients(
-        self, given: Sequence[tuple[Any, tuple[int, ...]]]
-    ) -> Iterator[Tensor | None]:
+    def _summed_gradients(self, given: Sequence[tuple[Any, tuple[int, ...]]]) -> Iterator[Any]:
         """The local tensors, those that are whole along such dimensions with summed gradients.
 
         What layers share is one tensor here too, so that what they compute with it is shared.
@@ -187,7 +186,7 @@ class _Once(Function):
         return bias.view_as(bias) if mine else torch.zeros_like(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -221,16 +220,14 @@ def all_reduced(mesh: Any, dim: int, tensors: Sequence[Tensor]) -> tuple[Tensor,
     whole = [Replicate()] * mesh.ndim
     parts = [Partial() if i == dim else Replicate() for i in range(mesh.ndim)]
     flat = DTensor.from_local(flat.contiguous(), mesh, parts, run_check=False)
-    flat = flat.redistribute(placements=whole).to_local()  # type: ignore[attr-defined]
+    flat = flat.redistribute(placements=whole).to_local()
     if len(tensors) == 1:
         return (flat,)
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
     return tuple([p.view(t.shape).to(t.dtype) for p, t in zip(pieces, tensors, strict=True)])
 
 
-def layout(
-    x: Any, groups: Groups, biases: Sequence[Any], weights: Sequence[Any]
-) -> Layout:
+def layout(x: Any, groups: Groups, biases: Sequence[Any], weights: Sequence[Any]) -> Layout:
     """Tell how a call on DTensors is shared, after checks that it can be.
 
     Args:
@@ -245,14 +242,13 @@ def layout(
     """
     factors = [factor for group in groups for factor in group]
     beside = [t for t in (*biases, *weights) if t is not None]
-    plain = [t for t in (x, *factors, *beside) if not is_spread(t)]
-    if plain:
-        which = "x is a plain tensor" if not is_spread(x) else "some of the others are plain tensors"
+    if plain := [t for t in (x, *factors, *beside) if not is_spread(t)]:
+        which = "x is plain" if plain[0] is x else "some of the others are plain"
         raise TypeError(
-            f"a call on DTensors expects input, factors, bias and weights as DTensors, but {which}"
-            f"; {STYLES}, or make one by torch.distributed.tensor.distribute_tensor"
+            f"a call on DTensors expects input, factors, bias and weights as such, but {which}; "
+            f"{STYLES}, or make DTensors by torch.distributed.tensor.distribute_tensor"
         )
-    mesh = factors[0].device_mesh
+    mesh: Any = factors[0].device_mesh
     if any(t.device_mesh != mesh for t in (x, *factors, *beside)):
         raise ValueError(
             f"a call on DTensors expects all of them on one mesh, got {mesh} and others; {STYLES}"
@@ -273,11 +269,11 @@ class _Layouts:
     @property
     def batch_dims(self) -> int:
         """How many dimensions of x, in front, are of the batch."""
+        dims: int = self.x.dim()
         if not self.x.is_floating_point():
-            return self.x.dim()
+            return dims
         # A convolution has a third group of factors, one for each spatial dimension.
-        spatial = len(self.groups[2]) if len(self.groups) == 3 else 0
-        return self.x.dim() - 1 - spatial
+        return dims - 1 - (len(self.groups[2]) if len(self.groups) == 3 else 0)
 
     def found(self) -> Layout:
         from torch.distributed.tensor import Replicate
@@ -305,18 +301,17 @@ class _Layouts:
                 )
             self._expect(dim, self.weights, None)
             self._expect(dim, self.biases, 0 if sides[1] else None)
-            for side, found in zip(sides, (ins, outs), strict=True):
-                if side:
-                    found.append(dim)
+            ins += [dim] * sides[0]
+            outs += [dim] * sides[1]
             if sides[0]:
                 placements[dim] = _shard(self.x.dim() - 1)
             elif not sides[1]:
                 at = self._split(self.x, dim)
-                if at is not None and at < self.batch_dims:
+                if at is not None and 0 <= at < self.batch_dims:
                     placements[dim] = self.x.placements[dim]
                     batch.append((dim, at))
-        for side, dims in ((0, ins), (half, outs)):
-            self._check_even(side, dims)
+        self._check_even(0, ins)
+        self._check_even(half, outs)
         return Layout(
             self.mesh, tuple(placements), tuple(components), tuple(ins), tuple(outs), tuple(batch)
         )
@@ -324,7 +319,7 @@ class _Layouts:
     @staticmethod
     def _split(tensor: Any, dim: int) -> int | None:
         """The dimension in which a tensor is sharded along one of the mesh, -1 for a sum."""
-        placement = tensor.placements[dim]
+        placement: Any = tensor.placements[dim]
         if placement.is_shard():
             at: int = placement.dim % tensor.dim()
             return at
@@ -333,20 +328,16 @@ class _Layouts:
     def _feature_sides(self, dim: int) -> tuple[bool, bool] | None:
         """Whether in features and out features are sharded; None for what is neither."""
         half = len(self.groups) // 2
-        sides = [False, False]
-        for i, group in enumerate(self.groups):
-            first, *rest = [self._split(factor, dim) for factor in group]
-            if first not in (None, 0) or any(at is not None for at in rest):
-                return None
-            if first == 0:
-                sides[i >= half] = True
-        firsts = {self._split(group[0], dim) for group in self.groups[:half]}
-        lasts = {self._split(group[0], dim) for group in self.groups[half:]}
+        first = [self._split(group[0], dim) for group in self.groups]
+        rest = [self._split(factor, dim) for group in self.groups for factor in group[1:]]
+        ins, outs = set(first[:half]), set(first[half:])
+        if any(at is not None for at in rest) or not all(s in ({None}, {0}) for s in (ins, outs)):
+            return None
         lookup = not self.x.is_floating_point()
         # A convolution has three groups, and a lookup no features to share on its in side.
-        if any(sides) and (len(self.groups) % 2 or (sides[0] and lookup)):
+        if (0 in first and len(self.groups) % 2) or (ins == {0} and lookup):
             return None
-        return (sides[0], sides[1]) if len(firsts) == 1 and len(lasts) == 1 else None
+        return ins == {0}, outs == {0}
 
     def _expect(self, dim: int, tensors: Sequence[Any], wanted: int | None) -> None:
         for tensor in tensors:
@@ -398,4 +389,6 @@ def spread_call(
         ValueError: see ``layout``.
     """
     found = layout(x, groups, biases, weights)
-    return tuple([found.whole(y, x) for y in function(found, *found.local(x, groups, biases, weights))])
+    return tuple(
+        [found.whole(y, x) for y in function(found, *found.local(x, groups, biases, weights))]
+    )
