@@ -91,7 +91,7 @@ class Layout:
         # whole on the in side sees the in features, and where no all_reduce makes G whole (a
         # lookup has none) what the out features leave of it.
         batch = tuple(dim for dim, _ in self.batch)
-        of_ins = (*batch, *(self.outs if not x.is_floating_point() else self.ins))
+        of_ins = (*batch, *(self.outs if _are_indices(x) else self.ins))
         of_outs, of_bias = (*batch, *self.outs), batch
         given = [
             *((f, of_ins if i < half else of_outs) for i, g in enumerate(groups) for f in g),
@@ -270,7 +270,7 @@ class _Layouts:
     def batch_dims(self) -> int:
         """How many dimensions of x, in front, are of the batch."""
         dims: int = self.x.dim()
-        if not self.x.is_floating_point():
+        if _are_indices(self.x):
             return dims
         # A convolution has a third group of factors, one for each spatial dimension.
         return dims - 1 - (len(self.groups[2]) if len(self.groups) == 3 else 0)
@@ -333,7 +333,7 @@ class _Layouts:
         ins, outs = set(first[:half]), set(first[half:])
         if any(at is not None for at in rest) or not all(s in ({None}, {0}) for s in (ins, outs)):
             return None
-        lookup = not self.x.is_floating_point()
+        lookup = _are_indices(self.x)
         # A convolution has three groups, and a lookup no features to share on its in side.
         if (0 in first and len(self.groups) % 2) or (ins == {0} and lookup):
             return None
@@ -359,6 +359,10 @@ class _Layouts:
                     f"processes, got the mode {mode} for {parts} of them; give modes that are "
                     f"(in_shape, out_shape), or use polyadic.distributed.RankParallel"
                 )
+
+
+def _are_indices(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex())
 
 
 def _shard(dim: int) -> Any:
