@@ -109,7 +109,7 @@ LAYERS = {
     "CPEmbedding": Layer(_embedding, dense_embedding, (5,)),
     "CPTiedLinear": Layer(lambda **kw: _embedding(**kw).as_linear(True), dense_tied, (6,)),
     "CPLinear.joint": Layer(
-        _joint(pnn.CPLinear, 12, 10, in_shape=(2, 6), out_shape=(2, 5)), dense_linear, (12,)
+        _joint(pnn.CPLinear, 12, 10, in_shape=(2, 2, 3), out_shape=(2, 5)), dense_linear, (12,)
     ),
     "CPConv2d.joint": Layer(
         _joint(pnn.CPConv2d, 4, 6, 3, padding=1), dense_conv, (4, 5, 6), scaled=False

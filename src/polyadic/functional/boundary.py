@@ -42,7 +42,7 @@ from polyadic._torch import (
     unwrap_if_dead,
 )
 from polyadic.formats import Shape
-from polyadic.functional.spread import Layout, spread_call
+from polyadic.functional.spread import SpreadCall
 from polyadic.planner import choice
 
 Groups = tuple[Sequence[Tensor], ...]
@@ -150,34 +150,6 @@ _signature = attrgetter("shape", "dtype", "device")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-@dataclass(frozen=True)
-class SpreadCall:
-    """A call on DTensors, settled by each process for what it holds (see ``spread``).
-
-    Args:
-        settle: settles it on plain tensors.
-        options: what decides beside the tensors.
-    """
-
-    settle: Callable[..., tuple[Any, Groups]]
-    options: tuple[Any, ...]
-
-    def run(self, x: Any, groups: Groups, bias: Any, weights: Any) -> Any:
-        """The output as a DTensor."""
-        (y,) = spread_call(self._local, x, tuple(map(tuple, groups)), [bias], [weights])
-        return y
-
-    def _local(
-        self, found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any
-    ) -> tuple[Tensor]:
-        """What this process computes; with sharded features there is a sum in the middle."""
-        (bias,), (scale,) = biases, weights
-        here, _ = settled(self.settle, x, groups, bias, scale, *self.options)
-        if found.ins or found.outs:
-            return (here.run_in_halves(x, groups, bias, scale, found.between),)
-        return (here.run(x, groups, bias, scale),)
-
-
 def call(
     settle: Callable[..., tuple[Call, Groups]],
     x: Any,
@@ -221,7 +193,7 @@ def settled(
     """
     if torch.compiler.is_compiling():
         if any(map(is_spread, (x, *groups[0]))):
-            return SpreadCall(settle, options), groups  # type: ignore[return-value]
+            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         return settle(x, groups, bias, weights, *options)
     try:
         sizes = tuple(map(len, groups))
@@ -229,7 +201,7 @@ def settled(
         classes = tuple(map(type, tensors))
         plain = _PLAIN.issuperset(classes)
         if not plain and any(map(is_spread, tensors)):
-            return SpreadCall(settle, options), groups  # type: ignore[return-value]
+            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         key = (
             settle,
             sizes,

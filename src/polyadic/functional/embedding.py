@@ -13,8 +13,8 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
-from polyadic.functional.boundary import Call, Groups, SpreadCall, as_batch, settled
-from polyadic.functional.spread import Layout, spread_call
+from polyadic.functional.boundary import Call, Groups, as_batch, settled
+from polyadic.functional.spread import Layout, SpreadCall, spread_call
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding

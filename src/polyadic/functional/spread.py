@@ -396,3 +396,33 @@ def spread_call(
     return tuple(
         [found.whole(y, x) for y in function(found, *found.local(x, groups, biases, weights))]
     )
+
+
+@dataclass(frozen=True)
+class SpreadCall:
+    """A call on DTensors, settled by each process for what it holds .
+
+    Args:
+        settled: what settles and remembers calls, of the boundary.
+        settle: settles it on plain tensors.
+        options: what decides beside the tensors.
+    """
+
+    settled: Callable[..., tuple[Any, Any]]
+    settle: Callable[..., tuple[Any, Any]]
+    options: tuple[Any, ...]
+
+    def run(self, x: Any, groups: Groups, bias: Any, weights: Any) -> Any:
+        """The output as a DTensor."""
+        (y,) = spread_call(self._local, x, tuple(map(tuple, groups)), [bias], [weights])
+        return y
+
+    def _local(
+        self, found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any
+    ) -> tuple[Tensor]:
+        """What this process computes; with sharded features there is a sum in the middle."""
+        (bias,), (scale,) = biases, weights
+        here, _ = self.settled(self.settle, x, groups, bias, scale, *self.options)
+        if found.ins or found.outs:
+            return (here.run_in_halves(x, groups, bias, scale, found.between),)
+        return (here.run(x, groups, bias, scale),)
