@@ -3,12 +3,13 @@
     torchrun --nproc-per-node 2 --max-restarts 3 examples/train_distributed.py --layout sharded
 
 ``--layout data`` is DistributedDataParallel; ``sharded`` cuts every factor along the rank over
-``--rank-processes`` processes (RankParallel) and along its rows over all others (FSDP2). On GPUs the
-same program uses NCCL. ``--kill-at 12`` lets the last worker kill itself once, to see what follows.
+``--rank-processes`` processes (RankParallel) and along its rows over all others (FSDP2). On GPUs
+the same program uses NCCL. ``--kill-at 12`` lets the last worker kill itself once, to see what
+follows.
 
 When a worker dies, torchrun ends the others, starts all anew, and each reads the last whole
-checkpoint. On CPUs set TORCH_GLOO_LAZY_INIT=1: without it gloo connects every process to every other
-at once, and a restarted worker may wait for one that is gone.
+checkpoint. On CPUs set TORCH_GLOO_LAZY_INIT=1: without it gloo connects every process to every
+other at once, and a restarted worker may wait for one that is gone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -84,7 +86,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     """Write a checkpoint, of which each process writes its shards, and keep the two last."""
     weights, states = get_state_dict(model, optimizer)
     path = folder / f"step-{step:06d}"
-    dcp.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=path)
+    write({"model": weights, "optimizer": states, "step": step}, checkpoint_id=path)
     if dist.get_rank() == 0:
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
@@ -94,7 +96,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Read a checkpoint of any layout into this one, and return the steps it had taken."""
     weights, states = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
-    dcp.load(state, checkpoint_id=path)
+    read(state, checkpoint_id=path)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
@@ -156,7 +158,8 @@ def main(arguments: Sequence[str] = ()) -> float:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         return train(options, torch.device(device))
     finally:
