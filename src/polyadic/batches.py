@@ -32,7 +32,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def keeping_modes(*models: nn.Module) -> Iterator[None]:
-    """Restore in the end the training or evaluation mode of every module of some models."""
+    """Restore the training or evaluation mode of every module of these models in the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield

@@ -118,7 +118,7 @@ class Loop:
         )
 
     def _steps(self) -> None:
-        """Make all steps; Ctrl-C is put off to the end of a step and saved, a second one is not."""
+        """Make all steps. A first Ctrl-C waits for the end of its step, a second one does not."""
         if self._keeper is None:
             while not self._done:
                 self._one_step(self._walk.next())

@@ -49,7 +49,7 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
     """Call a model and return its output, which has to be one floating tensor.
 
     Raises:
-        ValueError: it is none, or several.
+        ValueError: the output holds no floating tensor, or several.
     """
     output = call(model, batch)
     if isinstance(output, Tensor):
@@ -144,7 +144,7 @@ def refuse_shared(trained: Mapping[str, nn.Parameter], teacher: nn.Module) -> No
 def prepared(
     student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter], train_mode: bool
 ) -> Iterator[None]:
-    """Let only ``trained`` require gradients, and the teacher evaluate; restore both in the end."""
+    """Within it only ``trained`` require gradients, and the teacher is in evaluation mode."""
     flags = [(p, p.requires_grad) for p in student.parameters()]
     wanted = {id(parameter) for parameter in trained.values()}
     try:
