@@ -58,7 +58,9 @@ def param_groups(
     Factors get rates and decays of their own, such that their tensor changes, and decays, as a
     dense weight does at ``lr`` and ``weight_decay``; everything else keeps these two. Rates follow
     the values that the parameters have now: call it once the model is initialised, converted or
-    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule.
+    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule;
+    ``OneCycleLR`` and ``CyclicLR`` set peaks instead, and want one for each group:
+    ``[group["lr"] for group in optimizer.param_groups]``.
 
         optimizer = torch.optim.AdamW(polyadic.param_groups(model, 1e-3, weight_decay=0.1))
 
