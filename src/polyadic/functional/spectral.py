@@ -229,7 +229,7 @@ def kept_modes(modes: Shape, sizes: Shape, out_sizes: Shape) -> Shape:
 
 
 def _rows_kept(factors: Sequence[Tensor], sizes: Shape, out_sizes: Shape) -> list[Tensor]:
-    """Return the rows of the modes that both grids have: around 0, in the last dimension from 0 on."""
+    """Return the rows of the modes that both grids have: around 0, in the last dimension from 0."""
     modes = tuple([factor.shape[0] for factor in factors])
     kept, last = [], len(modes) - 1
     for d, few in enumerate(kept_modes(modes, sizes, out_sizes)):

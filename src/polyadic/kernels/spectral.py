@@ -206,7 +206,7 @@ def _backward_at_once(
 def _backward_in_pieces(
     g: Tensor, x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_once: int, wrt_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Return the same as ``_backward_at_once``, with Z and H of only some modes in memory at a time."""
+    """Return the same as ``_backward_at_once``, with Z and H of a few modes at a time in memory."""
     modes, batch, channels = x.shape
     rank = a.shape[1]
     d_x = torch.empty_like(x) if wrt_x else None
