@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic._torch import whole
 from polyadic.fitting.normal import gram
 from polyadic.fitting.problem import wide
 from polyadic.tensor import CPTensor
@@ -170,8 +171,8 @@ def _tensor_of(layer: Any) -> CPTensor:
 @torch.no_grad()
 def _adamw_gains(tensor: CPTensor) -> list[float]:
     """Return a_d / w of each factor, and of λ."""
-    factors = [wide(factor) for factor in tensor.factors]
-    scale = None if tensor.weights is None else wide(tensor.weights)
+    factors = [wide(whole(factor)) for factor in tensor.factors]
+    scale = None if tensor.weights is None else wide(whole(tensor.weights))
     total = gram(factors[0])
     for factor in factors[1:]:
         total = total * gram(factor)
@@ -190,9 +191,9 @@ def _rms(values: Tensor) -> float:
 @torch.no_grad()
 def _sgd_gains(tensor: CPTensor) -> list[float]:
     """Return 1 / s_d of each factor, and of λ."""
-    squares = [wide(factor).abs().square().sum(0) for factor in tensor.factors]
+    squares = [wide(whole(factor)).abs().square().sum(0) for factor in tensor.factors]
     if tensor.weights is not None:
-        squares.append(wide(tensor.weights).abs().square())
+        squares.append(wide(whole(tensor.weights)).abs().square())
     gains = []
     for own in range(len(squares)):
         others = torch.ones_like(squares[0])
