@@ -11,12 +11,11 @@ from torch import Tensor
 
 from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
-from polyadic.kernels.backend import why_not
+from polyadic.kernels.backend import is_computed, why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.kernels.multilinear import is_computed
-from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
+from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
-Plan = TypeVar("Plan", LinearPlan, ConvPlan)
+Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -283,6 +282,11 @@ def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
     return tuple(int(v) for v in values)
 
 
+def check_sizes(value: Any, dims: int, name: str) -> Shape:
+    """Return sizes of at least 1, an int or one for each of ``dims`` dimensions."""
+    return _per_dimension(value, dims, name, 1)
+
+
 def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:
     """Check stride, padding ('same' and 'valid' too) and dilation, one entry per dimension.
 
@@ -441,17 +445,6 @@ def check_padding_index(value: Any, num_embeddings: int) -> int | None:
             f"padding_idx must lie in [{-num_embeddings}, {num_embeddings}), got {index}"
         )
     return index % num_embeddings
-
-
-def check_not_sharded(factors: Sequence[Any], name: str) -> None:
-    """Refuse sharded DTensors, for which torch convolves each component by itself wrongly."""
-    for factor in factors:
-        if any(placement.is_shard() for placement in getattr(factor, "placements", ())):
-            raise ValueError(
-                f"{name} must not be sharded (DTensors): torch's rule for a convolution with as "
-                f"many groups as channels splits the channels and not the groups; use "
-                f"torch.distributed.fsdp.fully_shard, which hands a layer whole factors"
-            )
 
 
 def check_in_range(flat: Tensor, size: int) -> None:

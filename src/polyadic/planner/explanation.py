@@ -11,15 +11,22 @@ import torch
 from torch import nn
 
 from polyadic import checks
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, mode_sizes, positive_int
+from polyadic.formats import (
+    ConvFormat,
+    EmbeddingFormat,
+    LinearFormat,
+    SpectralFormat,
+    mode_sizes,
+    positive_int,
+)
 from polyadic.kernels.backend import never
-from polyadic.planner import choice, embedding
+from polyadic.planner import choice, embedding, spectral
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.model import ModelExplanation, explained_model
 from polyadic.planner.report import Costed, Explanation, costed, rejected
 from polyadic.planner.request import Request, request
 from polyadic.planner.search import break_even
-from polyadic.plans import ConvPlan, LinearPlan, Memory
+from polyadic.plans import ConvPlan, LinearPlan, Memory, SpectralPlan
 
 # The values of options that are not given.
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -94,15 +101,15 @@ def explain(
         batch: rows of a linear layer (all leading dimensions multiplied), images of a convolution,
             indices of an embedding (distinct ones where they are looked up once).
         size: spatial size of a convolution's input, int or one per dimension.
-        stride: of a ``ConvFormat``; a layer has its own, and is refused one.
-        padding: of a ``ConvFormat``.
-        dilation: of a ``ConvFormat``.
-        output_padding: of a transposed ``ConvFormat``.
+        stride: stride of a ``ConvFormat``; it is refused for a layer, which has its own.
+        padding: padding of a ``ConvFormat``.
+        dilation: dilation of a ``ConvFormat``.
+        output_padding: output padding of a transposed ``ConvFormat``.
         plan: a plan to explain in place of the planner's choice; an embedding takes none.
         memory: ``"fast"``, ``"balanced"`` or ``"least"``; the layer's own by default.
         training: forward and backward, or forward alone.
-        dtype: the layer's by default, else float32.
-        device: device type, the layer's by default, else ``"cpu"``.
+        dtype: dtype of the computation; by default the layer's, or float32 for a format.
+        device: type of device; by default the layer's, or ``"cpu"`` for a format.
 
     Raises:
         TypeError: ``layer`` or another argument is of another type.
@@ -137,7 +144,7 @@ def requested(
     dtype: torch.dtype | None,
     device: str | torch.device | None,
 ) -> Request:
-    """What a layer or format asks of the planner; the arguments are those of ``explain``.
+    """Return what a layer or format asks of the planner; the arguments are those of ``explain``.
 
     Raises:
         TypeError: ``layer`` or another argument is of another type.
@@ -151,12 +158,12 @@ def requested(
         if isinstance(layer, LinearFormat):
             asked = request(_checked(layer), batch)
             if size is not None:
-                raise ValueError(f"size is of a convolution's input, got {size!r} for {layer}")
+                raise ValueError(f"size is that of a convolution's input, got {size!r} for {layer}")
         elif callable(getattr(layer, "request", None)):
             asked = layer.request(batch, size)
         else:
             raise TypeError(
-                f"expected a CPLinear, CPConvNd, CPConvTransposeNd, CPEmbedding, "
+                f"expected a CPLinear, CPConvNd, CPConvTransposeNd, CPSpectralConvNd, CPEmbedding, "
                 f"LinearFormat or ConvFormat, got {type(layer).__name__}"
             )
     return asked.at(
@@ -173,7 +180,10 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
         if plan is not None:
             raise ValueError(f"an embedding takes no plan, got {plan}")
         indices = embedding.kept_bytes_of_indices(request)
-    if plan is not None:
+    is_spectral = isinstance(request.format, SpectralFormat)
+    if plan is not None and isinstance(request.format, SpectralFormat):
+        plan = checks.check_plan(plan, SpectralPlan).covering(request.format, len(request.size))
+    elif plan is not None and not isinstance(request.format, SpectralFormat):
         if isinstance(request.format, ConvFormat):
             plan = checks.check_plan(plan, ConvPlan).covering(request.format)
             reason = never("convolution", request.device, request.dtype)
@@ -198,8 +208,10 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
     title = f"{kind.describe(request)} on {request.device}, {passes}, memory={request.memory!r}"
     fmt = request.format
     is_lookup = isinstance(fmt, EmbeddingFormat)
-    even = fmt.break_even_rank if is_lookup else break_even(request, training)
-    return Explanation(title, chosen, cost(None), others, even, fmt.rank, machine)
+    judged = spectral.product_alone(request) if is_spectral else request
+    even = fmt.break_even_rank if is_lookup else break_even(judged, training)
+    note = spectral.note(request) if is_spectral else ""
+    return Explanation(title, chosen, cost(None), others, even, fmt.rank, machine, note)
 
 
 def _request_of_conv(

@@ -34,7 +34,7 @@ class Costed:
 
     @property
     def flops(self) -> int:
-        """FLOPs of GEMMs and convolutions, as torch counts them."""
+        """FLOPs of GEMMs and convolutions, as ``polyadic.testing.Flops`` counts them."""
         return sum(step.flops for step in (*self.forward, *self.backward))
 
     @property
@@ -61,6 +61,7 @@ class Explanation:
             than the dense layer; at least 1.
         rank: the layer's rank.
         machine: the rates the predictions rest on.
+        note: a sentence on what else could be chosen, or "".
     """
 
     title: str
@@ -70,6 +71,7 @@ class Explanation:
     break_even_rank: int
     rank: int
     machine: Machine
+    note: str = ""
 
     @property
     def dense_is_faster(self) -> bool:
@@ -88,7 +90,7 @@ class Explanation:
         return self.machine.work(step) if self.machine.queued else self.machine.seconds(step)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """Return everything as plain data, for JSON."""
 
         def plain(c: Costed) -> dict[str, Any]:
             return {
@@ -118,6 +120,7 @@ class Explanation:
             "break_even_rank": self.break_even_rank,
             "dense_is_faster": self.dense_is_faster,
             "machine": self.machine.source,
+            "note": self.note,
             "chosen": plain(self.chosen),
             "dense": plain(self.dense),
             "rejected": [{**plain(c), "reason": reason} for c, reason in self.rejected],
@@ -153,6 +156,7 @@ class Explanation:
             lines.append(f"{label:<22}{ours:>12}{theirs:>14}")
         head = "" if dense.flops else ", as an output head: a lookup has none"
         lines += ["", f"rank {self.rank}, break-even rank {self.break_even_rank} (in FLOPs{head})"]
+        lines += ["", self.note] if self.note else []
         lines += ["", f"rejected, by predicted time ({self.machine.source} machine numbers)"]
         for other, reason in self.rejected:
             lines.append(f"  {seconds_text(other.seconds):>9}  {_route(other.plan)}: {reason}")
@@ -172,7 +176,7 @@ def _route(plan: Plan | None) -> str:
 
 
 def count_text(value: float) -> str:
-    """A number with the letter of its thousands."""
+    """Write a number with a letter for its thousands."""
     for unit in ("", "k", "M", "G", "T"):
         if value < 1000 or unit == "T":
             return f"{value:.4g} {unit}".rstrip()
@@ -181,7 +185,7 @@ def count_text(value: float) -> str:
 
 
 def seconds_text(value: float) -> str:
-    """A time with its unit."""
+    """Write a time with its unit."""
     if value < 1e-3:
         return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

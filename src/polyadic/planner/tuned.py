@@ -1,7 +1,8 @@
 """Plans that were measured to be the fastest, by request; the choice of a plan looks here first.
 
-Kept for the process, and on request in a file beside the machine's calibration, bound to the same
-fingerprint. A file that cannot be read, or was made elsewhere, is left alone with a warning.
+They are kept for the process, and on request in a file beside the machine's calibration, which is
+bound to the fingerprint of that calibration. A file that cannot be read, or was made on another
+machine, is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ import torch
 from polyadic.durable.files import check_regular, write_text
 from polyadic.planner.calibrated import calibration_file, fingerprint
 from polyadic.planner.request import Place, Request
-from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.plans import (
+    ConvPlan,
+    ConvRoute,
+    LinearPlan,
+    LinearRoute,
+    SpectralPlan,
+    SpectralRoute,
+)
 
-Plan = LinearPlan | ConvPlan
+Plan = LinearPlan | ConvPlan | SpectralPlan
 FORMAT_VERSION = 1
 _KINDS: dict[str, tuple[Any, Any]] = {
     "linear": (LinearPlan, LinearRoute),
     "conv": (ConvPlan, ConvRoute),
+    "spectral": (SpectralPlan, SpectralRoute),
 }
 _held: dict[str, Plan] = {}
 
@@ -93,7 +102,7 @@ def _read(plain: dict[str, Any]) -> Plan:
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
-    kind = "linear" if isinstance(plan, LinearPlan) else "conv"
+    kind = next(name for name, (made, _) in _KINDS.items() if isinstance(plan, made))
     return {"kind": kind, **dataclasses.asdict(plan)}
 
 
