@@ -279,6 +279,8 @@ def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
         raise ValueError(f"{name} must be an int or a tuple of {dims} ints, got {value!r}")
     if any(v < least for v in values):
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if any(v >= 2**31 for v in values):
+        raise ValueError(f"{name} must be below 2**31, got {value!r}")
     return tuple(int(v) for v in values)
 
 
@@ -393,19 +395,21 @@ def check_conv_input(x: Tensor, fmt: ConvFormat, where: Geometry) -> None:
             f"{spatial}), got {tuple(x.shape)}"
         )
     size = x.shape[-dims:]
-    if not torch.compiler.is_compiling() and 0 in size and (x.dim() == dims + 1 or x.shape[0]):
-        raise ValueError(f"x must not be empty in a spatial dimension, got {tuple(x.shape)}")
     if not torch.compiler.is_compiling() and min(where.output_size(size)) < 1:
         raise ValueError(
             f"the kernel {fmt.kernel_size} with dilation {where.dilation} does not fit into an "
             f"input of spatial size {tuple(size)} with padding {where.padding}"
         )
+    if not torch.compiler.is_compiling() and 0 in size and (x.dim() == dims + 1 or x.shape[0]):
+        raise ValueError(f"x must not be empty in a spatial dimension, got {tuple(x.shape)}")
 
 
 def check_indices(value: Any, like: Tensor) -> None:
     """Check that ``value`` is a tensor of indices on the factors' device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"indices must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"indices must be dense, got {value.layout}; make them so by .to_dense()")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32, got {value.dtype}; cast them")
     if value.device != like.device:
