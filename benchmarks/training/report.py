@@ -5,6 +5,7 @@ Nothing is measured here; the same records give the same text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
 from benchmarks.study.store import read
+from benchmarks.training.layers import parsed
 from benchmarks.training.results import Contestant, Score, contestants, title
 
 MARK = "training"
@@ -127,6 +129,11 @@ def section(tasks: Sequence[Task], larger: Task) -> str:
         parts += ["### At equal cost", equal_table(task)]
         parts.append("\n".join(f"- {line}" for line in findings(task)))
     parts += ["## Larger, on a GPU", where(larger), larger_table(larger)]
+    parts += [
+        "With `polyadic.param_groups`, in rates of today: these runs were made when its rates were "
+        "divided by √K.",
+        larger_recipe_table(larger),
+    ]
     return "\n\n".join(parts)
 
 
@@ -351,3 +358,25 @@ def larger_table(task: Task) -> str:
             ]
         )
     return markdown_rows(rows, "lrrrr")
+
+
+def larger_recipe_table(task: Task) -> str:
+    """Runs with groups of the rule that divided by √K, by the rates that give the same today."""
+    dense = task.dense.best
+    rows = [["contestant", "held-out loss at rate", "of these nearest to dense's best rate",
+             "behind its own best"]]  # fmt: skip
+    for found in task.contestants:
+        if not any(score.grouped for score in found.scores):
+            continue
+        factors = 2 * parsed(found.layer)[1]["o"]
+        today = {lr / math.sqrt(factors): by_seed[0] for lr, by_seed in found.grouped.items()}
+        nearest = min(today, key=lambda lr: abs(math.log(lr / dense.lr)))
+        rows.append(
+            [
+                task.named(found),
+                "; ".join(f"{loss:.3f} at {lr:.2g}" for lr, loss in today.items()),
+                f"{nearest:.2g}",
+                f"{today[nearest] - found.best.mean:.3f}",
+            ]
+        )
+    return markdown_rows(rows, "llrr")
