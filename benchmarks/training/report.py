@@ -275,6 +275,11 @@ def findings(task: Task) -> list[str]:
                 f"with other layers (differences of {min(won + lost):+.3f} to "
                 f"{max(won + lost):+.3f} nats)."
             )
+    found += [
+        f"By {cost}, nothing cheaper has a smaller loss than: {'; '.join(names)}."
+        for cost in COSTS
+        if (names := [task.named(c) for c in front(task, cost)])
+    ]
     cps = [c for c in task.contestants if c.kind == "cp"]
     if cps:
         best = min(cps, key=lambda c: c.best.mean)
@@ -284,6 +289,16 @@ def findings(task: Task) -> list[str]:
             f"{times(dense.block_parameters, best.block_parameters)} fewer block parameters"
             f"{timed(best, dense)}."
         )
+    return found
+
+
+def front(task: Task, cost: str) -> list[Contestant]:
+    """Those that no contestant of less cost beats, the cheapest first."""
+    priced = [(its, c) for c in task.contestants if (its := COSTS[cost](c)) is not None]
+    found: list[Contestant] = []
+    for _, contestant in sorted(priced, key=lambda pair: (pair[0], pair[1].best.mean)):
+        if not found or contestant.best.mean < found[-1].best.mean:
+            found.append(contestant)
     return found
 
 
@@ -321,9 +336,23 @@ def summary(task: Task) -> str:
         lines.append(
             "With as few parameters, "
             + " and ".join(
-                f"{task.named(c)} is {apart(c.best.mean, one.best.mean)} CP" for c in rivals
+                f"{task.named(c)} is {apart(c.best.mean, one.best.mean)} CP{timed(c, one)}"
+                for c in rivals
             )
             + "."
+        )
+    quick = [
+        c
+        for c in task.contestants
+        if c.kind != "cp" and c is not dense and c.step and one.step
+        and c.step["seconds"] <= one.step["seconds"]
+    ]  # fmt: skip
+    if quick:
+        other = min(quick, key=lambda c: c.best.mean)
+        lines.append(
+            f"Of what is no slower, {task.named(other)} is "
+            f"{apart(other.best.mean, one.best.mean)} CP, with "
+            f"{other.block_parameters / one.block_parameters:.1f} times its parameters."
         )
     cps = [c for c in task.contestants if c.kind == "cp"]
     best = min(cps, key=lambda c: c.best.mean)

@@ -199,6 +199,7 @@ LANGUAGE = [
     *run_records("cp:o2:r4", 0.25, (1.5, 1.5, 1.5), groups=True, count=300),
     *run_records("lowrank:r4", 1.0, (2.5, 2.5, 2.5), count=110),
     *run_records("dense", 0.25, (1.5, 1.5, 1.5), width=4, count=90),
+    *run_records("lowrank:r9", 0.25, (1.5, 1.5, 1.5), count=700),
     # Too few rates to know the best.
     *run_records("paired:o2:r1", 1.0, (0.0, 0.0, 0.0), count=100)[:4],
 ]
@@ -207,6 +208,7 @@ STEPS = [
     step_record(CP, 0.005, 1_000_000),
     step_record("cp:o2:r4", 0.011, 2_000_000),
     step_record("lowrank:r4", 0.0055, 1_000_000),
+    step_record("lowrank:r9", 0.0045, 8_000_000),
 ]
 DIGITS = [
     *run_records("dense", 0.25, (0.5, 0.5, 0.5), count=50),
@@ -257,6 +259,9 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "| CP, order 3, R=64 (1.625) | FLOPs | low rank, R=4 +0.875 |",
         "Of equal block parameters CP is better in 1 of 2 comparisons with other layers "
         "(differences of -0.125 to +0.875 nats).",
+        "By block parameters, nothing cheaper has a smaller loss than: dense, width 4; dense.",
+        "By FLOPs, nothing cheaper has a smaller loss than: CP, order 3, R=64; CP, order 2, R=4; "
+        "dense.",
         "The best CP contestant of all, CP, order 2, R=4, is 0.250 nats behind the dense model, "
         "with 3.3× fewer block parameters at 1.10 of its step time.",
         "The best CP contestant of all, CP, order 2, R=4, is 0.250 nats ahead of the dense model, "
@@ -273,8 +278,9 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     assert "and ends 0.375 nats behind it (1.62 against 1.25)" in first
     assert (
         "With as few parameters, dense, width 4 is 0.125 nats ahead of CP and low rank, R=4 is "
-        "0.875 nats behind CP." in first
+        "0.875 nats behind CP at 1.10 of its step time." in first
     )
+    assert "no slower, low rank, R=9 is 0.125 nats ahead of CP, with 7.0 times its" in first
     assert "None of the CP models measured reaches the dense loss; the best, CP, order 2" in first
     assert {path.name for path in written} == {
         "README.md", "training.md", "training-language.svg", "training-digits.svg",
