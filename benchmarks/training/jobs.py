@@ -13,7 +13,7 @@ SEEDS = (0, 1, 2)
 DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LOW_RANK_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FACTOR_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
-CONTINUED = 2
+CONTINUED = 4
 
 
 @dataclass(frozen=True)

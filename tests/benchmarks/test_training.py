@@ -43,11 +43,15 @@ def test_a_sweep_comes_before_its_repeats_and_the_recipe_is_dense_s_best_rate() 
     assert found == dense + cp
 
 
-@pytest.mark.parametrize(("best", "last"), [(16.0, 32.0), (100.0, 32.0), (0.5, 0.25)])
-def test_a_sweep_goes_on_beyond_a_best_rate_at_its_end(best: float, last: float) -> None:
+@pytest.mark.parametrize(
+    ("best", "last", "count"), [(16.0, 32.0, 6), (1e9, 128.0, 8), (0.5, 0.25, 6)]
+)
+def test_a_sweep_goes_on_beyond_a_best_rate_at_its_end(
+    best: float, last: float, count: int
+) -> None:
     rates = {job.lr for job in ran({False: best, True: 2.0}) if not job.groups}
     assert last in (max(rates), min(rates))
-    assert len(rates) == 6
+    assert len(rates) == count
 
 
 def test_a_diverged_run_is_not_repeated() -> None:
