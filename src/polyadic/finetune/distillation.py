@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyadic import checks
 from polyadic.batches import keeping_modes, moved
 from polyadic.durable import identity
 from polyadic.finetune import models
@@ -154,9 +155,8 @@ def distill(
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or with ``validation=False`` those before that step.
     """
-    models.require_module(student, "student")
-    models.require_module(teacher, "teacher")
     check_unwrapped(student, "distill", "student")
+    checks.a_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyadic import checks
 from polyadic.batches import call, moved
 from polyadic.durable.identity import of_module
 from polyadic.finetune import models
@@ -109,9 +110,8 @@ def match_layers(
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: a loss is not finite.
     """
-    models.require_module(student, "student")
-    models.require_module(teacher, "teacher")
     check_unwrapped(student, "match_layers", "student")
+    checks.a_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")

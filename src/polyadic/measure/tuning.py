@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyadic import checks
 from polyadic.batches import evaluating
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
@@ -104,8 +105,7 @@ def tune(
         TypeError: ``model`` is not a module.
         ValueError: the call reaches no CP layer that follows a plan.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.a_module(model)
     if training is None:
         training = model.training
     calls = _calls(model, inputs, named)

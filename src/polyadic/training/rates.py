@@ -82,8 +82,7 @@ def param_groups(
             because a mode with m_d rows has at most m_d orthogonal columns. Train factors with
             AdamW, and the other weights with Muon.)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.a_module(model)
     rates: dict[int, tuple[float, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, CPTensor):
