@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from polyadic._torch import whole
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.arguments import Start
 from polyadic.fitting.fit import Callback
@@ -266,5 +267,5 @@ def dense(
     made = cls(**arguments, device="meta", dtype=dtype)
     made.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
-        made.bias = nn.Parameter(bias.clone(), requires_grad=bias.requires_grad)
+        made.bias = nn.Parameter(whole(bias).clone(), requires_grad=bias.requires_grad)
     return made.train(layer.training)

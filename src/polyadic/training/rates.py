@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic._torch import whole
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -167,8 +168,8 @@ def _tensor_of(layer: Any) -> CPTensor:
 @torch.no_grad()
 def _adamw_gains(tensor: CPTensor) -> list[float]:
     """Return a_d / w of each factor, and of λ."""
-    factors = [factor.double() for factor in tensor.factors]
-    scale = None if tensor.weights is None else tensor.weights.double()
+    factors = [whole(factor).double() for factor in tensor.factors]
+    scale = None if tensor.weights is None else whole(tensor.weights).double()
     gram = torch.ones(tensor.rank, tensor.rank, dtype=torch.float64, device=factors[0].device)
     for factor in factors:
         gram *= factor.T @ factor
@@ -187,10 +188,10 @@ def _rms(values: Tensor) -> float:
 @torch.no_grad()
 def _sgd_gains(tensor: CPTensor) -> list[float]:
     """Return 1 / s_d of each factor, and of λ."""
-    factors = [factor.double() for factor in tensor.factors]
+    factors = [whole(factor).double() for factor in tensor.factors]
     squares = [factor.square().sum(0) for factor in factors]
     if tensor.weights is not None:
-        squares.append(tensor.weights.double().square())
+        squares.append(whole(tensor.weights).double().square())
     gains = []
     for own in range(len(squares)):
         others = torch.ones_like(squares[0])
