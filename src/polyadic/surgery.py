@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from polyadic import checks
 from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.source import attached
+from polyadic.nn.wrapped import check_module
 
 Value = TypeVar("Value")
 
@@ -83,7 +83,7 @@ def find(
         ValueError: a regular expression is invalid, a target selects no layer that can be
             exchanged, or an exclusion matches no layer.
     """
-    checks.a_module(model)
+    check_module(model)
     targets = _patterns(target_modules, "target_modules")
     exclusions = _patterns(exclude_modules, "exclude_modules")
     names = _names(model)

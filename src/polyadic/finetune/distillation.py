@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic import checks
 from polyadic.batches import keeping_modes, moved
 from polyadic.durable import identity
 from polyadic.finetune import models
@@ -28,7 +27,7 @@ from polyadic.finetune.settings import (
     total_steps,
 )
 from polyadic.finetune.walk import first
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.training.rates import param_groups
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -156,7 +155,7 @@ def distill(
             or with ``validation=False`` those before that step.
     """
     check_unwrapped(student, "distill", "student")
-    checks.a_module(teacher, "teacher")
+    check_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic import checks
 from polyadic.batches import call, moved
 from polyadic.durable.identity import of_module
 from polyadic.finetune import models
@@ -28,7 +27,7 @@ from polyadic.finetune.settings import (
     optional_function,
     total_steps,
 )
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def match_layers(
         FloatingPointError: a loss is not finite.
     """
     check_unwrapped(student, "match_layers", "student")
-    checks.a_module(teacher, "teacher")
+    check_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from torch import nn
 
-from polyadic import checks
+from polyadic.nn.wrapped import check_module
 
 
 class Patch:
@@ -79,7 +79,7 @@ class Acceleration:
         Raises:
             TypeError: ``model`` is not a module.
         """
-        checks.a_module(model)
+        check_module(model)
         return self._patch.reasons(model)
 
     def undo(self) -> None:

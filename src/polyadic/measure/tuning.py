@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic import checks
 from polyadic.batches import evaluating
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
+from polyadic.nn.wrapped import check_module
 from polyadic.planner import choice, tuned
 from polyadic.planner.choice import Plan
 from polyadic.planner.request import Request
@@ -105,7 +105,7 @@ def tune(
         TypeError: ``model`` is not a module.
         ValueError: the call reaches no CP layer that follows a plan.
     """
-    checks.a_module(model)
+    check_module(model)
     if training is None:
         training = model.training
     calls = _calls(model, inputs, named)

@@ -7,13 +7,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from polyadic import checks
 from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
 from polyadic.nn.kinds import is_of_family
 from polyadic.nn.layer import CPLayer
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.steps import gemm
@@ -76,7 +75,7 @@ def unfreeze(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    checks.a_module(model)
+    check_module(model)
     for layer in _freezable(model):
         if layer.frozen is not None:
             for name, parameter in layer.named_parameters():

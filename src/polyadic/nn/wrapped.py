@@ -1,10 +1,14 @@
-"""Models whose parameters something outside holds, so that their layers must not be exchanged."""
+"""What a function that changes a model asks of it: to be a module whose parameters are its own."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from polyadic import checks
+
+def check_module(model: object, argument: str = "model") -> None:
+    """Raise a TypeError for what is no torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
@@ -24,7 +28,7 @@ def check_unwrapped(model: nn.Module, function: str, argument: str = "model") ->
         TypeError: it is no module.
         ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
     """
-    checks.a_module(model, argument)
+    check_module(model, argument)
     for name, module in model.named_modules():
         place = f"{argument}.{name}" if name else argument
         wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)

@@ -12,8 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic import checks
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
@@ -46,7 +45,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         ValueError: it has no CP layer, or state that cannot be saved: an extra state, tensors on
             the meta device, sharded, sparse or quantized tensors, a subclass of a CP layer.
     """
-    checks.a_module(model)
+    check_module(model)
     layers = describe(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from polyadic import checks
 from polyadic._torch import whole
+from polyadic.nn.wrapped import check_module
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -83,7 +84,7 @@ def param_groups(
             because a mode with m_d rows has at most m_d orthogonal columns. Train factors with
             AdamW, and the other weights with Muon.)
     """
-    checks.a_module(model)
+    check_module(model)
     rates: dict[int, tuple[float, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, CPTensor):
