@@ -41,6 +41,8 @@ Validation = Iterable[Any] | Callable[[nn.Module], float]
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    if student.is_complex():
+        return (student - teacher).abs().square().mean()
     return F.mse_loss(student, teacher)
 
 
@@ -112,7 +114,8 @@ def distill(
         epochs: number of walks through ``batches``, to be given in place of ``steps``.
         loss: ``"mse"``; ``"cosine"``, 1 less the mean cosine along the last dimension; ``"kl"``,
             the divergence of softmax outputs along it; or a function (student's, teacher's output)
-            → scalar. Low precisions are compared in float32.
+            → scalar. Low precisions are compared in float32. For complex outputs ``"mse"``, the
+            mean squared modulus, or a function.
         forward: function (model, batch) → tensor to compare; by default the model's output, which
             must then be one tensor.
         trainable: ``"cp"``, factors and biases of the CP layers; ``"cp+norms"``, the normalisation
@@ -247,6 +250,8 @@ def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: 
             f"student and teacher must give outputs of one shape, got {tuple(ours.shape)} and "
             f"{tuple(theirs.shape)}"
         )
+    if ours.is_complex() and compare in (LOSSES["cosine"], LOSSES["kl"]):
+        raise ValueError(f"loss must be 'mse' or a function for outputs of {ours.dtype}")
     wide = torch.promote_types(ours.dtype, torch.float32)
     value = compare(ours.to(wide), theirs.to(wide))
     if not isinstance(value, Tensor) or value.dim() != 0:

@@ -346,4 +346,4 @@ def _squares(layer: nn.Module, call: _Call, name: str) -> tuple[Tensor, Tensor]:
         )
     wide = torch.promote_types(own.dtype, torch.float32)
     target = call.output.to(wide)
-    return (own.to(wide) - target).square().sum(), target.square().sum()
+    return (own.to(wide) - target).abs().square().sum(), target.abs().square().sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, keeping_modes, misfit
+from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -63,7 +64,7 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
         parts = dict(output)
     elif isinstance(output, (tuple, list)):
         parts = dict(enumerate(output))
-    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and is_computed(v.dtype)}
     if len(tensors) == 1:
         (single,) = tensors.values()
         return single

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from polyadic import checks
 from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
 from polyadic.functional.boundary import Call, Groups, as_batch, settled
+from polyadic.functional.spread import Layout, SpreadCall, spread_call
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding
@@ -139,6 +141,8 @@ def cp_embedding(
     """
     options = padding_idx, num_embeddings, memory
     found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
+    if isinstance(found, SpreadCall):
+        return _spread(indices, tuple(map(tuple, groups)), weights, unique, options)
     flat = found.batched(indices)
     if not torch.compiler.is_compiling():
         checks.check_in_range(flat, found.size)
@@ -162,3 +166,26 @@ def cp_embedding(
     # torch does not differentiate an embedding of complex rows.
     copied = rows.index_select(0, places) if rows.is_complex() else F.embedding(places, rows)
     return found.unbatched(copied.to(found.dtype))
+
+
+def _spread(
+    indices: Any, groups: Any, weights: Any, unique: bool | None, options: tuple[Any, ...]
+) -> Tensor:
+    """A lookup in DTensors, by each process in what it holds."""
+
+    def local(found: Layout, x: Tensor, groups: Any, biases: Any, scale: Any) -> tuple[Tensor]:
+        padding_idx, num_embeddings, memory = options
+        return (
+            cp_embedding(
+                x,
+                *groups,
+                weights=scale[0],
+                padding_idx=padding_idx,
+                num_embeddings=num_embeddings,
+                unique=unique,
+                memory=memory,
+            ),
+        )
+
+    (y,) = spread_call(local, indices, groups, [], [weights])
+    return y  # type: ignore[no-any-return]

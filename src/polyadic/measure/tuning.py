@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import evaluating
+from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
 from polyadic.planner import choice, tuned
@@ -174,7 +175,7 @@ def _runner(layer: nn.Module, args: Any, training: bool) -> Callable[[], object]
 
         return forward
     given = [
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given
+        a.requires_grad_() if isinstance(a, Tensor) and is_computed(a.dtype) else a for a in given
     ]
     wanted = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
     wanted += [p for p in layer.parameters() if p.requires_grad]

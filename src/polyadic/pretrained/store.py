@@ -148,7 +148,8 @@ def _check_dtypes(
     wrong = []
     for name, like in state.items():
         wanted, got = factors.get(name, like.dtype), stored[name]
-        free = name not in factors and wanted.is_floating_point and got.is_floating_point
+        floating = wanted.is_floating_point and got.is_floating_point
+        free = name not in factors and (floating or (wanted.is_complex and got.is_complex))
         if got != wanted and not free:
             wrong.append(f"{name} is {got}, not {wanted}")
     refuse(f"dtypes in {folder} do not fit", wrong)
