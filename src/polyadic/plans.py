@@ -12,8 +12,11 @@ Groups = tuple[int, ...]
 Kind = Literal["factorized", "dense"]
 Backend = Literal["torch", "triton"]
 Memory = Literal["fast", "balanced", "least"]
+# What a linear layer or an embedding keeps for its backward; Z is X KA, or the product of the rows.
+Keep = Literal["x", "x and z", "autograd"]
 
 MEMORY: tuple[Memory, ...] = ("fast", "balanced", "least")
+KEEP: tuple[Keep, ...] = ("x", "x and z", "autograd")
 
 
 def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
@@ -105,42 +108,38 @@ class LinearPlan:
     Args:
         forward: the route of Y = X W.
         backward: the route of the gradients.
-        keep: 0, 1 or 2; False and True are taken for 0 and 1. With 0 the backward keeps X and the
-            factors alone and recomputes Z = X KA (B, R), with 1 it keeps Z too. 2 is another thing:
-            there is no closed-form backward, but torch's autograd differentiates the forward, and
-            keeps what it needs for that, the Khatri-Rao products among it. It spares small layers
-            the cost of a call into the closed form. ``keeps_z`` and ``backward_by_autograd`` tell
-            the two ideas apart.
+        keep: what stays for the backward besides the factors. ``"x"`` keeps X alone, so that the
+            backward computes Z = X KA (B, R) again; ``"x and z"`` keeps Z too. ``"autograd"`` has
+            no closed-form backward: torch's autograd differentiates the forward and keeps what it
+            needs for that, the Khatri-Rao products among it. This spares a small layer the cost of
+            a call into the closed form. False or 0, True or 1, and 2 are other names of the three.
 
     Raises:
         TypeError: a route is no LinearRoute.
-        ValueError: ``keep`` is none of these; or it is 2 with other routes than the explicit
-            Khatri-Rao ones that torch computes.
+        ValueError: ``keep`` is none of these; or it is ``"autograd"`` and the routes are not both
+            the explicit Khatri-Rao route that torch computes.
     """
 
     forward: LinearRoute
     backward: LinearRoute
-    keep: int = 1
+    keep: Keep | int = "x and z"
 
     def __post_init__(self) -> None:
         _check_routes(self, LinearRoute)
-        _one_of(self.keep, (0, 1, 2), "keep")
+        if isinstance(self.keep, int) and 0 <= self.keep <= 2:
+            object.__setattr__(self, "keep", KEEP[self.keep])
+        _one_of(self.keep, KEEP, "keep")
         simple = self.forward.is_khatri_rao and self.forward.by == "torch"
-        if self.keep == 2 and not (simple and self.forward == self.backward):
+        if self.keep == "autograd" and not (simple and self.forward == self.backward):
             raise ValueError(
-                f"keep=2 leaves the backward to autograd, which follows the forward; it is for the "
-                f"explicit Khatri-Rao route in both, got {self.forward} and {self.backward}"
+                f"keep='autograd' leaves the backward to autograd, which follows the forward; it "
+                f"needs the Khatri-Rao route in both, got {self.forward} and {self.backward}"
             )
-
-    @property
-    def backward_by_autograd(self) -> bool:
-        """Whether torch's autograd differentiates the forward, in place of the closed form."""
-        return self.keep == 2
 
     @property
     def keeps_z(self) -> bool:
         """Whether Z (B, R) stays for the backward."""
-        return self.keep > 0 and self.forward.kind == "factorized"
+        return self.keep != "x" and self.forward.kind == "factorized"
 
     def covering(self, fmt: LinearFormat) -> LinearPlan:
         """Return the plan after a check that its groups cover the modes of a format.
@@ -174,9 +173,9 @@ class LinearPlan:
         )
 
     def __str__(self) -> str:
-        kept = ("X", "X and Z", "what autograd keeps")[self.keep]
-        if self.keep == 1 and self.forward.kind == "dense":
-            kept = "X"
+        kept = "X and Z" if self.keeps_z else "X"
+        if self.keep == "autograd":
+            kept = "what autograd keeps"
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
 
 

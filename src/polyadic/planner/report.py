@@ -193,7 +193,7 @@ def costed(
     """Price a plan (None: the dense layer) by its steps; ``kept`` is the bytes that it keeps."""
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
-    by_autograd = isinstance(plan, LinearPlan) and plan.backward_by_autograd
+    by_autograd = isinstance(plan, LinearPlan) and plan.keep == "autograd"
     calls = call
     if backward and (plan is None or by_autograd):
         calls += machine.dense_call + machine.dense_backward_call

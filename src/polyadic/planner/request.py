@@ -13,6 +13,8 @@ from polyadic.kernels.depthwise import Geometry
 from polyadic.plans import Memory
 
 HALVES = (torch.bfloat16, torch.float16)
+# The dtype of the parts of complex numbers. A machine computes them at the rates of that dtype.
+PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 class Place(NamedTuple):
@@ -82,6 +84,11 @@ class Request:
         return self.device == "cpu"
 
     @property
+    def multiply_adds(self) -> int:
+        """Real multiply-adds in one of the dtype, which torch's counter takes for one: 4 or 1."""
+        return 4 if self.dtype.is_complex else 1
+
+    @property
     def is_half(self) -> bool:
         """Whether factors are widened to float32 before they are multiplied, and rounded once."""
         return self.dtype in HALVES
@@ -104,8 +111,8 @@ class Request:
 
     @property
     def place(self) -> Place:
-        """Where the layer is computed."""
-        return Place(self.device, self.dtype, self.threads, self.tf32)
+        """Where the layer is computed; of complex numbers the place of their parts."""
+        return Place(self.device, PARTS.get(self.dtype, self.dtype), self.threads, self.tf32)
 
     def at(self, device: str, dtype: torch.dtype) -> Request:
         """Return the request moved to another type of device and another dtype."""
@@ -162,7 +169,8 @@ def request(
 def place_now(device: str, dtype: torch.dtype) -> Place:
     """Return the place of a type of device and a dtype, under torch's present settings."""
     threads = torch.get_num_threads() if device == "cpu" else 1
-    tf32 = device == "cuda" and dtype == torch.float32 and _allows_tf32()
+    single = PARTS.get(dtype, dtype) == torch.float32
+    tf32 = device == "cuda" and single and _allows_tf32()
     return Place(device, dtype, threads, tf32)
 
 

@@ -23,7 +23,8 @@ class Step:
     Args:
         name: what it computes, in the axes of the kernels.
         kind: which rate of the machine it runs at; ``"fused"`` is a kernel of the library's own.
-        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them.
+        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them. A
+            multiply-add of complex numbers is four of real ones, which torch counts as one.
         nbytes: the least number of bytes that must be read and written.
         launches: number of torch operations that touch memory; for a convolution, number of calls.
         views: number of torch operations that only make a view.
@@ -62,11 +63,11 @@ def gemm(request: Request, name: str, m: int, k: int, n: int, *, views: int = 0)
     return Step(
         name,
         "gemm",
-        2 * m * k * n,
+        2 * m * k * n * request.multiply_adds,
         request.item * (m * k + k * n + m * n),
         views=views,
         elements=m * n,
-        padded_flops=2 * m * k * request.padded(n),
+        padded_flops=2 * m * k * request.padded(n) * request.multiply_adds,
         slowed=SLOWED_BY_MISALIGNED_ROWS if misaligned else 1.0,
     )
 
