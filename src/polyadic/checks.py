@@ -78,6 +78,14 @@ def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
     return group
 
 
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raise a TypeError where a tensor is sparse, nested or in a layout of oneDNN."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested tensor" if tensor.is_nested else tensor.layout
+        how = "pass its values()" if tensor.is_nested else "make it dense by to_dense()"
+        raise TypeError(f"{name} must have layout torch.strided, got {layout}; {how}")
+
+
 def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
     """Check that all factors belong together, and return each group's modes and then (rank,).
 
@@ -91,6 +99,10 @@ def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[S
     """
     if weights is not None and not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+    for name, group in groups.items():
+        for i, factor in enumerate(group):
+            if factor.layout != torch.strided:
+                check_dense(factor, f"{name}[{i}]")
     seen = tuple(
         [
             (name, tuple([(tuple(f.shape), f.dtype, f.device) for f in group]))
@@ -169,6 +181,7 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
             "CP layers do not support torch.jit.trace, which torch has deprecated; use "
             "torch.export or torch.compile, or polyadic.freeze a linear layer first"
         )
+    check_dense(tensor, name)
     if tensor.device != like.device:
         raise ValueError(
             f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"
@@ -252,7 +265,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
     Raises:
         TypeError: it is neither floating point of two bytes or more, nor complex64 or complex128.
     """
-    if isinstance(dtype, torch.dtype) and is_computed(dtype) and dtype.itemsize >= 2:
+    if isinstance(dtype, torch.dtype) and is_computed(dtype):
         return dtype
     raise TypeError(
         f"dtype must be floating point of two bytes or more, complex64 or complex128, got {dtype!r}"
@@ -387,6 +400,7 @@ def check_indices(value: Any, like: Tensor) -> None:
     """Check that ``value`` is a tensor of indices on the factors' device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"indices must be a tensor, got {type(value).__name__}")
+    check_dense(value, "indices")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32, got {value.dtype}; cast them")
     if value.device != like.device:

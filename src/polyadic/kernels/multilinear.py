@@ -44,11 +44,14 @@ def best_cut(sizes: Sequence[int]) -> int:
 
 
 def is_computed(dtype: torch.dtype) -> bool:
-    """Whether factors may be of a dtype: floating point, complex64 or complex128.
+    """Whether factors may be of a dtype: floating point of two bytes or more, or complex.
 
-    torch has no products in complex32 on a CPU.
+    torch has no products in complex32 on a CPU, and in eight bits of scaled operands alone.
     """
-    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
+    return (dtype.is_floating_point and dtype.itemsize >= 2) or dtype in (
+        torch.complex64,
+        torch.complex128,
+    )
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
