@@ -14,9 +14,9 @@ from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.multilinear import is_computed
-from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
+from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
-Plan = TypeVar("Plan", LinearPlan, ConvPlan)
+Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -281,6 +281,11 @@ def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
     if any(v < least for v in values):
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return tuple(int(v) for v in values)
+
+
+def check_sizes(value: Any, dims: int, name: str) -> Shape:
+    """Return sizes of at least 1, an int or one for each of ``dims`` dimensions."""
+    return _per_dimension(value, dims, name, 1)
 
 
 def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:

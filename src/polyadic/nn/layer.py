@@ -17,6 +17,7 @@ from polyadic.formats import (
     LinearFormat,
     Rank,
     Shape,
+    SpectralFormat,
     positive_int,
     resolve_rank,
 )
@@ -115,7 +116,7 @@ class CPLayer(Weighted):
         self.cp.std = self._std()
         return moved
 
-    def _format_of_rank_1(self) -> LinearFormat | ConvFormat:
+    def _format_of_rank_1(self) -> LinearFormat | ConvFormat | SpectralFormat:
         """The layer's format at rank 1."""
         raise NotImplementedError
 
@@ -162,7 +163,7 @@ class CPLayer(Weighted):
         return metric
 
     @property
-    def format(self) -> LinearFormat | ConvFormat:
+    def format(self) -> LinearFormat | ConvFormat | SpectralFormat:
         """Modes and rank of the layer."""
         return dataclasses.replace(self._format_of_rank_1(), rank=self.rank)
 

@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape
+from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape, SpectralFormat
 from polyadic.kernels.depthwise import Geometry
 from polyadic.plans import Memory
 
 HALVES = (torch.bfloat16, torch.float16)
+_FORMATS: dict[str, Any] = {
+    "linear": LinearFormat,
+    "embedding": EmbeddingFormat,
+    "conv": ConvFormat,
+    "spectral": SpectralFormat,
+}
 # The dtype of the parts of complex numbers. A machine computes them at the rates of that dtype.
 PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -59,7 +65,7 @@ class Request:
             keeps and its input.
     """
 
-    format: LinearFormat | ConvFormat
+    format: LinearFormat | ConvFormat | SpectralFormat
     batch: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -124,11 +130,13 @@ class Request:
         shape: tuple[Any, ...]
         if isinstance(fmt, ConvFormat):
             shape = (fmt.out_shape, fmt.in_shape, fmt.kernel_size, fmt.rank, fmt.groups)
-            shape = (*shape, fmt.transposed)
+            shape = ("conv", *shape, fmt.transposed)
+        elif isinstance(fmt, SpectralFormat):
+            shape = ("spectral", fmt.in_shape, fmt.out_shape, fmt.modes, fmt.rank)
         elif isinstance(fmt, EmbeddingFormat):
-            shape = (fmt.in_shape, fmt.out_shape, fmt.rank, fmt.num_embeddings)
+            shape = ("embedding", fmt.in_shape, fmt.out_shape, fmt.rank, fmt.num_embeddings)
         else:
-            shape = (fmt.in_shape, fmt.out_shape, fmt.rank)
+            shape = ("linear", fmt.in_shape, fmt.out_shape, fmt.rank)
         place: tuple[Any, ...] = ()
         if where is not None:
             place = (where.kernel_size, where.stride, where.padding, where.dilation)
@@ -139,11 +147,10 @@ class Request:
     @staticmethod
     def of_constants(constants: tuple[Any, ...]) -> Request:
         """Return the request of which ``constants`` made the tuples."""
-        shape, place, batch, dtype, device, options = constants
-        kind = {3: LinearFormat, 4: EmbeddingFormat, 6: ConvFormat}[len(shape)]
+        (name, *shape), place, batch, dtype, device, options = constants
         memory, rebuild, size, channels_last = options
         return request(
-            kind(*shape),
+            _FORMATS[name](*shape),
             batch,
             dtype,
             device,
@@ -156,7 +163,7 @@ class Request:
 
 
 def request(
-    fmt: LinearFormat | ConvFormat,
+    fmt: LinearFormat | ConvFormat | SpectralFormat,
     batch: int,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",

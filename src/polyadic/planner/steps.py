@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from polyadic.planner.request import Request
 
-StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout", "fused"]
+StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout", "fused", "fft"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Step:
         sums: how many of the launches are sums, whose call takes a CPU as long as two others.
         rows: number of outer iterations of an elementwise step whose inner loop is short.
         elements: number of elements of the largest tensor that is written.
-        padded_flops: FLOPs including those on the padding up to the width of the vector units; for
-            a convolution, the FLOPs that take as long at the rate of a forward convolution. Equal
-            to ``flops`` by default.
+        padded_flops: FLOPs including those on the padding up to the width of the vector units; of
+            a fast transform, which torch does not count, its operations; for a convolution, the
+            FLOPs that take as long at the rate of a forward convolution. Equal to ``flops`` by
+            default.
         channels_last: whether a convolution works in this layout.
         slowed: factor by which a GPU is slower than for rows that begin at multiples of 16 bytes.
     """
