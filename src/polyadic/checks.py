@@ -81,9 +81,8 @@ def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
 def check_dense(tensor: Tensor, name: str) -> None:
     """Raise a TypeError where a tensor is sparse, nested or in a layout of oneDNN."""
     if tensor.layout != torch.strided or tensor.is_nested:
-        layout = "a nested tensor" if tensor.is_nested else tensor.layout
-        how = "pass its values()" if tensor.is_nested else "make it dense by to_dense()"
-        raise TypeError(f"{name} must have layout torch.strided, got {layout}; {how}")
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; pass to_dense() or values()")
 
 
 def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
@@ -101,8 +100,7 @@ def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[S
         raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
     for name, group in groups.items():
         for i, factor in enumerate(group):
-            if factor.layout != torch.strided:
-                check_dense(factor, f"{name}[{i}]")
+            check_dense(factor, f"{name}[{i}]")
     seen = tuple(
         [
             (name, tuple([(tuple(f.shape), f.dtype, f.device) for f in group]))
@@ -298,17 +296,17 @@ def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any)
     dims = len(kernel_size)
     strides = _per_dimension(stride, dims, "stride", 1)
     dilations = _per_dimension(dilation, dims, "dilation", 1)
-    if padding == "valid":
+    if not isinstance(padding, str):
+        pairs = tuple((p, p) for p in _per_dimension(padding, dims, "padding", 0))
+    elif padding == "valid":
         pairs = ((0, 0),) * dims
     elif padding == "same":
         if any(s != 1 for s in strides):
             raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         pairs = tuple((total // 2, total - total // 2) for total in totals)
-    elif isinstance(padding, str):
-        raise ValueError(f"padding must be an int, a tuple, 'same' or 'valid', got {padding!r}")
     else:
-        pairs = tuple((p, p) for p in _per_dimension(padding, dims, "padding", 0))
+        raise ValueError(f"padding must be an int, a tuple, 'same' or 'valid', got {padding!r}")
     return Geometry(kernel_size, strides, pairs, dilations)
 
 
@@ -456,15 +454,3 @@ def check_not_sharded(factors: Sequence[Any], name: str) -> None:
                 f"many groups as channels splits the channels and not the groups; use "
                 f"torch.distributed.fsdp.fully_shard, which hands a layer whole factors"
             )
-
-
-def check_in_range(flat: Tensor, size: int) -> None:
-    """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
-
-    Raises:
-        IndexError: one is outside (on a CPU; a CUDA device reports it asynchronously).
-    """
-    try:
-        torch.zeros((), device=flat.device).expand(size).index_select(0, flat)
-    except IndexError:
-        raise IndexError(f"every index must lie in [0, {size}), one of them does not") from None

@@ -139,7 +139,7 @@ def cp_embedding(
     found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
     flat = found.batched(indices)
     if not torch.compiler.is_compiling():
-        checks.check_in_range(flat, found.size)
+        _check_in_range(flat, found.size)
     distinct = None
     # Torch cannot differentiate a lookup of no index twice, which would be the second one here.
     if unique and len(flat):
@@ -160,3 +160,15 @@ def cp_embedding(
     # torch does not differentiate an embedding of complex rows.
     copied = rows.index_select(0, places) if rows.is_complex() else F.embedding(places, rows)
     return found.unbatched(copied.to(found.dtype))
+
+
+def _check_in_range(flat: Tensor, size: int) -> None:
+    """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
+
+    Raises:
+        IndexError: one is outside (on a CPU; a CUDA device reports it asynchronously).
+    """
+    try:
+        torch.zeros((), device=flat.device).expand(size).index_select(0, flat)
+    except IndexError:
+        raise IndexError(f"every index must lie in [0, {size}), one of them does not") from None
