@@ -82,7 +82,7 @@ def test_layouts_and_dtypes_that_no_layer_computes_in(layer: str) -> None:
     for dtype in (torch.float8_e4m3fn, torch.complex32, torch.int32):
         with pytest.raises(TypeError, match="dtype must be"):
             make(dtype=dtype)
-    with pytest.raises(ValueError, match="order must be at most 64"):
+    with pytest.raises(ValueError, match="order must be a positive int of at most 64"):
         make(order=2**31)
 
 

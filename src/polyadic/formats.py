@@ -3,62 +3,36 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
 
 Shape = tuple[int, ...]
 Rank = int | float | Literal["break-even", "faster"]
 # Ranks beyond the largest that any tensor needs are let through up to here, as they cost little.
 _HARMLESS_RANK = 4096
-# No size has as many prime factors: further modes would all be of size 1.
-_MOST_MODES = 64
+_MOST_MODES = 64  # No size has so many prime factors.
 
 
 def is_int(value: Any) -> bool:
-    """Return whether a value is an integer; bool and float are none."""
-    if isinstance(value, (int, torch.SymInt)):
-        return not isinstance(value, bool)
-    # Tensors and arrays have the method too, and raise where they are no single integer.
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
+    """Return whether a value is an integer; bool and float are none, nor tensors and arrays."""
+    whole = hasattr(value, "__index__") and not hasattr(value, "__iter__")
+    return whole and not isinstance(value, bool)
 
 
-def positive_int(value: Any, name: str) -> int:
-    """Return ``value`` as a plain int, or say which argument was not a positive integer.
+def positive_int(value: Any, name: str, most: int | None = None) -> int:
+    """Return ``value`` as a plain int.
 
     Raises:
         TypeError: ``value`` is not an integer (bool and float are refused).
-        ValueError: ``value`` is below 1.
+        ValueError: ``value`` is below 1, or above ``most``.
     """
     if not is_int(value):
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
-    number = value.__index__()
-    if number < 1:
-        raise ValueError(f"{name} must be a positive int, got {number}")
-    return int(number)
-
-
-def check_order(value: Any, name: str = "order") -> int:
-    """Return a number of modes as a plain int.
-
-    Raises:
-        TypeError: ``value`` is not an integer.
-        ValueError: it is below 1 or above 64.
-    """
-    order = positive_int(value, name)
-    if order > _MOST_MODES:
-        raise ValueError(
-            f"{name} must be at most {_MOST_MODES}, got {order}: no size splits into more modes, "
-            f"so that the others would be of size 1"
-        )
-    return order
+    if value < 1 or (most is not None and value > most):
+        bound = f" of at most {most}" if value > 0 else ""
+        raise ValueError(f"{name} must be a positive int{bound}, got {value}")
+    return int(value)
 
 
 def mode_sizes(value: Any, name: str) -> Shape:
@@ -163,7 +137,7 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     """
     in_features = positive_int(in_features, "in_features")
     out_features = positive_int(out_features, "out_features")
-    order = check_order(order)
+    order = positive_int(order, "order", _MOST_MODES)
     in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
     # A number of few primes beside one of many: tltorch stops splitting the second early.
     kept = max(len(in_parts), order - 1)
@@ -192,7 +166,7 @@ def padded_shape(size: int, order: int = 3) -> Shape:
     >>> padded_shape(30522)
     (31, 31, 32)
     """
-    size, order = positive_int(size, "size"), check_order(order)
+    size, order = positive_int(size, "size"), positive_int(order, "order", _MOST_MODES)
     total = order * max(1, math.floor(size ** (1 / order)) - 1)
     while True:
         low, more = divmod(total, order)

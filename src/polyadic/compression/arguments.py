@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyadic import checks
 from polyadic.fitting import decompose
-from polyadic.formats import Shape, check_order, mode_sizes
+from polyadic.formats import Shape, mode_sizes, positive_int
 
 # Told after each piece of work: the stage, the pieces done, their number, and the layer's name.
 Callback = Callable[[str, int, int, str], object]
@@ -55,7 +55,7 @@ def check_options(orders: Any, seed: Any, callback: Any, fit: Mapping[str, Any])
         if isinstance(orders, (str, bytes)) or not isinstance(orders, Sequence) or not orders:
             raise TypeError(f"orders must be a sequence of ints such as (1, 2), got {orders!r}")
         for order in orders:
-            check_order(order, "each of orders")
+            positive_int(order, "each of orders")
     checks.a_seed(seed)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")

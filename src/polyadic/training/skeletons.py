@@ -12,7 +12,7 @@ from polyadic import surgery
 from polyadic.formats import (
     Rank,
     Shape,
-    check_order,
+    positive_int,
 )
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
@@ -141,7 +141,7 @@ def factorize(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "factorize")
     if order is not None:
-        check_order(order)
+        positive_int(order, "order")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
     if isinstance(target_modules, str) and target_modules == ALL_LINEAR:
