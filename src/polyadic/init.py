@@ -76,13 +76,14 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
             _fill_with_orthonormal_columns(factor, scale * math.sqrt(factor.shape[0]))
 
 
-# Orthogonalizing w columns costs in proportion to w for each entry, drawing an entry a constant.
-# Construction must not take much longer than torch draws a dense weight: a few milliseconds are
-# allowed for blocks as wide as they are of use, and else what costs as much as the draw.
+# Orthogonalizing costs time in proportion to the width of a block for each entry, and drawing costs
+# a constant. Construction must not take much longer than torch takes to draw a dense weight. So
+# small factors get blocks as wide as is of use, which takes a few milliseconds, and large factors
+# get narrower blocks, which cost about as much as the draw.
 WIDEST_BLOCK = 256
 MOST_ENTRIES_IN_WIDE_BLOCKS = 2**16
 WIDEST_BLOCK_OF_MANY = 64
-# Gaussian m×w has the condition number (√m + √w)/(√m − √w), here at most 3.
+# A Gaussian matrix (m, w) has the condition number (√m + √w)/(√m − √w), here at most 3.
 TALL = 4
 
 

@@ -108,7 +108,7 @@ def test_readme_has_no_typed_measurements() -> None:
     """Numbers come from code that is run or from the benchmark, not from the keyboard."""
     for path in (
         ROOT / "README.md",
-        *(ROOT / "docs" / n for n in ("index.md", "guide.md", "compression.md")),
+        *(ROOT / "docs" / n for n in ("index.md", "guide.md", "compression.md", "training.md")),
     ):
         found = re.findall(r"\b\d[\d.,]*\s?(?:%|x|×|times|ms|µs|us|s|[KMG]i?B|[kMG]?FLOP\S*)\b",
                            prose(path))  # fmt: skip

@@ -23,9 +23,11 @@ FEWEST_TO_COUNT = 512
 
 
 def _may_count(flat: Tensor, dtype: torch.dtype) -> bool:
-    """Whether distinct indices may be counted unasked: no host sync, no capture, no transform.
+    """Whether distinct indices may be counted although nobody asked for it.
 
-    In half precision nothing would be gained: repeats need their gradients summed in float32.
+    It must cost no synchronisation with a device, and change nothing under a compiler or a
+    transform. In half precision nothing would be gained, because repeats need their gradients
+    summed in float32.
     """
     return (
         flat.device.type == "cpu"
@@ -38,9 +40,9 @@ def _may_count(flat: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _distinct(flat: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
-    """Distinct indices and where each index stands among them, if they are at most half as many."""
+    """Return the distinct indices and the place of each index, if at most half are distinct."""
     if size <= 64 * len(flat):
-        # Marks in the table are cheaper to count than indices to sort.
+        # It is cheaper to count marks in a table than to sort indices.
         marks = torch.zeros(size, dtype=torch.bool, device=flat.device).index_fill_(
             0, flat.long(), True
         )
@@ -56,7 +58,7 @@ class _Lookup(Call):
 
     Args:
         size: V, rows of the table.
-        dtype: of the factors.
+        dtype: dtype of the factors.
     """
 
     size: int = 0
@@ -141,7 +143,7 @@ def cp_embedding(
     if not torch.compiler.is_compiling():
         _check_in_range(flat, found.size)
     distinct = None
-    # Torch cannot differentiate a lookup of no index twice, which would be the second one here.
+    # torch cannot differentiate F.embedding twice if there is no index.
     if unique and len(flat):
         distinct = torch.unique(flat, return_inverse=True)
     elif unique is None and _may_count(flat, found.dtype):

@@ -24,8 +24,8 @@ class LinearSaved(Saved):
 
     Attributes:
         x: the input (..., M) as it was given.
-        kept: intermediates the plan keeps: Z (B, R) or nothing; on a GPU Z may have columns of
-            zeros added.
+        kept: the intermediates that the plan keeps: Z (B, R), to which a GPU may add columns of
+            zeros, or nothing.
         in_factors: (m_d, R) each.
         out_factors: (n_d, R) each.
         weights: λ (R,) or None.
@@ -66,7 +66,7 @@ def _checked(
 
 
 def _call(x: Tensor, plan: LinearPlan, n_in: int, weights: Tensor | None) -> Call:
-    """The call of the map that a plan stands for; λ comes in front, as one more in factor."""
+    """Return the call of the map that a plan stands for; λ becomes one more in factor, in front."""
     if weights is not None:
         # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
         plan, n_in = LinearPlan.with_weights(plan), n_in + 1
@@ -111,8 +111,8 @@ def cp_linear(
         weights: λ (R,) or None for ones.
         plan: a LinearPlan to obey; None lets the planner choose.
         memory: ``"balanced"`` keeps x and one (B, R) intermediate, ``"least"`` x alone; ``"fast"``
-            may keep the Khatri-Rao products too, which small layers gain most from. A given plan
-            says itself what is kept.
+            may keep the Khatri-Rao products too, from which small layers gain most. With a plan,
+            the plan says what is kept.
 
     Returns:
         (..., N), in x's dtype (under autocast in autocast's).
