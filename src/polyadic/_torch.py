@@ -1,7 +1,7 @@
 """Every private word of torch that this library uses, and what else it asks about torch's state.
 
 No other module names anything of torch's that begins with an underscore; a test holds that. All of
-these words were seen to exist and to mean the same in torch 2.11 to 2.13. Questions that code asks
+these words were seen to exist and to mean the same in torch 2.11 to 2.14. Questions that code asks
 while a compiler traces it are put in words that the compilers of those versions understand.
 """
 

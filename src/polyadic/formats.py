@@ -135,15 +135,13 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     >>> tensorize(7, 12, order=3)
     ((1, 1, 7), (2, 2, 3))
     """
-    in_features = positive_int(in_features, "in_features")
-    out_features = positive_int(out_features, "out_features")
+    in_parts = _prime_factors(positive_int(in_features, "in_features"))
+    out_parts = _prime_factors(positive_int(out_features, "out_features"))
     order = positive_int(order, "order", _MOST_MODES)
-    in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
     # tltorch stops splitting the out side early if it has many more primes than the in side.
     kept = max(len(in_parts), order - 1)
-    out_parts = (
-        [*out_parts[:kept], math.prod(out_parts[kept:])] if kept < len(out_parts) else out_parts
-    )
+    if kept < len(out_parts):
+        out_parts = [*out_parts[:kept], math.prod(out_parts[kept:])]
     return _merge_smallest(in_parts, order), _merge_smallest(out_parts, order)
 
 
