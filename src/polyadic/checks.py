@@ -11,9 +11,8 @@ from torch import Tensor
 
 from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
-from polyadic.kernels.backend import why_not
+from polyadic.kernels.backend import is_computed, why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.kernels.multilinear import is_computed
 from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
 Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
@@ -445,12 +444,13 @@ def check_padding_index(value: Any, num_embeddings: int) -> int | None:
     return index % num_embeddings
 
 
-def check_not_sharded(factors: Sequence[Any], name: str) -> None:
-    """Refuse sharded DTensors, for which torch convolves each component by itself wrongly."""
-    for factor in factors:
-        if any(placement.is_shard() for placement in getattr(factor, "placements", ())):
-            raise ValueError(
-                f"{name} must not be sharded (DTensors): torch's rule for a convolution with as "
-                f"many groups as channels splits the channels and not the groups; use "
-                f"torch.distributed.fsdp.fully_shard, which hands a layer whole factors"
-            )
+def check_in_range(flat: Tensor, size: int) -> None:
+    """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
+
+    Raises:
+        IndexError: one is outside (on a CPU; a CUDA device reports it asynchronously).
+    """
+    try:
+        torch.zeros((), device=flat.device).expand(size).index_select(0, flat)
+    except IndexError:
+        raise IndexError(f"every index must lie in [0, {size}), one of them does not") from None

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic._torch import whole
 from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
-from polyadic.kernels.multilinear import accumulate_dtype, is_computed, khatri_rao
+from polyadic.kernels.backend import is_computed
+from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 
@@ -235,10 +237,11 @@ class CPTensor(Exchanged):
 
     def _sides(self) -> tuple[Tensor, Tensor | None]:
         """Return the Khatri-Rao products of the first group, times λ, and of all others."""
-        (first, *rest), scale = self.parts()
+        groups, scale = self.parts()
+        first, *rest = [tuple(map(whole, group)) for group in groups]
         left = khatri_rao(first)
         if scale is not None:
-            left = left * scale
+            left = left * whole(scale)
         return left, khatri_rao([f for group in rest for f in group]) if rest else None
 
     def layer(self, *index: int) -> CPSlice:

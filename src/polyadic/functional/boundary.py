@@ -37,10 +37,12 @@ from polyadic._torch import (
     exporting,
     forward_mode_level,
     is_profiled,
+    is_spread,
     transforms_active,
     unwrap_if_dead,
 )
 from polyadic.formats import Shape
+from polyadic.functional.spread import SpreadCall
 from polyadic.planner import choice
 
 Groups = tuple[Sequence[Tensor], ...]
@@ -148,11 +150,6 @@ _signature = attrgetter("shape", "dtype", "device")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _placements(tensor: Tensor) -> Any:
-    """Return how a DTensor is spread over processes; a convolution refuses some of the ways."""
-    return getattr(tensor, "placements", None)
-
-
 def call(
     settle: Callable[..., tuple[Call, Groups]],
     x: Any,
@@ -195,17 +192,22 @@ def settled(
     that are not tensors.
     """
     if torch.compiler.is_compiling():
+        if any(map(is_spread, (x, *groups[0]))):
+            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         return settle(x, groups, bias, weights, *options)
     try:
         sizes = tuple(map(len, groups))
         tensors = (x, *itertools.chain.from_iterable(groups))
         classes = tuple(map(type, tensors))
+        plain = _PLAIN.issuperset(classes)
+        if not plain and any(map(is_spread, tensors)):
+            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         key = (
             settle,
             sizes,
             tuple(map(type, groups)),
             tuple(map(_signature, tensors)),
-            None if _PLAIN.issuperset(classes) else (classes, tuple(map(_placements, tensors))),
+            None if plain else classes,
             x.stride(),
             None if bias is None else _signature(bias),
             None if weights is None else _signature(weights),

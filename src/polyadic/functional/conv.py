@@ -117,7 +117,6 @@ def _checked(
     outs = checks.check_factor_group(groups[0], "out_factors")
     ins = checks.check_factor_group(groups[1], "in_factors")
     kernels = checks.check_factor_group(groups[2], "kernel_factors")
-    checks.check_not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
     out_shape, in_shape, kernel_size, (rank,) = checks.check_factors(

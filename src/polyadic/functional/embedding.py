@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from polyadic import checks
 from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
 from polyadic.functional.boundary import Call, Groups, as_batch, settled
+from polyadic.functional.spread import Layout, SpreadCall, spread_call
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding
@@ -139,9 +141,11 @@ def cp_embedding(
     """
     options = padding_idx, num_embeddings, memory
     found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
+    if isinstance(found, SpreadCall):
+        return _spread(indices, tuple(map(tuple, groups)), weights, unique, options)
     flat = found.batched(indices)
     if not torch.compiler.is_compiling():
-        _check_in_range(flat, found.size)
+        checks.check_in_range(flat, found.size)
     distinct = None
     # torch cannot differentiate F.embedding twice if there is no index.
     if unique and len(flat):
@@ -164,13 +168,24 @@ def cp_embedding(
     return found.unbatched(copied.to(found.dtype))
 
 
-def _check_in_range(flat: Tensor, size: int) -> None:
-    """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
+def _spread(
+    indices: Any, groups: Any, weights: Any, unique: bool | None, options: tuple[Any, ...]
+) -> Tensor:
+    """A lookup in DTensors, by each process in what it holds."""
 
-    Raises:
-        IndexError: one is outside (on a CPU; a CUDA device reports it asynchronously).
-    """
-    try:
-        torch.zeros((), device=flat.device).expand(size).index_select(0, flat)
-    except IndexError:
-        raise IndexError(f"every index must lie in [0, {size}), one of them does not") from None
+    def local(found: Layout, x: Tensor, groups: Any, biases: Any, scale: Any) -> tuple[Tensor]:
+        padding_idx, num_embeddings, memory = options
+        return (
+            cp_embedding(
+                x,
+                *groups,
+                weights=scale[0],
+                padding_idx=padding_idx,
+                num_embeddings=num_embeddings,
+                unique=unique,
+                memory=memory,
+            ),
+        )
+
+    (y,) = spread_call(local, indices, groups, [], [weights])
+    return y  # type: ignore[no-any-return]

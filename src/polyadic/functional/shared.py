@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from polyadic import checks
+from polyadic._torch import is_spread
 from polyadic.formats import LinearFormat, Shape
 from polyadic.functional.boundary import Call, autocast
+from polyadic.functional.spread import Layout, spread_call
 from polyadic.kernels.shared import Half
 from polyadic.planner.ask import plan_linear
 
@@ -67,6 +69,8 @@ def cp_linear_shared(
             f"out_factors must hold one group of factors for each of the {count} groups of "
             f"in_factors, got {len(outs)}"
         )
+    if any(map(is_spread, (x, *ins[0]))):
+        return spread_call(_spread, x, (*ins, *outs), bias, scale)
     x, _, cast = autocast(x, None)
     formats = []
     for i in range(count):
@@ -93,6 +97,17 @@ def cp_linear_shared(
         y = half.run(projected[i], (outs[i],), own, scale[i])
         results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], fmt.out_features))
     return tuple(results)
+
+
+def _spread(found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any) -> tuple[Tensor, ...]:
+    """What one process computes of layers whose factors are DTensors."""
+    if found.ins or found.outs:
+        raise ValueError(
+            "layers that are called together cannot have sharded features; call each by itself, or "
+            "use polyadic.distributed.RankParallel"
+        )
+    half = len(groups) // 2
+    return cp_linear_shared(x, groups[:half], groups[half:], biases, weights=weights)
 
 
 def _projected(rows: Tensor, ins: Sequence[Factors], formats: Sequence[LinearFormat]) -> list[Any]:

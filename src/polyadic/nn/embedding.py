@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic import checks, functional
+from polyadic._torch import is_spread
 from polyadic.formats import (
     EmbeddingFormat,
     LinearFormat,
@@ -187,8 +188,8 @@ class CPEmbedding(Exchangeable):
 
         Raises:
             TypeError: ``num_embeddings`` is not an int.
-            ValueError: it is below 1 or not above ``padding_idx``, or the table is a layer of a
-                joint tensor, whose other layers would change with it.
+            ValueError: it is below 1 or not above ``padding_idx``, the factors are sharded, or the
+                table is a layer of a joint tensor, whose other layers would change with it.
         """
         num_embeddings = positive_int(num_embeddings, "num_embeddings")
         checks.check_padding_index(self.padding_idx, num_embeddings)
@@ -196,6 +197,11 @@ class CPEmbedding(Exchangeable):
             raise ValueError(
                 "a layer of a joint tensor cannot be resized alone; give it a tensor of its own: "
                 "CPEmbedding.from_embedding(layer.to_embedding(), rank=...)"
+            )
+        if is_spread(self.cp.factors[0]):
+            raise ValueError(
+                "resize expects whole factors, but these are DTensors, of which each process holds "
+                "a part; resize the plain layer, in every process alike, and shard it afterwards"
             )
         rest = self.in_shape[1:]
         rows = -(-num_embeddings // math.prod(rest))
