@@ -142,9 +142,7 @@ def _once(
         "test_accuracy": test_accuracy, "step_seconds": seconds,
         "peak_bytes": _peak(model, data["train"]) if rate == contestant.rates[0] else None,
     })  # fmt: skip
-    tell(
-        f"{contestant.key} {rate:g} seed {seed}: valid {valid_accuracy:.3f} test {test_accuracy:.3f}"
-    )
+    tell(f"{contestant.key} at {rate:g}, seed {seed}: {valid_accuracy:.3f} {test_accuracy:.3f}")
 
 
 def adapted(base: nn.Module, contestant: Contestant) -> PeftModel:

@@ -157,7 +157,7 @@ class CPConfig(PeftConfig):  # type: ignore[misc]
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
-        if _CARD not in text:
+        if "import polyadic.adapters" not in text:
             card.write_text(text + _CARD, encoding="utf-8")
 
 

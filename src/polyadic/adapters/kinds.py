@@ -25,9 +25,13 @@ class AdaptedLinear(AdaptedLayer):
         """The groups of modes of ΔW."""
         return _sides(*_features(base), order, ins, outs)
 
+    def features(self) -> tuple[int, int]:
+        """In and out features."""
+        return _features(self.get_base_layer())
+
     def fan_in(self) -> int:
         """How many products an entry of the output sums up."""
-        return _features(self.get_base_layer())[0]
+        return self.in_features
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
         """What an adapter adds to the output."""
@@ -64,6 +68,11 @@ class AdaptedConv(AdaptedLayer):
         out_channels, in_channels, *kernel = _conv(base).weight.shape
         in_modes, out_modes = _sides(in_channels, out_channels, order, ins, outs)
         return out_modes, in_modes, tuple(kernel)
+
+    def features(self) -> tuple[int, int]:
+        """In and out channels."""
+        base = _conv(self.get_base_layer())
+        return base.in_channels, base.out_channels
 
     def fan_in(self) -> int:
         """How many products an entry of the output sums up."""
@@ -126,6 +135,11 @@ class AdaptedEmbedding(AdaptedLayer):
             )
         _, out_modes = _sides(columns, columns, order, None, outs)
         return padded_shape(rows, order) if ins is None else ins, out_modes
+
+    def features(self) -> tuple[int, int]:
+        """Rows and columns."""
+        base = _table(self.get_base_layer())
+        return base.num_embeddings, base.embedding_dim
 
     def fan_in(self) -> int:
         """How many products an entry of the output sums up."""

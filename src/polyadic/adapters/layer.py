@@ -102,6 +102,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._active_adapter = adapter.name
         self.update_layer(adapter)
 
+    @property
+    def in_features(self) -> int:
+        """Of the base layer; a convolution's channels, a table's rows."""
+        return self.features()[0]
+
+    @property
+    def out_features(self) -> int:
+        """Of the base layer; a convolution's channels, a table's columns."""
+        return self.features()[1]
+
+    def features(self) -> tuple[int, int]:
+        """In and out features of the base layer."""
+        raise NotImplementedError
+
     @classmethod
     def modes(cls, base: nn.Module, order: int, ins: Shape | None, outs: Shape | None) -> Any:
         """The groups of modes of ΔW for a base layer.
@@ -173,12 +187,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         ``kaiming_uniform_`` with a = √5, so that A x has a third of the mean square of x. Each out
         factor has mean square 1, but for the largest, which is zero: with one zero factor that
         factor has a gradient at the first step, with two none would have.
+
+        Without a zero, the out side's product has the mean square 1/(3 R) of a LoRA's B that is
+        drawn as its A is.
         """
         groups = [cp.factors[piece] for piece in cp._pieces]
         ins = [factor for g in self.in_groups for factor in groups[g]]
         outs = list(groups[self.out_group])
         cp_orthonormal_(ins, math.sqrt(cp.rank / (3 * self.fan_in())))
-        cp_orthonormal_(outs, math.sqrt(cp.rank))
+        cp_orthonormal_(outs, math.sqrt(cp.rank if zero else 1 / 3))
         if zero:
             nn.init.zeros_(max(outs, key=len))
 
