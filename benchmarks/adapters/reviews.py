@@ -1,7 +1,8 @@
-"""A sentence encoder fine-tuned to tell film reviews apart, with each adapter at its best rate.
+"""The last layers of a sentence encoder fine-tuned to tell film reviews apart, by each adapter.
 
 Each contestant is trained once at each of its learning rates. The rate with the least validation
-loss is trained with further seeds, and the page shows the test films at that rate alone.
+loss is trained with further seeds, and the page shows the test films at that rate alone. The
+states below the adapted layers are those of the frozen encoder and are computed once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from polyadic.testing.counting import LiveBytes
 FILE = "adapters-reviews.jsonl"
 TARGETS = ["query", "key", "value", "dense"]
 Tell = Callable[[str], None]
-Batch = tuple[encoder.Batch, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Options:
     """What to run; the same for all contestants.
 
     Attributes:
+        layers: how many of the encoder's six layers, from the last, are adapted.
         train: reviews to train on.
         valid: reviews to choose the learning rate by.
         test: reviews of other films to measure on.
@@ -46,6 +47,7 @@ class Options:
         seeds: the first is used to choose the learning rate.
     """
 
+    layers: int = 2
     train: int = 512
     valid: int = 300
     test: int = 800
@@ -57,26 +59,47 @@ class Options:
     @classmethod
     def quick(cls) -> Options:
         """Shorten everything to about a minute; the numbers then mean little."""
-        return cls(train=64, valid=32, test=64, epochs=1, seeds=(0, 1))
+        return cls(layers=1, train=64, valid=32, test=64, epochs=1, seeds=(0, 1))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some reviews, as far as the frozen layers take them.
+
+    Attributes:
+        states: (B, T, E), input of the adapted layers.
+        mask: (B, T), 1 where there is a token.
+        labels: (B,).
+    """
+
+    states: Tensor
+    mask: Tensor
+    labels: Tensor
 
 
 class Classifier(nn.Module):
-    """The encoder with a linear layer on the mean of its last states.
+    """The last layers of the encoder, with a linear layer on the mean of their states.
 
     Args:
-        model: the encoder.
+        layers: of the encoder.
         width: of its states.
     """
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    def __init__(self, layers: nn.ModuleList, width: int) -> None:
         super().__init__()
-        self.encoder = model
+        self.layers = layers
         self.head = nn.Linear(width, 2)
 
-    def forward(self, batch: encoder.Batch) -> Tensor:
-        # The embeddings have length 1; a classifier wants entries of the order of 1.
-        embedded = encoder.sentence_embeddings(self.encoder, batch)
-        scores: Tensor = self.head(embedded * self.head.in_features**0.5)
+    def forward(self, batch: Batch) -> Tensor:
+        states, kept = batch.states, batch.mask.to(batch.states.dtype)
+        # What is added to attention scores: nothing, or what hides a token.
+        hidden = (1 - kept)[:, None, None, :] * torch.finfo(states.dtype).min
+        for layer in self.layers:
+            found = layer(states, attention_mask=hidden)
+            states = found[0] if isinstance(found, tuple) else found
+        mean = (states * kept.unsqueeze(-1)).sum(1) / kept.sum(1, keepdim=True)
+        # Normalised as the encoder's embeddings are, and then of entries of the order of 1.
+        scores: Tensor = self.head(F.normalize(mean, dim=-1) * self.head.in_features**0.5)
         return scores
 
 
@@ -84,18 +107,22 @@ def run(options: Options, folder: Path, only: Sequence[str] | None, tell: Tell) 
     """Run what is not yet in the records."""
     store = Store(folder / FILE, asdict(options))
     parts = texts.load()
+    model: Any
     model, tokenizer = encoder.load()
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    frozen, top = split(model, options.layers)
+    base = Classifier(top, model.config.hidden_size)
     data = {
-        part: _batches(tokenizer, parts[part], size, options.batch) for part, size in sizes.items()
+        part: _batches(frozen, tokenizer, parts[part], size, options.batch)
+        for part, size in sizes.items()
     }
     for contestant in chosen(FINE_TUNED, only):
         first, *others = options.seeds
         for rate in contestant.rates:
-            _once(store, model, data, options, contestant, rate, first, tell)
+            _once(store, base, data, options, contestant, rate, first, tell)
         best = best_rate(store.records, contestant.key, first)
         for seed in others:
-            _once(store, model, data, options, contestant, best, seed, tell)
+            _once(store, base, data, options, contestant, best, seed, tell)
     return folder / FILE
 
 
@@ -107,17 +134,32 @@ def best_rate(records: Sequence[dict[str, Any]], key: str, seed: int) -> float:
     return float(min(losses, key=lambda rate: losses[rate]))
 
 
-def _batches(tokenizer: Any, part: texts.Reviews, size: int, batch: int) -> list[Batch]:
+def split(model: Any, layers: int) -> tuple[Any, nn.ModuleList]:
+    """The encoder without its last layers, and these."""
+    every = model.encoder.layer
+    top = nn.ModuleList(every[-layers:])
+    model.encoder.layer = every[:-layers]
+    return model, top
+
+
+@torch.no_grad()
+def _batches(
+    frozen: Any, tokenizer: Any, part: texts.Reviews, size: int, batch: int
+) -> list[Batch]:
     labels = torch.tensor(part.labels[:size])
     if len(labels) < size:
         raise ValueError(f"there are {len(labels)} reviews, fewer than {size}")
-    made = encoder.batches(tokenizer, part.texts[:size], batch)
-    return [(one, labels[one["index"]]) for one in made]
+    made = []
+    for one in encoder.batches(tokenizer, part.texts[:size], batch):
+        ids, mask = one["input_ids"], one["attention_mask"]
+        states = frozen(input_ids=ids, attention_mask=mask).last_hidden_state
+        made.append(Batch(states, mask, labels[one["index"]]))
+    return made
 
 
 def _once(
     store: Store,
-    base: nn.Module,
+    base: Classifier,
     data: dict[str, list[Batch]],
     options: Options,
     contestant: Contestant,
@@ -145,9 +187,10 @@ def _once(
     tell(f"{contestant.key} at {rate:g}, seed {seed}: {valid_accuracy:.3f} {test_accuracy:.3f}")
 
 
-def adapted(base: nn.Module, contestant: Contestant) -> PeftModel:
-    """A copy of the encoder with a new head, and the adapter on all its linear layers."""
-    model = Classifier(copy.deepcopy(base), base.config.hidden_size)
+def adapted(base: Classifier, contestant: Contestant) -> PeftModel:
+    """A copy of the layers with a new head, and the adapter on all their linear layers."""
+    model = copy.deepcopy(base)
+    model.head.reset_parameters()
     config = contestant.make(target_modules=TARGETS, modules_to_save=["head"])
     return get_peft_model(model, config)
 
@@ -171,8 +214,7 @@ def _train(
     for _ in range(options.epochs):
         for i in torch.randperm(len(batches), generator=order):
             began = time.thread_time()
-            batch, labels = batches[i]
-            loss = F.cross_entropy(model(batch), labels)
+            loss = F.cross_entropy(model(batches[i]), batches[i].labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -185,8 +227,8 @@ def _train(
 @torch.no_grad()
 def _measure(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     """Mean cross entropy and accuracy."""
-    scores = torch.cat([model(batch) for batch, _ in batches])
-    labels = torch.cat([labels for _, labels in batches])
+    scores = torch.cat([model(batch) for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
     right = (scores.argmax(1) == labels).double().mean()
     return float(F.cross_entropy(scores, labels)), float(right)
 
@@ -199,9 +241,9 @@ def _file_bytes(model: PeftModel) -> int:
 
 def _peak(model: nn.Module, batches: Sequence[Batch]) -> int:
     """Most bytes alive at once in a step on the longest reviews, parameters included."""
-    batch, labels = batches[-1]
-    held = [*model.parameters(), *model.buffers(), *batch.values()]
+    batch = batches[-1]
+    held = [*model.parameters(), *model.buffers(), batch.states, batch.mask, batch.labels]
     with LiveBytes(held) as live:
-        F.cross_entropy(model(batch), labels).backward()
+        F.cross_entropy(model(batch), batch.labels).backward()
     model.zero_grad()
     return live.peak

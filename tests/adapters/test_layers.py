@@ -73,7 +73,7 @@ def test_it_is_a_lora_exactly(case: Case, share: str) -> None:
         and getattr(base, "padding_mode", "zeros") == "zeros"
     )
     if not plain:
-        with pytest.raises(ValueError, match="layer has (groups|dilation|padding_mode)"):
+        with pytest.raises(ValueError, match=r"layer has (groups|dilation|padding_mode)"):
             to_lora(model)
         return
     y = model(x)
