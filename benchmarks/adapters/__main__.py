@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.adapters import layers, report, reviews
+
 
 def tell(line: str) -> None:
     """Print a line at once, also into a file."""
@@ -28,17 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     try:
         if given.what == "page":
-            from benchmarks.adapters import report
-
             print(report.write(out, given.docs / "adapters.md"))
         elif given.what == "layers":
-            from benchmarks.adapters import layers
-
             chosen = layers.Options.quick() if given.quick else layers.Options()
             print(layers.run(chosen, out, given.only, tell))
         else:
-            from benchmarks.adapters import reviews
-
             options = reviews.Options.quick() if given.quick else reviews.Options()
             print(reviews.run(options, out, given.only, tell))
     except (ImportError, ValueError) as error:

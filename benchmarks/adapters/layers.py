@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.adapters.contestants import LAYERS, Contestant, chosen
+from benchmarks.records import Record
 from benchmarks.study.store import Store
 from polyadic.testing.counting import Flops, kept_bytes
 
@@ -58,7 +60,7 @@ def run(options: Options, folder: Path, only: Sequence[str] | None, tell: Tell) 
 
 def measured(
     size: tuple[int, int, int], contestants: Sequence[Contestant], rounds: int
-) -> list[dict[str, object]]:
+) -> list[Record]:
     """A record of each contestant, and of the layer without an adapter."""
     ins, outs, tokens = size
     models: dict[str, nn.Module] = {"base": _layer(ins, outs).requires_grad_(False)}
@@ -81,7 +83,7 @@ def measured(
         counter = Flops()
         with counter:
             model(x).backward(up)
-        kept = kept_bytes(lambda model=model: model(x), [*model.parameters(), x])
+        kept = kept_bytes(partial(model, x), [*model.parameters(), x])
         own = sum(p.numel() for p in model.parameters() if p.requires_grad)
         records.append({
             "kind": "layer", "size": list(size), "contestant": key, "label": labels[key],

@@ -51,27 +51,55 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "test_config.py": {"ALL_CONFIG_CLASSES": "((CPConfig, {{}}),)"},
 }  # fmt: skip
-# Lists of methods inside of tests, to which ours is added.
+# These load an adapter from a hub.
+FROM_A_HUB = (
+    "test_from_pretrained[", "test_from_pretrained_cache_dir[",
+    "test_save_pretrained_with_runtime_config[",
+)  # fmt: skip
+SMALL_RATE = "(config_cls is CPConfig and model_id == 'Conv2dGroups2')"
+# Lists of methods inside of tests, to which ours is added, in the words of ``ast.unparse``.
 ADMITTED = (
     (
         "config_cls not in (LoraConfig, RoadConfig)",
         "config_cls not in (LoraConfig, RoadConfig, CPConfig)",
     ),
     (
-        'config_cls != LoraConfig:\n            pytest.skip("Mixed',
-        'config_cls not in (LoraConfig, CPConfig):\n            pytest.skip("Mixed',
-    ),
-    # Training at 0.5 for three steps hardly moves what is of second order in the start, as there.
-    (
-        '(config_kwargs.get("use_dora") and model_id == "EmbConv1D")',
-        '((config_kwargs.get("use_dora") or config_cls is CPConfig) and model_id == "EmbConv1D")',
+        "config_cls != LoraConfig:\n            pytest.skip('Mixed",
+        "config_cls not in (LoraConfig, CPConfig):\n            pytest.skip('Mixed",
     ),
     ("config_cls not in (LoraConfig,)", "config_cls not in (LoraConfig, CPConfig)"),
     (
         "config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig)",
         "config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, CPConfig)",
     ),
-)  # fmt: skip
+    # Three steps of plain descent: at 0.5 they hardly move what is of second order at the start,
+    # here as for others; and with inputs up to 57,600 they give NaN, for which others have 1e-4.
+    (
+        "config_kwargs.get('use_dora') and model_id == 'EmbConv1D' or",
+        "(config_kwargs.get('use_dora') or config_cls is CPConfig) and model_id == 'EmbConv1D' or",
+    ),
+    (
+        "if config_kwargs.get('use_dora') or config_cls == HiraConfig:\n            lr = 0.1",
+        f"if {SMALL_RATE}:\n            lr = 0.0001\n"
+        "        elif config_cls is CPConfig:\n            lr = 0.01\n"
+        "        elif config_kwargs.get('use_dora') or config_cls == HiraConfig:\n"
+        "            lr = 0.1",
+    ),
+    (
+        "if isinstance(config, PveraConfig):\n            lr = 0.0001",
+        f"if isinstance(config, PveraConfig) or {SMALL_RATE}:\n            lr = 0.0001",
+    ),
+    # Outputs of some hundreds after convolutions: the tolerance of LoRA, LoHa and LoKr there.
+    (
+        "issubclass(config_cls, (LoHaConfig, LoKrConfig)) and model_id in ('Conv1dGroups'",
+        "issubclass(config_cls, (LoHaConfig, LoKrConfig, CPConfig)) and "
+        "model_id in ('Conv1dGroups'",
+    ),
+    (
+        "issubclass(config_cls, (IA3Config, LoraConfig)) and model_id in conv_ids",
+        "issubclass(config_cls, (IA3Config, LoraConfig, CPConfig)) and model_id in conv_ids",
+    ),
+)
 IMPORTS = "from polyadic.adapters import CPConfig\nfrom peft_rows import rows\n"
 # What the tests import for other tests than these.
 ABSENT = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
@@ -92,9 +120,11 @@ def rewrite(source: Path, target: Path) -> None:
     """Copy the tests with our rows in their tables."""
     target.mkdir()
     (target / "__init__.py").touch()
+    missing = {old for old, _ in ADMITTED}
     for name in ("testing_common.py", "testing_utils.py", *TABLES):
-        text = (source / name).read_text(encoding="utf-8")
+        text = ast.unparse(ast.parse((source / name).read_text(encoding="utf-8")))
         for old, new in ADMITTED:
+            missing -= {old} if old in text else set()
             text = text.replace(old, new)
         tree = ast.parse(text)
         wanted = dict(TABLES.get(name, {}))
@@ -110,6 +140,8 @@ def rewrite(source: Path, target: Path) -> None:
         at = next(i for i, n in enumerate(body) if isinstance(n, ast.Import))
         tree.body = [*body[:at], *ast.parse(IMPORTS).body, *body[at:]]
         (target / name).write_text(ast.unparse(tree), encoding="utf-8")
+    if missing:
+        raise ValueError(f"PEFT {VERSION}'s tests have no {missing}")
 
 
 def write_models(folder: Path) -> None:
@@ -170,6 +202,7 @@ def run(folder: Path) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-k", "CPConfig", "-p", "no:cacheprovider",
+               *(f"--deselect=peft_tests/test_config.py::TestPeftConfig::{n}" for n in FROM_A_HUB),
                f"--junitxml={report}", "peft_tests"]  # fmt: skip
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
