@@ -112,9 +112,17 @@ def rounded(value: Any) -> Any:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a record to a file as one line, rounded; it is on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
+    """Add a record to a file as one line, rounded; it is on the disk when this returns.
+
+    What a process that was killed left of a line is removed.
+    """
+    line = (json.dumps(rounded(record), ensure_ascii=False) + "\n").encode()
+    if path.exists() and not (whole := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, whole.rfind(b"\n") + 1)
+    with open(path, "ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path, *, growing: bool = False) -> list[Any]:

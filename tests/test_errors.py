@@ -62,16 +62,41 @@ def linear_plan(ins: tuple[int, ...] = (2,), outs: tuple[int, ...] = (2,)) -> Li
 
 CONV_PLAN = ConvPlan(ConvRoute(), ConvRoute())
 HALF = {"dtype": torch.float16}
+COMPLEX = {"dtype": torch.complex64}
 META = {"device": "meta"}
+
+
+def autocast_of(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The output of a layer under autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer(x)
+
 
 # What stands behind both the differentiable function and the explicit forward.
 LINEAR: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("x-short", {"x": torch.ones(4, 5)}, ValueError, "x must have shape (..., 6), got (4, 5)"),
     ("x-scalar", {"x": torch.tensor(1.0)}, ValueError, "x must have shape (..., 6), got ()"),
     ("x-list", {"x": [1.0] * 6}, TypeError, "x must be a tensor, got list"),
-    ("x-int", {"x": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "x must be floating point"),
+    ("x-int", {"x": torch.ones(4, 6).long()}, TypeError, "x must be floating point or complex"),
     ("x-bool", {"x": torch.ones(4, 6) > 0}, TypeError, "x must be floating point"),
-    ("x-complex", {"x": torch.ones(4, 6) + 0j}, TypeError, "x must be floating point"),
+    (
+        "x-complex",
+        {"x": torch.ones(4, 6) + 0j},
+        TypeError,
+        "not mix: make the factors complex by .to(torch.complex64)",
+    ),
+    (
+        "x-real",
+        {"x": torch.ones(4, 6), "ins": factors(2, 3, **COMPLEX), "outs": factors(5, 2, **COMPLEX)},
+        TypeError,
+        "not mix: make x complex by .to(torch.complex64)",
+    ),
+    (
+        "x-complex32",
+        {"x": torch.ones(4, 6).to(torch.complex32)},
+        TypeError,
+        "x must be floating point or complex, got torch.complex32",
+    ),
     ("x-dtype", {"x": torch.ones(4, 6).double()}, TypeError, "x is torch.float64, the factors"),
     ("x-device", {"x": torch.ones(4, 6, **META)}, ValueError, "x is on meta, the factors on cpu"),
     ("ins-empty", {"ins": []}, ValueError, "in_factors must hold at least one factor"),
@@ -91,7 +116,7 @@ LINEAR: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "factors-int",
         {"ins": factors(2, 3, dtype=torch.int32), "outs": factors(5, 2, dtype=torch.int32)},
         TypeError,
-        "must be of a floating-point dtype",
+        "factors must be floating point or complex, in_factors[0] is torch.int32",
     ),
     ("lambda-shape", {"weights": torch.ones(4)}, ValueError, "weights must have shape (3,)"),
     ("lambda-2d", {"weights": torch.ones(1, 3)}, ValueError, "weights must have shape (3,)"),
@@ -214,7 +239,9 @@ LAYERS: list[Any] = [
     row("memory", lambda: CPLinear(8, 6, rank=2, memory="little"), ValueError,
         "memory must be one of 'fast', 'balanced', 'least', got 'little'"),
     row("dtype-int", lambda: CPLinear(8, 6, rank=2, dtype=torch.int64), TypeError,
-        "dtype must be floating point, got torch.int64"),
+        "dtype must be floating point, complex64 or complex128, got torch.int64"),
+    row("dtype-complex32", lambda: CPLinear(8, 6, rank=2, dtype=torch.complex32), TypeError,
+        "dtype must be floating point, complex64 or complex128, got torch.complex32"),
     row("rank-missing", lambda: CPLinear(8, 6), TypeError, "rank"),
     row("conv-in-channels", lambda: CPConv2d(0, 6, 3, rank=2), ValueError, "in_channels must be a"),
     row("conv-out-channels", lambda: CPConv2d(8, 6.5, 3, rank=2), TypeError, "out_channels must"),
@@ -244,7 +271,7 @@ LAYERS: list[Any] = [
     row("layer-dtype", lambda: CPLinear(8, 6, rank=2)(torch.ones(3, 8).double()), TypeError,
         "cast one of them or use autocast"),
     row("layer-integers", lambda: CPLinear(8, 6, rank=2)(torch.ones(3, 8).long()), TypeError,
-        "x must be floating point, got torch.int64"),
+        "x must be floating point or complex, got torch.int64"),
     row("layer-device", lambda: CPLinear(8, 6, rank=2, device="meta")(torch.ones(3, 8)), ValueError,
         "x is on cpu, the factors on meta"),
     row("conv-input", lambda: CPConv2d(8, 6, 3, rank=2)(torch.ones(1, 7, 5, 5)), ValueError,
@@ -312,6 +339,10 @@ OTHERS: list[Any] = [
     row("bias-shape", lambda: linear(bias=torch.ones(6)), ValueError, "bias must have shape (10,)"),
     row("bias-2d", lambda: linear(bias=torch.ones(1, 10)), ValueError, "must have shape (10,)"),
     row("bias-dtype", lambda: linear(bias=torch.ones(10, **HALF)), TypeError, "bias is"),
+    row("bias-complex", lambda: linear(bias=torch.ones(10, **COMPLEX)), TypeError,
+        "bias is torch.complex64, the factors torch.float32; real and complex numbers do not mix"),
+    row("autocast-mixes", lambda: autocast_of(CPLinear(8, 6, rank=2, **COMPLEX), torch.ones(3, 8)),
+        TypeError, "x is torch.bfloat16, the factors torch.complex64"),
     row("bias-device", lambda: linear(bias=torch.ones(10, **META)), ValueError, "bias is on meta"),
     row("bias-number", lambda: linear(bias=0.5), TypeError, "bias must be a tensor, got float"),
     row("bias-int", lambda: linear(bias=torch.ones(10).int()), TypeError, "bias must be floating"),

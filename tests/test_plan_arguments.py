@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -69,8 +70,8 @@ def test_a_plan_of_the_other_type_is_refused() -> None:
             "keep must be one of",
         ),
         (
-            lambda: LinearPlan(LinearRoute((1, 1), (2,)), LinearRoute((1, 1), (2,)), keep=2),
-            "keep=2 leaves the backward to autograd",
+            lambda: LinearPlan(LinearRoute((1, 1), (2,)), LinearRoute((1, 1), (2,)), "autograd"),
+            "keep='autograd' leaves the backward to autograd",
         ),
     ],
 )
@@ -109,10 +110,13 @@ def test_a_plan_of_other_things_is_refused(make: Any, error: Any, message: str) 
 
 def test_plans_are_frozen_hashable_and_say_what_they_do() -> None:
     route = LinearRoute((1, 2), (2,))
-    plan = LinearPlan(route, LinearRoute((3,), (2,), "dense"), keep=0)
-    assert hash(plan) == hash(LinearPlan(LinearRoute((1, 2), (2,)), plan.backward, keep=0))
+    plan = LinearPlan(route, LinearRoute((3,), (2,), "dense"), keep="x")
+    assert hash(plan) == hash(LinearPlan(LinearRoute((1, 2), (2,)), plan.backward, keep="x"))
     with pytest.raises(AttributeError):
         plan.keep = True  # type: ignore[misc]
+    for number, name in ((False, "x"), (1, "x and z"), (2, "autograd")):
+        named = LinearPlan(LinearRoute((3,), (2,)), LinearRoute((3,), (2,)), name)
+        assert dataclasses.replace(named, keep=number) == named
     assert "split 1|2" in str(plan)
     assert "rebuild" in str(plan)
     for route in ROUTES:

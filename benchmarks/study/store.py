@@ -31,8 +31,8 @@ class Store:
         own = records.environment(torch.device("cpu"), torch.float32)
         self._commit = own["commit"]
         self.records: list[Record] = []
-        if path.exists():
-            environment, self.records = read(path)
+        if path.exists() and records.read(path, growing=True):
+            environment, self.records = read(path, growing=True)
             if environment.get("settings") != rounded(settings):
                 raise ValueError(
                     f"{path.name} holds records of other settings, {environment.get('settings')}; "
@@ -56,13 +56,13 @@ class Store:
         append(self._path, record)
 
 
-def read(path: Path) -> tuple[Record, list[Record]]:
-    """The environment and the records of a file.
+def read(path: Path, *, growing: bool = False) -> tuple[Record, list[Record]]:
+    """The environment and the records of a file; one that grows may end in half a line.
 
     Raises:
         ValueError: its first line is not an environment, or a line is no JSON.
     """
-    environment, *found = records.read(path) or [{}]
+    environment, *found = records.read(path, growing=growing) or [{}]
     if environment.get("kind") != "environment":
         raise ValueError(f"{path.name} does not begin with an environment record; run it anew")
     return environment, found

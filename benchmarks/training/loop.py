@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import polyadic
+from polyadic.durable import checkpoint as durable
+from polyadic.durable.interrupts import deferred
 
+KIND = "polyadic.study"
 WARM_UP_SHARE = 0.05
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
 Batch = Callable[[int], tuple[Tensor, ...]]
@@ -55,8 +58,12 @@ def train(
     validate_every: int,
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
+    identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a model; continue where ``checkpoint`` was written, bit for bit.
+
+    Ctrl-C is put off to the end of a step, whose state is written. The file stays after the last
+    step, for whoever keeps the record to remove.
 
     Args:
         model: with values, on its device.
@@ -65,8 +72,9 @@ def train(
         loss: of a model and a batch.
         validate: the held-out loss.
         validate_every: steps between validations; one follows the last step.
-        checkpoint: a file, removed once the run is complete.
+        checkpoint: a file.
         checkpoint_every: steps between writes.
+        identity: what else must be equal to continue, by name.
 
     Returns:
         ``curve``: [step, held-out loss] pairs; ``loss``: the last of them; ``seconds_per_step``:
@@ -77,28 +85,44 @@ def train(
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     curve: list[list[float]] = []
     start = 0
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    own = {**dataclasses.asdict(recipe), **(identity or {})}
+    if checkpoint is not None and durable.exists(checkpoint):
+        state = durable.load(checkpoint, KIND)
+        durable.same(checkpoint.name, state["identity"], own)
         model.load_state_dict(state["model"])
+        rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # where a captured step reads it
         curve, start = state["curve"], state["step"]
-    step_on = _stepper(model, optimizer, loss, batch(start), device)
+
+    def save(step: int) -> None:
+        if checkpoint is not None:
+            model_state, moments = model.state_dict(), optimizer.state_dict()
+            state = {"model": model_state, "optimizer": moments, "curve": curve, "step": step}
+            durable.save(checkpoint, KIND, {**state, "identity": own})
+
+    diverged = bool(curve) and not math.isfinite(curve[-1][1])
     times = []
-    for step in range(start, recipe.steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            _set_rate(group, peak * rate_at(step, recipe.steps))
-        began = time.perf_counter()
-        step_on(batch(step))
-        times.append(time.perf_counter() - began)
-        done = step + 1
-        if done % validate_every == 0 or done == recipe.steps:
-            curve.append([done, validate(model)])
-            if not math.isfinite(curve[-1][1]):
-                break
-        if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
-            _write(checkpoint, model, optimizer, curve, done)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    if start < recipe.steps and not diverged:
+        step_on = _stepper(model, optimizer, loss, batch(start), device)
+        with deferred(most=1) as pending:
+            for step in range(start, recipe.steps):
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    _set_rate(group, peak * rate_at(step, recipe.steps))
+                began = time.perf_counter()
+                step_on(batch(step))
+                times.append(time.perf_counter() - began)
+                done = step + 1
+                if done % validate_every == 0 or done == recipe.steps:
+                    curve.append([done, validate(model)])
+                    diverged = not math.isfinite(curve[-1][1])
+                last = diverged or done == recipe.steps
+                if last or done % checkpoint_every == 0 or pending.count:
+                    save(done)
+                pending.check()
+                if last:
+                    break
     seconds = sorted(times)[len(times) // 2] if times else None
     return {"curve": curve, "loss": curve[-1][1], "seconds_per_step": seconds}
 
@@ -183,21 +207,3 @@ def _captured(
                 before = moments.get(parameter)
                 value.zero_() if before is None else value.copy_(before[name])
     return graph.replay
-
-
-def _write(
-    path: Path, model: nn.Module, optimizer: Any, curve: list[list[float]], step: int
-) -> None:
-    """Write a checkpoint whole or not at all."""
-    draft = path.with_suffix(".part")
-    state: Mapping[str, Any] = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "curve": curve,
-        "step": step,
-    }
-    with draft.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -20,6 +20,7 @@ from benchmarks.training import images, language, texts
 from benchmarks.training.jobs import Job, repeats
 from benchmarks.training.layers import maker
 from benchmarks.training.loop import Recipe, train
+from polyadic.durable import checkpoint as durable
 
 LENGTH, SEQUENCES, IMAGES = 128, 16, 64
 HELD_OUT_BATCHES = 40
@@ -33,7 +34,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
     began = time.perf_counter()
     made = _language(job, device) if job.task == "language" else _digits(job, device)
     model, batch, loss, validate = made
-    file = None if checkpoints is None else checkpoints / f"{_slug(job)}.checkpoint"
+    file = _file(job, checkpoints)
     found = train(
         model,
         Recipe(job.lr, job.steps, groups=job.groups),
@@ -42,6 +43,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
         validate,
         validate_every=max(1, job.steps // VALIDATIONS),
         checkpoint=file,
+        identity=dataclasses.asdict(job),
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
@@ -55,8 +57,10 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
     }
 
 
-def _slug(job: Job) -> str:
-    return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(job))
+def _file(job: Job, checkpoints: Path | None) -> Path | None:
+    """The checkpoint of a run, or None where none are kept."""
+    slug = "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(job))
+    return None if checkpoints is None else checkpoints / f"{slug}.checkpoint"
 
 
 def _language(job: Job, device: torch.device) -> Any:
@@ -154,6 +158,8 @@ def run_all(
                     continue
                 record = future.result()
                 store.add(record)
+                if (file := _file(job, checkpoints)) is not None:
+                    durable.remove(file)
                 tell(
                     f"{job.task} {job.layer} width {job.width} blocks {job.blocks} "
                     f"lr {job.lr:g}{' groups' if job.groups else ''} seed {job.seed}: "

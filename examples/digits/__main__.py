@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--seed must be at least 0 and --threads at least 1")
     try:
         run(given.out, given.seed, given.quick, given.threads)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
@@ -32,11 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None:
-    """Compare the models, print the table, and write report.html, results.json and the plots."""
+    """Compare the models, print the table, and write report.html, results.json and the plots.
+
+    Trainings are kept in ``out/unfinished`` until all is written: a run that was stopped goes on.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from examples.digits import models, plots, report, training
+    from polyadic.durable.files import replacing, write_text
+    from polyadic.durable.pieces import Pieces
     from polyadic.testing import environment
 
     out.mkdir(parents=True, exist_ok=True)
@@ -46,6 +52,8 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
     torch.set_num_threads(threads)
     settings = training.Settings.quick(seed) if quick else training.Settings(seed)
     digits, contestants = training.load(), models.contestants(quick=quick)
+    asked = {**vars(settings), "threads": threads, "torch": torch.__version__}
+    pieces = Pieces(out / "unfinished", "polyadic.digits", asked, resume=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=settings.runs * len(contestants), completed=-1)
 
@@ -54,7 +62,7 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
             if not console.is_terminal:
                 console.print(what)
 
-        grouped, trained = training.compare(contestants, digits, settings, tell)
+        grouped, trained = training.compare(contestants, digits, settings, tell, pieces)
         bar.update(task, advance=1)
 
     layer = trained[models.Contestant("MLP", "cp", 256, 16)].get_submodule("1")
@@ -66,12 +74,14 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
     }
     where, images = environment(("polyadic", "scikit-learn")), [*map(len, digits[1::2])]
     where |= where.pop("versions")
-    (out / "report.html").write_text(report.html(grouped, settings, images, where, drawn), "utf-8")
+    write_text(out / "report.html", report.html(grouped, settings, images, where, drawn))
     for name, png in drawn.items():
-        (out / f"{name}.png").write_bytes(png)
+        with replacing(out / f"{name}.png") as draft:
+            draft.write_bytes(png)
     results = [r._asdict() for members in grouped.values() for r in members]
     record = {"settings": vars(settings), "environment": where, "models": results}
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(out / "unfinished")
     console.print(report.table(grouped))
     if quick:
         console.print("A quick run: too short for the accuracies to mean much.")

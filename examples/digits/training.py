@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from examples.digits.models import FAMILIES, Contestant, parameters
+from polyadic.durable.pieces import Pieces
 from polyadic.testing import kept_bytes
 
 
@@ -171,13 +172,23 @@ def measure(
     return results
 
 
+def _trained(c: Contestant, data: Digits, settings: Settings, seed: int) -> dict[str, Any]:
+    """A training, as it is kept."""
+    model, curve = train(c.build, settings.epochs(c.family), data, settings, seed)
+    return {"model": model.state_dict(), **curve._asdict()}
+
+
 def compare(
-    contestants: Sequence[Contestant], data: Digits, settings: Settings, tell: Callable[[str], None]
+    contestants: Sequence[Contestant],
+    data: Digits,
+    settings: Settings,
+    tell: Callable[[str], None],
+    pieces: Pieces,
 ) -> tuple[dict[str, list[Result]], dict[Contestant, nn.Module]]:
     """Train, count and time all contestants, the first of each family being its dense one.
 
-    ``tell`` is told of each training that begins. Returned are the results by family, and the
-    trained models of the first seed.
+    ``tell`` is told of each training that begins; ``pieces`` keeps those that are done. Returned
+    are the results by family, and the trained models of the first seed.
     """
     trained: dict[Contestant, nn.Module] = {}
     results: dict[str, list[Result]] = {}
@@ -187,8 +198,10 @@ def compare(
         for c in members:
             for seed in reversed(range(settings.seed, settings.seed + settings.runs)):
                 tell(f"training {family} {c.label}")
-                epochs = settings.epochs(family)
-                trained[c], curve = train(c.build, epochs, data, settings, seed)
-                curves[c].insert(0, curve)
+                name = "-".join(map(str, (*c, seed)))
+                made = pieces.get(name, partial(_trained, c, data, settings, seed))
+                trained[c] = c.build()
+                trained[c].load_state_dict(made["model"])
+                curves[c].insert(0, Curve(made["loss"], made["accuracy"]))
         results[family] = measure(curves, data, settings)
     return results, trained

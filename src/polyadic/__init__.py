@@ -8,7 +8,8 @@ from polyadic.fitting import (
     decompose,
     second_moments,
 )
-from polyadic.formats import ConvFormat, LinearFormat, padded_shape, tensorize
+from polyadic.formats import ConvFormat, LinearFormat, SpectralFormat, padded_shape, tensorize
+from polyadic.interop.neuralop import accelerate_neuralop
 from polyadic.interop.tltorch import accelerate_tltorch
 from polyadic.measure.calibration import calibrate
 from polyadic.measure.tuning import TunedLayer, TuneReport, tune, untune
@@ -17,7 +18,14 @@ from polyadic.planner.explanation import explain
 from polyadic.planner.model import ModelExplanation
 from polyadic.planner.ranks import rank_for
 from polyadic.planner.report import Explanation
-from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.plans import (
+    ConvPlan,
+    ConvRoute,
+    LinearPlan,
+    LinearRoute,
+    SpectralPlan,
+    SpectralRoute,
+)
 from polyadic.pretrained import from_pretrained, merge, register_transformers, save_pretrained
 from polyadic.tensor import CPSlice, CPTensor
 from polyadic.training import FactorizeReport, factor_rates, factorize, param_groups
@@ -39,8 +47,12 @@ __all__ = [
     "LinearRoute",
     "ModelExplanation",
     "Report",
+    "SpectralFormat",
+    "SpectralPlan",
+    "SpectralRoute",
     "TuneReport",
     "TunedLayer",
+    "accelerate_neuralop",
     "accelerate_tltorch",
     "calibrate",
     "compress",

@@ -114,6 +114,24 @@ def onednn_has_float16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+def has_onednn_product() -> bool:
+    """Whether this torch can be asked for a matrix product of oneDNN's."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + bias of x (n, k), weight (m, k), bias (m,), all in float32, made by oneDNN."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def uses_onednn() -> bool:
+    """Whether torch has not been told to leave oneDNN alone, as ``mkldnn.flags`` can."""
+    return torch._C._get_mkldnn_enabled()
+
+
 def direct_apply(function: type[Function]) -> Callable[..., Any]:
     """A Function's ``apply`` for plain tensors outside transforms, without what torch asks there.
 

@@ -13,9 +13,10 @@ from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.backend import why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory
+from polyadic.kernels.multilinear import is_computed
+from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
-Plan = TypeVar("Plan", LinearPlan, ConvPlan)
+Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -85,7 +86,7 @@ def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[S
         groups: factors by the name of their group.
 
     Raises:
-        TypeError: dtypes are not floating point or differ.
+        TypeError: dtypes are neither floating point nor complex, or differ.
         ValueError: a factor is not 2-D, ranks or devices differ, a size is 0, λ is not (R,).
     """
     if weights is not None and not isinstance(weights, Tensor):
@@ -112,9 +113,9 @@ def _check_factors(
         for i, (shape, dtype, device) in enumerate(group):
             if len(shape) != 2:
                 raise ValueError(f"{name}[{i}] must have shape (mode, rank), got {shape}")
-            if not dtype.is_floating_point:
+            if not is_computed(dtype):
                 raise TypeError(
-                    f"factors must be of a floating-point dtype, {name}[{i}] is {dtype}; cast it"
+                    f"factors must be floating point or complex, {name}[{i}] is {dtype}; cast it"
                 )
             if shape[0] == 0 or shape[1] == 0:
                 raise ValueError(
@@ -148,7 +149,9 @@ def _check_factors(
 
 
 def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = False) -> None:
-    """Check that ``tensor`` is a floating tensor of the factors' dtype and device.
+    """Check that ``tensor`` is a tensor of numbers, of the factors' dtype and device.
+
+    Real and complex numbers are never mixed, with autocast or without.
 
     Args:
         tensor: what the user gave.
@@ -170,11 +173,18 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
         raise ValueError(
             f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"
         )
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; cast it first")
-    if not cast and tensor.dtype != like.dtype:
+    if not is_computed(tensor.dtype):
+        raise TypeError(f"{name} must be floating point or complex, got {tensor.dtype}; cast it")
+    if tensor.dtype.is_complex != like.dtype.is_complex:
+        real, wanted = ("the factors", tensor) if tensor.is_complex() else (name, like)
         raise TypeError(
-            f"{name} is {tensor.dtype}, the factors {like.dtype}; cast one of them or use autocast"
+            f"{name} is {tensor.dtype}, the factors {like.dtype}; real and complex numbers do not "
+            f"mix: make {real} complex by .to({wanted.dtype})"
+        )
+    if not cast and tensor.dtype != like.dtype:
+        how = "" if tensor.is_complex() else " or use autocast"
+        raise TypeError(
+            f"{name} is {tensor.dtype}, the factors {like.dtype}; cast one of them{how}"
         )
 
 
@@ -240,12 +250,12 @@ def check_dtype(dtype: Any) -> torch.dtype:
     """Return a dtype if layers compute in it.
 
     Raises:
-        TypeError: it is no floating-point dtype of two bytes or more.
+        TypeError: it is neither floating point of two bytes or more, nor complex64 or complex128.
     """
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:
+    if isinstance(dtype, torch.dtype) and is_computed(dtype) and dtype.itemsize >= 2:
         return dtype
     raise TypeError(
-        f"dtype must be floating point of two bytes or more, such as torch.float32, got {dtype!r}"
+        f"dtype must be floating point of two bytes or more, complex64 or complex128, got {dtype!r}"
     )
 
 
@@ -258,6 +268,11 @@ def _per_dimension(value: Any, dims: int, name: str, least: int) -> Shape:
     if any(v < least for v in values):
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return tuple(int(v) for v in values)
+
+
+def check_sizes(value: Any, dims: int, name: str) -> Shape:
+    """Return sizes of at least 1, an int or one for each of ``dims`` dimensions."""
+    return _per_dimension(value, dims, name, 1)
 
 
 def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any) -> Geometry:

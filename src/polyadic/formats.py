@@ -310,6 +310,71 @@ class ConvFormat:
 
 
 @dataclass(frozen=True)
+class SpectralFormat:
+    """The CP format of a spectral convolution: a weight (Cin, Cout) for each kept mode.
+
+    Args:
+        in_shape: (m_1, …), whose product is in_channels.
+        out_shape: (n_1, …), whose product is out_channels; () where the layer is separable, which
+            multiplies each channel by a number of its own.
+        modes: the numbers of kept modes, one per spatial dimension.
+        rank: R.
+    """
+
+    in_shape: Shape
+    out_shape: Shape
+    modes: Shape
+    rank: int
+
+    @property
+    def separable(self) -> bool:
+        """Whether each channel is multiplied by itself."""
+        return not self.out_shape
+
+    @property
+    def in_channels(self) -> int:
+        """Cin."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_channels(self) -> int:
+        """Cout."""
+        return math.prod(self.out_shape or self.in_shape)
+
+    @property
+    def kept(self) -> int:
+        """S, the number of kept modes of all dimensions together."""
+        return math.prod(self.modes)
+
+    @property
+    def parameters(self) -> int:
+        """Number of factor entries, which are complex; weights λ and bias not counted."""
+        return self.rank * (sum(self.in_shape) + sum(self.out_shape) + sum(self.modes))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of entries of the dense weight, which are complex."""
+        return self.in_channels * math.prod(self.out_shape) * self.kept
+
+    @property
+    def largest_rank(self) -> int:
+        """A rank that suffices for every weight: the product of all modes but the largest."""
+        return _largest_rank((*self.in_shape, *self.out_shape, *self.modes))
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank whose FLOPs for a kept mode, 2·B·R·(Cin+Cout), do not exceed dense.
+
+        A separable layer has one product for a channel and mode whatever its rank; 1 for it.
+        """
+        if self.separable:
+            return 1
+        return max(
+            1, self.in_channels * self.out_channels // (self.in_channels + self.out_channels)
+        )
+
+
+@dataclass(frozen=True)
 class JointFormat:
     """The CP format of layers that share a CP tensor with one more mode, for the layers.
 
@@ -318,7 +383,7 @@ class JointFormat:
         layers: L.
     """
 
-    one: LinearFormat | ConvFormat
+    one: LinearFormat | ConvFormat | SpectralFormat
     layers: int
 
     @property
@@ -341,7 +406,7 @@ def _largest_rank(modes: Shape) -> int:
     return math.prod(modes) // max(modes)
 
 
-def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | JointFormat) -> int:
+def resolve_rank(rank: Any, unit: LinearFormat | ConvFormat | SpectralFormat | JointFormat) -> int:
     """Turn a rank that is a number into an integer.
 
     Args:

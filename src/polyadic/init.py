@@ -55,13 +55,19 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     since the cross terms of r ≠ s vanish: E[A_k[i, r] A_k[i, s]] = 0. All factors are scaled by the
     same c with c^(2K) = std²/R, which gives Var(W) = std² and balanced factors.
 
+    Complex factors get orthonormal columns of the unitary group. Their squares are those of moduli,
+    E|A_k[i, r]|² = 1, and the phases of columns are independent and uniform in the place of signs,
+    so that E[A_k[i, r] conj(A_k[i, s])] = 0 for r ≠ s and E|W|² = R as above: ``std`` is the root
+    of E|W|². E[W²] = 0, as E[A_k[i, r]²] = 0: real and imaginary parts have std²/2 each.
+
     Orthonormal rather than Gaussian columns because a product of K Gaussians has kurtosis
     3 + (3^K − 3)/R per weight: most weights near 0, a few huge. Entries of an orthonormal m-column
     have kurtosis 3m/(m + 2) < 3; components within a block are exactly orthogonal.
 
     Args:
         factors: K tensors (m_k, R), filled in place; meta tensors are left alone.
-        std: wanted standard deviation of an entry of the CP tensor.
+        std: wanted standard deviation of an entry of the CP tensor; of complex ones, the root of
+            their mean squared modulus.
     """
     rank = factors[0].shape[1]
     scale = (std / math.sqrt(rank)) ** (1 / len(factors))
@@ -101,7 +107,7 @@ def _fill_with_orthonormal_columns(factor: Tensor, scale: float) -> None:
 
 
 def _normal(like: Tensor, *shape: int) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.randn(shape, device=like.device, dtype=dtype)
 
 
@@ -112,39 +118,42 @@ def _haar(normal: Tensor) -> Tensor:
     which costs m·w² where the square one costs m³.
     """
     q, r = torch.linalg.qr(normal)
-    # The sign of R's diagonal makes the QR factor unique, and Q Haar distributed (Mezzadri 2007).
-    signed: Tensor = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    # The signs of R's diagonal, of complex numbers their phases, make the QR factors unique, and Q
+    # Haar distributed (Mezzadri 2007).
+    signed: Tensor = q * torch.diagonal(r, dim1=-2, dim2=-1).sgn().unsqueeze(-2)
     return signed
 
 
 def _haar_of_tall(normal: Tensor, scale: float) -> Tensor:
     """What ``_haar`` returns for a Gaussian X (m, w), m ≥ 4 w, times a scale, in matrix products.
 
-    With XᵀX = L Lᵀ the matrix X L⁻ᵀ has orthonormal columns, and Lᵀ is the R of the QR factors
+    With XᴴX = L Lᴴ the matrix X L⁻ᴴ has orthonormal columns, and Lᴴ is the R of the QR factors
     whose diagonal is positive. Its error grows with the square of X's condition number, 9 here.
     """
     with no_autocast(normal):
-        lower = torch.linalg.cholesky_ex(normal.t() @ normal).L
+        lower = torch.linalg.cholesky_ex(normal.mH @ normal).L
         one = torch.eye(len(lower), device=normal.device, dtype=normal.dtype)
         inverse = torch.linalg.solve_triangular(lower, one, upper=False)
-        columns: Tensor = normal @ inverse.t().mul(scale)
+        columns: Tensor = normal @ inverse.mH.mul(scale)
     return columns
 
 
-def torch_std(fan_in: int) -> float:
+def torch_std(fan_in: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the standard deviation of torch's own initial weights in Linear and Conv layers.
 
     They are U(−1/√fan_in, 1/√fan_in) (``kaiming_uniform_`` with a = √5), of variance 1/(3 fan_in).
+    Of a complex weight real and imaginary part are each drawn so, which makes E|W|² = 2/(3 fan_in).
 
     Args:
         fan_in: M for a linear layer, Cin·Πk for a convolution.
+        dtype: of the weight.
     """
-    return 1 / math.sqrt(3 * fan_in)
+    return math.sqrt((2 if dtype.is_complex else 1) / (3 * fan_in))
 
 
 @torch.no_grad()
 def torch_bias_(bias: Tensor, fan_in: int) -> None:
-    """Fill a bias as torch's own layers do: U(−1/√fan_in, 1/√fan_in)."""
+    """Fill a bias, of a complex one each part, as torch does: U(−1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     bias.uniform_(-bound, bound)
 

@@ -6,14 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from polyadic.formats import ConvFormat, LinearFormat
+from polyadic.formats import ConvFormat, LinearFormat, SpectralFormat
 
 Groups = tuple[int, ...]
 Kind = Literal["factorized", "dense"]
 Backend = Literal["torch", "triton"]
 Memory = Literal["fast", "balanced", "least"]
+Transform = Literal["dft", "fft"]
+# What a linear layer or an embedding keeps for its backward; Z is X KA, or the product of the rows.
+Keep = Literal["x", "x and z", "autograd"]
 
 MEMORY: tuple[Memory, ...] = ("fast", "balanced", "least")
+KEEP: tuple[Keep, ...] = ("x", "x and z", "autograd")
 
 
 def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
@@ -22,7 +26,7 @@ def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _check_routes(plan: LinearPlan | ConvPlan, kind: type) -> None:
+def _check_routes(plan: LinearPlan | ConvPlan | SpectralPlan, kind: type) -> None:
     for name, route in (("forward", plan.forward), ("backward", plan.backward)):
         if not isinstance(route, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(route).__name__}")
@@ -105,42 +109,38 @@ class LinearPlan:
     Args:
         forward: the route of Y = X W.
         backward: the route of the gradients.
-        keep: 0, 1 or 2; False and True are taken for 0 and 1. With 0 the backward keeps X and the
-            factors alone and recomputes Z = X KA (B, R), with 1 it keeps Z too. 2 is another thing:
-            there is no closed-form backward, but torch's autograd differentiates the forward, and
-            keeps what it needs for that, the Khatri-Rao products among it. It spares small layers
-            the cost of a call into the closed form. ``keeps_z`` and ``backward_by_autograd`` tell
-            the two ideas apart.
+        keep: what stays for the backward besides the factors. ``"x"`` keeps X alone, so that the
+            backward computes Z = X KA (B, R) again; ``"x and z"`` keeps Z too. ``"autograd"`` has
+            no closed-form backward: torch's autograd differentiates the forward and keeps what it
+            needs for that, the Khatri-Rao products among it. This spares a small layer the cost of
+            a call into the closed form. False or 0, True or 1, and 2 are other names of the three.
 
     Raises:
         TypeError: a route is no LinearRoute.
-        ValueError: ``keep`` is none of these; or it is 2 with other routes than the explicit
-            Khatri-Rao ones that torch computes.
+        ValueError: ``keep`` is none of these; or it is ``"autograd"`` and the routes are not both
+            the explicit Khatri-Rao route that torch computes.
     """
 
     forward: LinearRoute
     backward: LinearRoute
-    keep: int = 1
+    keep: Keep | int = "x and z"
 
     def __post_init__(self) -> None:
         _check_routes(self, LinearRoute)
-        _one_of(self.keep, (0, 1, 2), "keep")
+        if isinstance(self.keep, int) and 0 <= self.keep <= 2:
+            object.__setattr__(self, "keep", KEEP[self.keep])
+        _one_of(self.keep, KEEP, "keep")
         simple = self.forward.is_khatri_rao and self.forward.by == "torch"
-        if self.keep == 2 and not (simple and self.forward == self.backward):
+        if self.keep == "autograd" and not (simple and self.forward == self.backward):
             raise ValueError(
-                f"keep=2 leaves the backward to autograd, which follows the forward; it is for the "
-                f"explicit Khatri-Rao route in both, got {self.forward} and {self.backward}"
+                f"keep='autograd' leaves the backward to autograd, which follows the forward; it "
+                f"needs the Khatri-Rao route in both, got {self.forward} and {self.backward}"
             )
-
-    @property
-    def backward_by_autograd(self) -> bool:
-        """Whether torch's autograd differentiates the forward, in place of the closed form."""
-        return self.keep == 2
 
     @property
     def keeps_z(self) -> bool:
         """Whether Z (B, R) stays for the backward."""
-        return self.keep > 0 and self.forward.kind == "factorized"
+        return self.keep != "x" and self.forward.kind == "factorized"
 
     def covering(self, fmt: LinearFormat) -> LinearPlan:
         """Return the plan after a check that its groups cover the modes of a format.
@@ -174,9 +174,9 @@ class LinearPlan:
         )
 
     def __str__(self) -> str:
-        kept = ("X", "X and Z", "what autograd keeps")[self.keep]
-        if self.keep == 1 and self.forward.kind == "dense":
-            kept = "X"
+        kept = "X and Z" if self.keeps_z else "X"
+        if self.keep == "autograd":
+            kept = "what autograd keeps"
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
 
 
@@ -271,3 +271,103 @@ class ConvPlan:
         maps = self.keep if self.forward.kind == "factorized" else 0
         kept = ("X", "X and Z1", "X, Z1 and Z2")[maps]
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
+
+
+@dataclass(frozen=True)
+class SpectralRoute:
+    """One direction (forward or backward) of a spectral convolution.
+
+    Args:
+        modes_at_once: number of kept modes that are contracted together, so that their (B, R) maps
+            stay in a cache; None for all of them at once.
+        kind: ``"factorized"``, or ``"dense"`` to rebuild the weight of every kept mode.
+        transforms: for each spatial dimension ``"dft"``, a product with a truncated DFT matrix, or
+            ``"fft"``, a fast transform that is cut to the kept modes; () where the input is a
+            spectrum already.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    modes_at_once: int | None = None
+    kind: Kind = "factorized"
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of(self.kind, ("factorized", "dense"), "kind")
+        if self.modes_at_once is not None:
+            _check_groups((self.modes_at_once,), "modes_at_once")
+        if not isinstance(self.transforms, tuple):
+            raise ValueError(
+                f"transforms must be a tuple of 'dft' and 'fft', one for each spatial dimension, "
+                f"got {self.transforms!r}"
+            )
+        for transform in self.transforms:
+            _one_of(transform, ("dft", "fft"), "each of transforms")
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            how = "rebuild weight"
+        elif self.modes_at_once is None:
+            how = "all modes at once"
+        else:
+            how = f"{self.modes_at_once} modes at once"
+        return f"{how}, {' '.join(self.transforms)}" if self.transforms else how
+
+
+@dataclass(frozen=True)
+class SpectralPlan:
+    """How a spectral convolution is computed.
+
+    Args:
+        forward: the route of the forward pass.
+        backward: the route of the gradients.
+        keep: 1 to keep the projected spectrum Z (S, B, R) for the backward beside the kept modes of
+            the input's spectrum, where all modes are contracted at once; 0 to compute it again.
+
+    Raises:
+        TypeError: a route is no SpectralRoute.
+        ValueError: ``keep`` is none of these.
+    """
+
+    forward: SpectralRoute
+    backward: SpectralRoute
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        _check_routes(self, SpectralRoute)
+        _one_of(self.keep, (0, 1), "keep")
+
+    def covering(self, fmt: SpectralFormat, dims: int) -> SpectralPlan:
+        """Return the plan after a check that it can be followed for a format.
+
+        Args:
+            fmt: the layer's format.
+            dims: number of spatial dimensions that are transformed; 0 for a spectrum.
+
+        Raises:
+            ValueError: it has transforms for another number of dimensions, or a separable layer,
+                which multiplies by its rebuilt weight in any case, is given another route.
+        """
+        for route in (self.forward, self.backward):
+            if len(route.transforms) != dims:
+                raise ValueError(
+                    f"the plan's transforms {route.transforms} are of {len(route.transforms)} "
+                    f"dimensions, but {dims} are transformed"
+                )
+            if fmt.separable and route.kind != "dense":
+                raise ValueError(
+                    f"a separable spectral convolution multiplies by its rebuilt weight: its "
+                    f"routes have kind='dense', got {route}"
+                )
+        return self
+
+    def __str__(self) -> str:
+        kept = "the kept modes" + (" and Z" if self.keeps_z else "")
+        return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
+
+    @property
+    def keeps_z(self) -> bool:
+        """Whether Z (S, B, R) stays for the backward."""
+        whole = self.forward.kind == "factorized" and self.forward.modes_at_once is None
+        return self.keep > 0 and whole

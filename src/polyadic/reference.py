@@ -26,6 +26,8 @@ linear in either one, so with g = dL/dy the chain rule is the same sum with two 
     y_Y = sum x_X f_F    =>    dL/dx = einsum("Y,F->X", g, f)      dL/df = einsum("Y,X->F", g, x)
 
 (right whenever each index of one operand stands in the other or in the output, as it does here).
+Of complex numbers torch's gradient is that of the real and of the imaginary part, dL/dx = dL/da +
+i dL/db; in each of the two sums that makes the other operand its conjugate.
 A backward pass is therefore the forward pass read from the end, and ``saved_tensors[s]``, the input
 of step s, is all it needs besides the factors.
 """
@@ -147,7 +149,7 @@ def cp_times_matrix_bwd(
     grad = grad.reshape(batch, *out_shape)
     for step in reversed(range(len(factors))):
         if step == order - 1:
-            grad = _scaled(grad, tensor)
+            grad = _scaled_bwd(grad, tensor)
         grad, factor_grads[step] = _einsum_bwd(
             steps[step], grad, saved_tensors[step], factors[step]
         )
@@ -256,7 +258,7 @@ def cp_conv_bwd(
     grad, k2_grad = _depthwise_bwd(grad, saved_tensors[order + 1], k2, axis=-1)
     grad, k1_grad = _depthwise_bwd(grad, saved_tensors[order], k1, axis=-2)
 
-    grad = _scaled(grad, tensor)
+    grad = _scaled_bwd(grad, tensor)
     for d in reversed(range(order)):
         grad, in_grads[d] = _einsum_bwd(in_steps[d], grad, saved_in[d], in_factors[d])
     dx = grad.reshape(batch, math.prod(in_shape), height, width)
@@ -275,8 +277,8 @@ def _einsum_bwd(equation: str, grad: Tensor, x: Tensor, factor: Tensor) -> tuple
     operands, y = equation.split("->")
     x_axes, f_axes = operands.split(",")
     return (
-        torch.einsum(f"{y},{f_axes}->{x_axes}", grad, factor),
-        torch.einsum(f"{y},{x_axes}->{f_axes}", grad, x),
+        torch.einsum(f"{y},{f_axes}->{x_axes}", grad, factor.conj()),
+        torch.einsum(f"{y},{x_axes}->{f_axes}", grad, x.conj()),
     )
 
 
@@ -296,9 +298,9 @@ def _depthwise_bwd(grad: Tensor, z: Tensor, factor: Tensor, axis: int) -> tuple[
     """
     taps = factor.shape[0]
     before = (taps - 1) // 2
-    factor_grad = torch.einsum("brhw,brhwk->kr", grad, _windows(z, taps, before, axis))
+    factor_grad = torch.einsum("brhw,brhwk->kr", grad, _windows(z, taps, before, axis).conj())
     windows = _windows(grad, taps, taps - 1 - before, axis)
-    return torch.einsum("brhwk,kr->brhw", windows, factor.flip(0)), factor_grad
+    return torch.einsum("brhwk,kr->brhw", windows, factor.flip(0).conj()), factor_grad
 
 
 def _windows(z: Tensor, taps: int, before: int, axis: int) -> Tensor:
@@ -316,9 +318,15 @@ def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _scaled(z: Tensor, tensor: CPLike) -> Tensor:
-    """Multiply component r, the second axis of z, by its weight, if any; its own backward."""
+    """Multiply component r, the second axis of z, by its weight, if any."""
     weights = getattr(tensor, "weights", None)
     return z if weights is None else torch.einsum("br...,r->br...", z, weights)
+
+
+def _scaled_bwd(grad: Tensor, tensor: CPLike) -> Tensor:
+    """Gradient of z in ``_scaled``."""
+    weights = getattr(tensor, "weights", None)
+    return grad if weights is None else torch.einsum("br...,r->br...", grad, weights.conj())
 
 
 def _read(

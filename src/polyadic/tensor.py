@@ -14,7 +14,7 @@ from polyadic import checks
 from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
-from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
+from polyadic.kernels.multilinear import accumulate_dtype, is_computed, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 
@@ -39,7 +39,7 @@ class CPTensor(Exchanged):
         std: standard deviation of an entry of the tensor, as ``reset_parameters`` draws it;
             1/√(number of rows of the matrix) by default.
         device: of the factors.
-        dtype: of the factors, floating point.
+        dtype: of the factors: floating point, complex64 or complex128.
 
     Attributes:
         factors: ``nn.ParameterList`` of (mode, R) tensors; one with a ``reset_parameters``.
@@ -51,7 +51,7 @@ class CPTensor(Exchanged):
             of the torch layer it stands in for.
 
     Raises:
-        TypeError: sizes or rank are not integers, or dtype is not floating point.
+        TypeError: sizes or rank are not integers, or dtype is neither floating point nor complex.
         ValueError: sizes or rank are below 1, there is no group, or an int stands behind a group.
     """
 
@@ -89,8 +89,8 @@ class CPTensor(Exchanged):
         self._names = tuple(map(str, range(ends[-1])))
         self.rank = positive_int(rank, "rank")
         dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating point, got {dtype}")
+        if not is_computed(dtype):
+            raise TypeError(f"dtype must be floating point, complex64 or complex128, got {dtype}")
         self.factors = Factors(
             (
                 nn.Parameter(torch.empty(mode, self.rank, device=device, dtype=dtype))
@@ -268,7 +268,7 @@ class CPTensor(Exchanged):
             weights: λ (R,) or None.
 
         Raises:
-            TypeError: factors are not floating tensors of one dtype.
+            TypeError: factors are not tensors of one floating-point or complex dtype.
             ValueError: number, shapes, ranks or devices do not fit.
         """
         groups, _ = tensorized_groups(tensorized_shape)

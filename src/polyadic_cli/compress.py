@@ -49,6 +49,12 @@ def compress(
     length: Annotated[int, typer.Option(min=1, help="Tokens of a line, the rest is cut.")] = 128,
     iterations: Annotated[int, typer.Option(min=1, help="Most sweeps of a fit.")] = 60,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder that keeps curves and fits until all is done.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what --checkpoint holds.")
+    ] = False,
 ) -> None:
     """Convert a trained model of transformers to CP format within one budget.
 
@@ -71,6 +77,8 @@ def compress(
         "dry_run": dry_run,
         "seed": seed,
         "iterations": iterations,
+        "checkpoint": checkpoint,
+        "resume": resume,
     }
     try:
         model, tokenizer = _load(model_dir)

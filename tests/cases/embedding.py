@@ -63,7 +63,7 @@ class EmbeddingCase(Case):
 
     def draw_x(self, normal: Callable[..., Tensor]) -> Tensor:
         """Indices, the row that padding points to among them."""
-        share = normal(*self.lead).frac().abs()
+        share = normal(*self.lead).real.frac().abs()
         indices = (share * self.num_embeddings).to(torch.int64)
         if self.padding_idx is not None:
             indices.view(-1)[:1] = self.padding_idx
@@ -76,8 +76,9 @@ class EmbeddingCase(Case):
         return rows if self.padding_idx is None else without_row(rows, self.padding_idx)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Torch cannot differentiate a lookup of no index twice.
-        return super().apply(x, weight, bias) if x.numel() else weight[x]
+        # Torch cannot differentiate a lookup of no index twice, nor one of complex rows at all.
+        as_torch = x.numel() and not weight.is_complex()
+        return super().apply(x, weight, bias) if as_torch else weight[x]
 
     def cp(self, leaves: Leaves, **forced: Any) -> Tensor:
         groups = self.groups(leaves.factors)

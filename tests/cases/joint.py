@@ -62,11 +62,12 @@ class JointCase(Case):
     def rows(self) -> int:
         return self.inner.rows
 
-    def leaves(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Leaves:
+    def leaves(self, dtype: torch.dtype | None = None, seed: int = 0) -> Leaves:
         inner = self.inner.leaves(dtype, seed)
         generator = torch.Generator().manual_seed(seed + 100)
-        rows = torch.rand(LAYERS, self.rank, generator=generator, dtype=torch.float64) + 0.5
-        return dataclasses.replace(inner, factors=(rows.to(dtype), *inner.factors))
+        rows = torch.rand(LAYERS, self.rank, generator=generator, dtype=self.exact) + 0.5
+        rows = rows.to(self.of_its_numbers(dtype))
+        return dataclasses.replace(inner, factors=(rows, *inner.factors))
 
     def row(self, leaves: Leaves) -> Leaves:
         """Leaves of the layer by itself, its row in the place of λ."""
@@ -106,8 +107,14 @@ class JointCase(Case):
     def cp(self, leaves: Leaves, **forced: Any) -> Tensor:
         return self.inner.cp(self.row(leaves), **forced)
 
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.inner.apply(x, weight, bias)
+
     def plans(self) -> Iterator[Forced]:
         yield from self.inner.plans()
+
+    def in_complex(self) -> Case:
+        return joint(self.id, self.inner.in_complex())
 
     def resized(self, batch: int) -> Case:
         return joint(self.id, self.inner.resized(batch))

@@ -37,10 +37,10 @@ def routes(in_modes: int, out_modes: int) -> list[LinearRoute]:
 def linear_plans(in_modes: int, out_modes: int) -> Iterator[Forced]:
     """Every route forward and backward, Z kept or not."""
     for forward, backward in paired(routes(in_modes, out_modes)):
-        for keep in (1, 0):
+        for keep in ("x and z", "x"):
             yield {"plan": LinearPlan(forward, backward, keep)}
     khatri_rao = LinearRoute((in_modes,), (out_modes,))
-    yield {"plan": LinearPlan(khatri_rao, khatri_rao, 2)}
+    yield {"plan": LinearPlan(khatri_rao, khatri_rao, "autograd")}
 
 
 @dataclass(frozen=True)

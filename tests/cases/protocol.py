@@ -42,7 +42,7 @@ class Leaves:
     def named(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by name."""
         factors = {f"factor {i}": f for i, f in enumerate(self.factors)}
-        x = self.x if self.x.is_floating_point() else None
+        x = self.x if self.x.is_floating_point() or self.x.is_complex() else None
         every = {"x": x, **factors, "bias": self.bias, "weights": self.weights}
         return {name: tensor for name, tensor in every.items() if tensor is not None}
 
@@ -75,6 +75,7 @@ class Case(ABC):
         strides: how x lies in memory: contiguous, transposed, sliced, expanded, channels_last.
         options: the layer's options beside its sizes, which torch's layer has too.
         dtypes: besides float64, those in which the sizes are large enough to compare errors.
+        exact: float64, or complex128 of a layer of complex numbers.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Case(ABC):
     strides: str = "contiguous"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     dtypes: tuple[torch.dtype, ...] = ()
+    exact: torch.dtype = torch.float64
 
     @property
     @abstractmethod
@@ -176,7 +178,13 @@ class Case(ABC):
             return normal(1, *shape[1:]).expand(shape)
         return normal(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
-    def leaves(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Leaves:
+    def of_its_numbers(self, dtype: torch.dtype | None) -> torch.dtype:
+        """A dtype, where the case is complex the complex one; the exact one for None."""
+        if dtype is None:
+            return self.exact
+        return torch.promote_types(dtype, torch.complex64) if self.exact.is_complex else dtype
+
+    def leaves(self, dtype: torch.dtype | None = None, seed: int = 0) -> Leaves:
         """Random input and parameters, entries of order 1, the weight's of about fan_in^-1/2.
 
         Factor entries have moduli between 0.5 and 1.5 (times a scale): with normal ones a few
@@ -185,11 +193,11 @@ class Case(ABC):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=self.exact)
 
         def moderate(*shape: int) -> Tensor:
             moduli = 0.5 + torch.rand(*shape, generator=generator, dtype=torch.float64)
-            return moduli * normal(*shape).sign()
+            return moduli * normal(*shape).sgn()
 
         scale = (self.rank * self.fan_in) ** (-0.5 / len(self.modes))
         leaves = Leaves(
@@ -198,14 +206,16 @@ class Case(ABC):
             normal(self.out_features) if self.bias else None,
             moderate(self.rank) if self.weights else None,
         )
-        return leaves if dtype == torch.float64 else leaves.to(dtype)
+        dtype = self.of_its_numbers(dtype)
+        return leaves if dtype == self.exact else leaves.to(dtype)
 
     def build(self, **kwargs: Any) -> Any:
         """The layer as its class makes it, given dtype, device and memory."""
         return self.cls(**self.arguments, **kwargs)
 
-    def make(self, dtype: torch.dtype = torch.float64, seed: int = 0, **kwargs: Any) -> Any:
+    def make(self, dtype: torch.dtype | None = None, seed: int = 0, **kwargs: Any) -> Any:
         """The layer, with the parameters of ``leaves``."""
+        dtype = self.of_its_numbers(dtype)
         return self.filled(self.build(dtype=dtype, **kwargs), self.leaves(dtype, seed))
 
     def filled(self, layer: Any, leaves: Leaves) -> Any:
@@ -250,10 +260,15 @@ class Case(ABC):
         """Output of torch's layer, differentiable in every leaf."""
         return self.apply(leaves.x, self.weight(leaves), leaves.bias)
 
-    def grad_y(self, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    def grad_y(self, dtype: torch.dtype | None = None, seed: int = 1) -> Tensor:
         """A random gradient of the output."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(y_shape(self), generator=generator, dtype=torch.float64).to(dtype)
+        drawn = torch.randn(y_shape(self), generator=generator, dtype=self.exact)
+        return drawn.to(self.of_its_numbers(dtype))
+
+    def in_complex(self) -> Case:
+        """The case in complex numbers."""
+        return replace(self, exact=torch.complex128)
 
     def resized(self, batch: int) -> Case:
         """The case with another leading size."""

@@ -116,7 +116,8 @@ def test_readme_has_no_typed_measurements() -> None:
 
 
 MODULES = ["polyadic", "polyadic.nn", "polyadic.functional", "polyadic.reference",
-           "polyadic.init", "polyadic.testing", "polyadic.finetune", "polyadic.adapters"]  # fmt: skip
+           "polyadic.init", "polyadic.testing", "polyadic.finetune",
+           "polyadic.adapters"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)

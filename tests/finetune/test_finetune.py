@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import polyadic
+from polyadic.durable import checkpoint
 from polyadic.finetune import Progress, distill, match_layers
 from polyadic.nn import CPConv2d, CPLinear
 
@@ -191,7 +192,7 @@ def test_the_end_of_a_continued_training_depends_on_all_that_is_stored(tmp_path:
     settings |= {"checkpoint": path, "checkpoint_every": 4, "resume": True}
     with pytest.raises(KilledError):
         distill(copy.deepcopy(start), teacher, loaders("list"), callback=kill, **settings)
-    stored = torch.load(path, weights_only=True)
+    stored = checkpoint.load(path, "polyadic.finetune")
     for spoil in ("rng", "optimizer", "epoch"):
         broken = copy.deepcopy(stored)
         if spoil == "rng":
@@ -200,7 +201,11 @@ def test_the_end_of_a_continued_training_depends_on_all_that_is_stored(tmp_path:
             broken["optimizer"]["state"][0]["exp_avg"].zero_()
         else:
             broken["index"] -= 1
-        torch.save(broken, path)
+        checkpoint.save(path, "polyadic.finetune", broken)
+        if spoil == "epoch":
+            with pytest.raises(ValueError, match="of other batches"):
+                distill(copy.deepcopy(start), teacher, loaders("list"), **settings)
+            continue
         student = copy.deepcopy(start)
         distill(student, teacher, loaders("list"), **settings)
         assert not same(student.state_dict(), whole.state_dict()), spoil
@@ -447,8 +452,8 @@ def test_a_foreign_or_hostile_checkpoint_is_refused(
 )
 def test_a_damaged_field_is_refused(tmp_path: Path, field: str, value: Any, text: str) -> None:
     path, arguments = written(tmp_path)
-    stored = torch.load(path, weights_only=True)
-    torch.save(stored | {field: value}, path)
+    stored = checkpoint.load(path, "polyadic.finetune")
+    checkpoint.save(path, "polyadic.finetune", stored | {field: value})
     before = state(arguments["student"])
     with pytest.raises(ValueError, match=text):
         distill(**arguments)

@@ -54,7 +54,7 @@ def _layer() -> str:
     ins, outs = draw_groups(((1, 4, 6), (3, 5)), 8, torch.bfloat16, False)
     x, bias = draw((2, 24), torch.bfloat16, False), draw((15,), torch.bfloat16, False)
     route = LinearRoute((3,), (2,), by="triton")
-    layer_map = LinearMap(LinearPlan(route, route, 0), 3)
+    layer_map = LinearMap(LinearPlan(route, route, "x"), 3)
     with counted() as launches:
         y, kept = layer_map.forward(x, bias, [*ins, *outs])
     assert kept == ()

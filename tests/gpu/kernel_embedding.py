@@ -174,7 +174,7 @@ def _launches() -> str:
     # More of them than a factor may have rows.
     indices = torch.randint(30, (MOST_SCATTERED_ROWS + 1,), device=device())
     route = LinearRoute((1, 1, 1), (2,), by="triton")
-    layer_map = EmbeddingMap(LinearPlan(route, route, 0), 3, 3)
+    layer_map = EmbeddingMap(LinearPlan(route, route, "x"), 3, 3)
     with torch.enable_grad(), counted() as launches:
         y = Call(layer_map, 0).run(indices, (leaves,), None, None)
         torch.autograd.grad(y, leaves, torch.ones_like(y))

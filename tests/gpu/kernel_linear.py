@@ -62,11 +62,11 @@ def _plans(n_in: int, n_out: int, mixed: bool) -> Iterator[LinearPlan]:
     split = LinearRoute((1,) * n_in, (1,) * n_out)
     dense = LinearRoute((n_in,), (n_out,), "dense", "triton")
     yield LinearPlan(whole, whole)
-    yield LinearPlan(whole, whole, 0)
+    yield LinearPlan(whole, whole, "x")
     if mixed:
         yield LinearPlan(whole, split)
         yield LinearPlan(split, whole)
-        yield LinearPlan(dense, dense, 0)
+        yield LinearPlan(dense, dense, "x")
 
 
 def check() -> Iterator[str]:

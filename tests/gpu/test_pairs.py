@@ -105,7 +105,7 @@ def test_large_gradients_of_matrices_are_made_whole_on_a_gpu(gpu: None) -> None:
     """On a CPU this takes pieces; on a GPU each piece would be launches."""
     factors = [on_gpu(64, 256) for _ in range(4)]
     route = LinearRoute((1, 1), (1, 1))
-    layer_map = LinearMap(LinearPlan(route, route, 1), 2)
+    layer_map = LinearMap(LinearPlan(route, route, "x and z"), 2)
     x, grad_y = on_gpu(16, 4096), on_gpu(16, 4096)
     kept = layer_map.forward(x, None, factors)[1]
     split = launches(lambda: layer_map.backward(grad_y, x, kept, factors, (True,) * 5))
@@ -117,7 +117,7 @@ def test_a_step_that_rebuilds_w_takes_ten_launches(gpu: None) -> None:
     """KA and KC, W, Y; KA and KC, W, dX, dW, dKA, dKC, all factors' gradients."""
     factors = [on_gpu(16, 64) for _ in range(4)]
     route = LinearRoute((2,), (2,), "dense", "triton")
-    layer_map = LinearMap(LinearPlan(route, route, 0), 2)
+    layer_map = LinearMap(LinearPlan(route, route, "x"), 2)
     x, grad_y, bias = on_gpu(512, 256), on_gpu(512, 256), on_gpu(256)
     assert launches(lambda: layer_map.forward(x, bias, factors)).total() == 3
     assert launches(lambda: layer_map.backward(grad_y, x, (), factors, (True,) * 5)).total() == 7

@@ -100,8 +100,8 @@ def test_bytes_kept_of_a_padded_input(case: Case) -> None:
 def test_bytes_kept_by_linear_exactly(case: Case) -> None:
     x, factors, z = input_bytes(case), factor_bytes(case), 4 * case.rows * case.rank
     route = LinearRoute((3,), (3,))
-    assert kept(case, plan=LinearPlan(route, route, keep=True)) == x + z + factors
-    assert kept(case, plan=LinearPlan(route, route, keep=False)) == x + factors
+    assert kept(case, plan=LinearPlan(route, route, keep="x and z")) == x + z + factors
+    assert kept(case, plan=LinearPlan(route, route, keep="x")) == x + factors
 
 
 def test_bytes_kept_by_conv_exactly() -> None:
@@ -168,7 +168,7 @@ def test_the_largest_tensor_of_the_khatri_rao_form(case: Case) -> None:
     largest_ok = max(case.rows, case.rank) * max(case.in_features, case.out_features)
     assert largest_ok < dense_size(case)
     route = LinearRoute((3,), (3,))
-    for keep in (True, False):
+    for keep in ("x and z", "x"):
         assert largest_allocation(case, plan=LinearPlan(route, route, keep)) <= largest_ok
 
 
@@ -240,11 +240,11 @@ def test_flops_of_linear(case: Case) -> None:
     for inner in GROUPINGS:
         for outer in GROUPINGS:
             route = LinearRoute(inner, outer)
-            explicit, autograd = flops(case, LinearPlan(route, route, True))
+            explicit, autograd = flops(case, LinearPlan(route, route, "x and z"))
             # Of several in groups the partial sums enter the factors' gradients: one GEMM more.
             again = 2 * b * r * m * (len(inner) > 1)
             assert explicit == autograd == 6 * b * r * (m + n) + again
-            less, _ = flops(case, LinearPlan(route, route, False))
+            less, _ = flops(case, LinearPlan(route, route, "x"))
             assert less == explicit + 2 * b * r * m
 
 
@@ -320,6 +320,6 @@ def test_fast_memory_may_keep_the_khatri_rao_products() -> None:
     """What explain says is kept is what autograd keeps, to the byte."""
     layer = CPLinear(256, 128, rank=16, memory="fast")
     found = polyadic.explain(layer, batch=32)
-    assert found.chosen.plan.keep == 2
+    assert found.chosen.plan.keep == "autograd"
     x = torch.randn(32, 256, requires_grad=True)
     assert kept_bytes(lambda: layer(x), layer.parameters()) == found.chosen.kept_bytes

@@ -123,7 +123,7 @@ def counted(forced: Forced, dtype: torch.dtype) -> bool:
     plan = forced.get("plan")
     if plan is None:
         return True
-    if plan.forward != plan.backward or plan.keep != 1:
+    if plan.forward != plan.backward or plan.keep not in (1, "x and z"):
         return False
     route = plan.forward
     if hasattr(route, "in_groups"):

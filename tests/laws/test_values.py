@@ -1,4 +1,7 @@
-"""Output and every gradient against torch's layer and its autograd, in float64, to 1e-10."""
+"""Output and every gradient against torch's layer and its autograd to 1e-10.
+
+In float64, and of every case in complex128 too.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,10 @@ def test_the_comparison_can_fail() -> None:
 @every_case
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
 def test_layer(case: Case, memory: str) -> None:
+    check_layer(case, memory)
+
+
+def check_layer(case: Case, memory: str) -> None:
     layer, leaves = case.make(memory=memory), case.leaves()
     if case.differentiable:
         leaves.x.requires_grad_()
@@ -41,6 +48,16 @@ def test_layer(case: Case, memory: str) -> None:
 
 
 @every_case
+def test_complex_layer(case: Case) -> None:
+    """Of complex numbers too, all by the layer and each by itself through the function."""
+    complex_case = case.in_complex()
+    check_layer(complex_case, "balanced")
+    check_function(complex_case, "least")
+    if complex_case.explicit:
+        check_explicit_pair(complex_case)
+
+
+@every_case
 def test_weight(case: Case) -> None:
     """``layer.weight`` is the dense one in torch's layout, which computes what the layer does."""
     layer, leaves = case.make(), case.leaves()
@@ -52,6 +69,10 @@ def test_weight(case: Case) -> None:
 @every_case
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
 def test_functional(case: Case, memory: str) -> None:
+    check_function(case, memory)
+
+
+def check_function(case: Case, memory: str) -> None:
     leaves = case.leaves().map(Tensor.requires_grad_)
     y = case.cp(leaves, memory=memory)
     want, want_grads = truth(case)
@@ -61,6 +82,10 @@ def test_functional(case: Case, memory: str) -> None:
 
 @over(lambda case: case.explicit)
 def test_explicit_pair(case: Case) -> None:
+    check_explicit_pair(case)
+
+
+def check_explicit_pair(case: Case) -> None:
     leaves = case.leaves()
     y, saved = case.cp_forward(leaves)
     grads = case.cp_backward(case.grad_y(), saved)

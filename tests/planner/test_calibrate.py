@@ -203,7 +203,7 @@ def test_calibrations_at_once_are_each_written_whole(cache: Path) -> None:
     ("options", "error", "message"),
     [
         ({"dtype": "float32"}, TypeError, "floating point of two bytes or more"),
-        ({"dtype": torch.complex64}, TypeError, "floating point of two bytes or more"),
+        ({"dtype": torch.complex64}, TypeError, "measure in torch.float32"),
         ({"dtype": torch.float8_e4m3fn}, TypeError, "got torch.float8_e4m3fn"),
         ({"device": "tpu"}, ValueError, "device must be one torch knows"),
         ({"device": None}, TypeError, "device must be text"),

@@ -222,7 +222,7 @@ def test_a_layer_with_weights_keeps_their_product_too() -> None:
     alone.cp.weights = torch.nn.Parameter(torch.ones(2))
     for layer in (joint, alone):
         found = polyadic.explain(layer, batch=3)
-        assert found.chosen.plan.keep == 2
+        assert found.chosen.plan.keep == "autograd"
         x = torch.randn(3, 12, requires_grad=True)
         assert kept(layer, x) == found.chosen.kept_bytes
 
@@ -240,7 +240,7 @@ def test_the_chosen_plan_is_not_among_the_rejected(memory: str, training: bool) 
 
 
 def test_two_kept_maps_spare_a_convolution_no_call() -> None:
-    """Only a linear layer's keep=2 leaves the backward to autograd."""
+    """Only a linear layer's keep='autograd' leaves the backward to autograd."""
     fmt, machine = ConvFormat((8,), (8,), (3, 3), 4), machine_at(place_now("cpu", torch.float32))
     found = polyadic.explain(
         fmt, batch=2, size=8, plan=ConvPlan(ConvRoute(), ConvRoute(), keep=2)

@@ -229,8 +229,8 @@ def test_a_plan_by_kernels_is_refused_where_they_cannot_run() -> None:
         (lambda: LinearRoute((3,), (3,), by="cuda"), "by must be one of 'torch', 'triton'"),
         (lambda: ConvRoute(by="cuda"), "by must be one of 'torch', 'triton'"),
         (
-            lambda: LinearPlan(*[LinearRoute((3,), (3,), by="triton")] * 2, keep=2),
-            "keep=2 leaves the backward to autograd",
+            lambda: LinearPlan(*[LinearRoute((3,), (3,), by="triton")] * 2, keep="autograd"),
+            "keep='autograd' leaves the backward to autograd",
         ),
     ],
 )

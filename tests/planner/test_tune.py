@@ -19,7 +19,7 @@ from polyadic.planner import choice, tuned
 from polyadic.planner.request import place_now
 
 SPLIT = LinearRoute((1, 2), (1, 1, 1))
-WINNER = LinearPlan(SPLIT, SPLIT, 1)
+WINNER = LinearPlan(SPLIT, SPLIT, "x and z")
 
 
 @pytest.fixture(autouse=True)

@@ -332,7 +332,7 @@ def test_a_failed_save_leaves_the_old_one(
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("polyadic.pretrained.files.save_file", half)
+    monkeypatch.setattr("polyadic.durable.sealed.save_file", half)
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(compressed(), folder)
     assert len(list(folder.iterdir())) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from polyadic.batches import Forward, call, evaluating
 from polyadic.compression.arguments import Callback
 from polyadic.compression.costs import Call, Calls
 from polyadic.compression.targets import Target
+from polyadic.durable import interrupts
 from polyadic.fitting import second_moments
 from polyadic.fitting.moments import check_weights
 from polyadic.nn.kinds import family_of
@@ -118,6 +119,7 @@ class Calibration:
         try:
             with evaluating(self.model):
                 for i, batch in enumerate(self.batches):
+                    interrupts.check()
                     self.outputs.append(_floating(self._checked_forward(i, batch)))
                     if i == 0:
                         for hook in hooks:
@@ -197,7 +199,7 @@ class Calibration:
             names = [f"model.{name}" for name in group if name not in found]
             if names:
                 model = _CalledByUser(self.model, self.forward)
-                batches = [(batch,) for batch in self.batches]
+                batches = _Wrapped(self.batches)
                 of_wrapped = None if weights is None else _unwrapped(weights)
                 gathered = second_moments(model, batches, names, weights=of_wrapped)
                 found.update({n.removeprefix("model."): m for n, m in gathered.items()})
@@ -213,6 +215,7 @@ class Calibration:
         size: dict[int, float] = {}
         with evaluating(model):
             for batch, before in zip(self.batches, self.outputs, strict=True):
+                interrupts.check()
                 after = _floating(self.forward(model, batch))
                 for i, (old, new) in enumerate(zip(before, after, strict=True)):
                     lost[i] = lost.get(i, 0.0) + float((new.double() - old.double()).square().sum())
@@ -230,6 +233,18 @@ class Calibration:
             return self.changed(self.model)
         finally:
             _overwrite(own, kept)
+
+
+class _Wrapped:
+    """Batches, each as a tuple; between two of them Ctrl-C may end the work."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Any]]:
+        for batch in self._batches:
+            interrupts.check()
+            yield (batch,)
 
 
 def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:

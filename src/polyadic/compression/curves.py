@@ -26,6 +26,7 @@ from torch import Tensor
 
 from polyadic._torch import no_autocast
 from polyadic.compression.targets import Candidate, Target
+from polyadic.durable import interrupts
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.problem import Problem, make_problem
 from polyadic.formats import (
@@ -110,7 +111,13 @@ def fitted(
     in_metric: dict[str, Any] = {}
     if metric is not None:
         in_metric = {"metric": probe._fit_metric(metric), "metric_groups": probe._metric_groups}
-    return decompose(weight, candidate.modes, rank, **in_metric, **options)
+    asked = options.pop("callback", None)
+
+    def after_sweep(iteration: int, error: float) -> bool:
+        interrupts.check()
+        return asked is not None and asked(iteration, error)
+
+    return decompose(weight, candidate.modes, rank, **in_metric, **options, callback=after_sweep)
 
 
 def approximation(target: Target, candidate: Candidate, fit: Decomposition) -> Tensor:

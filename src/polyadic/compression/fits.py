@@ -14,7 +14,9 @@ from polyadic.compression.budget import Budget
 from polyadic.compression.calibration import Evidence
 from polyadic.compression.choose import choose, fitted_error
 from polyadic.compression.curves import DAMPING, fitted
+from polyadic.compression.kept import fit_from_plain, fit_to_plain
 from polyadic.compression.weigh import Option, Options
+from polyadic.durable.pieces import Pieces
 from polyadic.fitting import Decomposition
 from polyadic.pretrained import attach
 
@@ -48,6 +50,7 @@ def fit_within(
     fit_options: Mapping[str, Any],
     seed: int,
     tell: Callback,
+    pieces: Pieces,
 ) -> Outcome:
     """Choose, fit and exchange layers, in place.
 
@@ -62,6 +65,7 @@ def fit_within(
         fit_options: options of ``polyadic.decompose``.
         seed: seed of the fits.
         tell: told before each fit.
+        pieces: where fits are kept.
 
     Raises:
         ValueError: the budget cannot be met.
@@ -72,7 +76,7 @@ def fit_within(
         for options in every
         for name, layer in zip(options.target.names, options.target.layers, strict=True)
     }
-    fitter = _Fitter(every, evidence, fit_options, seed, tell)
+    fitter = _Fitter(every, evidence, fit_options, seed, tell, pieces)
     for _ in range(ROUNDS):
         chosen = choose(every, budget, limit)
         fits = fitter.fit(chosen)
@@ -80,10 +84,12 @@ def fit_within(
         for options in every:
             if options.target.name in fits:
                 converted |= options.target.converted(fits[options.target.name].cp)
-        for name, layer in converted.items():
-            surgery.replace(model, name, layer)
         measured = None
+        # Ctrl-C is put off by ``compress`` and comes where the model is run, so that the layers are
+        # exchanged all or none.
         try:
+            for name, layer in converted.items():
+                surgery.replace(model, name, layer)
             if evidence.calibration is not None:
                 measured = evidence.calibration.changed(model) ** 0.5
         except BaseException:
@@ -117,8 +123,9 @@ class _Fitter:
         fit_options: Mapping[str, Any],
         seed: int,
         tell: Callback,
+        pieces: Pieces,
     ) -> None:
-        self.every, self.evidence, self.tell = every, evidence, tell
+        self.every, self.evidence, self.tell, self.pieces = every, evidence, tell, pieces
         self.fit_options = {
             "damping": DAMPING,
             "iterations": FIT_SWEEPS,
@@ -149,5 +156,12 @@ class _Fitter:
             if near is not None:
                 fit_options.setdefault("start", [near, "orthogonal"])
             metric = self.evidence.metrics.get(target.name)
-            self._known[key] = fitted(target, curve.candidate, option.rank, metric, **fit_options)
+
+            def make() -> dict[str, Any]:
+                return fit_to_plain(
+                    fitted(target, curve.candidate, option.rank, metric, **fit_options)
+                )
+
+            plain = self.pieces.get("fit-{}-{}-{}".format(*key), make)
+            self._known[key] = fit_from_plain(plain, target.weight.device)
         return self._known[key]

@@ -13,6 +13,7 @@ from typing import Any
 
 from polyadic.compression.layer_report import LayerReport, layer_from, modes_text
 from polyadic.compression.page import html
+from polyadic.durable.files import write_text
 
 FORMAT_VERSION = 1
 
@@ -104,19 +105,22 @@ class Report:
         Raises:
             ValueError: ``data`` is not that of a report, or is of a newer version.
         """
-        version = data.get("format_version")
+        version = data.get("format_version") if isinstance(data, Mapping) else None
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"expected a report of polyadic.compress of format_version {FORMAT_VERSION}, got "
                 f"{version!r}"
             )
-        fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        layers = tuple(layer_from(layer) for layer in data["layers"])
-        return cls(**{**fields, "layers": layers, "notes": tuple(data["notes"])})
+        try:
+            fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+            layers = tuple(layer_from(layer) for layer in data["layers"])
+            return cls(**{**fields, "layers": layers, "notes": tuple(data["notes"])})
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"the data is not that of a report: {error!r}") from error
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_dict`` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a page with tables and plots that refers to nothing outside itself.
@@ -127,7 +131,7 @@ class Report:
         how = "weighed by calibration batches" if self.calibrated else "of the weights alone"
         state = "plan of a dry run" if self.dry_run else "done"
         lead = f"Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
-        Path(path).write_text(html(lead, self.summary(), self.layers), encoding="utf-8")
+        write_text(Path(path), html(lead, self.summary(), self.layers))
 
     def summary(self) -> list[str]:
         """Return the sums over all layers, one sentence each."""

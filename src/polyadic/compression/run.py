@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -27,6 +29,9 @@ from polyadic.compression.fits import Outcome, fit_within
 from polyadic.compression.report import Report
 from polyadic.compression.targets import Target, find_targets
 from polyadic.compression.weigh import weigh
+from polyadic.durable import interrupts
+from polyadic.durable.identity import in_words, named, of_batches, of_module
+from polyadic.durable.pieces import Pieces
 from polyadic.formats import Rank
 from polyadic.nn.wrapped import check_unwrapped
 
@@ -51,6 +56,8 @@ def compress(
     dry_run: bool = False,
     inplace: bool = False,
     seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
+    resume: bool = False,
     callback: Callback | None = None,
     **fit: Any,
 ) -> tuple[Model, Report]:
@@ -62,6 +69,11 @@ def compress(
     the metric of the layer's inputs and s the change of the model's outputs that an error of this
     layer alone was measured to cause; without, e is the Frobenius error and s the layer's share of
     all squared weights. Errors of several layers are taken to add up in squares.
+
+    With ``checkpoint`` every curve and fit is written down when it is made. A compression that was
+    stopped, by a kill at any moment or by Ctrl-C, and is called again with ``resume=True`` makes
+    the rest alone, and its result is bit for bit that of an uninterrupted one. Ctrl-C is put off to
+    the end of a sweep or a batch; the model is then as it was, or converted whole.
 
     One budget is given, and met: ``ratio``, ``flops_ratio`` and what they count are over the layers
     that are weighed, biases left out.
@@ -94,6 +106,9 @@ def compress(
         dry_run: only plan; the model is left as it is.
         inplace: change the model given instead of a copy.
         seed: seed of the fits; equal seeds give equal results on one machine.
+        checkpoint: a folder for the finished pieces, made if it is missing; remove it when done.
+        resume: use the pieces in ``checkpoint``, which must be of the same model, batches, budget
+            and options; without ``resume`` a folder with pieces is an error.
         callback: called as ``callback(stage, done, total, name)`` after each piece of work.
         fit: options of ``polyadic.decompose`` for the final fits, such as ``iterations``.
 
@@ -104,7 +119,9 @@ def compress(
         TypeError: an argument is of the wrong type.
         ValueError: no budget or several, one that cannot be met (the message says what can), a
             pattern that matches nothing, a model without layers to convert, one that is wrapped
-            (DistributedDataParallel, DataParallel, FSDP) or sharded, or batches that do not fit it.
+            (DistributedDataParallel, DataParallel, FSDP) or sharded, batches that do not fit it, or
+            a checkpoint of another compression.
+        OSError: the checkpoint cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -112,7 +129,12 @@ def compress(
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)
-    tell = callback or (lambda stage, done, total, name: None)
+    folder = _folder(checkpoint, resume)
+
+    def tell(stage: str, done: int, total: int, name: str) -> None:
+        interrupts.check()
+        if callback is not None:
+            callback(stage, done, total, name)
 
     found = surgery.find(model, target_modules=target_modules, exclude_modules=exclude_modules)
     ranks = _by_layer(rank_pattern, found, "rank_pattern")
@@ -123,18 +145,45 @@ def compress(
         why = "; ".join(f"{name} {reason}" for name, reason in list(refused.items())[:8])
         raise ValueError(f"{type(model).__name__} has no layer to convert: {why or 'none at all'}")
     size = sum(p.numel() for p in work.parameters())
+    identity: dict[str, Any] = {}
+    if folder is not None:
+        identity = {
+            "model": of_module(model),
+            "calibration": None if batches is None else of_batches(batches),
+            "forward": named(forward),
+            "weights": named(weights),
+            "budget": str(wanted),
+            "layers": [list(target.names) for target in targets],
+            "formats": in_words([[c.modes for c in target.candidates] for target in targets]),
+            "ranks": in_words(ranks),
+            "seed": seed,
+            "options of the fits": in_words(fit),
+        }
+    pieces = Pieces(folder, "polyadic.compress", identity, resume)
 
-    evidence = gather(work, targets, batches, forward, weights, tell)
-    _check_calls_known(targets, evidence.calls, wanted)
-    every = weigh(targets, evidence, wanted, ranks, seed, tell)
-    if dry_run:
-        outcome = Outcome(choose(every, wanted), {}, None)
-    else:
-        outcome = fit_within(work, every, evidence, wanted, fit, seed, tell)
+    with interrupts.deferred():
+        evidence = gather(work, targets, batches, forward, weights, tell)
+        _check_calls_known(targets, evidence.calls, wanted)
+        every = weigh(targets, evidence, wanted, ranks, seed, tell, pieces)
+        if dry_run:
+            outcome = Outcome(choose(every, wanted), {}, None)
+        else:
+            outcome = fit_within(work, every, evidence, wanted, fit, seed, tell, pieces)
     report = report_of(
         model, every, refused, outcome, evidence, wanted, size=size, seed=seed, dry_run=dry_run
     )
     return (model if dry_run else work), report
+
+
+def _folder(checkpoint: Any, resume: bool) -> Path | None:
+    """The folder of the pieces, or None."""
+    if checkpoint is None:
+        if resume:
+            raise ValueError("resume=True needs checkpoint=, the folder to continue from")
+        return None
+    if not isinstance(checkpoint, (str, PathLike)):
+        raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
+    return Path(checkpoint)
 
 
 def _by_layer(

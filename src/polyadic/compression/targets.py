@@ -50,7 +50,7 @@ class Candidate:
 
     def at(self, rank: int) -> LinearFormat | ConvFormat:
         """Return the format at a rank."""
-        return dataclasses.replace(self.probe.format, rank=rank)
+        return cast(LinearFormat | ConvFormat, dataclasses.replace(self.probe.format, rank=rank))
 
 
 @dataclass(frozen=True)

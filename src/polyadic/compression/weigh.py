@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +15,9 @@ from polyadic.compression.budget import Budget
 from polyadic.compression.calibration import Calibration, Evidence
 from polyadic.compression.costs import Calls, Cost, cp_cost, dense_cost
 from polyadic.compression.curves import DAMPING, Curve, approximation, curves, fitted
+from polyadic.compression.kept import curves_from_plain, curves_to_plain
 from polyadic.compression.targets import Target
+from polyadic.durable.pieces import Pieces
 from polyadic.formats import Rank
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
@@ -78,6 +82,7 @@ def weigh(
     ranks: Mapping[str, Rank],
     seed: int,
     tell: Callback,
+    pieces: Pieces,
 ) -> list[Options]:
     """Find the error curves, the importance and the options of every target.
 
@@ -94,6 +99,7 @@ def weigh(
         ranks: by the name of a layer, a rank that is asked for.
         seed: seed of the fits.
         tell: told after each target.
+        pieces: where the curves of each target are kept.
 
     Returns:
         The options of each target, in the order of the targets.
@@ -105,22 +111,36 @@ def weigh(
         asked = next((ranks[n] for n in target.names if n in ranks), None)
         metric = evidence.metrics.get(target.name)
         reason_to_stay = _unseen(metric, evidence.calibration is not None)
-        known: list[Curve] = []
-        if not reason_to_stay:
-            known = curves(target, metric, budget.fraction, asked, seed)
-        if evidence.calibration is None:
-            importance = norm / max(sum(norms), 1e-300)
-        elif known and metric is not None:
-            probed = budget.fraction or PROBED
-            importance = _effect(target, known[0], metric, evidence.calibration, probed, seed)
-        else:
-            importance = 0.0
+        share = norm / max(sum(norms), 1e-300)
+        seen = not reason_to_stay
+        measure = partial(_measured, target, metric, evidence, budget, seen, asked, share, seed)
+        piece = pieces.get(f"curves-{i}", measure)
+        known, importance = curves_from_plain(target, piece["curves"]), piece["importance"]
         fixed = asked is not None and bool(known)
         found.append(
             _options(target, known, importance, evidence.calls, budget, fixed, reason_to_stay)
         )
     tell("curves", len(targets), len(targets), "")
     return found
+
+
+def _measured(
+    target: Target,
+    metric: Tensor | None,
+    evidence: Evidence,
+    budget: Budget,
+    seen: bool,
+    asked: Rank | None,
+    share: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Find a target's curves, and its importance, which is ``share`` without calibration."""
+    known = curves(target, metric, budget.fraction, asked, seed) if seen else []
+    importance = share if evidence.calibration is None else 0.0
+    if evidence.calibration is not None and known and metric is not None:
+        probed = budget.fraction or PROBED
+        importance = _effect(target, known[0], metric, evidence.calibration, probed, seed)
+    return {"curves": curves_to_plain(target, known), "importance": importance}
 
 
 def _unseen(metric: Tensor | None, calibrated: bool) -> str:

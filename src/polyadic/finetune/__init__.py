@@ -6,7 +6,8 @@ whole model, ``match_layers`` on those of each converted layer.
 
 from polyadic.finetune.distillation import distill
 from polyadic.finetune.loop import Recovery
-from polyadic.finetune.match import LayerMatch, match_layers
+from polyadic.finetune.match import match_layers
+from polyadic.finetune.match_job import LayerMatch
 from polyadic.finetune.settings import Progress
 
 __all__ = ["LayerMatch", "Progress", "Recovery", "distill", "match_layers"]

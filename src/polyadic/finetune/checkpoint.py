@@ -1,17 +1,17 @@
-"""The file from which a training is continued: tensors and plain values; reading runs no code."""
+"""What a training needs to go on, where it is kept, and what must be equal when it goes on."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from polyadic.durable import checkpoint as durable
+
 FORMAT = "polyadic.finetune"
-VERSION = 1
 
 _FIELDS = {
     "settings": dict,
@@ -34,61 +34,86 @@ _FIELDS = {
 }
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint in one step: a crash leaves the old file or the new one, no half."""
-    part = path.with_name(path.name + ".part")
-    torch.save({"format": FORMAT, "version": VERSION, **state}, part)
-    os.replace(part, path)
+class Keeper(Protocol):
+    """Where the state of a training is kept."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state to go on from; None to begin."""
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep a state in the place of the last one."""
 
 
-def load(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read a checkpoint and check that it belongs to this training.
+@dataclass(frozen=True)
+class FileKeeper:
+    """A checkpoint file, which a training may only go on from if that is asked for."""
+
+    path: Path
+    resume: bool
+    kind: str = FORMAT
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state in the file; None where there is none.
+
+        Raises:
+            ValueError: there is a file and ``resume`` is false, or it is no checkpoint.
+        """
+        if not durable.exists(self.path):
+            return None
+        if not self.resume:
+            raise ValueError(
+                f"checkpoint {self.path.name} exists; pass resume=True to continue from it, or "
+                f"remove it"
+            )
+        return durable.load(self.path, self.kind)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the file; a crash leaves the old one or the new one, no half."""
+        durable.save(self.path, self.kind, state)
+
+
+def check(
+    state: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that a state belongs to this training.
 
     Args:
-        path: the file.
+        state: what was loaded.
         settings: settings of this training, to which those in the file must be equal.
         tensors: by name, the tensors to which the file's parameters will be copied.
 
     Raises:
-        ValueError: the file is not a checkpoint, is damaged, or is of another training.
+        ValueError: a part is missing or of another type, or the state is of another training.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises pickle, zip, end-of-file and runtime errors, depending on what is damaged.
-        raise ValueError(
-            f"{path.name} cannot be read as a checkpoint ({type(error).__name__}); it is damaged "
-            f"or something else; remove it to begin anew"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path.name} is not a checkpoint of {FORMAT}; name another file")
-    if state.get("version") != VERSION:
-        raise ValueError(
-            f"{path.name} has format version {state.get('version')!r}, this library reads "
-            f"{VERSION}; use the version of polyadic that wrote it, or begin anew"
-        )
     for name, kind in _FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(
-                f"{path.name} is damaged: {name} should be a {kind.__name__}, is "
+                f"the checkpoint is damaged: {name} should be a {kind.__name__}, is "
                 f"{type(state.get(name)).__name__}; remove it to begin anew"
             )
-    _same_settings(path.name, state["settings"], settings)
+    step, steps = state["step"], settings.get("steps")
+    if len(state["losses"]) != step or state["index"] < 0:
+        raise ValueError("the checkpoint is damaged: its counts of steps do not fit together")
+    if isinstance(steps, int) and step >= steps and not state["done"]:
+        raise ValueError(
+            f"the checkpoint is of a job with {step} steps done, this one has steps={steps}"
+        )
+    saved = state["settings"]
+    if state.get("version") == 1:
+        # It names neither teacher nor data, and partial functions by that word alone.
+        settings = {name: settings.get(name) for name in saved}
+        saved = {n: settings[n] if value == "partial" else value for n, value in saved.items()}
     for name in ("parameters", "best_parameters"):
-        _same_tensors(path.name, state[name], tensors)
-    return state
+        check_tensors("the checkpoint", state[name], tensors)
+    durable.same("the checkpoint", saved, settings)
 
 
-def _same_settings(file: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    for name in sorted(saved.keys() | own.keys()):
-        if saved.get(name) != own.get(name):
-            raise ValueError(
-                f"{file} is of a training with {name}={saved.get(name)!r}, this one has "
-                f"{own.get(name)!r}; give the same, or another checkpoint file"
-            )
+def check_tensors(file: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or dtypes than those they are to be copied to.
 
-
-def _same_tensors(file: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    Raises:
+        ValueError: one differs.
+    """
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())[:3]
         raise ValueError(

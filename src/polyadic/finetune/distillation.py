@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic.batches import keeping_modes, moved
+from polyadic.durable import identity
 from polyadic.finetune import models
+from polyadic.finetune.checkpoint import FileKeeper
 from polyadic.finetune.loop import Loop, Recovery
 from polyadic.finetune.settings import (
     MakeOptimizer,
@@ -82,10 +84,15 @@ def distill(
     gradients. Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, 2015;
     for compressed layers Phan et al., ECCV 2020 (fine-tuning after CPD-EPC).
 
-    If a training is stopped between two steps and continued from its checkpoint on one machine, its
-    result is bit for bit that of an uninterrupted training: parameters, optimizer, the place in the
-    batches and torch's random state are stored. This does not cover batches that draw from another
-    source of randomness.
+    If a training is stopped, by a kill at any moment or by Ctrl-C, and continued on one machine
+    from its checkpoint, its result is bit for bit that of an uninterrupted training: parameters,
+    optimizer, the place in the batches and the random state of torch, Python and NumPy are stored.
+    A checkpoint is a file without code and with a checksum; it is written whole or not at all, and
+    the one before it stays beside it as ``<name>.previous``, for the case that the last is damaged.
+    Ctrl-C is put off to the end of the step, whose state is written; a second one is not put off.
+    What must be equal to go on is compared by name: the settings, the optimizer's options, digests
+    of the teacher, of the student's tensors that are not trained, and of the batches used so far in
+    the epoch. Batches that draw from a generator of their own have to seed it in ``__iter__``.
 
     Args:
         student: the converted model, trained in place.
@@ -129,6 +136,7 @@ def distill(
         ValueError: an argument does not fit, the teacher would be trained too, outputs differ in
             shape, or the checkpoint is damaged or of another training; the student is wrapped
             (DistributedDataParallel, DataParallel, FSDP) or sharded.
+        OSError: the checkpoint cannot be written, for a full disk for instance; the last one stays.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or without validation those before that step.
@@ -167,13 +175,23 @@ def distill(
 
     validate = _validator(validation, student, batch_loss)
     record = {
-        "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", "function"),
+        "loss": identity.named(loss),
         "train_mode": train_mode,
         "batches": batch_count(batches),
     }
     buffers = dict(student.named_buffers()) if train_mode else {}
+    keeper = None
+    if settings.checkpoint is not None:
+        keeper = FileKeeper(settings.checkpoint, resume)
+        changed = {*trained, *buffers}
+        record |= {
+            "forward": identity.named(forward),
+            "teacher": identity.of_module(teacher),
+            "the student's other tensors": identity.of_module(student, changed),
+        }
+    loop = Loop(trained, buffers, batches, batch_loss, settings, record, validate, keeper)
     with models.prepared(student, teacher, trained, train_mode):
-        return Loop(trained, buffers, batches, batch_loss, settings, record, validate).run()
+        return loop.run()
 
 
 def _comparison(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:

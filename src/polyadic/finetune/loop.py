@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyadic.finetune import checkpoint
+from polyadic.durable import identity
+from polyadic.durable.interrupts import Pending, deferred
+from polyadic.finetune.checkpoint import Keeper, check
 from polyadic.finetune.settings import Progress, Settings
+from polyadic.finetune.walk import Walk
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,55 +48,6 @@ class Recovery:
         )
 
 
-class _Walk:
-    """Iterates over batches, epoch after epoch, and can start from any place in them."""
-
-    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
-        self._batches, self._device = batches, device
-        self.epoch, self.index = 0, 0
-        self.epoch_rng: dict[str, Tensor] = {}
-        self._current: Iterator[Any] | None = None
-
-    def rng(self) -> dict[str, Tensor]:
-        """Return the random state of torch, and of the loader's generator if it has one."""
-        state = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self._device)
-        own = getattr(self._batches, "generator", None)
-        if isinstance(own, torch.Generator):
-            state["loader"] = own.get_state().cpu()
-        return state
-
-    def set_rng(self, state: Mapping[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._device)
-        if "loader" in state:
-            self._batches.generator.set_state(state["loader"])  # type: ignore[attr-defined]
-
-    def go_to(self, epoch: int, index: int, epoch_rng: Mapping[str, Tensor]) -> None:
-        """Restart an epoch in its initial random state and skip the batches already used."""
-        self.epoch, self.index, self.epoch_rng = epoch, index, dict(epoch_rng)
-        self.set_rng(self.epoch_rng)
-        self._current = iter(self._batches)
-        for _ in range(index):
-            if next(self._current, self) is self:
-                raise ValueError("batches are fewer than when the checkpoint was written")
-
-    def next(self) -> Any:
-        if self._current is None:
-            self.epoch_rng = self.rng()
-            self._current = iter(self._batches)
-        batch = next(self._current, self)
-        if batch is self:
-            if self.index == 0:
-                raise ValueError("batches must hold at least one batch, got none")
-            self.epoch, self.index, self._current = self.epoch + 1, 0, None
-            return self.next()
-        self.index += 1
-        return batch
-
-
 class Loop:
     """One training from its first step to its last, over several runs if it is resumed.
 
@@ -105,6 +59,8 @@ class Loop:
         settings: how to train.
         record: further settings that must be equal when the training is continued.
         validate: function whose value is to become small; None for no validation.
+        keeper: where the state is kept, after every ``checkpoint_every`` steps, after the last and
+            at Ctrl-C; None to keep nothing.
     """
 
     def __init__(
@@ -116,16 +72,18 @@ class Loop:
         settings: Settings,
         record: Mapping[str, Any],
         validate: Callable[[], float] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         if settings.patience is not None and validate is None:
             raise ValueError("patience needs validation=, which it waits for to improve")
         self._parameters = list(parameters.values())
         self._tensors: dict[str, Tensor] = {**parameters, **buffers}
         self._settings, self._loss, self._validate = settings, loss, validate
-        self._record = {**settings.record(), **record}
+        self._keeper = keeper
         self._optimizer = settings.optimizer(self._parameters, lr=settings.lr)
+        self._record = {**settings.record(), **_options(self._optimizer), **record}
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
-        self._walk = _Walk(batches, self._parameters[0].device)
+        self._walk = Walk(batches, self._parameters[0].device, keeper is not None)
         self._step, self._stale, self._best_step = 0, 0, 0
         self._best, self._seconds, self._started = math.inf, 0.0, 0.0
         self._losses: list[float] = []
@@ -135,21 +93,18 @@ class Loop:
 
     def run(self) -> Recovery:
         """Train to the end, and leave the best parameters in place."""
-        path = self._settings.checkpoint
-        if path is not None and path.exists() and not self._settings.resume:
-            raise ValueError(
-                f"checkpoint {path.name} exists; pass resume=True to continue from it, or remove it"
-            )
+        state = None if self._keeper is None else self._keeper.load()
+        if state is not None:
+            check(state, self._record, self._tensors)
         device = self._parameters[0].device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._settings.seed)
             self._started = time.perf_counter()
-            if path is not None and path.exists():
-                self._restore(checkpoint.load(path, self._record, self._tensors))
+            if state is not None:
+                self._restore(state)
             elif self._validate is not None:
                 self._judge()
-            while not self._done:
-                self._one_step()
+            self._steps()
         if self._validate is not None:
             self._copy(self._kept)
         return Recovery(
@@ -162,9 +117,30 @@ class Loop:
             seconds=self._elapsed(),
         )
 
-    def _one_step(self) -> None:
+    def _steps(self) -> None:
+        """Make all steps; Ctrl-C is put off to the end of a step and saved, a second one is not."""
+        if self._keeper is None:
+            while not self._done:
+                self._one_step(self._walk.next())
+            return
+        with deferred(most=1) as pending:
+            while not self._done:
+                try:
+                    batch = self._walk.next()
+                except Exception:
+                    # Ctrl-C ends the processes that a loader reads with, too.
+                    self._saved_if(pending)
+                    raise
+                self._one_step(batch)
+                self._saved_if(pending)
+
+    def _saved_if(self, pending: Pending) -> None:
+        if pending.count and self._keeper is not None and self._step:
+            self._keeper.save(self._state())
+        pending.check()
+
+    def _one_step(self, batch: Any) -> None:
         settings = self._settings
-        batch = self._walk.next()
         factor = settings.factor(self._step)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
@@ -194,10 +170,8 @@ class Loop:
         validation = None
         if self._validate is not None and (self._done or self._step % settings.validate_every == 0):
             validation = self._judge()
-        if settings.checkpoint is not None and (
-            self._done or self._step % settings.checkpoint_every == 0
-        ):
-            checkpoint.save(settings.checkpoint, self._state())
+        if self._keeper is not None and (self._done or self._step % settings.checkpoint_every == 0):
+            self._keeper.save(self._state())
         if settings.callback is not None:
             rate = float(self._optimizer.param_groups[0]["lr"])
             settings.callback(
@@ -246,6 +220,7 @@ class Loop:
             "optimizer": self._optimizer.state_dict(),
             "rng": self._walk.rng(),
             "epoch_rng": self._walk.epoch_rng,
+            "seen": self._walk.seen(),
             "done": self._done,
             "stopped_early": self._stopped_early,
             "seconds": self._elapsed(),
@@ -256,9 +231,8 @@ class Loop:
         try:
             self._optimizer.load_state_dict(state["optimizer"])
             validations = [(int(step), float(value)) for step, value in state["validations"]]
-            self._walk.go_to(state["epoch"], state["index"], state["epoch_rng"])
-            self._walk.set_rng(state["rng"])
-        except (KeyError, TypeError, RuntimeError, IndexError) as error:
+            self._walk.go_to(state)
+        except (AttributeError, LookupError, TypeError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"the checkpoint is damaged: optimizer or random state does not fit ({error})"
             ) from error
@@ -268,6 +242,17 @@ class Loop:
         self._done, self._stopped_early = state["done"], state["stopped_early"]
         self._kept = {n: t.to(self._tensors[n].device) for n, t in state["best_parameters"].items()}
         self._copy(state["parameters"])
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Name an optimizer's class and its options as they are at the start."""
+    found = {"optimizer class": type(optimizer).__qualname__}
+    for number, group in enumerate(optimizer.param_groups):
+        of = f" of group {number}" if number else ""
+        for name, value in group.items():
+            if name != "params":
+                found[f"optimizer's {name}{of}"] = identity.in_words(value)
+    return found
 
 
 def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,38 +6,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, moved
+from polyadic.durable.identity import of_module
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
+from polyadic.finetune.match_job import Job, LayerMatch
 from polyadic.finetune.settings import (
     MakeOptimizer,
     Progress,
     Schedule,
     Settings,
+    as_path,
+    batch_count,
     optional_function,
     total_steps,
 )
 from polyadic.nn.wrapped import check_unwrapped
-
-
-@dataclass(frozen=True)
-class LayerMatch:
-    """How well a layer matches the one it stands for.
-
-    Attributes:
-        before: ‖Y − Ŷ‖ / ‖Y‖ over all batches before the training, Y being the teacher's outputs.
-        after: the relative error over all batches after the training.
-        seconds: time of the training; for a joint one, that of all layers together.
-    """
-
-    before: float
-    after: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,9 @@ def match_layers(
     schedule: Schedule = "cosine",
     warmup: int = 0,
     clip: float | None = 1.0,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
     callback: Callable[[str, Progress], object] | None = None,
     seed: int = 0,
 ) -> dict[str, LayerMatch]:
@@ -80,6 +73,9 @@ def match_layers(
 
     A layer whose error over all batches would rise keeps its parameters.
 
+    A matching that was stopped goes on from its checkpoint as a training by ``distill`` does, with
+    the same result bit for bit.
+
     Args:
         student: the converted model, trained in place.
         teacher: the original, not changed.
@@ -93,6 +89,10 @@ def match_layers(
         schedule: as in ``distill``.
         warmup: as in ``distill``.
         clip: as in ``distill``.
+        checkpoint: a file to write after every ``checkpoint_every`` steps, after each layer and at
+            Ctrl-C.
+        checkpoint_every: steps between writes of the checkpoint.
+        resume: as in ``distill``.
         callback: called with the layer's name (joint: ``""``) and a ``Progress`` after each step.
         seed: as in ``distill``.
 
@@ -103,7 +103,9 @@ def match_layers(
         TypeError: an argument is of the wrong type.
         ValueError: an argument does not fit; a layer is missing, is not converted, is never called
             or puts out another shape; training would change the teacher; the student is wrapped
-            (DistributedDataParallel, DataParallel, FSDP) or sharded.
+            (DistributedDataParallel, DataParallel, FSDP) or sharded; the checkpoint is damaged or
+            of another matching.
+        OSError: the checkpoint cannot be written; the last one stays.
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: a loss is not finite.
     """
@@ -135,24 +137,31 @@ def match_layers(
             clip=clip,
             validate_every=number,
             patience=None,
-            checkpoint=None,
-            checkpoint_every=number,
-            resume=False,
+            checkpoint=as_path(checkpoint),
+            checkpoint_every=checkpoint_every,
+            resume=resume,
             callback=tell,
             seed=seed,
         )
 
-    settings("")
+    file = settings("").checkpoint
+    identity: dict[str, Any] = {"mode": mode, "layers": list(layers)}
+    if file is not None:
+        identity["batches"] = batch_count(batches)
+        identity["teacher"] = of_module(teacher)
+        identity["the student's other tensors"] = of_module(student, trained)
     with models.prepared(student, teacher, trained, False):
         called = _order(teacher, layers, batches, device)
+        job = Job(file, resume, identity, trained, batches, device)
         if mode == "joint":
-            return _joint(teacher, layers, called, batches, settings(""), device)
-        found: dict[str, LayerMatch] = {}
+            return _joint(teacher, layers, called, batches, settings(""), job, device)
         for name in called:
-            pairs = list(_sequential_calls(student, teacher, name, batches, device))
-            alone = {name: layers[name]}
-            found |= _train(alone, pairs, lambda calls: calls, settings(name))
-        return found
+            if name not in job.found:
+                job.begin(name)
+                pairs = list(_sequential_calls(student, teacher, name, batches, device))
+                alone = {name: layers[name]}
+                job.end(_train(alone, pairs, lambda calls: calls, settings(name), job))
+        return {name: job.found[name] for name in called}
 
 
 def _layers(
@@ -256,6 +265,7 @@ def _joint(
     called: Sequence[str],
     batches: Iterable[Any],
     settings: Settings,
+    job: Job,
     device: torch.device,
 ) -> dict[str, LayerMatch]:
     def capture(batch: Any) -> dict[str, list[_Call]]:
@@ -263,7 +273,11 @@ def _joint(
             call(teacher, moved(batch, device))
         return calls
 
-    return _train({name: layers[name] for name in called}, batches, capture, settings)
+    if not job.found:
+        job.begin("")
+        in_order = {name: layers[name] for name in called}
+        job.end(_train(in_order, batches, capture, settings, job))
+    return {name: job.found[name] for name in called}
 
 
 def _train(
@@ -271,13 +285,13 @@ def _train(
     batches: Iterable[Any],
     capture: Callable[[Any], dict[str, list[_Call]]],
     settings: Settings,
+    job: Job,
 ) -> dict[str, LayerMatch]:
     """Train layers together on their own losses; each keeps the better of before and after."""
     start = time.perf_counter()
     trained: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         trained |= {f"{name}.{own}": p for own, p in models.select(layer, "cp").items()}
-    initial = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def loss(batch: Any) -> Tensor:
         calls = capture(batch)
@@ -292,7 +306,7 @@ def _train(
         return torch.stack(terms).sum()
 
     before = _errors(layers, batches, capture)
-    Loop(trained, {}, batches, loss, settings, {}).run()
+    Loop(trained, {}, batches, loss, settings, {}, keeper=job.keeper).run()
     after = _errors(layers, batches, capture)
     seconds = time.perf_counter() - start
     for name in layers:
@@ -301,7 +315,7 @@ def _train(
             after[name] = before[name]
             for own, parameter in trained.items():
                 if own.startswith(f"{name}."):
-                    parameter.data.copy_(initial[own])
+                    parameter.data.copy_(job.initial(own))
     return {name: LayerMatch(before[name], after[name], seconds) for name in layers}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from polyadic import checks
+from polyadic.durable.identity import named
 from polyadic.formats import positive_int
 
 Schedule = str | Callable[[float], float]
@@ -103,9 +104,9 @@ class Settings:
         return {
             "steps": self.steps,
             "lr": float(self.lr),
-            "schedule": _name(self.schedule),
+            "schedule": named(self.schedule),
             "warmup": self.warmup,
-            "optimizer": _name(self.optimizer),
+            "optimizer": named(self.optimizer),
             "clip": None if self.clip is None else float(self.clip),
             "validate_every": self.validate_every,
             "patience": self.patience,
@@ -117,10 +118,6 @@ def optional_function(value: Any, name: str) -> None:
     """Raise a TypeError for what is neither None nor can be called."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {value!r}")
-
-
-def _name(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)
 
 
 def total_steps(steps: int | None, epochs: int | None, batches: Iterable[Any]) -> int:

@@ -26,6 +26,7 @@ from polyadic.functional.linear import (
     cp_linear_forward,
 )
 from polyadic.functional.shared import cp_linear_shared
+from polyadic.functional.spectral import cp_spectral_conv, cp_spectral_product
 
 __all__ = [
     "ConvSaved",
@@ -39,4 +40,6 @@ __all__ = [
     "cp_linear_backward",
     "cp_linear_forward",
     "cp_linear_shared",
+    "cp_spectral_conv",
+    "cp_spectral_product",
 ]

@@ -321,6 +321,29 @@ def _own(y: Tensor) -> Tensor:
     return y.detach() if y._is_view() else y
 
 
+def gradients(
+    layer_map: MultilinearMap,
+    grad_y: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x and of each factor, of complex numbers as torch defines them.
+
+    Of a real loss L torch's gradient with respect to z = a + ib is ∂L/∂a + i ∂L/∂b. For a
+    holomorphic y = f(z) the chain rule makes it that of y times the conjugate of f'(z). A map
+    multiplies x with factors and adds up, without conjugates, so it is holomorphic in each of its
+    arguments. A map's backward multiplies the gradient of y by the partial derivatives, which are
+    products of the other arguments; so of these it is given the conjugates. The conjugate of x is
+    a view that a matrix product reads as it is, and factors are small.
+    """
+    if grad_y.is_complex():
+        x, kept = x.conj(), [z.conj() for z in kept]
+        factors = [torch.conj_physical(factor) for factor in factors]
+    return layer_map.backward(grad_y, x, kept, factors, needs)
+
+
 def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the map's arguments, for that of its output."""
     n_factors: int = ctx.n_factors
@@ -333,7 +356,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         # Kept intermediates are constants to autograd: second derivatives need them recomputed.
         kept = ()
     needs: tuple[bool, ...] = ctx.needs_input_grad
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (needs[1], *needs[3:]))
+    d_x, d_factors = gradients(layer_map, grad_y, x, kept, factors, (needs[1], *needs[3:]))
     d_bias = layer_map.bias_gradient(grad_y) if needs[2] else None
     return (None, d_x, d_bias, *d_factors)
 

@@ -157,4 +157,6 @@ def cp_embedding(
     # Not remembered: there is another number of distinct indices each time.
     fewer, groups = _settle(flat, groups, None, weights, *options)
     rows = fewer.run(flat, groups, None, weights)
-    return found.unbatched(F.embedding(places, rows).to(found.dtype))
+    # torch does not differentiate an embedding of complex rows.
+    copied = rows.index_select(0, places) if rows.is_complex() else F.embedding(places, rows)
+    return found.unbatched(copied.to(found.dtype))

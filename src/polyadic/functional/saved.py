@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from polyadic import checks
-from polyadic.functional.boundary import Call, Groups, joined
+from polyadic.functional.boundary import Call, Groups, gradients, joined
 from polyadic.plans import ConvPlan, LinearPlan
 
 
@@ -64,7 +64,8 @@ def explicit_backward(
     rows = call.batched(x)
     if call.batch is not None:
         grad_y = grad_y.reshape(rows.shape[0], *grad_y.shape[len(call.batch[0]) :])
-    grad_x, grads = call.map.backward(grad_y, rows, kept, factors, (True,) * (1 + len(factors)))
+    needs = (True,) * (1 + len(factors))
+    grad_x, grads = gradients(call.map, grad_y, rows, kept, factors, needs)
     assert grad_x is not None
     scale = [] if weights is None else [grads.pop(call.weights_at)]
     ends = [0, *itertools.accumulate(map(len, groups))]

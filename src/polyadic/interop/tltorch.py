@@ -8,14 +8,9 @@ nothing else is.
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
+from polyadic.interop.acceleration import Acceleration, Patch, PatchedForward, Switch
 from polyadic.interop.tltorch_layers import ConvRule, EmbeddingRule, LayerRule, LinearRule
 
 
@@ -46,106 +41,28 @@ def accelerate_tltorch() -> Acceleration:
         ...     model(x).sum().backward()
         ...     print(acceleration.reasons(model))
     """
-    rules = _rules()
-    global _patch
-    with _lock:
-        if _patch is None:
-            _patch = _Patch(rules)
-        _patch.users += 1
-        return Acceleration(_patch)
+    return _switch.on(_Patch)
 
 
-class Acceleration:
-    """An acceleration that is on; made by ``accelerate_tltorch``.
+class _Patch(Patch):
+    """The replaced methods of tltorch's classes."""
 
-    Attributes:
-        active: whether it has not been undone.
-    """
-
-    def __init__(self, patch: _Patch) -> None:
-        self.active = True
-        self._patch = patch
+    def __init__(self) -> None:
+        self._rules = _rules()
+        self._methods = PatchedForward({cls: rule.run for cls, rule in self._rules.items()})
 
     def reasons(self, model: nn.Module) -> dict[str, str | None]:
-        """Say of each tltorch layer in a model who runs it.
-
-        Args:
-            model: any module.
-
-        Returns:
-            By the layer's name, None if polyadic runs it, else why it is left to tltorch. A call
-            with an unsuitable input (its dtype, device or shape) goes to tltorch in either case.
-
-        Raises:
-            TypeError: ``model`` is not a module.
-        """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        """Say of each tltorch layer in a model who runs it."""
         found: dict[str, str | None] = {}
         for name, layer in model.named_modules():
-            for cls, rule in self._patch.rules.items():
+            for cls, rule in self._rules.items():
                 if isinstance(layer, cls):
                     found[name] = rule.why_not(layer)
         return found
 
-    def undo(self) -> None:
-        """End it. A second call does nothing."""
-        global _patch
-        with _lock:
-            if self.active:
-                self.active = False
-                self._patch.users -= 1
-                if self._patch.users == 0:
-                    self._patch.remove()
-                    _patch = None
-
-    def __enter__(self) -> Acceleration:
-        if not self.active:
-            raise RuntimeError("this acceleration is undone; call accelerate_tltorch() again")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.undo()
-
-
-class _Patch:
-    """The replaced methods, in place from the first acceleration to the last.
-
-    Attributes:
-        users: number of accelerations that are on.
-    """
-
-    def __init__(self, rules: dict[type[nn.Module], LayerRule]) -> None:
-        self.rules, self.users = rules, 0
-        self._on = True
-        self._theirs = {cls: cls.__dict__["forward"] for cls in rules}
-        self._ours = {cls: self._forward(self._theirs[cls], rule) for cls, rule in rules.items()}
-        for cls, forward in self._ours.items():
-            cls.forward = forward
-
     def remove(self) -> None:
-        """Put tltorch's methods back.
-
-        If someone has wrapped our method in the meantime, the wrapper stays, and our method under
-        it passes every call on to tltorch.
-        """
-        self._on = False
-        for cls, forward in self._theirs.items():
-            if cls.__dict__["forward"] is self._ours[cls]:
-                cls.forward = forward
-
-    def _forward(self, theirs: Callable[..., Tensor], rule: LayerRule) -> Callable[..., Tensor]:
-        @functools.wraps(theirs)
-        def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-            y = rule.run(layer, *args, **kwargs) if self._on else None
-            return theirs(layer, *args, **kwargs) if y is None else y
-
-        return forward
+        """Put tltorch's methods back."""
+        self._methods.remove()
 
 
 def _rules() -> dict[type[nn.Module], LayerRule]:
@@ -166,5 +83,4 @@ def _rules() -> dict[type[nn.Module], LayerRule]:
     }
 
 
-_lock = threading.Lock()
-_patch: _Patch | None = None
+_switch = Switch("accelerate_tltorch")

@@ -5,11 +5,23 @@ Each constant names its unit, and the machine and the day of the measurement tha
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
+
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from polyadic._torch import not_traced, onednn_has_bfloat16, onednn_has_float16
+from polyadic._torch import (
+    has_onednn_product,
+    not_traced,
+    observed,
+    onednn_has_bfloat16,
+    onednn_has_float16,
+    transformed,
+    uses_onednn,
+)
 
 # ``addmm`` first spreads the bias over the whole output, which is one more pass over it. Adding the
 # bias afterwards costs one more call instead: with more elements than these that is faster, 1.13 to
@@ -18,6 +30,11 @@ BIAS_FUSED_UP_TO_ELEMENTS = 2**14
 # With fewer columns than these a BLAS may add all terms of Xᵀ Z in one chain, whose rounding error
 # grows with the square root of their number; sums of blocks of so many rows keep it small.
 BLOCKED_BELOW_COLUMNS, BLOCK_ROWS = 4, 256
+# MKL, which is torch's BLAS on most processors, multiplies float32 matrices more slowly than oneDNN
+# on AMD's: 1.04 to 1.36 times as long with at least so many multiplications (EPYC with AVX-512, one
+# thread, November 2026). Longer sums than these stay with MKL: oneDNN adds all terms in one chain,
+# and of 4096 terms its rounding error is 2.2 times MKL's.
+ONEDNN_FROM_MULTIPLICATIONS, ONEDNN_UP_TO_TERMS = 2**22, 1024
 
 
 def sums_in_blocks(x: Tensor) -> bool:
@@ -35,6 +52,45 @@ def matmul_tn_in_blocks(x: Tensor, z: Tensor) -> Tensor:
     blocks = x[:cut].reshape(-1, BLOCK_ROWS, width), z[:cut].reshape(-1, BLOCK_ROWS, rank)
     total = torch.bmm(blocks[0].mT, blocks[1]).sum(0)
     return total if cut == rows else total + x[cut:].t() @ z[cut:]
+
+
+def product_in_onednn(x: Tensor, matrix: Tensor, columns: int) -> bool:
+    """Whether oneDNN makes the product of x (n, k) and a matrix with so many columns.
+
+    Its operation has no rule for graphs, transforms, modes and subclasses, and with an operand
+    whose rows are not dense it takes a thousand times as long.
+    """
+    return (
+        not is_compiling()
+        and x.numel() * columns >= ONEDNN_FROM_MULTIPLICATIONS
+        and x.shape[1] <= ONEDNN_UP_TO_TERMS
+        and multiplies_faster_in_onednn()
+        and x.dtype == matrix.dtype == torch.float32
+        and x.is_contiguous()
+        and (matrix.is_contiguous() or matrix.t().is_contiguous())
+        and type(x) is Tensor
+        and type(matrix) in (Tensor, torch.nn.Parameter)
+        and not transformed()
+        and not observed()
+        and uses_onednn()
+    )
+
+
+@functools.cache
+def multiplies_faster_in_onednn() -> bool:
+    """Whether oneDNN multiplies large float32 matrices faster here than torch's BLAS does."""
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return mkl and has_onednn_product() and vendor() == "AuthenticAMD"
+
+
+def vendor() -> str:
+    """Return the vendor of the processor, as it names itself, or an empty text."""
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        for line in listed.read_text().splitlines():
+            if line.startswith("vendor_id"):
+                return line.partition(":")[2].strip()
+    return platform.processor().rpartition(" ")[2]
 
 
 @not_traced

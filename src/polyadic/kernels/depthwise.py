@@ -127,6 +127,10 @@ class Stage:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
+        if x.is_complex():
+            parts = None if bias is None else torch.view_as_real(bias).reshape(-1)
+            block = _as_real_kernel(weight, self.transposed)
+            return _as_complex(self.forward(_as_real(x), block, parts, groups))
         if _in_float32(x, weight, groups):
             y = self.forward(x.float(), weight.float(), _float(bias), groups)
             return y.to(x.dtype)
@@ -150,7 +154,16 @@ class Stage:
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of weight, where ``wrt`` asks for them."""
+        """Gradients of x and of weight, where ``wrt`` asks for them.
+
+        Of complex ones what a map's backward wants, products with x and weight and not with their
+        conjugates, as torch's gradients are of the real parts.
+        """
+        if x.is_complex():
+            block = _as_real_kernel(weight.conj(), self.transposed)
+            d_real, d_block = self.backward(_as_real(grad), _as_real(x.conj()), block, groups, wrt)
+            d_weight = None if d_block is None else _of_real_kernel(d_block, self.transposed)
+            return None if d_real is None else _as_complex(d_real), d_weight
         if _in_float32(x, weight, groups):
             wide = self.backward(grad.float(), x.float(), weight.float(), groups, wrt)
             half_x, half_weight = (None if d is None else d.to(x.dtype) for d in wide)
@@ -276,6 +289,42 @@ class Stage:
             piece = _weight_gradient(part, grad, taps, stride, (0, 0), dilation, channels)
             pieces.append(piece)
         return torch.cat(pieces, 3)
+
+
+# torch.convolution takes no complex numbers. A complex convolution is a real one with twice as many
+# channels: the parts of a channel, re and im, side by side, and for each tap w the matrix of the
+# multiplication by w, [[re w, -im w], [im w, re w]], whose rows are the parts of the result. In
+# channels_last complex maps lie in memory so, and no map is copied.
+
+
+def _as_real(x: Tensor) -> Tensor:
+    """(b, c, *s), complex → (b, 2c, *s), real."""
+    parts = torch.view_as_real(x.resolve_conj()).movedim(-1, 2)
+    return parts.reshape(x.shape[0], 2 * x.shape[1], *x.shape[2:])
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    """(b, 2c, *s), real → (b, c, *s), complex, in the layout of x."""
+    parts = x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:]).movedim(2, -1)
+    *strides, last = parts.stride()
+    if last == 1 and not any(stride % 2 for stride in strides):
+        return torch.view_as_complex(parts)
+    return torch.complex(parts[..., 0], parts[..., 1])
+
+
+def _as_real_kernel(weight: Tensor, transposed: bool) -> Tensor:
+    """(n, c, *k), complex → (2n, 2c, *k), real; the in channels are the rows where transposed."""
+    re, im = weight.real, -weight.imag if transposed else weight.imag
+    rows = torch.stack((torch.stack((re, -im), 2), torch.stack((im, re), 2)), 1)
+    return rows.reshape(2 * weight.shape[0], 2 * weight.shape[1], *weight.shape[2:])
+
+
+def _of_real_kernel(block: Tensor, transposed: bool) -> Tensor:
+    """The adjoint of ``_as_real_kernel``: (2n, 2c, *k), real → (n, c, *k), complex."""
+    n, c = block.shape[0] // 2, block.shape[1] // 2
+    rows = block.reshape(n, 2, c, 2, *block.shape[2:])
+    im = rows[:, 1, :, 0] - rows[:, 0, :, 1]
+    return torch.complex(rows[:, 0, :, 0] + rows[:, 1, :, 1], -im if transposed else im)
 
 
 def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:

@@ -110,7 +110,7 @@ class EmbeddingMap:
                 return self._forward_fused(x, factors)
             z = self._gather(x, factors)
             y = expand(z, factors[self.n_in :], self.plan.forward.out_groups, bias)
-        return y, (z,) if self.plan.keep else ()
+        return y, () if self.plan.keep == "x" else (z,)
 
     def _is_fused(self, x: Tensor, factors: Sequence[Tensor], route: LinearRoute) -> bool:
         """Whether Triton kernels compute one direction."""
@@ -126,7 +126,7 @@ class EmbeddingMap:
 
         x, *factors = contiguous((x, *factors))
         ins, outs = factors[: self.n_in], factors[self.n_in :]
-        padded, keep = padded_rank(ins[0].shape[1]), bool(self.plan.keep)
+        padded, keep = padded_rank(ins[0].shape[1]), self.plan.keep != "x"
         y, z = lookup(x, ins, outs, self.padding_idx, padded, keep=keep)
         return y, () if z is None else (z,)
 

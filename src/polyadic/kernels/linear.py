@@ -64,7 +64,7 @@ class LinearMap:
     @property
     def autograd_backward(self) -> bool:
         """Whether the plan leaves the backward to torch's autograd."""
-        return self.plan.keep == 2
+        return self.plan.keep == "autograd"
 
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
@@ -84,11 +84,12 @@ class LinearMap:
         else:
             z = contract(x, in_factors, route.in_groups)
             y = expand(z, out_factors, route.out_groups, bias)
-        return y, (z,) if self.plan.keep else ()
+        return y, () if self.plan.keep == "x" else (z,)
 
     def _decodes(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
         """Whether two kernels compute few rows, without Z or a matrix in memory."""
-        return 0 < x.shape[0] <= MOST_DECODED_ROWS and not self.plan.keep and may_fuse(x, factors)
+        few = 0 < x.shape[0] <= MOST_DECODED_ROWS
+        return few and self.plan.keep == "x" and may_fuse(x, factors)
 
     def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
         from polyadic.kernels.triton.decode import decode

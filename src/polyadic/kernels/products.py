@@ -14,21 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from polyadic._torch import is_plain, transformed
+from polyadic._torch import is_plain, onednn_product, transformed
 from polyadic.kernels import cpu
 
 
 def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """X K + bias of x (n, k), matrix (k, m), bias (m,)."""
-    if bias is None:
-        return x @ matrix
     if x.is_cpu:
+        if cpu.product_in_onednn(x, matrix, matrix.shape[1]):
+            return onednn_product(x, matrix.t(), bias)
         return plus_bias(x @ matrix, bias)
-    return torch.addmm(bias, x, matrix)
+    return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
 
 
 def matmul_nt(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Z Kᵀ + bias of z (n, r), matrix (m, r), bias (m,)."""
+    if z.is_cpu and cpu.product_in_onednn(z, matrix, matrix.shape[0]):
+        return onednn_product(z, matrix, bias)
     if (
         bias is not None
         and z.is_cpu

@@ -40,7 +40,8 @@ def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
 
     Args:
         device: device type, such as ``"cpu"`` or ``"cuda"``.
-        dtype: floating-point dtype to measure with.
+        dtype: floating-point dtype to measure with. Complex numbers are computed at the rates of
+            their parts: what is measured in float32 holds for complex64.
 
     Returns:
         The machine description.
@@ -49,7 +50,11 @@ def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
         TypeError: ``dtype`` is not floating point, or ``device`` is no device.
         ValueError: the device is not there, or computes nothing.
     """
-    checks.check_dtype(dtype)
+    if checks.check_dtype(dtype).is_complex:
+        raise TypeError(
+            f"dtype must be floating point, got {dtype}, whose rates are those of its parts; "
+            f"measure in {dtype.to_real()}"
+        )
     kind = checks.check_device(device)
     try:
         torch.empty(0, device=kind)

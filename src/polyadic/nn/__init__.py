@@ -5,6 +5,7 @@ from polyadic.nn.conv_transpose import CPConvTranspose1d, CPConvTranspose2d, CPC
 from polyadic.nn.embedding import CPEmbedding, CPTiedLinear
 from polyadic.nn.linear import CPLinear
 from polyadic.nn.shared import CPSharedInput
+from polyadic.nn.spectral import CPSpectralConv1d, CPSpectralConv2d, CPSpectralConv3d
 
 __all__ = [
     "CPConv1d",
@@ -16,5 +17,8 @@ __all__ = [
     "CPEmbedding",
     "CPLinear",
     "CPSharedInput",
+    "CPSpectralConv1d",
+    "CPSpectralConv2d",
+    "CPSpectralConv3d",
     "CPTiedLinear",
 ]

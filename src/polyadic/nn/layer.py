@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from polyadic.formats import (
     LinearFormat,
     Rank,
     Shape,
+    SpectralFormat,
     positive_int,
     resolve_rank,
 )
@@ -109,7 +110,13 @@ class CPLayer(Weighted):
         if name == "cp" and isinstance(value, CPTensor):
             value.std = self._std()
 
-    def _format_of_rank_1(self) -> LinearFormat | ConvFormat:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Tell the CP tensor again, as complex weights are drawn otherwise than real ones."""
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cp.std = self._std()
+        return moved
+
+    def _format_of_rank_1(self) -> LinearFormat | ConvFormat | SpectralFormat:
         """The layer's format at rank 1."""
         raise NotImplementedError
 
@@ -145,7 +152,7 @@ class CPLayer(Weighted):
 
     def _std(self) -> float:
         """Standard deviation of an initial weight."""
-        return torch_std(self._fan_in())
+        return torch_std(self._fan_in(), self.cp.factors[0].dtype)
 
     def _fit_target(self, weight: Tensor) -> Tensor:
         """What the CP tensor is fitted to, for the weight of the torch layer."""
@@ -156,7 +163,7 @@ class CPLayer(Weighted):
         return metric
 
     @property
-    def format(self) -> LinearFormat | ConvFormat:
+    def format(self) -> LinearFormat | ConvFormat | SpectralFormat:
         """Modes and rank of the layer."""
         return dataclasses.replace(self._format_of_rank_1(), rank=self.rank)
 

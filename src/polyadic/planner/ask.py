@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import UNKNOWN_BATCH, known
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape
+from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape, SpectralFormat
 from polyadic.kernels.depthwise import Geometry
-from polyadic.planner import choice, conv, embedding, linear
+from polyadic.planner import choice, conv, embedding, linear, spectral
 from polyadic.planner.request import Request, request
-from polyadic.plans import ConvPlan, LinearPlan, Memory
+from polyadic.plans import ConvPlan, LinearPlan, Memory, SpectralPlan
 
 # Under torch.compile a convolution with a symbolic batch gets one plan for all sizes, which is the
 # plan for this many images.
@@ -69,3 +69,22 @@ def plan_conv(
     if not known(*sizes):
         return conv.simplest(asked)
     return cast(ConvPlan, choice.choose_for_constants(asked.constants()))
+
+
+def plan_spectral(
+    fmt: SpectralFormat,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    size: Shape,
+    memory: Memory,
+) -> SpectralPlan:
+    """Return the plan for a batch of maps of a spatial size, or of spectra where it is ()."""
+    if not torch.compiler.is_compiling():
+        asked = request(fmt, batch, dtype, device, memory=memory, size=size)
+        return cast(SpectralPlan, choice.choose(asked))
+    maps = batch if known(batch) else UNKNOWN_IMAGES
+    asked = Request(fmt, maps, dtype, device, memory=memory, size=size)
+    if not known(*fmt.in_shape, *fmt.out_shape, *fmt.modes, fmt.rank, *size):
+        return spectral.simplest(asked)
+    return cast(SpectralPlan, choice.choose_for_constants(asked.constants()))

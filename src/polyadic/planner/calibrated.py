@@ -11,13 +11,13 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from polyadic.durable.files import check_regular, write_text
 from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Place, Request
 
@@ -38,10 +38,11 @@ def machine_at(place: Place) -> Machine:
         return _unwritten[place]
     try:
         path = calibration_file(place)
+        check_regular(path)
         text = path.read_bytes().decode("utf-8")
     except OSError:
         return built_in(*place)
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # not UTF-8, or no regular file
         return _ignored(path, error, place)
     try:
         found: Any = json.loads(text)
@@ -115,13 +116,8 @@ def store(machine: Machine, place: Place) -> Path | None:
     try:
         path = calibration_file(place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # We write a draft whose name no other process or thread has, and rename it when it is
-        # complete, so that nobody ever reads half a file.
-        handle, draft = tempfile.mkstemp(".tmp", path.stem, path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-        os.replace(draft, path)
-    except OSError as error:
+        write_text(path, json.dumps(content, indent=2))
+    except (OSError, ValueError) as error:
         _unwritten[place] = machine
         warnings.warn(
             f"the calibration holds for this process alone, as it could not be written: {error}",

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 from polyadic._torch import not_traced
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat
-from polyadic.planner import conv, embedding, linear, tuned
+from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, SpectralFormat
+from polyadic.planner import conv, embedding, linear, spectral, tuned
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step
-from polyadic.plans import ConvPlan, LinearPlan
+from polyadic.plans import ConvPlan, LinearPlan, SpectralPlan
 
-Plan = LinearPlan | ConvPlan
+Plan = LinearPlan | ConvPlan | SpectralPlan
 
 
 class Kind(Protocol):
@@ -54,6 +54,7 @@ KINDS: dict[type, Kind] = {
     LinearFormat: cast(Kind, linear),
     EmbeddingFormat: cast(Kind, embedding),
     ConvFormat: cast(Kind, conv),
+    SpectralFormat: cast(Kind, spectral),
 }
 # Functions that are called when choices are forgotten, because other modules remember what they
 # made of a plan.

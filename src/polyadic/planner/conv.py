@@ -178,7 +178,7 @@ class _Sizes:
         return Step(
             name,
             "depthwise",
-            2 * taps * (read if stage.transposed else written),
+            2 * taps * (read if stage.transposed else written) * self.request.multiply_adds,
             self.passed(read, written),
             elements=written,
             channels_last=self.route.layout == "channels_last",
@@ -223,7 +223,7 @@ class _Sizes:
         return Step(
             name,
             "conv",
-            2 * at * fmt.dense_parameters,
+            2 * at * fmt.dense_parameters * self.request.multiply_adds,
             self.item * moved,
             elements=self.out_positions * n,
             channels_last=self.route.layout == "channels_last",

@@ -16,7 +16,7 @@ from polyadic.kernels.backend import serves
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS
 from polyadic.kernels.pairs import padded_rank
 from polyadic.planner.calibrated import machine_for
-from polyadic.planner.linear import Steps, groupings
+from polyadic.planner.linear import Steps, groupings, obeyed
 from polyadic.planner.multilinear import (
     expand_steps,
     grouped,
@@ -26,7 +26,7 @@ from polyadic.planner.multilinear import (
 )
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, casts, gemm, stream
-from polyadic.plans import Groups, LinearPlan, LinearRoute
+from polyadic.plans import Groups, Keep, LinearPlan, LinearRoute
 
 # Most indices are int64.
 INDEX_BYTES = 8
@@ -43,6 +43,11 @@ def _is_served(request: Request) -> bool:
     return scattered and serves("embedding", request.device, request.dtype)
 
 
+def _keep(request: Request) -> Keep:
+    """What a plan keeps under the request's bound of memory."""
+    return "x and z" if request.memory == "fast" else "x"
+
+
 def candidates(request: Request) -> list[LinearPlan]:
     """List the plans that take one route in both directions; all join in factors as chosen."""
     ins = joined_groups(request)
@@ -50,20 +55,20 @@ def candidates(request: Request) -> list[LinearPlan]:
     routes = [LinearRoute(ins, out) for out in outs]
     if _is_served(request):
         routes.append(LinearRoute(ins, (len(_format(request).out_shape),), by="triton"))
-    return [LinearPlan(route, route, int(request.memory == "fast")) for route in routes]
+    return [LinearPlan(route, route, _keep(request)) for route in routes]
 
 
 def simplest(request: Request) -> LinearPlan:
     """Return the plan for sizes that a compiler does not know; it is right for any sizes."""
     fmt = _format(request)
     route = LinearRoute((1,) * len(fmt.in_shape), (len(fmt.out_shape),))
-    return LinearPlan(route, route, int(request.memory == "fast"))
+    return LinearPlan(route, route, _keep(request))
 
 
 def choose(request: Request) -> LinearPlan:
     """Return the cheapest plan for the request as it is; ``choice.choose`` remembers it."""
     machine, ins = machine_for(request), joined_groups(request)
-    outs, keep = groupings(len(_format(request).out_shape)), int(request.memory == "fast")
+    outs, keep = groupings(len(_format(request).out_shape)), _keep(request)
     if request.is_half:
         # A lookup rounds less often than a GEMM. A split of the out modes rounds once more, and
         # would exceed our limit of twice torch's error.
@@ -72,7 +77,7 @@ def choose(request: Request) -> LinearPlan:
     if _is_served(request):
         routes.append(LinearRoute(ins, (len(_format(request).out_shape),), by="triton"))
     forward = min(routes, key=lambda route: machine.total(forward_steps(request, route)))
-    backward = min(routes, key=lambda r: machine.total(backward_steps(request, r, kept=keep)))
+    backward = min(routes, key=lambda r: machine.total(backward_steps(request, r, keep)))
     return LinearPlan(forward, backward, keep)
 
 
@@ -106,21 +111,12 @@ def rejoined(request: Request, plan: LinearPlan) -> LinearPlan:
     return LinearPlan(forward, backward, plan.keep)
 
 
-def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
-    """Return what runs: weights λ become one more in factor, with a mode of size 1, in front."""
-    if not request.weights:
-        return request, plan
-    fmt = _format(request)
-    fmt = dataclasses.replace(fmt, in_shape=(1, *fmt.in_shape))
-    return dataclasses.replace(request, format=fmt, weights=False), plan.with_weights()
-
-
 def steps(request: Request, plan: LinearPlan) -> Steps:
     """List the steps of a plan, forward and backward."""
-    request, plan = _obeyed(request, plan)
+    request, plan = obeyed(request, plan)
     return (
         forward_steps(request, plan.forward),
-        backward_steps(request, plan.backward, kept=plan.keep),
+        backward_steps(request, plan.backward, plan.keep),
     )
 
 
@@ -168,14 +164,14 @@ def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
     ]
 
 
-def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[Step]:
+def backward_steps(request: Request, route: LinearRoute, keep: Keep | int) -> list[Step]:
     """List the steps that make the gradients of all factors."""
     fmt, rows = _format(request), request.batch
     if route.by == "triton":
-        return _fused_backward(request, kept)
+        return _fused_backward(request, keep != "x")
     joined, rank = grouped(fmt.in_shape, route.in_groups), fmt.rank
     steps = _pick_steps(request, joined)
-    if not kept:
+    if keep == "x":
         steps += _product_steps(request, joined)
     steps += partials_steps(
         request, rows, fmt.out_shape, rank, route.out_groups, wrt_x=False, wrt_z=True
@@ -200,14 +196,20 @@ def _lookup(request: Request) -> Step:
     return Step("Y, looked up", "fused", 2 * rows * columns * n, moved, elements=rows * n)
 
 
-def _fused_backward(request: Request, kept: int) -> list[Step]:
+def _fused_backward(request: Request, z_is_kept: bool) -> list[Step]:
     """List the steps of the backward by Triton; Z is made again unless it was kept."""
     fmt, rows, item = _format(request), request.batch, request.item
     columns, n = padded_rank(fmt.rank), fmt.out_features
-    maps = 0 if kept else rows * columns
+    maps = 0 if z_is_kept else rows * columns
     scattered = len(fmt.in_shape) * rows * columns
     return [
-        Step("KC" if kept else "KC and Z", "fused", 0, item * (n * columns + maps), elements=maps),
+        Step(
+            "KC" if z_is_kept else "KC and Z",
+            "fused",
+            0,
+            item * (n * columns + maps),
+            elements=maps,
+        ),
         gemm(request, "G = dY KC", rows, n, columns),
         Step("sum of rows by digit", "fused", 0, item * scattered, elements=fmt.parameters),
         Step("parts of the sum", "fused", 0, 8 * fmt.parameters, elements=fmt.parameters),
@@ -230,7 +232,7 @@ def _sum_by_digit(request: Request, size: int) -> list[Step]:
 
 def kept_elements(request: Request, plan: LinearPlan) -> int:
     """Count the elements that stay for the backward besides parameters and indices: Z or none."""
-    return request.batch * request.format.rank if plan.keep else 0
+    return request.batch * request.format.rank if plan.keeps_z else 0
 
 
 def kept_bytes_of_indices(request: Request) -> int:

@@ -11,15 +11,22 @@ import torch
 from torch import nn
 
 from polyadic import checks
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, mode_sizes, positive_int
+from polyadic.formats import (
+    ConvFormat,
+    EmbeddingFormat,
+    LinearFormat,
+    SpectralFormat,
+    mode_sizes,
+    positive_int,
+)
 from polyadic.kernels.backend import never
-from polyadic.planner import choice, embedding
+from polyadic.planner import choice, embedding, spectral
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.model import ModelExplanation, explained_model
 from polyadic.planner.report import Costed, Explanation, costed, rejected
 from polyadic.planner.request import Request, request
 from polyadic.planner.search import break_even
-from polyadic.plans import ConvPlan, LinearPlan, Memory
+from polyadic.plans import ConvPlan, LinearPlan, Memory, SpectralPlan
 
 # The values of options that are not given.
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -156,7 +163,7 @@ def requested(
             asked = layer.request(batch, size)
         else:
             raise TypeError(
-                f"expected a CPLinear, CPConvNd, CPConvTransposeNd, CPEmbedding, "
+                f"expected a CPLinear, CPConvNd, CPConvTransposeNd, CPSpectralConvNd, CPEmbedding, "
                 f"LinearFormat or ConvFormat, got {type(layer).__name__}"
             )
     return asked.at(
@@ -173,7 +180,10 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
         if plan is not None:
             raise ValueError(f"an embedding takes no plan, got {plan}")
         indices = embedding.kept_bytes_of_indices(request)
-    if plan is not None:
+    is_spectral = isinstance(request.format, SpectralFormat)
+    if plan is not None and isinstance(request.format, SpectralFormat):
+        plan = checks.check_plan(plan, SpectralPlan).covering(request.format, len(request.size))
+    elif plan is not None and not isinstance(request.format, SpectralFormat):
         if isinstance(request.format, ConvFormat):
             plan = checks.check_plan(plan, ConvPlan).covering(request.format)
             reason = never("convolution", request.device, request.dtype)
@@ -198,8 +208,10 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
     title = f"{kind.describe(request)} on {request.device}, {passes}, memory={request.memory!r}"
     fmt = request.format
     is_lookup = isinstance(fmt, EmbeddingFormat)
-    even = fmt.break_even_rank if is_lookup else break_even(request, training)
-    return Explanation(title, chosen, cost(None), others, even, fmt.rank, machine)
+    judged = spectral.product_alone(request) if is_spectral else request
+    even = fmt.break_even_rank if is_lookup else break_even(judged, training)
+    note = spectral.note(request) if is_spectral else ""
+    return Explanation(title, chosen, cost(None), others, even, fmt.rank, machine, note)
 
 
 def _request_of_conv(

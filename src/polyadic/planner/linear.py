@@ -35,7 +35,7 @@ from polyadic.planner.multilinear import (
 )
 from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, gemm, stream
-from polyadic.plans import Backend, Groups, LinearPlan, LinearRoute
+from polyadic.plans import Backend, Groups, Keep, LinearPlan, LinearRoute
 
 Steps = tuple[list[Step], list[Step]]
 
@@ -63,9 +63,14 @@ def _format(request: Request) -> LinearFormat:
     return request.format
 
 
+def _keep(request: Request) -> Keep:
+    """What a plan with a closed-form backward keeps under the request's bound of memory."""
+    return "x" if request.memory == "least" else "x and z"
+
+
 def candidates(request: Request) -> list[LinearPlan]:
     """List the plans that take one route in both directions."""
-    fmt, keep = _format(request), int(request.memory != "least")
+    fmt, keep = _format(request), _keep(request)
     m, n = len(fmt.in_shape), len(fmt.out_shape)
     routes = [LinearRoute(i, o) for i, o in itertools.product(groupings(m), groupings(n))]
     backends: list[Backend] = ["torch"]
@@ -75,7 +80,7 @@ def candidates(request: Request) -> list[LinearPlan]:
     plans = [LinearPlan(route, route, keep) for route in routes]
     if request.rebuild:
         rebuilding = [LinearRoute((m,), (n,), "dense", by) for by in backends]
-        plans += [LinearPlan(route, route, 0) for route in rebuilding]
+        plans += [LinearPlan(route, route, "x") for route in rebuilding]
     return plans
 
 
@@ -83,12 +88,12 @@ def simplest(request: Request) -> LinearPlan:
     """Return the plan for sizes that a compiler does not know; it is right for any sizes."""
     fmt = _format(request)
     route = LinearRoute((len(fmt.in_shape),), (len(fmt.out_shape),))
-    return LinearPlan(route, route, int(request.memory != "least"))
+    return LinearPlan(route, route, _keep(request))
 
 
 def choose(request: Request) -> LinearPlan:
     """Return the cheapest plan for the request as it is; ``choice.choose`` remembers it."""
-    machine, fmt, keep = machine_for(request), _format(request), request.memory != "least"
+    machine, fmt = machine_for(request), _format(request)
     m, n = (len(fmt.in_shape),), (len(fmt.out_shape),)
 
     # Routes without a grouping to choose: they compete with the best factorized route.
@@ -101,15 +106,15 @@ def choose(request: Request) -> LinearPlan:
         return min((first, *rivals), key=lambda route: machine.total(steps(route)))
 
     forward = cheapest(_forward_route(request, machine), lambda r: forward_steps(request, r))
-    kept = int(keep and forward.kind == "factorized")
+    keep: Keep = _keep(request) if forward.kind == "factorized" else "x"
     backward = cheapest(
-        _backward_route(request, machine), lambda r: backward_steps(request, r, kept=kept)
+        _backward_route(request, machine), lambda r: backward_steps(request, r, keep)
     )
     simple = forward.is_khatri_rao and forward.by == "torch"
     if request.memory == "fast" and simple and backward == forward:
-        return LinearPlan(forward, backward, keep=2)
+        return LinearPlan(forward, backward, "autograd")
     # A backward that rebuilds W does not use Z, so that keeping it would waste memory.
-    return LinearPlan(forward, backward, kept if backward.kind == "factorized" else 0)
+    return LinearPlan(forward, backward, keep if backward.kind == "factorized" else "x")
 
 
 # For each grouping of one side, the seconds of the processor and of the device.
@@ -152,10 +157,10 @@ def _backward_route(request: Request, machine: Machine) -> LinearRoute:
     again, by the same groups, which is added to its price.
     """
     fmt, rows = _format(request), request.batch
-    keep = request.memory != "least"
 
     def in_steps(g: Groups) -> list[Step]:
-        again = [] if keep else contract_steps(request, rows, fmt.in_shape, fmt.rank, g)
+        keeps_z = request.memory != "least"
+        again = [] if keeps_z else contract_steps(request, rows, fmt.in_shape, fmt.rank, g)
         side = (request, rows, fmt.in_shape, fmt.rank, g)
         return again + partials_steps(*side, wrt_x=True, wrt_z=False)
 
@@ -168,23 +173,19 @@ def _backward_route(request: Request, machine: Machine) -> LinearRoute:
     return _cheapest(machine, ins, outs)
 
 
-def _obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
+def obeyed(request: Request, plan: LinearPlan) -> tuple[Request, LinearPlan]:
     """Return what runs: weights λ become one more in factor, with a mode of size 1, in front."""
     if not request.weights:
         return request, plan
-    fmt = _format(request)
-    fmt = dataclasses.replace(fmt, in_shape=(1, *fmt.in_shape))
+    fmt = dataclasses.replace(request.format, in_shape=(1, *request.format.in_shape))
     return dataclasses.replace(request, format=fmt, weights=False), plan.with_weights()
 
 
 def steps(request: Request, plan: LinearPlan) -> Steps:
     """List the steps of a plan, forward and backward."""
-    request, plan = _obeyed(request, plan)
-    kept = plan.keep if plan.forward.kind == "factorized" else 0
-    return (
-        forward_steps(request, plan.forward),
-        backward_steps(request, plan.backward, kept=kept),
-    )
+    request, plan = obeyed(request, plan)
+    keep = plan.keep if plan.keeps_z else "x"
+    return forward_steps(request, plan.forward), backward_steps(request, plan.backward, keep)
 
 
 def forward_steps(request: Request, route: LinearRoute) -> list[Step]:
@@ -215,13 +216,13 @@ def _side(side: str, steps: Iterable[Step]) -> list[Step]:
     return [dataclasses.replace(step, name=f"{side}: {step.name}") for step in steps]
 
 
-def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[Step]:
-    """List the steps that make all gradients by one route; ``kept`` is ``LinearPlan.keep``."""
+def backward_steps(request: Request, route: LinearRoute, keep: Keep | int) -> list[Step]:
+    """List the steps that make all gradients by one route; ``keep`` is ``LinearPlan.keep``."""
     fmt, rows = _format(request), request.batch
     m, n, r = fmt.in_features, fmt.out_features, fmt.rank
-    if route.is_khatri_rao and request.device == "cuda" and kept < 2:
+    if route.is_khatri_rao and request.device == "cuda" and keep != "autograd":
         r = padded_rank(r)
-        again = [] if kept else [gemm(request, "Z = X KA again", rows, m, r)]
+        again = [gemm(request, "Z = X KA again", rows, m, r)] if keep == "x" else []
         return [
             *_both_matrices(request, fmt, r, route),
             *again,
@@ -247,15 +248,17 @@ def backward_steps(request: Request, route: LinearRoute, *, kept: int) -> list[S
         for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
             steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, r)
         return steps
-    again = [] if kept else contract_steps(request, rows, fmt.in_shape, r, route.in_groups)
-    options = {"matrices_kept": kept == 2}
+    contracted: list[Step] = []
+    if keep == "x":
+        contracted = contract_steps(request, rows, fmt.in_shape, r, route.in_groups)
+    options = {"matrices_kept": keep == "autograd"}
     outs = partials_steps(
         request, rows, fmt.out_shape, r, route.out_groups, wrt_x=False, wrt_z=True, **options
     )
     ins = partials_steps(
         request, rows, fmt.in_shape, r, route.in_groups, wrt_x=True, wrt_z=False, **options
     )
-    return [*_side("again in", again), *_side("out", outs), *_side("in", ins)]
+    return [*_side("again in", contracted), *_side("out", outs), *_side("in", ins)]
 
 
 def _both_khatri_rao(request: Request, fmt: LinearFormat) -> list[Step]:
@@ -297,7 +300,8 @@ def _all_mttkrps(
     for name, shape in (("in", fmt.in_shape), ("out", fmt.out_shape)):
         if columns > fmt.rank:
             elements = math.prod(shape) * fmt.rank
-            steps.append(stream("columns of zeros off", 8 * elements, elements, views=2))
+            moved = 2 * max(request.item, 4) * elements
+            steps.append(stream("columns of zeros off", moved, elements, views=2))
         steps += khatri_rao_backward_steps(request, f"MTTKRP {name}", shape, fmt.rank, wide=True)
     return steps
 
@@ -306,10 +310,10 @@ def kept_elements(request: Request, plan: LinearPlan) -> int:
     """Count the elements that stay for the backward besides parameters: X and what is kept."""
     fmt = _format(request)
     kept = request.batch * fmt.in_features + request.kept_beside
-    if plan.forward.kind == "dense" or not plan.keep:
+    if not plan.keeps_z:
         return kept
     kept += request.batch * fmt.rank
-    if plan.keep < 2:
+    if plan.keep != "autograd":
         return kept
     ins = (1, *fmt.in_shape) if request.weights else fmt.in_shape
     return kept + fmt.rank * (_products(ins) + _products(fmt.out_shape))

@@ -61,6 +61,7 @@ class Explanation:
             than the dense layer; at least 1.
         rank: the layer's rank.
         machine: the rates the predictions rest on.
+        note: a sentence on what else could be chosen, or "".
     """
 
     title: str
@@ -70,6 +71,7 @@ class Explanation:
     break_even_rank: int
     rank: int
     machine: Machine
+    note: str = ""
 
     @property
     def dense_is_faster(self) -> bool:
@@ -118,6 +120,7 @@ class Explanation:
             "break_even_rank": self.break_even_rank,
             "dense_is_faster": self.dense_is_faster,
             "machine": self.machine.source,
+            "note": self.note,
             "chosen": plain(self.chosen),
             "dense": plain(self.dense),
             "rejected": [{**plain(c), "reason": reason} for c, reason in self.rejected],
@@ -153,6 +156,7 @@ class Explanation:
             lines.append(f"{label:<22}{ours:>12}{theirs:>14}")
         head = "" if dense.flops else ", as an output head: a lookup has none"
         lines += ["", f"rank {self.rank}, break-even rank {self.break_even_rank} (in FLOPs{head})"]
+        lines += ["", self.note] if self.note else []
         lines += ["", f"rejected, by predicted time ({self.machine.source} machine numbers)"]
         for other, reason in self.rejected:
             lines.append(f"  {seconds_text(other.seconds):>9}  {_route(other.plan)}: {reason}")
@@ -193,7 +197,7 @@ def costed(
     """Price a plan (None: the dense layer) by its steps; ``kept`` is the bytes that it keeps."""
     forward, backward = steps
     call = machine.dense_call if plan is None else machine.call
-    by_autograd = isinstance(plan, LinearPlan) and plan.backward_by_autograd
+    by_autograd = isinstance(plan, LinearPlan) and plan.keep == "autograd"
     calls = call
     if backward and (plan is None or by_autograd):
         calls += machine.dense_call + machine.dense_backward_call

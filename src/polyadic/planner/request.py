@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape
+from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape, SpectralFormat
 from polyadic.kernels.depthwise import Geometry
 from polyadic.plans import Memory
 
 HALVES = (torch.bfloat16, torch.float16)
+_FORMATS: dict[str, Any] = {
+    "linear": LinearFormat,
+    "embedding": EmbeddingFormat,
+    "conv": ConvFormat,
+    "spectral": SpectralFormat,
+}
+# The dtype of the parts of complex numbers. A machine computes them at the rates of that dtype.
+PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 class Place(NamedTuple):
@@ -57,7 +65,7 @@ class Request:
             keeps and its input.
     """
 
-    format: LinearFormat | ConvFormat
+    format: LinearFormat | ConvFormat | SpectralFormat
     batch: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -82,6 +90,11 @@ class Request:
         return self.device == "cpu"
 
     @property
+    def multiply_adds(self) -> int:
+        """Real multiply-adds in one of the dtype, which torch's counter takes for one: 4 or 1."""
+        return 4 if self.dtype.is_complex else 1
+
+    @property
     def is_half(self) -> bool:
         """Whether factors are widened to float32 before they are multiplied, and rounded once."""
         return self.dtype in HALVES
@@ -104,8 +117,8 @@ class Request:
 
     @property
     def place(self) -> Place:
-        """Where the layer is computed."""
-        return Place(self.device, self.dtype, self.threads, self.tf32)
+        """Where the layer is computed; of complex numbers the place of their parts."""
+        return Place(self.device, PARTS.get(self.dtype, self.dtype), self.threads, self.tf32)
 
     def at(self, device: str, dtype: torch.dtype) -> Request:
         """Return the request moved to another type of device and another dtype."""
@@ -117,11 +130,13 @@ class Request:
         shape: tuple[Any, ...]
         if isinstance(fmt, ConvFormat):
             shape = (fmt.out_shape, fmt.in_shape, fmt.kernel_size, fmt.rank, fmt.groups)
-            shape = (*shape, fmt.transposed)
+            shape = ("conv", *shape, fmt.transposed)
+        elif isinstance(fmt, SpectralFormat):
+            shape = ("spectral", fmt.in_shape, fmt.out_shape, fmt.modes, fmt.rank)
         elif isinstance(fmt, EmbeddingFormat):
-            shape = (fmt.in_shape, fmt.out_shape, fmt.rank, fmt.num_embeddings)
+            shape = ("embedding", fmt.in_shape, fmt.out_shape, fmt.rank, fmt.num_embeddings)
         else:
-            shape = (fmt.in_shape, fmt.out_shape, fmt.rank)
+            shape = ("linear", fmt.in_shape, fmt.out_shape, fmt.rank)
         place: tuple[Any, ...] = ()
         if where is not None:
             place = (where.kernel_size, where.stride, where.padding, where.dilation)
@@ -132,11 +147,10 @@ class Request:
     @staticmethod
     def of_constants(constants: tuple[Any, ...]) -> Request:
         """Return the request of which ``constants`` made the tuples."""
-        shape, place, batch, dtype, device, options = constants
-        kind = {3: LinearFormat, 4: EmbeddingFormat, 6: ConvFormat}[len(shape)]
+        (name, *shape), place, batch, dtype, device, options = constants
         memory, rebuild, size, channels_last = options
         return request(
-            kind(*shape),
+            _FORMATS[name](*shape),
             batch,
             dtype,
             device,
@@ -149,7 +163,7 @@ class Request:
 
 
 def request(
-    fmt: LinearFormat | ConvFormat,
+    fmt: LinearFormat | ConvFormat | SpectralFormat,
     batch: int,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -162,7 +176,8 @@ def request(
 def place_now(device: str, dtype: torch.dtype) -> Place:
     """Return the place of a type of device and a dtype, under torch's present settings."""
     threads = torch.get_num_threads() if device == "cpu" else 1
-    tf32 = device == "cuda" and dtype == torch.float32 and _allows_tf32()
+    single = PARTS.get(dtype, dtype) == torch.float32
+    tf32 = device == "cuda" and single and _allows_tf32()
     return Place(device, dtype, threads, tf32)
 
 

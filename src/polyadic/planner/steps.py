@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from polyadic.planner.request import Request
 
-StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout", "fused"]
+StepKind = Literal["gemm", "stream", "depthwise", "conv", "layout", "fused", "fft"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,18 @@ class Step:
     Args:
         name: what it computes, in the axes of the kernels.
         kind: which rate of the machine it runs at; ``"fused"`` is a kernel of the library's own.
-        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them.
+        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them. A
+            multiply-add of complex numbers is four of real ones, which torch counts as one.
         nbytes: the least number of bytes that must be read and written.
         launches: number of torch operations that touch memory; for a convolution, number of calls.
         views: number of torch operations that only make a view.
         sums: how many of the launches are sums, whose call takes a CPU as long as two others.
         rows: number of outer iterations of an elementwise step whose inner loop is short.
         elements: number of elements of the largest tensor that is written.
-        padded_flops: FLOPs including those on the padding up to the width of the vector units; for
-            a convolution, the FLOPs that take as long at the rate of a forward convolution. Equal
-            to ``flops`` by default.
+        padded_flops: FLOPs including those on the padding up to the width of the vector units; of
+            a fast transform, which torch does not count, its operations; for a convolution, the
+            FLOPs that take as long at the rate of a forward convolution. Equal to ``flops`` by
+            default.
         channels_last: whether a convolution works in this layout.
         slowed: factor by which a GPU is slower than for rows that begin at multiples of 16 bytes.
     """
@@ -62,11 +64,11 @@ def gemm(request: Request, name: str, m: int, k: int, n: int, *, views: int = 0)
     return Step(
         name,
         "gemm",
-        2 * m * k * n,
+        2 * m * k * n * request.multiply_adds,
         request.item * (m * k + k * n + m * n),
         views=views,
         elements=m * n,
-        padded_flops=2 * m * k * request.padded(n),
+        padded_flops=2 * m * k * request.padded(n) * request.multiply_adds,
         slowed=SLOWED_BY_MISALIGNED_ROWS if misaligned else 1.0,
     )
 

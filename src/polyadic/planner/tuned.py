@@ -9,23 +9,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from polyadic.durable.files import check_regular, write_text
 from polyadic.planner.calibrated import calibration_file, fingerprint
 from polyadic.planner.request import Place, Request
-from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
+from polyadic.plans import (
+    ConvPlan,
+    ConvRoute,
+    LinearPlan,
+    LinearRoute,
+    SpectralPlan,
+    SpectralRoute,
+)
 
-Plan = LinearPlan | ConvPlan
+Plan = LinearPlan | ConvPlan | SpectralPlan
 FORMAT_VERSION = 1
 _KINDS: dict[str, tuple[Any, Any]] = {
     "linear": (LinearPlan, LinearRoute),
     "conv": (ConvPlan, ConvRoute),
+    "spectral": (SpectralPlan, SpectralRoute),
 }
 _held: dict[str, Plan] = {}
 
@@ -62,8 +69,9 @@ def tuned_file(place: Place) -> Path:
 def _stored(place: Place) -> dict[str, Plan]:
     try:
         path = tuned_file(place)
+        check_regular(path)
         text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return {}
     try:
         found: Any = json.loads(text)
@@ -93,7 +101,7 @@ def _read(plain: dict[str, Any]) -> Plan:
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
-    kind = "linear" if isinstance(plan, LinearPlan) else "conv"
+    kind = next(name for name, (made, _) in _KINDS.items() if isinstance(plan, made))
     return {"kind": kind, **dataclasses.asdict(plan)}
 
 
@@ -104,11 +112,8 @@ def store(place: Place, plans: dict[str, Plan]) -> Path | None:
     try:
         path = tuned_file(place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(".tmp", path.stem, path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump({**content, "plans": every}, file, indent=2)
-        os.replace(draft, path)
-    except OSError as error:
+        write_text(path, json.dumps({**content, "plans": every}, indent=2))
+    except (OSError, ValueError) as error:
         warnings.warn(
             f"the tuned plans hold for this process alone, as they could not be written: {error}",
             RuntimeWarning,

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
 MOST_MODES = 64
 MOST_BYTES = 2**26
-_KEYS = {"format_version", "layers", "ties", "dtype", "quant_method"}
+_KEYS = {"format_version", "layers", "ties", "dtype", "quant_method", "saved"}
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class ModelConfig:
         layers: its CP layers by name.
         ties: by the name of a parameter that is shared, the name under which it is stored.
         dtype: the dtype of the model as a whole, if it has one.
+        saved: the mark of the save it was written by, if it has one.
     """
 
     layers: dict[str, LayerConfig]
     ties: dict[str, str] = field(default_factory=dict)
     dtype: str | None = None
+    saved: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -83,12 +85,15 @@ class ModelConfig:
         dtype = content.get("dtype")
         if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
-        return cls(layers, ties, dtype)
+        saved = content.get("saved")
+        if saved is not None and not isinstance(saved, str):
+            raise ValueError(f"saved must be the mark of a save, got {saved!r:.80}")
+        return cls(layers, ties, dtype, saved)
 
 
-def dumps(config: ModelConfig) -> str:
-    """Write a configuration as JSON, a line for each layer."""
-    content = config.to_dict()
+def dumps(config: ModelConfig, mark: str) -> str:
+    """Write a configuration with the mark of a save as JSON, a line for each layer."""
+    content = {**config.to_dict(), "saved": mark}
     layers = [f"{json.dumps(n)}: {json.dumps(entry)}" for n, entry in content.pop("layers").items()]
     head = json.dumps(content, indent=1).removesuffix("\n}")
     return head + ',\n "layers": {\n  ' + ",\n  ".join(layers) + "\n }\n}\n"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polyadic.nn.wrapped import check_unwrapped
 from polyadic.pretrained import files
-from polyadic.pretrained.config import ModelConfig, dumps
+from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import Exchange, fill, prepare, refuse
 from polyadic.pretrained.layers import describe
@@ -71,7 +71,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         place = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if place in storages else tensor
         storages.add(place)
-    files.write(Path(directory), dumps(ModelConfig(layers, ties)), tensors)
+    files.write(Path(directory), ModelConfig(layers, ties), tensors)
 
 
 def from_pretrained(
@@ -108,12 +108,12 @@ def from_pretrained(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
-    config = files.read_config(folder)
-    exchange = prepare(model, config.layers)
-    _no_lost_buffers(exchange)
-    stored = files.Tensors(folder)
-    sources = _sources(exchange.state, stored.shapes, config.ties, folder)
-    tensors = stored.load()
+    with files.opened(folder) as saved:
+        config = saved.config
+        exchange = prepare(model, config.layers)
+        _no_lost_buffers(exchange)
+        sources = _sources(exchange.state, saved.shapes, config.ties, folder)
+        tensors = saved.load()
     _check_dtypes(exchange.state, config, {n: tensors[s].dtype for n, s in sources.items()}, folder)
     filled = fill(exchange, tensors, sources, device)
     exchange.apply()

@@ -1,0 +1,1 @@
+"""Spectral convolutions beside neuraloperator's: layers timed side by side, and a whole solve."""

@@ -1,0 +1,69 @@
+"""The finished pieces of a long job, each a checkpoint of its own in one folder."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from polyadic.durable import checkpoint
+from polyadic.durable.files import is_draft
+
+_JOB = "job.checkpoint"
+
+
+class Pieces:
+    """Pieces of work whose results are kept, so that a job that was stopped makes the rest alone.
+
+    Args:
+        folder: where they are kept, made if it is missing; None keeps nothing.
+        kind: of the job, such as ``"polyadic.compress"``.
+        identity: what the results depend on, by name; plain values.
+        resume: whether pieces that are there may be used.
+
+    Raises:
+        ValueError: there are pieces and ``resume`` is false, or they are of another job.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self, folder: Path | None, kind: str, identity: Mapping[str, Any], resume: bool
+    ) -> None:
+        self._folder, self._kind = folder, kind
+        if folder is None:
+            return
+        job = folder / _JOB
+        if checkpoint.exists(job):
+            if not resume:
+                raise ValueError(
+                    f"checkpoint {folder.name} exists; pass resume=True to continue from it, or "
+                    f"remove it"
+                )
+            checkpoint.same(folder.name, checkpoint.load(job, kind), identity)
+            return
+        # A process that was killed may have left drafts.
+        if folder.exists() and not (folder.is_dir() and all(map(is_draft, os.listdir(folder)))):
+            raise ValueError(f"{folder} is no folder of a checkpoint, and not empty; name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(job, kind, identity, generations=1)
+
+    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a piece, from its file or made now; a damaged one is made again, with a warning.
+
+        Args:
+            name: of the piece, a name for a file.
+            make: makes it: tensors and plain values, as a checkpoint holds them.
+        """
+        if self._folder is None:
+            return make()
+        path = self._folder / name
+        if path.exists():
+            try:
+                return checkpoint.load(path, self._kind)
+            except ValueError as error:
+                warnings.warn(f"{error}; making it again", RuntimeWarning, stacklevel=2)
+        made = make()
+        checkpoint.save(path, self._kind, made, generations=1)
+        return made

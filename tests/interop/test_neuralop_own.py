@@ -1,0 +1,87 @@
+"""neuraloperator's own tests, run with ``polyadic.accelerate_neuralop`` on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from interop.their_tests import run_their_tests
+
+pytest.importorskip("neuralop", reason="needs neuraloperator: pip install 'polyadic[neuralop]'")
+
+SPECTRAL = (
+    "layers/tests/test_spectral_convolution.py",
+    "layers/tests/test_legacy_spectral_convolution.py",
+)
+BLOCKS = (*SPECTRAL, "layers/tests/test_fno_block.py")
+MODELS = (
+    "models/tests/test_fno.py",
+    "models/tests/test_uno.py",
+    "models/tests/test_codano.py",
+    "layers/tests/test_coda_layer.py",
+    "layers/tests/test_local_no_block.py",
+)
+# torch has no has_cuda any more, for which some of their tests ask.
+SHIM = "torch.has_cuda = getattr(torch, 'has_cuda', False)"
+# Every weight that would be dense becomes a CP weight.
+FORCED = f"""{SHIM}
+    from neuralop.layers.spectral_convolution import SpectralConv
+    made = SpectralConv.__init__
+    def init(self, *args, **kwargs):
+        if kwargs.get("factorization") is None and len(args) < 11:
+            kwargs |= dict(factorization="CP", rank=0.5, implementation="factorized")
+        made(self, *args, **kwargs)
+    SpectralConv.__init__ = init"""
+LEVELS = {
+    "contraction": "polyadic.accelerate_neuralop()",
+    "transforms": "polyadic.accelerate_neuralop(transforms=True)",
+}
+OURS = ("cp_spectral_product", "cp_spectral_conv")
+
+
+def run(
+    folder: Path, tests: tuple[str, ...], level: str | None, first: str = SHIM
+) -> tuple[set[str], dict[str, int]]:
+    """Run some of their tests with a level of acceleration, or without."""
+    return run_their_tests(
+        folder,
+        "neuralop",
+        tests,
+        level is not None,
+        module="polyadic.interop.neuralop",
+        names=OURS,
+        turn_on=LEVELS[level or "contraction"],
+        first=first,
+    )
+
+
+@pytest.mark.slow
+def test_their_spectral_tests_pass_with_it_on(tmp_path: Path) -> None:
+    without, nothing = run(tmp_path, SPECTRAL[:1], None)
+    with_it, ran = run(tmp_path, SPECTRAL[:1], "transforms")
+    assert not nothing
+    assert len(without) >= 20
+    assert without <= with_it
+    assert ran.keys() == set(OURS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("forced", [False, True], ids=["as they are", "every weight CP"])
+def test_their_layer_tests_pass_with_it_on(tmp_path: Path, level: str, forced: bool) -> None:
+    first = FORCED if forced else SHIM
+    without, _ = run(tmp_path, BLOCKS, None, first)
+    with_it, ran = run(tmp_path, BLOCKS, level, first)
+    print(f"{len(without)} passed without, {len(with_it)} with it; {ran}")
+    assert without <= with_it
+    assert ran["cp_spectral_product"] > 0
+
+
+@pytest.mark.long
+def test_their_model_tests_pass_with_it_on(tmp_path: Path) -> None:
+    without, _ = run(tmp_path, MODELS, None, FORCED)
+    with_it, ran = run(tmp_path, MODELS, "contraction", FORCED)
+    print(f"{len(without)} passed without, {len(with_it)} with it; {ran}")
+    assert without <= with_it
+    assert ran["cp_spectral_product"] > 0

@@ -1,0 +1,474 @@
+"""Spectral convolutions against torch's whole transforms and one einsum, in complex128."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import polyadic
+from compare import assert_all_close, assert_close
+from polyadic import SpectralPlan, SpectralRoute
+from polyadic import functional as PF
+from polyadic.kernels.dft import Analysis, Synthesis
+from polyadic.nn import CPSpectralConv1d, CPSpectralConv2d, CPSpectralConv3d
+from polyadic.planner import choice
+from polyadic.planner import spectral as planner
+from polyadic.planner.request import request
+from polyadic.testing import Flops, KeptBytes
+
+LAYERS = {1: CPSpectralConv1d, 2: CPSpectralConv2d, 3: CPSpectralConv3d}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a call; ``outs`` is () of a separable weight, ``out`` the grid of the output."""
+
+    size: Shape
+    modes: Shape
+    ins: Shape = (3,)
+    outs: Shape = (4,)
+    rank: int = 5
+    batch: int | None = 2
+    norm: str = "forward"
+    out: Shape | None = None
+    weights: bool = True
+    bias: bool = True
+
+    @property
+    def dims(self) -> int:
+        return len(self.size)
+
+
+GRIDS = [
+    ((8,), (3,)), ((9,), (5,)), ((8,), (9,)), ((1,), (1,)), ((2,), (2,)), ((13,), (4,)),
+    ((7, 6), (4, 3)), ((6, 8), (8, 5)), ((5, 5), (5, 3)), ((1, 7), (1, 2)), ((7, 1), (3, 1)),
+    ((12, 11), (2, 2)), ((4, 5, 6), (3, 4, 3)), ((2, 3, 7), (2, 1, 4)), ((5, 4, 1), (3, 2, 1)),
+    ((3, 3, 3), (3, 3, 2)),
+]  # fmt: skip
+CASES = [Case(size, modes) for size, modes in GRIDS]
+CASES += [Case(size, modes, outs=()) for size, modes in GRIDS]
+CASES += [
+    Case(size, modes, ins, outs, rank)
+    for size, modes in (((13,), (4,)), ((7, 6), (4, 3)), ((4, 5, 6), (3, 4, 3)))
+    for ins, outs, rank in (
+        ((2, 3), (5,), 1),
+        ((1,), (1,), 1),
+        ((7,), (2, 1, 2), 11),
+        ((2, 2), (), 3),
+    )
+]
+CASES += [
+    Case(size, modes, norm=norm, out=out, weights=norm != "ortho", bias=norm != "backward")
+    for (size, modes, out) in (
+        ((9,), (5,), None),
+        ((9,), (5,), (14,)),
+        ((6, 8), (5, 4), None),
+        ((6, 8), (5, 4), (9, 5)),
+        ((6, 8), (6, 5), (4, 3)),
+        ((4, 5, 6), (3, 4, 3), (7, 3, 5)),
+    )
+    for norm in ("forward", "backward", "ortho")
+]
+CASES += [
+    Case((7, 6), (4, 3), batch=batch, outs=outs)
+    for batch in (None, 0, 1, 17)
+    for outs in ((4,), ())
+]
+
+
+def name(case: Case) -> str:
+    parts = [case.size, case.modes, case.ins, case.outs, case.rank, case.batch, case.norm, case.out]
+    return "-".join(str(part).replace(" ", "") for part in parts)
+
+
+def leaves(case: Case, dtype: torch.dtype = torch.complex128) -> dict[str, Tensor]:
+    """Everything the output depends on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+
+    real = dtype.to_real()
+    lead = () if case.batch is None else (case.batch,)
+    groups = {"in": case.ins, "out": case.outs, "mode": case.modes}
+    found = {"x": normal(*lead, math.prod(case.ins), *case.size, dtype=real)}
+    for group, sizes in groups.items():
+        found |= {f"{group} {i}": normal(size, case.rank) for i, size in enumerate(sizes)}
+    if case.weights:
+        found["weights"] = normal(case.rank)
+    if case.bias:
+        found["bias"] = normal(math.prod(case.outs or case.ins), dtype=real)
+    return found
+
+
+def groups_of(named: dict[str, Tensor]) -> list[list[Tensor]]:
+    return [[t for n, t in named.items() if n.startswith(f"{g} ")] for g in ("in", "out", "mode")]
+
+
+def ours(case: Case, named: dict[str, Tensor], **options: Any) -> Tensor:
+    return PF.cp_spectral_conv(
+        named["x"], *groups_of(named), named.get("bias"), weights=named.get("weights"),
+        fft_norm=case.norm, output_size=case.out, **options,
+    )  # fmt: skip
+
+
+def frequencies(case: Case) -> list[list[int]]:
+    """The modes of each dimension that both grids have."""
+    found = []
+    for d, k in enumerate(case.modes):
+        n = min(case.size[d], (case.out or case.size)[d])
+        if d == case.dims - 1:
+            found.append(list(range(min(k, n // 2 + 1))))
+        else:
+            few = min(k, n)
+            found.append(list(range(-(few // 2), few - few // 2)))
+    return found
+
+
+def dense(case: Case, named: dict[str, Tensor]) -> Tensor:
+    """Whole transforms, and the dense weight by one einsum."""
+    x, (ins, outs, modes) = named["x"], groups_of(named)
+    x = x.unsqueeze(0) if case.batch is None else x
+    if case.batch == 0:
+        # torch transforms no empty batch.
+        empty = x.new_zeros(0, math.prod(case.outs or case.ins), *(case.out or case.size))
+        return empty + 0 * sum(tensor.abs().sum() for tensor in named.values())
+    scale = named.get("weights", torch.ones(case.rank, dtype=modes[0].dtype))
+    letters = iter("ABCDEFGHIJKLMNOPQ")
+    terms = [next(letters) for _ in (*ins, *outs, *modes)]
+    equation = f"{','.join(t + 'r' for t in terms)},r->{''.join(terms)}"
+    weight = torch.einsum(equation, *ins, *outs, *modes, scale)
+    weight = weight.reshape(
+        math.prod(case.ins), *((math.prod(case.outs),) if outs else ()), *case.modes
+    )
+    dims = tuple(range(-case.dims, 0))
+    spectrum = torch.fft.rfftn(x, dim=dims, norm=case.norm)
+    channels, out = 2 if outs else 1, case.out or case.size
+    kept = frequencies(case)
+    for d, modes_of_d in enumerate(kept):
+        f = torch.tensor(modes_of_d)
+        spectrum = spectrum.index_select(2 + d, f % case.size[d])
+        rows = f if d == case.dims - 1 else f + case.modes[d] // 2
+        weight = weight.index_select(channels + d, rows)
+    y = torch.einsum("bi...,io...->bo..." if outs else "bi...,i...->bi...", spectrum, weight)
+    for d, modes_of_d in enumerate(kept):
+        n = out[d] // 2 + 1 if d == case.dims - 1 else out[d]
+        empty = y.new_zeros(*y.shape[: 2 + d], n, *y.shape[3 + d :])
+        y = empty.index_copy(2 + d, torch.tensor(modes_of_d) % out[d], y)
+    if case.dims > 1:
+        y = torch.fft.ifftn(y, dim=dims[:-1], norm=case.norm)
+    y = torch.fft.irfft(y, n=out[-1], norm=case.norm)
+    if "bias" in named:
+        y = y + named["bias"].view(-1, *[1] * case.dims)
+    return y.squeeze(0) if case.batch is None else y
+
+
+def gradients(y: Tensor, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return dict(zip(named, torch.autograd.grad(y, list(named.values()), grad), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_values_and_gradients(case: Case, poison: None) -> None:
+    named = leaves(case)
+    want, got = dense(case, named), ours(case, named)
+    assert_close(got, want, "y")
+    assert_all_close(gradients(got, named), gradients(want, named))
+
+
+def plans(case: Case, at_once: tuple[int | None, ...] = (None, 1, 3)) -> list[SpectralPlan]:
+    """Every route beside another one, with every transform."""
+    ways = list(itertools.product(("dft", "fft"), repeat=case.dims))
+    if not case.outs:
+        routes = [SpectralRoute(None, "dense", way) for way in ways]
+    else:
+        routes = [
+            SpectralRoute(n, "factorized", ways[i % len(ways)]) for i, n in enumerate(at_once)
+        ]
+        routes += [SpectralRoute(None, "dense", way) for way in ways]
+        routes += [SpectralRoute(2, "factorized", way) for way in ways]
+    pairs = [*zip(routes, routes, strict=True), *itertools.pairwise(routes)]
+    return [SpectralPlan(there, back, keep) for there, back in pairs for keep in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((9,), (4,)), Case((7, 6), (4, 3), (2, 3)), Case((4, 5, 6), (3, 4, 3)),
+     Case((7, 6), (4, 3), outs=()), Case((6, 8), (5, 4), batch=0)],
+    ids=name,
+)  # fmt: skip
+def test_every_plan_computes_the_same(case: Case, poison: None) -> None:
+    named = leaves(case)
+    want = dense(case, named)
+    expected = gradients(want, named)
+    for plan in plans(case):
+        got = ours(case, named, plan=plan)
+        assert_close(got, want, str(plan))
+        assert_all_close(gradients(got, named), expected)
+
+
+def test_derivatives_of_all_kinds() -> None:
+    for case in (Case((3, 3), (2, 2), (2,), (2,), 2), Case((4,), (2,), (2,), (), 2)):
+        named = leaves(case)
+
+        def function(*tensors: Tensor, case: Case = case, keys: Any = tuple(named)) -> Tensor:
+            return ours(case, dict(zip(keys, tensors, strict=True)))
+
+        inputs = tuple(named.values())
+        assert gradcheck(function, inputs, check_forward_ad=True)
+        assert gradgradcheck(function, inputs)
+
+
+def test_transforms_of_functions() -> None:
+    case = Case((7, 6), (4, 3))
+    named = leaves(case)
+    rest = {n: t.detach() for n, t in named.items() if n != "x"}
+    batches = torch.randn(3, *named["x"].shape, dtype=torch.float64)
+    got = torch.vmap(lambda x: ours(case, {"x": x, **rest}))(batches)
+    for one, x in zip(got, batches, strict=True):
+        assert_close(one, dense(case, {"x": x, **rest}), "vmap")
+    gradient = torch.func.grad(lambda u: ours(case, {**named, "mode 0": u}).square().sum())
+    (want,) = torch.autograd.grad(ours(case, named).square().sum(), named["mode 0"])
+    assert_close(gradient(named["mode 0"].detach()), want, "func.grad")
+
+
+@pytest.mark.parametrize("outs", [(4,), ()])
+def test_compiled(outs: Shape) -> None:
+    case = Case((7, 6), (4, 3), outs=outs)
+    named = leaves(case)
+    compiled = torch.compile(
+        lambda named: ours(case, named), backend="aot_eager", fullgraph=True
+    )  # fmt: skip
+    got, want = compiled(named), dense(case, named)
+    assert_close(got, want, "compiled")
+    assert_all_close(gradients(got, named), gradients(want, named))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_the_product_alone() -> None:
+    case = Case((6, 8), (5, 4), (2, 3))
+    named = leaves(case)
+    x = torch.randn(3, 6, 5, 4, dtype=torch.complex128).transpose(2, 3).contiguous().mT
+    x = x.requires_grad_()
+    ins, outs, modes = groups_of(named)
+    weight = torch.einsum("ar,br,or,ur,vr,r->abouv", *ins, *outs, *modes, named["weights"])
+    want = torch.einsum("biuv,iouv->bouv", x, weight.reshape(6, 4, 5, 4))
+    grad = torch.randn_like(want)
+    wanted = [x, *ins, *outs, *modes, named["weights"]]
+    for memory in ("fast", "balanced", "least"):
+        got = PF.cp_spectral_product(x, ins, outs, modes, weights=named["weights"], memory=memory)
+        assert_close(got, want, "product")
+        pairs = zip(
+            torch.autograd.grad(got, wanted, grad, retain_graph=True),
+            torch.autograd.grad(want, wanted, grad, retain_graph=True),
+            strict=True,
+        )
+        for i, (ours_, theirs) in enumerate(pairs):
+            assert_close(ours_, theirs, f"gradient {i}")
+    half = PF.cp_spectral_product(
+        x.detach().to(torch.complex32),
+        *[[f.to(torch.complex64) for f in g] for g in (ins, outs, modes)],
+    )
+    assert half.dtype == torch.complex32
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["full", "mixed"])
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_nothing_but_the_kept_modes_is_kept(dims: int, precision: Any) -> None:
+    layer = LAYERS[dims](6, 5, 4, rank=9, precision=precision)
+    x = torch.randn(3, 6, *[12] * dims).requires_grad_()
+    spectrum = 3 * 6 * 4 ** (dims - 1) * 3 * (8 if precision == "full" else 4)
+    with KeptBytes(leave_out=[*layer.parameters(), x]) as kept:
+        y = layer(x)
+    assert y.requires_grad
+    assert kept.total == spectrum
+    report = polyadic.explain(layer, batch=3, size=12)
+    assert report.chosen.kept_bytes == 3 * 6 * 4 ** (dims - 1) * 3 * 8
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_mixed_precision_rounds_the_spectra() -> None:
+    layer = CPSpectralConv2d(4, 4, 6, rank=3)
+    x = torch.randn(2, 4, 16, 16)
+    full = layer(x)
+    layer.precision = "mixed"
+    mixed = layer(x)
+    assert mixed.dtype == torch.float32
+    assert 1e-5 < (mixed - full).abs().max() / full.abs().max() < 4e-3
+
+
+def test_autocast_leaves_the_precision() -> None:
+    layer = CPSpectralConv2d(4, 4, 6, rank=3)
+    x = torch.randn(2, 4, 16, 16)
+    want = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(layer(x), want, "autocast", 1e-6)
+        assert layer(x.bfloat16()).dtype == torch.float32
+
+
+def test_fewer_modes_are_those_at_the_middle() -> None:
+    layer = CPSpectralConv2d(3, 3, (8, 8), rank=4, dtype=torch.float64)
+    x = torch.randn(2, 3, 9, 10, dtype=torch.float64)
+    for few in (8, 5), (7, 8), (2, 2), (1, 1):
+        layer.n_modes = few
+        case = Case((9, 10), (8, 5), (3,), (3,), 4, weights=False)
+        weight = dict(zip(["in 0", "out 0", "mode 0", "mode 1"], layer.cp.factors, strict=True))
+        rows = torch.arange(-(few[0] // 2), few[0] - few[0] // 2) + 4
+        weight["mode 0"] = weight["mode 0"][rows]
+        weight["mode 1"] = weight["mode 1"][: few[1] // 2 + 1]
+        case = Case((9, 10), (few[0], few[1] // 2 + 1), (3,), (3,), 4, weights=False)
+        assert_close(layer(x), dense(case, {"x": x, **weight, "bias": layer.bias}), f"{few}")
+    with pytest.raises(ValueError, match="at most"):
+        layer.n_modes = (9, 8)
+
+
+def test_the_weight_is_that_of_the_function() -> None:
+    layer = CPSpectralConv2d(4, 6, (5, 4), rank=3, in_shape=(2, 2), out_shape=(3, 2))
+    assert layer.weight.shape == (4, 6, 5, 3)
+    assert layer.format.parameters == sum(f.numel() for f in layer.cp.factors)
+    separable = CPSpectralConv2d(4, 4, (5, 4), rank=3, separable=True)
+    assert separable.weight.shape == (4, 5, 3)
+
+
+def test_initial_weights_have_neuraloperators_variance() -> None:
+    for separable in (False, True):
+        layer = CPSpectralConv2d(32, 32, (16, 16), rank=200, separable=separable)
+        weight = layer.weight.clone()
+        wanted = 2 / 64
+        assert abs(weight.abs().square().mean().item() / wanted - 1) < 0.2
+        assert abs(weight.real.square().mean().item() / (wanted / 2) - 1) < 0.25
+        assert layer.cp.std == math.sqrt(wanted)
+
+
+def test_dtypes_change_together() -> None:
+    layer = CPSpectralConv2d(3, 4, 4, rank=2)
+    x = torch.randn(2, 3, 8, 8)
+    want = layer(x)
+    layer.double()
+    assert {f.dtype for f in layer.cp.factors} == {torch.complex128}
+    assert layer.bias.dtype == torch.float64
+    assert_close(layer(x.double()).float(), want, "double", 1e-5)
+    layer.to(torch.float32)
+    assert_close(layer(x), want, "and back", 1e-5)
+    made = CPSpectralConv2d(3, 4, 4, rank=2, device="meta").to_empty(device="cpu")
+    made.load_state_dict(layer.state_dict())
+    assert torch.equal(made(x), layer(x))
+
+
+def test_resolution() -> None:
+    layer = CPSpectralConv2d(3, 4, 4, rank=2, resolution_scaling=2)
+    x = torch.randn(2, 3, 8, 9)
+    fine = layer(x)
+    assert fine.shape == (2, 4, 16, 18)
+    layer.resolution_scaling = None
+    # The same band-limited function, of which the coarse grid has every other point.
+    assert_close(layer(x), fine[..., ::2, ::2], "on the coarse grid", 1e-5)
+    assert layer(x, output_size=(5, 7)).shape == (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize("outs", [(4,), ()])
+def test_the_planner_mirrors_the_kernels(outs: Shape) -> None:
+    case = Case((9, 8), (5, 4), (3,), outs, 6, weights=False, bias=False)
+    named = leaves(case)
+    for plan in plans(case):
+        asked = request(
+            polyadic.SpectralFormat(case.ins, case.outs, case.modes, case.rank),
+            2, torch.complex128, size=case.size,
+        )  # fmt: skip
+        forward, backward = planner.steps(asked, plan)
+        listed = sum(step.flops for step in (*forward, *backward))
+        with Flops() as counter:
+            y = ours(case, named, plan=plan)
+            torch.autograd.grad(y, list(named.values()), torch.ones_like(y))
+        assert listed == real_flops(plan, case, counter.total), plan
+
+
+def real_flops(plan: SpectralPlan, case: Case, counted: int) -> int:
+    """Four for each multiply-add of complex numbers; products of the last dimension are real."""
+    n, k = case.size[-1], case.modes[-1]
+    rows = 2 * math.prod(case.size[:-1]) * (math.prod(case.ins) + math.prod(case.outs or case.ins))
+    ways = (plan.forward.transforms[-1], plan.backward.transforms[-1])
+    real = sum(2 * rows * n * 2 * k for way in ways if way == "dft")
+    return 4 * (counted - real) + real
+
+
+def test_the_choice() -> None:
+    """Large maps go in pieces, small ones at once; with TF32 no product makes a transform."""
+    large = request(polyadic.SpectralFormat((64,), (64,), (32, 17), 629), 8, torch.complex64)
+    assert choice.choose(large).forward.modes_at_once is not None
+    small = request(polyadic.SpectralFormat((8,), (8,), (4, 3), 5), 2, torch.complex64)
+    assert choice.choose(small).forward.modes_at_once is None
+    on_gpu = request(
+        polyadic.SpectralFormat((64,), (64,), (16, 9), 64), 8, torch.complex64, "cuda",
+        size=(64, 64),
+    )  # fmt: skip
+    assert choice.choose(on_gpu).forward.modes_at_once is None
+
+
+def test_explain_names_tucker() -> None:
+    layer = CPSpectralConv2d(64, 64, 16, rank=77)
+    text = str(polyadic.explain(layer, batch=8, size=64))
+    assert "A Tucker weight of as many parameters" in text
+    assert "16x9 modes of a grid 64x64" in text
+    assert "break-even rank 27" in text
+
+
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2, separable=True), ValueError, "multiplies each"),
+    (lambda: CPSpectralConv2d(3, 4, (4, 4, 4), rank=2), ValueError, "n_modes"),
+    (lambda: CPSpectralConv2d(3, 4, 0, rank=2), ValueError, "n_modes"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2, fft_norm="none"), ValueError, "fft_norm"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2, precision="half"), ValueError, "precision"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2, dtype=torch.complex64), TypeError, "of the maps"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2, resolution_scaling=0), ValueError, "resolution"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(2, 4, 8, 8)), ValueError, "shape"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(3, 8)), ValueError, "spatial"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(2, 3, 0, 8)), ValueError, "size 0"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(2, 3, 8, 8).double()), TypeError, "x"),
+    (
+        lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(2, 3, 8, 8, dtype=torch.complex64)),
+        TypeError,
+        "x",
+    ),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2).request(2), ValueError, "spatial size"),
+    (lambda: CPSpectralConv2d.from_spectral_conv(torch.nn.Linear(2, 2)), TypeError, "CP format"),
+    (lambda: SpectralRoute(0), ValueError, "modes_at_once"),
+    (lambda: SpectralRoute(transforms=("fast",)), ValueError, "transforms"),
+    (lambda: SpectralPlan(SpectralRoute(), 1), TypeError, "SpectralRoute"),
+    (lambda: ours(Case((8,), (3,)), leaves(Case((8,), (3,))), plan=plans(Case((7, 6), (4, 3)))[0]),
+     ValueError, "dimensions"),
+    (lambda: PF.cp_spectral_conv(torch.randn(1, 2, 4), *[[torch.randn(2, 3)]] * 3), TypeError,
+     "complex64 or complex128"),
+    (lambda: PF.cp_spectral_product(torch.randn(1, 2, 4, dtype=torch.complex64),
+     *[[torch.randn(2, 3, dtype=torch.complex64)]] * 3), ValueError, "x must have shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD, ids=range(len(BAD)))
+def test_bad_input(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("ways", list(itertools.product(("dft", "fft"), repeat=2)))
+def test_transforms_are_adjoint(ways: Any) -> None:
+    for size, modes in ((6, 8), (4, 5)), ((5, 7), (5, 4)), ((1, 2), (1, 2)):
+        for doubled in (False, True):
+            into = Analysis(size, modes, ways, ways[::-1], 0.3, doubled)
+            x = torch.randn(2, 3, *size, dtype=torch.float64)
+            spectrum = torch.randn(2, 3, *modes, dtype=torch.complex128)
+            back = into.adjoint()
+            assert isinstance(back, Synthesis)
+            left = torch.vdot(spectrum.flatten(), into(x).flatten()).real
+            assert_close((back(spectrum) * x).sum(), left, "adjoint")
+            assert back.adjoint() == into
