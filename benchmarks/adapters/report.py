@@ -126,10 +126,10 @@ def _reviews(environment: Record, records: Sequence[Record]) -> str:
         f"reviews to test on. All linear layers of the last {settings['layers']} of six encoder "
         f"layers are adapted, and nothing else trains but the classifier. One standard deviation "
         f"of an accuracy is {noise:.1f} points by the number of test reviews alone, so that "
-        f"differences of one or two points are none. Rates at an edge of what was tried are marked. Steps are "
-        f"the thread's processor time. {_where(environment)}.\n\nThis is a small study: one task, "
-        f"one encoder, few reviews. It shows that the adapters train and what they cost, and "
-        f"ranks none."
+        f"differences of one or two points are none. Rates at an edge of what was tried are "
+        f"marked. Steps are the thread's processor time. {_where(environment)}.\n\nThis is a "
+        f"small study: one task, one encoder, few reviews. It shows that the adapters train "
+        f"and what they cost, and ranks none."
     )
     if unfinished:
         text += f" Fewer seeds than planned were run for {', '.join(unfinished)}."
