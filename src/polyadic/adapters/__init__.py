@@ -33,7 +33,7 @@ _check_peft()
 from polyadic.adapters.config import CPConfig  # noqa: E402 - PEFT's version is checked first
 from polyadic.adapters.lora import FromLora, from_lora, save_as_lora, to_lora  # noqa: E402
 from polyadic.adapters.model import CPModel  # noqa: E402
-from polyadic.adapters.register import PolyadicType, register  # noqa: E402
+from polyadic.adapters.register import register  # noqa: E402
 
 register(CPConfig, CPModel)
 
@@ -41,7 +41,6 @@ __all__ = [
     "CPConfig",
     "CPModel",
     "FromLora",
-    "PolyadicType",
     "from_lora",
     "save_as_lora",
     "to_lora",
