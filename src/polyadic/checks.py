@@ -433,17 +433,6 @@ def check_padding_index(value: Any, num_embeddings: int) -> int | None:
     return index % num_embeddings
 
 
-def check_not_sharded(factors: Sequence[Any], name: str) -> None:
-    """Refuse sharded DTensors, for which torch convolves each component by itself wrongly."""
-    for factor in factors:
-        if any(placement.is_shard() for placement in getattr(factor, "placements", ())):
-            raise ValueError(
-                f"{name} must not be sharded (DTensors): torch's rule for a convolution with as "
-                f"many groups as channels splits the channels and not the groups; use "
-                f"torch.distributed.fsdp.fully_shard, which hands a layer whole factors"
-            )
-
-
 def check_in_range(flat: Tensor, size: int) -> None:
     """Check indices (b,) against [0, size) without reading them: a lookup that does so itself.
 

@@ -147,19 +147,15 @@ REENTRANT = Refusal(
     "torch's Embedding is not different",
     "does not require grad",
 )
-SHARDED = Refusal(
-    "refused by name: torch's rule for a DTensor splits the channels of a convolution that has as "
-    "many groups, and not the groups; fully_shard hands a layer whole factors",
-    "kernel_factors must not be sharded",
+FEATURES_OF_IMAGES = Refusal(
+    "refused by name: the sum would be of images with R channels; RankParallel serves",
+    "FeatureParallel does not support",
 )
 REFUSED = {
     **{(name, "checkpoint, use_reentrant=True"): REENTRANT
        for name, layer in LAYERS.items() if layer.indices},
-    **{(name, matrix_distributed.SHARDED): SHARDED for name, layer in LAYERS.items() if layer.dims},
-    **{(name, matrix_distributed.SHARDED): Refusal(
-        "the check of the indices' range mixes a plain tensor with a DTensor, which torch refuses",
-        "mixed torch.Tensor and DTensor",
-    ) for name, layer in LAYERS.items() if layer.indices},
+    **{(name, matrix_distributed.FEATURES): FEATURES_OF_IMAGES
+       for name, layer in LAYERS.items() if layer.dims},
 }  # fmt: skip
 
 

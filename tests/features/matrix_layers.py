@@ -72,11 +72,11 @@ class Layer:
 
 
 def _linear(**kwargs: Any) -> Any:
-    return pnn.CPLinear(12, 10, rank=4, in_shape=(3, 2, 2), out_shape=(2, 5), **kwargs)
+    return pnn.CPLinear(12, 10, rank=4, in_shape=(2, 3, 2), out_shape=(2, 5), **kwargs)
 
 
 def _embedding(**kwargs: Any) -> Any:
-    return pnn.CPEmbedding(23, 6, 3, rank=4, in_shape=(2, 3, 4), out_shape=(3, 2), **kwargs)
+    return pnn.CPEmbedding(23, 6, 3, rank=4, in_shape=(2, 3, 4), out_shape=(2, 3), **kwargs)
 
 
 def _conv(name: str, *args: Any, **own: Any) -> Callable[..., Any]:
@@ -108,11 +108,15 @@ LAYERS = {
     ),
     "CPEmbedding": Layer(_embedding, dense_embedding, (5,)),
     "CPTiedLinear": Layer(lambda **kw: _embedding(**kw).as_linear(True), dense_tied, (6,)),
-    "CPLinear.joint": Layer(_joint(pnn.CPLinear, 12, 10), dense_linear, (12,)),
+    "CPLinear.joint": Layer(
+        _joint(pnn.CPLinear, 12, 10, in_shape=(2, 2, 3), out_shape=(2, 5)), dense_linear, (12,)
+    ),
     "CPConv2d.joint": Layer(
         _joint(pnn.CPConv2d, 4, 6, 3, padding=1), dense_conv, (4, 5, 6), scaled=False
     ),
-    "CPEmbedding.joint": Layer(_joint(pnn.CPEmbedding, 23, 6, 3), dense_embedding, (5,)),
+    "CPEmbedding.joint": Layer(
+        _joint(pnn.CPEmbedding, 23, 6, 3, out_shape=(2, 3)), dense_embedding, (5,)
+    ),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic.batches import Forward, call, evaluating
+from polyadic.batches import Forward, call, evaluating, misfit
 from polyadic.compression.arguments import Callback
 from polyadic.compression.costs import Call, Calls
 from polyadic.compression.targets import Target
@@ -143,12 +143,8 @@ class Calibration:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{type(self.model).__name__} does not run on batch {number} of calibration, a "
-                f"{type(batch).__name__}: {error}; a tuple or list is given as model(*batch), a "
-                f"mapping as model(**batch), all else as model(batch): leave out labels, or say "
-                f"how to run it by forward=lambda model, batch: ..."
-            ) from error
+            where = f"batch {number} of calibration"
+            raise misfit(self.model, batch, where, error) from error
 
     def _recorder(self, name: str) -> Callable[..., None]:
         def record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

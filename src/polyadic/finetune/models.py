@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic.batches import call, keeping_modes
+from polyadic.batches import call, keeping_modes, misfit
 from polyadic.tensor import CPTensor
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -49,9 +49,13 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
     """Call a model and return its output, which has to be one floating tensor.
 
     Raises:
-        ValueError: it is none, or several.
+        ValueError: the output holds no floating tensor, or several, or the model does not take
+            such a batch.
     """
-    output = call(model, batch)
+    try:
+        output = call(model, batch)
+    except TypeError as error:
+        raise misfit(model, batch, "a batch", error) from error
     if isinstance(output, Tensor):
         return output
     parts: dict[Any, Any] = {}
@@ -144,7 +148,7 @@ def refuse_shared(trained: Mapping[str, nn.Parameter], teacher: nn.Module) -> No
 def prepared(
     student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter], train_mode: bool
 ) -> Iterator[None]:
-    """Let only ``trained`` require gradients, and the teacher evaluate; restore both in the end."""
+    """Within it only ``trained`` require gradients, and the teacher is in evaluation mode."""
     flags = [(p, p.requires_grad) for p in student.parameters()]
     wanted = {id(parameter) for parameter in trained.values()}
     try:

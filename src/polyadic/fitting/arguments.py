@@ -75,16 +75,6 @@ def _joins(dims: Shape, modes: Shape) -> bool:
     return not left
 
 
-def rank(value: Any) -> int:
-    """Return the rank as a plain positive int.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1.
-    """
-    return positive_int(value, "rank")
-
-
 def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]:
     """Check the metric, and return the groups of the input side.
 

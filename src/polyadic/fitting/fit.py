@@ -16,7 +16,7 @@ from polyadic.fitting.descent import Descent
 from polyadic.fitting.problem import Problem, make_problem
 from polyadic.fitting.result import DecomposeInterrupted, Decomposition, fragility
 from polyadic.fitting.starts import exact_rank, low_rank, orthogonal_terms, random_factors
-from polyadic.formats import Shape
+from polyadic.formats import Shape, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.tensor import CPTensor
 
@@ -106,7 +106,7 @@ def decompose(
     began = time.perf_counter()
     groups = arguments.groups(tensorized_shape)
     arguments.weight(weight, groups)
-    rank = arguments.rank(rank)
+    rank = positive_int(rank, "rank")
     inside = arguments.metric(metric, metric_groups, groups)
     arguments.options(damping, iterations, tolerance, regularization, max_growth, seed, callback)
     starts = arguments.starts(start, groups)

@@ -100,7 +100,7 @@ def _freezable(model: nn.Module) -> list[CPLayer]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _form(layer: CPLayer, batch: int, size: Shape) -> Frozen | None:
-    """The contracted form of a layer, or None where its plan is predicted to be faster."""
+    """Make the contracted form of a layer; None if its plan is predicted to be faster."""
     if is_of_family(layer, "linear"):
         return _frozen_linear(layer, batch)
     if _kernel_is_cheaper(layer, batch, size):
@@ -109,7 +109,7 @@ def _form(layer: CPLayer, batch: int, size: Shape) -> Frozen | None:
 
 
 def _frozen_linear(layer: CPLayer, rows: int) -> Frozen | None:
-    """The Khatri-Rao pair or W, or None where the plan is predicted to be faster than both."""
+    """Make the Khatri-Rao pair or W; None if the plan is predicted to be faster than both."""
     (m, n), r = layer.cp.shape, layer.rank
     asked = layer.request(rows)
     machine = machine_for(asked)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-# By the name of the hook that computes a weight: what bakes it in.
+# For a hook that computes a weight, by its name, the call that makes a parameter of the result.
 _BAKE = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
@@ -75,6 +75,7 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
 
 
 def _exact(module: nn.Module, kind: type[nn.Module], expected: str) -> None:
+    """Raise a TypeError that says why a module is not exactly of a class."""
     name = type(module).__name__
     if type(module) is kind:
         return
@@ -94,7 +95,7 @@ def _exact(module: nn.Module, kind: type[nn.Module], expected: str) -> None:
 
 
 def _bake(module: nn.Module) -> str:
-    """How to make a parameter of a weight that a hook computes."""
+    """Say how to make a parameter of a weight that a hook computes."""
     names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
     for name in names:
         if name in _BAKE:

@@ -8,9 +8,10 @@ from torch import nn
 def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
     """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
 
-    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
-    that take their places later are never synchronised, and the processes part without an error;
-    DataParallel and sharded parameters are no places to put a whole factor into.
+    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module.
+    Parameters that take their places later are never synchronised, and the models of the processes
+    drift apart without an error. DataParallel and sharded parameters have no place for a whole
+    factor.
 
     Args:
         model: any module.
@@ -40,7 +41,7 @@ def check_unwrapped(model: nn.Module, function: str, argument: str = "model") ->
 
 
 def _wraps(base: type) -> bool:
-    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
+    """Whether a class keeps parameters of layers; FSDP's classes are told without importing it."""
     if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return True
     names = ("FullyShardedDataParallel", "FSDPModule", "DDP")

@@ -87,7 +87,7 @@ class KeptBytes:
     forward pass, which hold its graph, are alive.
 
     Args:
-        leave_out: Tensors that exist anyway, usually parameters, buffers and the batch. Their
+        leave_out: tensors that exist anyway, usually parameters, buffers and the batch. Their
             storages do not count; copies of them do.
     """
 
@@ -128,8 +128,8 @@ def kept_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> 
     """Count the bytes that autograd keeps between a forward pass and its backward pass.
 
     Args:
-        forward: Runs the forward pass, with gradients enabled, and returns its outputs.
-        leave_out: Tensors that exist anyway, usually parameters, buffers and the batch. Their
+        forward: runs the forward pass, with gradients enabled, and returns its outputs.
+        leave_out: tensors that exist anyway, usually parameters, buffers and the batch. Their
             storages do not count; copies of them do.
 
     Returns:
@@ -150,10 +150,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage is counted from the moment an operator returns it until it is freed.
 
     Args:
-        held: Tensors that are there already, such as parameters and the batch.
+        held: tensors that are there already, such as parameters and the batch.
 
     Attributes:
-        peak: The largest ``current`` there has been, in bytes.
+        peak: the largest ``current`` there has been, in bytes.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -182,9 +182,9 @@ class Allocation:
     """A new storage that an operator returned.
 
     Attributes:
-        operation: Name of the operator, such as ``"aten.mm.default"``.
-        nbytes: Size of the storage.
-        elements: How many elements of the tensor's dtype fit into it.
+        operation: name of the operator, such as ``"aten.mm.default"``.
+        nbytes: size of the storage.
+        elements: how many elements of the tensor's dtype fit into it.
     """
 
     operation: str
@@ -196,9 +196,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, within a ``with`` block, the operators that reach torch's dispatcher below autograd.
 
     Attributes:
-        names: Their names in order, such as ``"aten.mm.default"``. Views such as
+        names: their names in order, such as ``"aten.mm.default"``. Views such as
             ``"aten.t.default"`` are among them, although they start no kernel.
-        allocations: The storages that they returned and were not given, in order.
+        allocations: the storages that they returned and were not given, in order.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ def launches(run: Callable[[], Any]) -> int:
     """Count the operators that reach torch's dispatcher below autograd.
 
     Args:
-        run: What is to be counted; called once.
+        run: what is to be counted; called once.
 
     Returns:
         How many names ``Operations`` notes.
@@ -240,7 +240,7 @@ def allocations(run: Callable[[], Any]) -> list[Allocation]:
     """List the storages that operators make; views of their inputs and outputs are left out.
 
     Args:
-        run: What is to be counted; called once.
+        run: what is to be counted; called once.
 
     Returns:
         The storages in the order in which they were made, whether or not they were freed meanwhile.
@@ -275,7 +275,7 @@ def flops(run: Callable[[], Any]) -> int:
     """Count the floating-point operations of products and convolutions.
 
     Args:
-        run: What is to be counted; called once. ``loss.backward`` is one for a backward pass.
+        run: what is to be counted; called once. ``loss.backward`` is one for a backward pass.
 
     Returns:
         FLOPs, as ``Flops`` counts them.

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic._torch import whole
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -53,12 +54,14 @@ def param_groups(
     *,
     optimizer: Optimizer = "adamw",
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer under which a model of CP layers trains at the dense learning rate.
+    """Make groups for an optimizer, with which CP layers train at the dense learning rate.
 
     Factors get rates and decays of their own, such that their tensor changes, and decays, as a
     dense weight does at ``lr`` and ``weight_decay``; everything else keeps these two. Rates follow
     the values that the parameters have now: call it once the model is initialised, converted or
-    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule.
+    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule;
+    ``OneCycleLR`` and ``CyclicLR`` set peaks instead, and want one for each group:
+    ``[group["lr"] for group in optimizer.param_groups]``.
 
         optimizer = torch.optim.AdamW(polyadic.param_groups(model, 1e-3, weight_decay=0.1))
 
@@ -76,9 +79,9 @@ def param_groups(
         TypeError: ``model`` is no module, or a number is none.
         ValueError: a number is negative or not finite, the optimizer is not one of these, or a
             factor has no values yet or is zero throughout, so that it has no scale to follow.
-            (Muon orthogonalises the step of a matrix; of a factor that says nothing about W, whose
-            mode of m_d rows has at most m_d orthogonal columns. Train factors with AdamW beside
-            it.)
+            (Muon orthogonalises the step of a matrix. For a factor that has no meaning for W,
+            because a mode with m_d rows has at most m_d orthogonal columns. Train factors with
+            AdamW, and the other weights with Muon.)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -109,9 +112,9 @@ def factor_rates(
     *,
     optimizer: Optimizer = "adamw",
 ) -> Mapping[nn.Parameter, tuple[float, float]]:
-    """Learning rate and weight decay of each factor of one CP layer, by the rule of param_groups.
+    """Return learning rate and weight decay of each factor of a layer, by the rule of param_groups.
 
-    For those who make their own groups, with ``layer`` one of their layers.
+    It is for those who make groups of their own.
 
     Args:
         layer: a CP layer, or its ``CPTensor``.
@@ -165,9 +168,9 @@ def _tensor_of(layer: Any) -> CPTensor:
 
 @torch.no_grad()
 def _adamw_gains(tensor: CPTensor) -> list[float]:
-    """a_d / w of each factor, and of λ."""
-    factors = [factor.double() for factor in tensor.factors]
-    scale = None if tensor.weights is None else tensor.weights.double()
+    """Return a_d / w of each factor, and of λ."""
+    factors = [whole(factor).double() for factor in tensor.factors]
+    scale = None if tensor.weights is None else whole(tensor.weights).double()
     gram = torch.ones(tensor.rank, tensor.rank, dtype=torch.float64, device=factors[0].device)
     for factor in factors:
         gram *= factor.T @ factor
@@ -185,11 +188,11 @@ def _rms(values: Tensor) -> float:
 
 @torch.no_grad()
 def _sgd_gains(tensor: CPTensor) -> list[float]:
-    """1 / s_d of each factor, and of λ."""
-    factors = [factor.double() for factor in tensor.factors]
+    """Return 1 / s_d of each factor, and of λ."""
+    factors = [whole(factor).double() for factor in tensor.factors]
     squares = [factor.square().sum(0) for factor in factors]
     if tensor.weights is not None:
-        squares.append(tensor.weights.double().square())
+        squares.append(whole(tensor.weights).double().square())
     gains = []
     for own in range(len(squares)):
         others = torch.ones_like(squares[0])
