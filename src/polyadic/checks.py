@@ -11,9 +11,8 @@ from torch import Tensor
 
 from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
-from polyadic.kernels.backend import why_not
+from polyadic.kernels.backend import is_computed, why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.kernels.multilinear import is_computed
 from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
 Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)

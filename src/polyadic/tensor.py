@@ -15,7 +15,8 @@ from polyadic._torch import whole
 from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
-from polyadic.kernels.multilinear import accumulate_dtype, is_computed, khatri_rao
+from polyadic.kernels.backend import is_computed
+from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 

@@ -22,7 +22,7 @@ def test_an_index_shows_no_link_into_the_repository() -> None:
     assert re.search(r"\]\((?!\w+://)", text)
     without = for_an_index(text)
     assert not re.search(r"\]\((?!\w+://)", without)
-    assert "a tour" in without
+    assert "A tour" in without
     assert for_an_index("[a](b.md) ![c](d.png) [e](https://doi.org/f)", "https://doi.org/x/") == (
         "[a](https://doi.org/x/blob/main/b.md) ![c](https://doi.org/x/raw/main/d.png) "
         "[e](https://doi.org/f)"

@@ -183,15 +183,29 @@ LAYERS: list[Any] = [
 NOT_SAVED = {"device", "dtype", "order", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"}
 
 
-# A module around layers, which are saved by themselves.
-AROUND = {"CPSharedInput"}
+# What a skeleton holds already: a module around layers, which are saved by themselves, and the
+# layers that stand in for none of torch's.
+IN_SKELETONS = {"CPSharedInput", "CPSpectralConv1d", "CPSpectralConv2d", "CPSpectralConv3d"}
 
 
-@pytest.mark.parametrize("name", sorted(set(polyadic.nn.__all__) - {"CPTiedLinear"} - AROUND))
+@pytest.mark.parametrize("name", sorted(set(polyadic.nn.__all__) - {"CPTiedLinear"} - IN_SKELETONS))
 def test_every_argument_of_every_layer_is_saved(name: str) -> None:
     arguments = set(inspect.signature(getattr(polyadic.nn, name)).parameters)
     assert set(BY_NAME[name].arguments) == arguments - NOT_SAVED
-    assert set(BY_NAME) == set(polyadic.nn.__all__) - AROUND
+    assert set(BY_NAME) == set(polyadic.nn.__all__) - IN_SKELETONS
+
+
+def test_a_spectral_layer_of_the_skeleton_gets_its_values(tmp_path: Path) -> None:
+    def made() -> Any:
+        spectral = polyadic.nn.CPSpectralConv1d(4, 4, 4, rank=2)
+        return nn.ModuleList([spectral, polyadic.nn.CPLinear(4, 4, rank=2)])
+
+    torch.manual_seed(0)
+    model, skeleton = made(), made()
+    polyadic.save_pretrained(model, tmp_path)
+    polyadic.from_pretrained(tmp_path, skeleton)
+    x = torch.randn(2, 4, 16)
+    assert torch.equal(skeleton[0](x), model[0](x))
 
 
 def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:
@@ -208,7 +222,7 @@ def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize(("make", "dense"), [p[1:] for p in LAYERS], ids=[p[0] for p in LAYERS])
 def test_every_layer(make: Any, dense: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     net = nn.Sequential(make(dtype=dtype, memory="fast"))
@@ -216,6 +230,17 @@ def test_every_layer(make: Any, dense: Any, dtype: torch.dtype, tmp_path: Path) 
     other = from_pretrained(tmp_path, nn.Sequential(dense()))
     same(net, other)
     assert other[0].memory == "fast"
+
+
+def test_complex128_is_refused_by_name(tmp_path: Path) -> None:
+    """Files of safetensors have no such numbers, and are not written without imaginary parts."""
+    factors = nn.Sequential(CPLinear(6, 4, rank=2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"one dtype of .*complex64, got torch\.complex128"):
+        save_pretrained(factors, tmp_path)
+    beside = nn.Sequential(CPLinear(6, 4, rank=2), nn.Linear(4, 2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"1\.weight is torch\.complex128, .* save .* complex64"):
+        save_pretrained(beside, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("alone", [False, True])

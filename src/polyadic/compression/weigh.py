@@ -18,6 +18,7 @@ from polyadic.compression.curves import DAMPING, Curve, approximation, curves, f
 from polyadic.compression.kept import curves_from_plain, curves_to_plain
 from polyadic.compression.targets import Target
 from polyadic.durable.pieces import Pieces
+from polyadic.fitting.problem import inner, wide
 from polyadic.formats import Rank
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
@@ -105,7 +106,7 @@ def weigh(
         The options of each target, in the order of the targets.
     """
     found = []
-    norms = [float(target.weight.double().square().sum()) for target in targets]
+    norms = [inner(wide(target.weight), wide(target.weight)) for target in targets]
     for i, (target, norm) in enumerate(zip(targets, norms, strict=True)):
         tell("curves", i, len(targets), target.name)
         asked = next((ranks[n] for n in target.names if n in ranks), None)

@@ -27,7 +27,7 @@ from polyadic.finetune.settings import (
     total_steps,
 )
 from polyadic.finetune.walk import first
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.training.rates import param_groups
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +41,8 @@ Validation = Iterable[Any] | Callable[[nn.Module], float]
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    if student.is_complex():
+        return (student - teacher).abs().square().mean()
     return F.mse_loss(student, teacher)
 
 
@@ -112,7 +114,8 @@ def distill(
         epochs: number of walks through ``batches``, to be given in place of ``steps``.
         loss: ``"mse"``; ``"cosine"``, 1 less the mean cosine along the last dimension; ``"kl"``,
             the divergence of softmax outputs along it; or a function (student's, teacher's output)
-            → scalar. Low precisions are compared in float32.
+            → scalar. Low precisions are compared in float32. For complex outputs ``"mse"``, the
+            mean squared modulus, or a function.
         forward: function (model, batch) → tensor to compare; by default the model's output, which
             must then be one tensor.
         trainable: ``"cp"``, factors and biases of the CP layers; ``"cp+norms"``, the normalisation
@@ -154,9 +157,8 @@ def distill(
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or with ``validation=False`` those before that step.
     """
-    models.require_module(student, "student")
-    models.require_module(teacher, "teacher")
     check_unwrapped(student, "distill", "student")
+    check_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)
@@ -247,6 +249,8 @@ def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: 
             f"student and teacher must give outputs of one shape, got {tuple(ours.shape)} and "
             f"{tuple(theirs.shape)}"
         )
+    if ours.is_complex() and compare in (LOSSES["cosine"], LOSSES["kl"]):
+        raise ValueError(f"loss must be 'mse' or a function for outputs of {ours.dtype}")
     wide = torch.promote_types(ours.dtype, torch.float32)
     value = compare(ours.to(wide), theirs.to(wide))
     if not isinstance(value, Tensor) or value.dim() != 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, keeping_modes, misfit
+from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -17,12 +18,6 @@ Trainable = Literal["cp", "cp+norms", "all"] | Callable[[str, nn.Parameter], boo
 
 TRAINABLE = ("cp", "cp+norms", "all")
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
-
-
-def require_module(model: Any, name: str) -> None:
-    """Raise a TypeError where ``model`` is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def require_batches(batches: Any, name: str) -> None:
@@ -63,7 +58,7 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
         parts = dict(output)
     elif isinstance(output, (tuple, list)):
         parts = dict(enumerate(output))
-    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and is_computed(v.dtype)}
     if len(tensors) == 1:
         (single,) = tensors.values()
         return single

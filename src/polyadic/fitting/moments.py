@@ -152,14 +152,15 @@ class _Moment:
         self.count += count
 
     def _add_rows(self, rows: Tensor, counts: Tensor | None) -> None:
-        rows, scaled, count = rows.float(), rows.float(), float(len(rows))
+        rows = rows.to(torch.complex64 if rows.is_complex() else torch.float32)
+        scaled, count = rows, float(len(rows))
         if counts is not None:
             seen = counts != 0
             rows, counts = rows[seen], counts[seen]
             scaled, count = rows * counts.unsqueeze(1), float(counts.sum())
         # Autocast may be on for the model; the moments are not to be rounded by it.
         with torch.autocast(rows.device.type, enabled=False):
-            self._add(scaled.t() @ rows, count)
+            self._add(scaled.mH @ rows, count)
 
     def _add_indices(self, module: Any, indices: Tensor) -> None:
         counts = self._counts(indices.shape, indices)

@@ -1,4 +1,4 @@
-"""Which GPUs the library's Triton kernels serve; each GPU is looked at once.
+"""In which dtypes layers compute, and which GPUs the Triton kernels serve; each is looked at once.
 
 They serve NVIDIA GPUs from compute capability 8.0 on, if Triton is installed. The environment
 variable ``POLYADIC_TRITON=0``, set before the first use, switches them off.
@@ -21,6 +21,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Kinds of maps that obey a route by "triton".
 KINDS = ("linear", "convolution", "embedding")
 _LOG = logging.getLogger("polyadic")
+
+
+def is_computed(dtype: torch.dtype) -> bool:
+    """Whether factors may be of a dtype: floating point, complex64 or complex128.
+
+    torch has no products in complex32 on a CPU.
+    """
+    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
 
 
 @not_traced

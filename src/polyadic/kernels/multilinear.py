@@ -47,14 +47,6 @@ def best_cut(sizes: Sequence[int]) -> int:
     return min(range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:]))
 
 
-def is_computed(dtype: torch.dtype) -> bool:
-    """Whether factors may be of a dtype: floating point, complex64 or complex128.
-
-    torch has no products in complex32 on a CPU.
-    """
-    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which products of factors are formed: float32 instead of a half one."""
     return torch.float32 if dtype in HALVES else dtype

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import evaluating
+from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
+from polyadic.nn.wrapped import check_module
 from polyadic.planner import choice, tuned
 from polyadic.planner.choice import Plan
 from polyadic.planner.request import Request
@@ -104,8 +106,7 @@ def tune(
         TypeError: ``model`` is not a module.
         ValueError: the call reaches no CP layer that follows a plan.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if training is None:
         training = model.training
     calls = _calls(model, inputs, named)
@@ -174,7 +175,7 @@ def _runner(layer: nn.Module, args: Any, training: bool) -> Callable[[], object]
 
         return forward
     given = [
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given
+        a.requires_grad_() if isinstance(a, Tensor) and is_computed(a.dtype) else a for a in given
     ]
     wanted = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
     wanted += [p for p in layer.parameters() if p.requires_grad]

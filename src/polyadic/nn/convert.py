@@ -220,7 +220,16 @@ def _arguments(cls: type[CPLayer], of: nn.Module) -> dict[str, Any]:
 
 
 def _copy(cp: CPTensor, tensorized_shape: Sequence[int | Sequence[int]], like: Tensor) -> CPTensor:
-    """Make a CPTensor with copies of the factors, in the dtype and on the device of ``like``."""
+    """Make a CPTensor with copies of the factors, in the dtype and on the device of ``like``.
+
+    Raises:
+        TypeError: the factors are complex and the weight is real.
+    """
+    if cp.factors[0].is_complex() and not like.is_complex():
+        raise TypeError(
+            f"cp must be real for a layer of {like.dtype}, got {cp.factors[0].dtype}, whose "
+            f"imaginary part would be lost; make the layer complex first"
+        )
     factors = [factor.detach().to(like) for factor in cp.factors]
     weights = None if cp.weights is None else cp.weights.detach().to(like)
     return CPTensor.from_factors(tensorized_shape, factors, weights)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from polyadic.kernels.backend import is_computed
+
 # For a hook that computes a weight, by its name, the call that makes a parameter of the result.
 _BAKE = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
@@ -31,7 +33,8 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
         method: the function's name, for messages.
 
     Raises:
-        TypeError: it is of another class, or its weight is no plain floating-point parameter.
+        TypeError: it is of another class, or its weight is no plain floating-point or complex
+            parameter.
         ValueError: its weight is computed or has no values, or something attached to the layer
             would be lost.
     """
@@ -65,9 +68,10 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
         raise ValueError(
             f"{expected} with values, but its weight is on the meta device; load it first"
         )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if not is_computed(weight.dtype) or weight.dtype.itemsize < 2:
         raise TypeError(
-            f"{expected} in a floating-point dtype of 16 bits or more, got {weight.dtype}"
+            f"{expected} in a floating-point dtype of 16 bits or more, complex64 or complex128, "
+            f"got {weight.dtype}"
         )
     if weight.numel() == 0:
         raise ValueError(f"{expected} with a weight, but its shape is {tuple(weight.shape)}")

@@ -34,7 +34,7 @@ class Costed:
 
     @property
     def flops(self) -> int:
-        """FLOPs of GEMMs and convolutions, as torch counts them."""
+        """FLOPs of GEMMs and convolutions, as ``polyadic.testing.Flops`` counts them."""
         return sum(step.flops for step in (*self.forward, *self.backward))
 
     @property

@@ -308,7 +308,7 @@ def storable(name: str, value: Any) -> Tensor:
     """Return a tensor in the form in which it is written, or raise why it cannot be written.
 
     Raises:
-        ValueError: it is not a plain, dense tensor with values.
+        ValueError: it is not a plain, dense tensor with values, of a dtype that files can hold.
     """
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -319,6 +319,11 @@ def storable(name: str, value: Any) -> Tensor:
     if value.is_meta or value.layout != torch.strided or value.is_quantized:
         kind = "on the meta device" if value.is_meta else "sparse or quantized"
         raise ValueError(f"{name} is {kind}, so that it has no values to save")
+    if value.dtype == torch.complex128:
+        raise ValueError(
+            f"{name} is torch.complex128, which files of safetensors cannot hold; save the model "
+            f"in complex64, or its state_dict() by torch.save"
+        )
     if name == sealed.RESERVED:
         raise ValueError(
             f"{name} is the name of a tensor, which the file keeps for itself; rename it"

@@ -14,7 +14,8 @@ from polyadic.nn.kinds import BY_CP, BY_NAME, Family, Kind, family_of, is_cp
 from polyadic.tensor import CPSlice, CPTensor
 
 DTYPES = {
-    str(d).split(".")[1]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    str(d).split(".")[1]: d
+    for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
 }
 
 

@@ -257,12 +257,14 @@ class Flops(FlopCounterMode):
     A multiplication and an addition count as two. What is no product, such as a sum or an
     activation, is not counted, as in ``torch.utils.flop_counter``. The gradients of convolutions
     are counted by a formula of our own: torch's leaves groups out of account, and counts the weight
-    gradient of a depthwise convolution as often as there are channels.
+    gradient of a depthwise convolution as often as there are channels. A product of complex
+    numbers counts as the four of real ones that it takes, where torch counts one.
     """
 
     def __init__(self) -> None:
         formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
         super().__init__(display=False, custom_mapping=formulas)
+        self.flop_registry = {op: _of_reals(own) for op, own in self.flop_registry.items()}
 
     @property
     def total(self) -> int:
@@ -284,6 +286,16 @@ def flops(run: Callable[[], Any]) -> int:
     with counter:
         run()
     return counter.total
+
+
+def _of_reals(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula that counts operations of real numbers where the operands are complex."""
+
+    def counted(*args: Any, **kwargs: Any) -> int:
+        is_complex = any(isinstance(a, Tensor) and a.is_complex() for a in args)
+        return formula(*args, **kwargs) * (4 if is_complex else 1)
+
+    return counted
 
 
 def _convolution_backward_flops(

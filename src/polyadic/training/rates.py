@@ -38,6 +38,9 @@ from torch import Tensor, nn
 
 from polyadic import checks
 from polyadic._torch import whole
+from polyadic.fitting.normal import gram
+from polyadic.fitting.problem import wide
+from polyadic.nn.wrapped import check_module
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -83,8 +86,7 @@ def param_groups(
             because a mode with m_d rows has at most m_d orthogonal columns. Train factors with
             AdamW, and the other weights with Muon.)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     rates: dict[int, tuple[float, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, CPTensor):
@@ -169,30 +171,29 @@ def _tensor_of(layer: Any) -> CPTensor:
 @torch.no_grad()
 def _adamw_gains(tensor: CPTensor) -> list[float]:
     """Return a_d / w of each factor, and of λ."""
-    factors = [whole(factor).double() for factor in tensor.factors]
-    scale = None if tensor.weights is None else whole(tensor.weights).double()
-    gram = torch.ones(tensor.rank, tensor.rank, dtype=torch.float64, device=factors[0].device)
-    for factor in factors:
-        gram *= factor.T @ factor
+    factors = [wide(whole(factor)) for factor in tensor.factors]
+    scale = None if tensor.weights is None else wide(whole(tensor.weights))
+    total = gram(factors[0])
+    for factor in factors[1:]:
+        total = total * gram(factor)
     if scale is not None:
-        gram *= scale.outer(scale)
+        total = total * scale.outer(scale.conj())
     entries = math.prod(factor.shape[0] for factor in factors)
-    w = math.sqrt(max(float(gram.sum()), 0.0) / entries)
+    w = math.sqrt(max(float(total.sum().real), 0.0) / entries)
     every = [*factors, *([] if scale is None else [scale])]
     return [_rms(each) / w if w > 0 else math.nan for each in every]
 
 
 def _rms(values: Tensor) -> float:
-    return math.sqrt(float(values.square().mean()))
+    return math.sqrt(float(values.abs().square().mean()))
 
 
 @torch.no_grad()
 def _sgd_gains(tensor: CPTensor) -> list[float]:
     """Return 1 / s_d of each factor, and of λ."""
-    factors = [whole(factor).double() for factor in tensor.factors]
-    squares = [factor.square().sum(0) for factor in factors]
+    squares = [wide(whole(factor)).abs().square().sum(0) for factor in tensor.factors]
     if tensor.weights is not None:
-        squares.append(whole(tensor.weights).double().square())
+        squares.append(wide(whole(tensor.weights)).abs().square())
     gains = []
     for own in range(len(squares)):
         others = torch.ones_like(squares[0])
