@@ -106,8 +106,8 @@ def _sums(found: list[Record]) -> str:
     mended = ", each of which is refused by name since" if faults else ""
     return (
         f"Runs killed: {_count(total(killed, 'kills'))}, results lost or changed: {lost}. Inputs "
-        f"tried: {_count(total(('hostile',), 'calls'))}, faults: {faults}{mended}. Configurations compared "
-        f"bit for bit: {_count(total(('determinism',), 'compared'))}, unequal: {unequal}."
+        f"tried: {_count(total(('hostile',), 'calls'))}, faults: {faults}{mended}. Configurations "
+        f"compared bit for bit: {_count(total(('determinism',), 'compared'))}, unequal: {unequal}."
     )
 
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.source import attached
+from polyadic.nn.wrapped import check_module
 
 Value = TypeVar("Value")
 
@@ -82,8 +83,7 @@ def find(
         ValueError: a regular expression is invalid, a target selects no layer that can be
             exchanged, or an exclusion matches no layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     targets = _patterns(target_modules, "target_modules")
     exclusions = _patterns(exclude_modules, "exclude_modules")
     names = _names(model)

@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from polyadic import checks
 from polyadic._torch import whole
-from polyadic.formats import check_fits_memory, is_int, positive_int, split_modes, tensorized_groups
+from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
 from polyadic.kernels.backend import is_computed
 from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
+
+
+def check_fits_memory(*sizes: int) -> None:
+    """Refuse a tensor whose bytes no machine can count.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if math.prod(sizes) >= 2**58:
+        raise ValueError(f"a tensor of {' × '.join(map(str, sizes))} entries is too large")
 
 
 class CPTensor(Exchanged):

@@ -125,8 +125,6 @@ def compress(
             a checkpoint of another compression.
         OSError: the checkpoint cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "compress")
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)

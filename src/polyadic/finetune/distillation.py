@@ -27,7 +27,7 @@ from polyadic.finetune.settings import (
     total_steps,
 )
 from polyadic.finetune.walk import first
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.training.rates import param_groups
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -157,9 +157,8 @@ def distill(
         FloatingPointError: loss or gradient is not finite; the student keeps its best parameters,
             or with ``validation=False`` those before that step.
     """
-    models.require_module(student, "student")
-    models.require_module(teacher, "teacher")
     check_unwrapped(student, "distill", "student")
+    check_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)

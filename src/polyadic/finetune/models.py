@@ -20,12 +20,6 @@ TRAINABLE = ("cp", "cp+norms", "all")
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
 
 
-def require_module(model: Any, name: str) -> None:
-    """Raise a TypeError where ``model`` is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
-
-
 def require_batches(batches: Any, name: str) -> None:
     """Raise a TypeError for what cannot be walked, or can be walked only once."""
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):

@@ -24,13 +24,14 @@ _LOG = logging.getLogger("polyadic")
 
 
 def is_computed(dtype: torch.dtype) -> bool:
-    """Whether factors may be of a dtype: floating point, complex64 or complex128.
+    """Whether factors may be of a dtype: floating point of two bytes or more, or complex.
 
-    torch has no products in complex32 on a CPU. What is no dtype is no dtype of factors.
+    torch has no products in complex32 on a CPU, and in eight bits of scaled operands alone.
     """
     if not isinstance(dtype, torch.dtype):
         return False
-    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
+    wide = dtype.is_floating_point and dtype.itemsize >= 2
+    return wide or dtype in (torch.complex64, torch.complex128)
 
 
 @not_traced

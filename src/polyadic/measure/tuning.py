@@ -14,6 +14,7 @@ from polyadic.batches import evaluating
 from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
+from polyadic.nn.wrapped import check_module
 from polyadic.planner import choice, tuned
 from polyadic.planner.choice import Plan
 from polyadic.planner.request import Request
@@ -106,8 +107,7 @@ def tune(
         TypeError: ``model`` is not a module.
         ValueError: the call reaches no CP layer that follows a plan.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if training is None:
         training = model.training
     calls = _calls(model, inputs, named)

@@ -12,7 +12,7 @@ from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
 from polyadic.nn.kinds import is_of_family
 from polyadic.nn.layer import CPLayer
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.steps import gemm
@@ -46,9 +46,8 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
         ValueError: the model has no CPLinear or CPConvNd, is wrapped (DistributedDataParallel,
             DataParallel, FSDP) or sharded, or a size is below 1.
     """
-    _module(model)
     check_unwrapped(model, "freeze")
-    positive_int(batch, "batch")
+    batch = positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
     layers = _freezable(model)
     formed = [(layer, _form(layer, batch, sizes)) for layer in layers if layer.frozen is None]
@@ -76,7 +75,7 @@ def unfreeze(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    _module(model)
+    check_module(model)
     for layer in _freezable(model):
         if layer.frozen is not None:
             for name, parameter in layer.named_parameters():
@@ -86,11 +85,6 @@ def unfreeze(model: Model) -> Model:
                     parameter.requires_grad_(True)
             layer.frozen = None
     return model
-
-
-def _module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _freezable(model: nn.Module) -> list[CPLayer]:

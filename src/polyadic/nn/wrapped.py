@@ -1,12 +1,18 @@
-"""Models whose parameters something outside holds, so that their layers must not be exchanged."""
+"""What a function that changes a model asks of it: to be a module whose parameters are its own."""
 
 from __future__ import annotations
 
 from torch import nn
 
 
+def check_module(model: object, argument: str = "model") -> None:
+    """Raise a TypeError for what is no torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
-    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
+    """Refuse what is no model, and one whose parameters something else holds: a wrapper, or shards.
 
     DistributedDataParallel and FSDP look up the parameters once, when they wrap a module.
     Parameters that take their places later are never synchronised, and the models of the processes
@@ -14,13 +20,15 @@ def check_unwrapped(model: nn.Module, function: str, argument: str = "model") ->
     factor.
 
     Args:
-        model: any module.
+        model: the model.
         function: what would change the model, for the message.
         argument: the model's name among its arguments, for the message.
 
     Raises:
+        TypeError: it is no module.
         ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
     """
+    check_module(model, argument)
     for name, module in model.named_modules():
         place = f"{argument}.{name}" if name else argument
         wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyadic.formats import MOST_MODES
 from polyadic.nn.kinds import BY_NAME
 from polyadic.plans import MEMORY
 from polyadic.pretrained.layers import DTYPES, LayerConfig
 
 FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
+MOST_MODES = 64
 MOST_BYTES = 2**26
 _KEYS = {"format_version", "layers", "ties", "dtype", "quant_method", "saved"}
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
@@ -45,8 +45,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         ValueError: it has no CP layer, or state that cannot be saved: an extra state, tensors on
             the meta device, sharded, sparse or quantized tensors, a subclass of a CP layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     layers = describe(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
@@ -104,8 +103,6 @@ def from_pretrained(
             what it holds does not fit the model: names, shapes, options, kinds of dtypes; or the
             model is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     with files.opened(folder) as saved:
@@ -204,8 +201,6 @@ def merge(model: nn.Module) -> nn.Module:
             kept in a plain list or another object too; it is wrapped
             (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):
@@ -273,7 +268,12 @@ def attach(model: nn.Module) -> None:
     """Make transformers' own ``save_pretrained`` save the CP layers of a model, or of its parts.
 
     Code that puts CP layers into a model calls it; it does nothing for other models.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(map(_is_transformers, model.modules())):
         _bridge().attach(model)
 

@@ -40,6 +40,7 @@ from polyadic import checks
 from polyadic._torch import whole
 from polyadic.fitting.normal import gram
 from polyadic.fitting.problem import wide
+from polyadic.nn.wrapped import check_module
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -85,8 +86,7 @@ def param_groups(
             because a mode with m_d rows has at most m_d orthogonal columns. Train factors with
             AdamW, and the other weights with Muon.)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     rates: dict[int, tuple[float, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, CPTensor):

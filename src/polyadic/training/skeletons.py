@@ -133,8 +133,6 @@ def factorize(
         ValueError: a pattern matches nothing, no layer can be exchanged, a rank or order does not
             fit, or the model is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "factorize")
     if order is not None:
         positive_int(order, "order")
