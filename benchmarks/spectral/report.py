@@ -72,8 +72,8 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
         markdown_rows(times, align),
         "MiB kept for the backward, parameters left out (x counts where it is kept):",
         markdown_rows(kept, align),
-        "How many times as fast as neuraloperator's CP layer; the layer's time over that of the best "
-        "plan that can be forced on it; and the part of neuraloperator's bytes that it keeps:",
+        "How many times as fast as neuraloperator's CP layer; the layer's time over that of the "
+        "best plan that can be forced on it; and the part of neuraloperator's bytes it keeps:",
         markdown_rows(goals, "lrrrrr"),
     ])  # fmt: skip
 
