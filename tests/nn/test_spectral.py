@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -472,3 +476,24 @@ def test_transforms_are_adjoint(ways: Any) -> None:
             left = torch.vdot(spectrum.flatten(), into(x).flatten()).real
             assert_close((back(spectrum) * x).sum(), left, "adjoint")
             assert back.adjoint() == into
+
+
+def test_tools_of_torch(tmp_path: Path) -> None:
+    """Copies, files, a leaf of torch.fx, and a graph with any batch."""
+    layer = CPSpectralConv2d(3, 4, 4, rank=2)
+    x = torch.randn(2, 3, 8, 9)
+    want = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = CPSpectralConv2d(3, 4, 4, rank=2)
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(other(x), want)
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
+    assert torch.equal(traced(x), want)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},), strict=False)
+    more = torch.randn(5, 3, 8, 9)
+    assert_close(program.module()(more), layer(more), "exported", 1e-6)
+    checkpointed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert torch.equal(checkpointed, want)
