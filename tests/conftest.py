@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = folder.name
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")
+    config.addinivalue_line("filterwarnings", "ignore:Complex modules are a new feature")
+    config.addinivalue_line("filterwarnings", "ignore:ComplexHalf support is experimental")
     # Tests take layers so small that hardly a rank saves FLOPs.
     config.addinivalue_line("filterwarnings", r"ignore:this CP\w+ has rank")
 

@@ -111,7 +111,9 @@ def test_from_factors_keeps_frozen_parameters_frozen() -> None:
     assert [f.requires_grad for f in cp.factors] == [False, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+)
 def test_dtypes(dtype: torch.dtype) -> None:
     cp = CPTensor(((2, 3), (5,)), 4, weights=True, dtype=dtype)
     assert {p.dtype for p in cp.parameters()} == {dtype}
@@ -127,7 +129,9 @@ def parts(cp: CPTensor) -> list[Tensor]:
     return [*cp.factors, *([] if cp.weights is None else [cp.weights])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128, torch.complex64]
+)
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize(
     "groups", [((4, 4, 16), (4, 4, 8)), ((4, 8), (4, 4), (3, 3)), ((7,), (5,)), ((1, 6), (2, 1, 3))]
@@ -153,7 +157,7 @@ class TestConversions:
             assert b.dtype == dtype
         expected = torch.ones(6, dtype=dtype) if cp.weights is None else cp.weights
         assert torch.equal(theirs.weights, expected)
-        if dtype == torch.float64:
+        if dtype in (torch.float64, torch.complex128):
             assert_close(theirs.to_matrix(), cp.to_matrix(), "matrix")
 
         back = CPTensor.from_tltorch(theirs)
@@ -175,7 +179,7 @@ class TestConversions:
         expected = torch.ones(6, dtype=dtype) if cp.weights is None else cp.weights
         assert torch.equal(theirs.weights, expected)
         assert all(torch.equal(a, b) for a, b in zip(cp.factors, theirs.factors, strict=True))
-        if dtype == torch.float64:
+        if dtype in (torch.float64, torch.complex128):
             with tensorly.backend_context("pytorch"):
                 assert_close(tensorly.cp_to_tensor(theirs), cp.to_tensor(), "tensor")
 
@@ -187,6 +191,32 @@ class TestConversions:
         given = [*theirs.factors, theirs.weights]
         assert_no_shared_storage(parts(cp), given)
         assert_no_shared_storage(parts(back), given)
+
+
+@pytest.mark.parametrize("tensorized", [True, False])
+def test_tltorch_by_real_and_imaginary_parts(tensorized: bool) -> None:
+    """The parameters of a ``ComplexCP`` are pairs of real numbers, which come and go bit by bit."""
+    pytest.importorskip("tltorch")
+    cp = CPTensor(((2, 3), (5,)), 4, weights=True, dtype=torch.complex64)
+    assert cp.weights is not None
+    nn.init.normal_(cp.weights)
+    cp.factors[1].requires_grad_(False)
+    theirs = cp.to_tltorch(tensorized=tensorized, as_real=True)
+    assert type(theirs).__name__ == f"ComplexCPTensor{'ized' if tensorized else ''}"
+    stored = [*theirs.parameters()]
+    assert [p.dtype for p in stored] == [torch.float32] * 4
+    for own, real in zip([cp.weights, *cp.factors], stored, strict=True):
+        assert torch.equal(torch.view_as_real(own), real)
+    back = CPTensor.from_tltorch(theirs, cp.tensorized_shape)
+    assert torch.equal(back.weights, cp.weights)
+    assert all(torch.equal(a, b) for a, b in zip(cp.factors, back.factors, strict=True))
+    assert_no_shared_storage(parts(back), stored)
+    for parameter in stored:
+        parameter.requires_grad_(parameter is not stored[2])
+    back = CPTensor.from_tltorch(theirs, cp.tensorized_shape)
+    assert [f.requires_grad for f in back.factors] == [True, False, True]
+    with pytest.raises(TypeError, match="as_real is for complex factors"):
+        CPTensor(((2, 3), (5,)), 4).to_tltorch(as_real=True)
 
 
 def test_from_a_tensor_tltorch_made() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 SEEDS = (0, 1, 2)
-# Peak learning rates that contestants choose from, and those with param_groups.
+# Peak learning rates that contestants choose from. A best one at the end of its list is no best:
+# the list is then continued by factors of two, so often at most.
 DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-FACTOR_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-RECIPE_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+LOW_RANK_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+FACTOR_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+CONTINUED = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Job:
         groups: whether factors get the rates of ``polyadic.param_groups``.
         seed: of the weights and the batches.
         steps: of the optimizer.
+        length: bytes of a sequence.
+        sequences: of a step.
     """
 
     task: str
@@ -37,11 +41,13 @@ class Job:
     groups: bool
     seed: int
     steps: int
+    length: int = 128
+    sequences: int = 16
 
     @property
-    def contestant(self) -> tuple[Any, ...]:
-        """What one curve stands for: all but the rate and the seed."""
-        return self.task, self.layer, self.width, self.blocks, self.groups, self.steps
+    def contestant(self) -> tuple[str, int, int, bool]:
+        """What one point of a figure stands for: all but the rate and the seed."""
+        return self.layer, self.width, self.blocks, self.groups
 
 
 @dataclass(frozen=True)
@@ -57,34 +63,32 @@ class Entry:
 
 def language_entries(width: int, blocks: int) -> list[Entry]:
     """The contestants of the language model, the most telling first."""
-    wide = width * 3 // 2
+    wide, deep = width * 5 // 4, blocks * 3 // 2
     return [
         Entry("dense", width, blocks, DENSE_RATES),
+        Entry("cp:o3:r64", width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o2:r64", width, blocks, DENSE_RATES, groups=True),
+        Entry("lowrank:r5", width, blocks, LOW_RANK_RATES),
+        Entry("lowrank:r64", width, blocks, LOW_RANK_RATES),
+        Entry("dense", width // 4, blocks, LOW_RANK_RATES),
         Entry("cp:o3:r64", width, blocks, FACTOR_RATES),
-        Entry("cp:o3:r64", width, blocks, RECIPE_RATES, groups=True),
-        Entry("lowrank:r64", width, blocks, (1e-3, 2e-3, 4e-3, 8e-3)),
-        Entry("cp:o3:r256", width, blocks, FACTOR_RATES),
         Entry("cp:o2:r64", width, blocks, FACTOR_RATES),
-        Entry("cp:o2:r64", width, blocks, RECIPE_RATES, groups=True),
-        Entry("cp:o1:r64", width, blocks, RECIPE_RATES, groups=True),
-        Entry("cp:o3:r256", width, blocks, RECIPE_RATES, groups=True),
-        Entry("dense", width // 4, blocks, (1e-3, 2e-3, 4e-3, 8e-3)),
-        Entry("dense", width // 2, blocks, DENSE_RATES),
-        Entry("lowrank:r4", width, blocks, (2e-3, 4e-3, 8e-3, 1.6e-2)),
-        Entry("lowrank:r16", width, blocks, (2e-3, 4e-3, 8e-3, 1.6e-2)),
-        Entry("cp:o3:r16", width, blocks, FACTOR_RATES),
-        Entry("cp:o3:r128", width, blocks, FACTOR_RATES),
-        Entry("cp:o3:r128", wide, blocks, FACTOR_RATES),
-        Entry("cp:o3:r128", width, 2 * blocks, FACTOR_RATES),
-        Entry("cp:o2:r128", width, blocks, FACTOR_RATES),
-        Entry("cp:o2:r256", width, blocks, FACTOR_RATES),
-        Entry("paired:o2:r1", width, blocks, FACTOR_RATES),
-        Entry("paired:o2:r4", width, blocks, FACTOR_RATES),
-        Entry("paired:o3:r8", width, blocks, FACTOR_RATES),
-        Entry("dense", wide, blocks, DENSE_RATES),
-        Entry("tltorch-cp:o3:r64", width, blocks, (1e-3, 3e-3, 1e-2, 3e-2)),
-        Entry("tltorch-btt:o3:f22", width, blocks, (1e-3, 3e-3, 1e-2, 3e-2)),
-        Entry("tltorch-tucker:o3:f22", width, blocks, (1e-3, 3e-3, 1e-2, 3e-2)),
+        Entry("cp:o3:r256", width, blocks, DENSE_RATES, groups=True),
+        # Of about the dense model's step time.
+        Entry("cp:o3:r64", wide, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o1:r64", width, blocks, DENSE_RATES, groups=True),
+        Entry("dense", width // 2, blocks, LOW_RANK_RATES),
+        Entry("paired:o2:r5", width, blocks, FACTOR_RATES),
+        Entry("monarch:b32", width, blocks, FACTOR_RATES),
+        Entry("tltorch-cp:o3:r64", width, blocks, FACTOR_RATES),
+        Entry("tltorch-btt:o3:f52", width, blocks, FACTOR_RATES),
+        Entry("tltorch-tucker:o3:f60", width, blocks, FACTOR_RATES),
+        Entry("cp:o3:r16", width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o3:r32", width, deep, DENSE_RATES, groups=True),
+        Entry("cp:o2:r256", width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o2:r16", width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o3:r128", width, blocks, DENSE_RATES, groups=True),
+        Entry("lowrank:r16", width, blocks, LOW_RANK_RATES),
     ]
 
 
@@ -92,36 +96,66 @@ def digits_entries(width: int) -> list[Entry]:
     """The contestants of the convolutional network."""
     return [
         Entry("dense", width, 4, DENSE_RATES),
+        Entry("cp:o2:r64", width, 4, DENSE_RATES, groups=True),
         Entry("cp:o2:r64", width, 4, FACTOR_RATES),
-        Entry("cp:o2:r64", width, 4, RECIPE_RATES, groups=True),
-        Entry("cp:o2:r16", width, 4, FACTOR_RATES),
-        Entry("cp:o2:r16", width, 4, RECIPE_RATES, groups=True),
-        Entry("lowrank:r16", width, 4, (1e-3, 2e-3, 4e-3, 8e-3)),
-        Entry("dense", width // 4, 4, DENSE_RATES),
+        Entry("lowrank:r4", width, 4, LOW_RANK_RATES),
+        Entry("dense", width // 4, 4, LOW_RANK_RATES),
+        Entry("cp:o3:r64", width, 4, DENSE_RATES, groups=True),
+        Entry("cp:o2:r16", width, 4, DENSE_RATES, groups=True),
+        Entry("lowrank:r16", width, 4, LOW_RANK_RATES),
     ]
 
 
-def sweep(task: str, entries: Iterable[Entry], steps: int) -> list[Job]:
-    """Every contestant at each of its rates, with the first seed."""
-    return [
-        Job(task, e.layer, e.width, e.blocks, rate, e.groups, SEEDS[0], steps)
-        for e in entries
-        for rate in e.rates
-    ]
+def common(task: str, steps: int, length: int, sequences: int) -> Job:
+    """What all runs of a task share, as a run whose contestant, rate and seed are yet to be set."""
+    return Job(task, "dense", 0, 0, 0.0, False, SEEDS[0], steps, length, sequences)
 
 
-def repeats(swept: Sequence[Job], losses: dict[Job, float]) -> list[Job]:
-    """Runs with the other seeds at the best rate of each contestant whose sweep is complete.
+def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> list[Job]:
+    """The runs that are to be made now, the most telling first, among them those made already.
 
-    With param_groups every rate is repeated: the question there is which rate holds, not the best.
+    A contestant runs at each of its rates with the first seed, on while the best is the last of
+    them, and then with the other seeds at the best. With param_groups it also runs with every seed
+    at the best rate of the first entry, the dense model: does its recipe hold?
+
+    Args:
+        entries: the contestants, dense first.
+        shared: as ``common`` makes it.
+        losses: of the runs made.
     """
     found: list[Job] = []
-    by_contestant: dict[tuple[Any, ...], list[Job]] = {}
-    for job in swept:
-        by_contestant.setdefault(job.contestant, []).append(job)
-    for jobs in by_contestant.values():
+    dense: Job | None = None
+    for entry in entries:
+        own = dataclasses.replace(
+            shared, layer=entry.layer, width=entry.width, blocks=entry.blocks, groups=entry.groups,
+            seed=SEEDS[0],
+        )  # fmt: skip
+        swept = _swept([dataclasses.replace(own, lr=lr) for lr in entry.rates], losses)
+        found += swept
+        chosen = {}
+        if all(job in losses for job in swept):
+            best = min(swept, key=lambda job: losses[job])
+            chosen[best.lr] = best
+            dense = dense or best
+        if entry.groups and dense is not None:
+            chosen[dense.lr] = dataclasses.replace(own, lr=dense.lr)
+        found += [
+            dataclasses.replace(job, seed=seed)
+            for job in chosen.values()
+            if math.isfinite(losses.get(job, 0.0))
+            for seed in SEEDS
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _swept(jobs: list[Job], losses: Mapping[Job, float]) -> list[Job]:
+    """The sweep, continued on the side of its best where that is the last there."""
+    for _ in range(CONTINUED):
         if not all(job in losses for job in jobs):
-            continue
-        chosen = jobs if jobs[0].groups else [min(jobs, key=lambda job: losses[job])]
-        found += [dataclasses.replace(job, seed=seed) for job in chosen for seed in SEEDS[1:]]
-    return found
+            break
+        best = min(jobs, key=lambda job: losses[job])
+        if best is jobs[-1]:
+            jobs = [*jobs, dataclasses.replace(best, lr=best.lr * 2)]
+        elif best is jobs[0]:
+            jobs = [dataclasses.replace(best, lr=best.lr / 2), *jobs]
+    return jobs

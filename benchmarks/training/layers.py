@@ -4,7 +4,8 @@ dense             nn.Linear
 lowrank:r64       two matrices, x A B
 cp:o3:r64         CPLinear with three modes a side
 tltorch-cp:o3:r64 tltorch's FactorizedLinear as it initialises and contracts it; also
-tltorch-tucker:o3:p52992, tltorch-btt:o3:p52992, of about so many parameters in all blocks
+tltorch-tucker:o3:f60, tltorch-btt:o3:f52, of about 0.060 and 0.052 times dense's parameters
+monarch:b32       torch_structured's MonarchLinear of so many blocks
 paired:o2:r4      W = Σ_r A_1[:, :, r] ⊗ … ⊗ A_D[:, :, r], in plain torch
 """
 
@@ -91,11 +92,20 @@ def maker(name: str) -> Make:
         return lambda m, n: polyadic.nn.CPLinear(m, n, rank=options["r"], order=options["o"])
     if kind == "paired":
         return lambda m, n: Paired(m, n, options["o"], options["r"])
+    if kind == "monarch":
+        return lambda m, n: _monarch(m, n, options["b"])
     if kind.startswith("tltorch-"):
         return lambda m, n: _tltorch(kind.removeprefix("tltorch-"), m, n, options)
     raise ValueError(
-        f"the layers compared are dense, lowrank, cp, paired and tltorch-…; got {name!r}"
+        f"the layers compared are dense, lowrank, cp, paired, monarch and tltorch-…; got {name!r}"
     )
+
+
+def _monarch(m: int, n: int, blocks: int) -> nn.Module:
+    from torch_structured.monarch.monarch_linear import MonarchLinear
+
+    made: nn.Module = MonarchLinear(m, n, bias=True, nblocks=blocks)
+    return made
 
 
 def _tltorch(kind: str, m: int, n: int, options: dict[str, int]) -> nn.Module:

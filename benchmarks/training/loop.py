@@ -81,7 +81,7 @@ def train(
         the median of the steps' wall time, not comparable between runs that share a machine.
     """
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, recipe, device)
+    optimizer = optimizer_of(model, recipe, device)
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     curve: list[list[float]] = []
     start = 0
@@ -105,7 +105,7 @@ def train(
     diverged = bool(curve) and not math.isfinite(curve[-1][1])
     times = []
     if start < recipe.steps and not diverged:
-        step_on = _stepper(model, optimizer, loss, batch(start), device)
+        step_on = stepper(model, optimizer, loss, batch(start), device)
         with deferred(most=1) as pending:
             for step in range(start, recipe.steps):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -127,7 +127,8 @@ def train(
     return {"curve": curve, "loss": curve[-1][1], "seconds_per_step": seconds}
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+def optimizer_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over all parameters, in the groups that the recipe asks for."""
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if recipe.groups:
         groups = polyadic.param_groups(model, recipe.lr, recipe.weight_decay)
@@ -152,7 +153,7 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _stepper(
+def stepper(
     model: nn.Module,
     optimizer: torch.optim.AdamW,
     loss: Loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from benchmarks.study.store import Store
 from benchmarks.training import images, language, texts
-from benchmarks.training.jobs import Job, repeats
+from benchmarks.training.jobs import Job
 from benchmarks.training.layers import maker
 from benchmarks.training.loop import Recipe, train
 from polyadic.durable import checkpoint as durable
 
-LENGTH, SEQUENCES, IMAGES = 128, 16, 64
+IMAGES = 64
 HELD_OUT_BATCHES = 40
-VALIDATIONS = 8
+VALIDATIONS = 4
 
 
 def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str, Any]:
@@ -32,8 +32,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
     device = torch.device(device_type)
     torch.manual_seed(job.seed)
     began = time.perf_counter()
-    made = _language(job, device) if job.task == "language" else _digits(job, device)
-    model, batch, loss, validate = made
+    model, batch, loss, validate = made(job, device)
     file = _file(job, checkpoints)
     found = train(
         model,
@@ -57,6 +56,11 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
     }
 
 
+def made(job: Job, device: torch.device) -> Any:
+    """Of a run: its model, batch of a step, loss of a batch and held-out loss."""
+    return _language(job, device) if job.task == "language" else _digits(job, device)
+
+
 def _file(job: Job, checkpoints: Path | None) -> Path | None:
     """The checkpoint of a run, or None where none are kept."""
     slug = "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(job))
@@ -66,18 +70,18 @@ def _file(job: Job, checkpoints: Path | None) -> Path | None:
 def _language(job: Job, device: torch.device) -> Any:
     found = texts.standard_library()
     model = language.LanguageModel(
-        maker(job.layer), blocks=job.blocks, width=job.width, length=LENGTH
+        maker(job.layer), blocks=job.blocks, width=job.width, length=job.length
     ).to(device)
     train_bytes, held_out = found.train.to(device), found.held_out.to(device)
-    window = torch.arange(LENGTH + 1, device=device)
+    window = torch.arange(job.length + 1, device=device)
 
     def cut(content: Tensor, seed: int, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(content) - LENGTH - 1, (count, 1), generator=generator)
+        starts = torch.randint(len(content) - job.length - 1, (count, 1), generator=generator)
         return content[starts.to(device) + window].long()
 
     def batch(step: int) -> tuple[Tensor, ...]:
-        return (cut(train_bytes, 1_000_003 * (job.seed + 1) + step, SEQUENCES),)
+        return (cut(train_bytes, 1_000_003 * (job.seed + 1) + step, job.sequences),)
 
     def loss(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         (tokens,) = inputs
@@ -89,7 +93,7 @@ def _language(job: Job, device: torch.device) -> Any:
         model.eval()
         # The same windows for every contestant and seed.
         total = sum(
-            float(loss(model, (cut(held_out, number, SEQUENCES),)))
+            float(loss(model, (cut(held_out, number, job.sequences),)))
             for number in range(HELD_OUT_BATCHES)
         )
         model.train()
@@ -120,7 +124,7 @@ def _digits(job: Job, device: torch.device) -> Any:
 
 
 def run_all(
-    swept: list[Job],
+    due: Callable[[Mapping[Job, float]], list[Job]],
     store: Store,
     *,
     device: str,
@@ -129,7 +133,17 @@ def run_all(
     checkpoints: Path | None,
     tell: Callable[[str], None],
 ) -> None:
-    """Make every run that is not in the store yet, several at once; stop starting after a while."""
+    """Make every run that is not in the store yet, several at once; stop starting after a while.
+
+    Args:
+        due: the runs to make, by the losses of those made.
+        store: of the records.
+        device: where to train.
+        workers: runs at once, each in a process of its own.
+        seconds: start no run after so long.
+        checkpoints: folder for those of unfinished runs.
+        tell: takes a line about each run that ended.
+    """
     began = time.perf_counter()
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_one_thread
@@ -141,7 +155,7 @@ def run_all(
             late = seconds is not None and time.perf_counter() - began > seconds
             ready = [
                 job
-                for job in [*swept, *repeats(swept, losses)]
+                for job in due(losses)
                 if job not in losses and job not in failed and job not in running.values()
             ]
             free = 0 if late else workers - len(running)
@@ -177,7 +191,7 @@ def finished(store: Store) -> dict[Job, float]:
     """The last held-out loss of each run in the store; infinity for one that diverged."""
     names = [field.name for field in dataclasses.fields(Job)]
     return {
-        Job(**{name: record[name] for name in names}): (
+        Job(**{name: record[name] for name in names if name in record}): (
             math.inf if record["loss"] is None else record["loss"]
         )
         for record in store.records

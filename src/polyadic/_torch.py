@@ -152,6 +152,18 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) is FakeTensor
 
 
+def is_spread(value: Any) -> bool:
+    """Whether a value is a DTensor, of which each process holds a part."""
+    # Asked without torch's module of them, whose import takes long.
+    return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of a DTensor, which its processes then ask for together; differentiable."""
+    full: Tensor = tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
     return _exists(device_type) and torch.is_autocast_enabled(device_type)
@@ -167,6 +179,19 @@ def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
 def _exists(device_type: str) -> bool:
     # The compiler of torch 2.11 cannot trace this function.
     return torch.amp.is_autocast_available(device_type)
+
+
+def check_before_style(style: Any, check: Callable[[str, torch.nn.Module], None]) -> None:
+    """Have a style of ``parallelize_module`` call a check with its name and a module, first."""
+    apply = style._apply
+
+    @functools.wraps(apply)
+    def checked(self: Any, module: torch.nn.Module, device_mesh: Any) -> torch.nn.Module:
+        check(style.__name__, module)
+        parallel: torch.nn.Module = apply(self, module, device_mesh)
+        return parallel
+
+    style._apply = checked
 
 
 class Memo(dict[Any, Any]):

@@ -19,6 +19,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+def misfit(model: nn.Module, batch: Any, where: str, error: Exception) -> ValueError:
+    """Say that a model does not run on a batch, how batches are given to it, and how to mend it."""
+    return ValueError(
+        f"{type(model).__name__} does not run on {where}, a {type(batch).__name__}: {error}; a "
+        f"tuple or list is given as model(*batch), a mapping as model(**batch), all else as "
+        f"model(batch): leave out labels, or say how to run it by forward=lambda model, batch: ..."
+    )
+
+
 def moved(batch: Any, device: torch.device) -> Any:
     """Copy a batch with its tensors on a device; lists, tuples and mappings are searched."""
     if isinstance(batch, Tensor):
@@ -32,7 +41,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def keeping_modes(*models: nn.Module) -> Iterator[None]:
-    """Restore in the end the training or evaluation mode of every module of some models."""
+    """Restore the training or evaluation mode of every module of these models in the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield

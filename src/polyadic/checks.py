@@ -11,9 +11,8 @@ from torch import Tensor
 
 from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
-from polyadic.kernels.backend import why_not
+from polyadic.kernels.backend import is_computed, why_not
 from polyadic.kernels.depthwise import Geometry
-from polyadic.kernels.multilinear import is_computed
 from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
 Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
@@ -431,17 +430,6 @@ def check_padding_index(value: Any, num_embeddings: int) -> int | None:
             f"padding_idx must lie in [{-num_embeddings}, {num_embeddings}), got {index}"
         )
     return index % num_embeddings
-
-
-def check_not_sharded(factors: Sequence[Any], name: str) -> None:
-    """Refuse sharded DTensors, for which torch convolves each component by itself wrongly."""
-    for factor in factors:
-        if any(placement.is_shard() for placement in getattr(factor, "placements", ())):
-            raise ValueError(
-                f"{name} must not be sharded (DTensors): torch's rule for a convolution with as "
-                f"many groups as channels splits the channels and not the groups; use "
-                f"torch.distributed.fsdp.fully_shard, which hands a layer whole factors"
-            )
 
 
 def check_in_range(flat: Tensor, size: int) -> None:

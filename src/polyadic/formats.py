@@ -14,7 +14,7 @@ _HARMLESS_RANK = 4096
 
 
 def is_int(value: Any) -> bool:
-    """Return whether a value is an integer; bool and float are none."""
+    """Return whether a value is an integer; bool and float are not."""
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
@@ -82,12 +82,12 @@ def tensorized_groups(tensorized_shape: Any) -> tuple[tuple[Shape, ...], int]:
 
 
 def split_modes(shape: tuple[Shape, ...], layer_modes: int) -> tuple[Shape, tuple[Shape, ...]]:
-    """The sizes of the layer modes, and the groups of one layer."""
+    """Return the sizes of the layer modes, and the groups of one layer."""
     return tuple(mode for (mode,) in shape[:layer_modes]), shape[layer_modes:]
 
 
 def _prime_factors(number: int) -> list[int]:
-    """Prime factors in ascending order; [1] for 1."""
+    """Return the prime factors in ascending order; [1] for 1."""
     primes, divisor = [], 2
     while divisor * divisor <= number:
         while number % divisor == 0:
@@ -137,7 +137,7 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     out_features = positive_int(out_features, "out_features")
     order = positive_int(order, "order")
     in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
-    # A number of few primes beside one of many: tltorch stops splitting the second early.
+    # tltorch stops splitting the out side early if it has many more primes than the in side.
     kept = max(len(in_parts), order - 1)
     out_parts = (
         [*out_parts[:kept], math.prod(out_parts[kept:])] if kept < len(out_parts) else out_parts
@@ -146,14 +146,14 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
 
 
 def padded_shape(size: int, order: int = 3) -> Shape:
-    """``order`` modes whose product is at least ``size`` and whose sum is the smallest possible.
+    """Return ``order`` modes with a product of at least ``size`` and the smallest possible sum.
 
     For a given sum the product is largest where the modes differ by at most one, so the smallest
     sum that suffices is found among those.
 
     Args:
-        size: what is to be covered, such as a vocabulary.
-        order: D.
+        size: the number of entries that the modes must cover, such as a vocabulary.
+        order: D, the number of modes.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -190,17 +190,17 @@ class LinearFormat:
 
     @property
     def in_features(self) -> int:
-        """M."""
+        """M, the product of the in modes."""
         return math.prod(self.in_shape)
 
     @property
     def out_features(self) -> int:
-        """N."""
+        """N, the product of the out modes."""
         return math.prod(self.out_shape)
 
     @property
     def parameters(self) -> int:
-        """Number of factor entries, R·(Σ m_d + Σ n_d); weights λ and bias not counted."""
+        """Number of factor entries, R·(Σ m_d + Σ n_d), without weights λ and bias."""
         return self.rank * (sum(self.in_shape) + sum(self.out_shape))
 
     @property
@@ -217,7 +217,7 @@ class LinearFormat:
     def break_even_rank(self) -> int:
         """Largest rank whose factorized FLOPs, 2·B·R·(M+N), do not exceed dense 2·B·M·N.
 
-        Products with the factors alone are counted, which for large batches are nearly all;
+        Only products with the factors are counted, which for large batches are nearly all FLOPs;
         ``polyadic.rank_for`` counts every step of the plan for a batch.
         """
         return max(1, self.dense_parameters // (self.in_features + self.out_features))
@@ -248,8 +248,10 @@ class ConvFormat:
         in_shape: (m_1, …), whose product is in_channels.
         kernel_size: one size per spatial dimension.
         rank: R.
-        groups: number of groups; the side they do not share counts the channels of all.
-        transposed: whether they share the out side (a transposed convolution) or the in side.
+        groups: number of groups of channels. The side that the groups do not share counts the
+            channels of all groups.
+        transposed: whether it is a transposed convolution, whose groups share the out side; the
+            groups of a convolution share the in side.
     """
 
     out_shape: Shape
@@ -261,12 +263,12 @@ class ConvFormat:
 
     @property
     def in_channels(self) -> int:
-        """Cin, of one group where groups share the in side."""
+        """Cin, or that of one group if groups share the in side."""
         return math.prod(self.in_shape)
 
     @property
     def out_channels(self) -> int:
-        """Cout, of one group where groups share the out side."""
+        """Cout, or that of one group if groups share the out side."""
         return math.prod(self.out_shape)
 
     @property
@@ -277,7 +279,7 @@ class ConvFormat:
 
     @property
     def parameters(self) -> int:
-        """Number of factor entries; weights λ and bias not counted."""
+        """Number of factor entries, without weights λ and bias."""
         return self.rank * (sum(self.out_shape) + sum(self.in_shape) + sum(self.kernel_size))
 
     @property
@@ -287,7 +289,7 @@ class ConvFormat:
 
     @property
     def depthwise_taps(self) -> int:
-        """Multiply-adds per rank and position of the cheaper depthwise form, 0 for a 1×1 kernel."""
+        """Multiply-adds of the cheaper depthwise form per component and position; 0 for 1×1."""
         longer = [size for size in self.kernel_size if size > 1]
         return min(math.prod(longer), sum(longer)) if longer else 0
 
@@ -379,8 +381,8 @@ class JointFormat:
     """The CP format of layers that share a CP tensor with one more mode, for the layers.
 
     Args:
-        one: the format of one of them.
-        layers: L.
+        one: the format of one of the layers.
+        layers: L, the number of layers.
     """
 
     one: LinearFormat | ConvFormat | SpectralFormat
@@ -388,7 +390,7 @@ class JointFormat:
 
     @property
     def parameters(self) -> int:
-        """Number of factor entries, those of the mode for the layers with them."""
+        """Number of factor entries, those of the mode for the layers included."""
         return self.one.parameters + self.one.rank * self.layers
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyadic._torch import no_autocast
+from polyadic._torch import is_spread, no_autocast
 
 
 class Factors(nn.ParameterList):
@@ -64,11 +65,17 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
     3 + (3^K − 3)/R per weight: most weights near 0, a few huge. Entries of an orthonormal m-column
     have kurtosis 3m/(m + 2) < 3; components within a block are exactly orthogonal.
 
+    DTensors get their shards of what the first process of their mesh would draw alone, whatever
+    the seeds of the others; all of its processes are to call this together.
+
     Args:
         factors: K tensors (m_k, R), filled in place; meta tensors are left alone.
         std: wanted standard deviation of an entry of the CP tensor; of complex ones, the root of
             their mean squared modulus.
     """
+    if is_spread(factors[0]):
+        _fill_shards(factors, lambda drawn: cp_orthonormal_(drawn, std))
+        return
     rank = factors[0].shape[1]
     scale = (std / math.sqrt(rank)) ** (1 / len(factors))
     for factor in factors:
@@ -76,13 +83,14 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
             _fill_with_orthonormal_columns(factor, scale * math.sqrt(factor.shape[0]))
 
 
-# Orthogonalizing w columns costs in proportion to w for each entry, drawing an entry a constant.
-# Construction must not take much longer than torch draws a dense weight: a few milliseconds are
-# allowed for blocks as wide as they are of use, and else what costs as much as the draw.
+# Orthogonalizing costs time in proportion to the width of a block for each entry, and drawing costs
+# a constant. Construction must not take much longer than torch takes to draw a dense weight. So
+# small factors get blocks as wide as is of use, which takes a few milliseconds, and large factors
+# get narrower blocks, which cost about as much as the draw.
 WIDEST_BLOCK = 256
 MOST_ENTRIES_IN_WIDE_BLOCKS = 2**16
 WIDEST_BLOCK_OF_MANY = 64
-# Gaussian m×w has the condition number (√m + √w)/(√m − √w), here at most 3.
+# A Gaussian matrix (m, w) has the condition number (√m + √w)/(√m − √w), here at most 3.
 TALL = 4
 
 
@@ -154,8 +162,39 @@ def torch_std(fan_in: int, dtype: torch.dtype = torch.float32) -> float:
 @torch.no_grad()
 def torch_bias_(bias: Tensor, fan_in: int) -> None:
     """Fill a bias, of a complex one each part, as torch does: U(−1/√fan_in, 1/√fan_in)."""
+    if is_spread(bias):
+        _fill_shards([bias], lambda drawn: torch_bias_(drawn[0], fan_in))
+        return
     bound = 1 / math.sqrt(fan_in)
     bias.uniform_(-bound, bound)
+
+
+def _fill_shards(tensors: Sequence[Any], draw: Callable[[list[Tensor]], None]) -> None:
+    """Fill DTensors with what one process would draw, the same in all processes of their mesh.
+
+    Whole factors are small, so that each process draws all of them and keeps its shards: no two
+    processes can then have the same columns, and what is replicated is the same. All draw from the
+    state of the first process's generator, which goes on from there as if it were alone; the
+    generators of the others are left as they were, so that processes that are to draw different
+    batches or dropout still do.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    first, mesh = tensors[0], tensors[0].device_mesh
+    if first.is_meta:
+        return
+    device, everywhere = first.device, [Replicate()] * mesh.ndim
+    random: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
+    own = random.get_rng_state()
+    shared = distribute_tensor(own.to(device, copy=True), mesh, everywhere).to_local()
+    random.set_rng_state(shared.to(own.device))
+    drawn = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors]
+    draw(drawn)
+    if any(mesh.get_coordinate()):
+        random.set_rng_state(own)
+    for tensor, values in zip(tensors, drawn, strict=True):
+        shared = DTensor.from_local(values, mesh, everywhere, run_check=False)
+        tensor.to_local().copy_(shared.redistribute(placements=tensor.placements).to_local())
 
 
 def mup_std(fan_in: int, fan_out: int) -> float:

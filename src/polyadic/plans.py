@@ -21,7 +21,7 @@ KEEP: tuple[Keep, ...] = ("x", "x and z", "autograd")
 
 
 def _one_of(value: object, allowed: tuple[object, ...], name: str) -> None:
-    # The type too, as 1.0 and 1 are equal.
+    # The type is compared too, because 1.0 and 1 are equal.
     if not isinstance(value, type(allowed[0])) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -50,7 +50,7 @@ class LinearRoute:
     Args:
         in_groups: lengths of consecutive groups of in modes contracted one after the other;
             (D,) is the explicit Khatri-Rao matrix, (l, D-l) two-step, (1, …, 1) per factor.
-        out_groups: the same for the out modes.
+        out_groups: lengths of the groups of out modes.
         kind: ``"factorized"``, or ``"dense"`` to rebuild W (M, N) and use one GEMM.
         by: ``"torch"``, or ``"triton"`` for the library's own kernels, which make both Khatri-Rao
             matrices in one launch and all gradients of factors in another, on a CUDA device.
@@ -180,7 +180,7 @@ class LinearPlan:
         return f"forward: {self.forward}; backward: {self.backward}; keeps {kept}"
 
 
-# Taps up to which a program of the backward's kernel holds a sum for each in its registers.
+# A program of the backward's kernel holds a sum for each tap in its registers, for up to so many.
 MOST_FUSED_TAPS = 27
 
 

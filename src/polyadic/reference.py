@@ -194,7 +194,7 @@ def cp_conv_fwd(tensor: CPLike, input_tensor: Tensor, order: int) -> tuple[Tenso
     (out_shape, in_shape, _), factors = _read(tensor, groups="(out, in, kernel)")
     if order != len(out_shape):
         raise ValueError(
-            f"order must be the number of out modes, {len(out_shape)} in {out_shape}, got {order}."
+            f"order must be the number of out modes, {len(out_shape)} in {out_shape}, got {order}"
         )
     _check("input_tensor", input_tensor, (None, math.prod(in_shape), None, None), factors)
     batch, _, height, width = input_tensor.shape

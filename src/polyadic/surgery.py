@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.source import attached
+from polyadic.nn.wrapped import check_module
 
 Value = TypeVar("Value")
 
@@ -82,8 +83,7 @@ def find(
         ValueError: a regular expression is invalid, a target selects no layer that can be
             exchanged, or an exclusion matches no layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     targets = _patterns(target_modules, "target_modules")
     exclusions = _patterns(exclude_modules, "exclude_modules")
     names = _names(model)
@@ -143,7 +143,7 @@ def is_head(table: nn.Module, layer: nn.Module) -> bool:
 
 
 def _mixed(layers: Sequence[nn.Module]) -> str | None:
-    """Why tied layers cannot share factors, or None."""
+    """Return the reason why tied layers cannot share factors, or None."""
     first = layers[0]
     for layer in layers[1:]:
         if type(layer) is not type(first) and not is_head(first, layer):
@@ -254,7 +254,7 @@ def _selects_nothing(what: str, written: str, why: list[str], names: Iterable[st
 
 
 def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """All names of every module instance."""
+    """Return all names of every module instance."""
     names: dict[int, tuple[str, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)] = (*names.get(id(module), ()), name)
@@ -286,7 +286,7 @@ def is_stack(parameter: Tensor) -> bool:
 
 
 def _bypassed(model: nn.Module) -> dict[int, str]:
-    """Layers whose parent reads their weight and does not call them."""
+    """Find layers whose parent reads their weight and does not call them."""
     found = {}
     for parent in model.modules():
         if isinstance(parent, nn.MultiheadAttention):
@@ -301,7 +301,7 @@ def _bypassed(model: nn.Module) -> dict[int, str]:
 
 
 def _why_not(name: str, layer: nn.Module) -> str | None:
-    """Why a layer cannot be exchanged, or None."""
+    """Return the reason why a layer cannot be exchanged, or None."""
     kind = type(layer)
     if kind not in EXCHANGEABLE:
         bases = [base.__name__ for base in EXCHANGEABLE if isinstance(layer, base)]
@@ -389,7 +389,7 @@ def _is_filled(cell: CellType) -> bool:
 
 
 def reason_to_keep(layer: nn.Module) -> str | None:
-    """Why a layer must not be replaced, as it would lose what is attached to it, or None."""
+    """Return what is attached to a layer and would be lost with it, as a reason, or None."""
     found = attached(layer)
     return None if found is None else f"has {found}, which would be lost"
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic._torch import whole
 from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
-from polyadic.kernels.multilinear import accumulate_dtype, is_computed, khatri_rao
+from polyadic.kernels.backend import is_computed
+from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
 
@@ -35,20 +37,20 @@ class CPTensor(Exchanged):
         tensorized_shape: a group of mode sizes per dimension, such as ((4, 4, 16), (4, 4, 8)); ints
             in front of the groups are modes that tell layers apart.
         rank: R, the number of rank-one components.
-        weights: own a λ (R,), initialised to ones.
+        weights: whether the tensor has weights λ (R,), initialised to ones.
         std: standard deviation of an entry of the tensor, as ``reset_parameters`` draws it;
             1/√(number of rows of the matrix) by default.
         device: of the factors.
         dtype: of the factors: floating point, complex64 or complex128.
 
     Attributes:
-        factors: ``nn.ParameterList`` of (mode, R) tensors; one with a ``reset_parameters``.
+        factors: an ``nn.ParameterList`` of (mode, R) tensors, which has a ``reset_parameters``.
         weights: λ (R,) as a parameter, or None for ones.
         tensorized_shape: the groups, as tuples of plain ints; an int as a group of one mode.
         layer_modes: how many groups in front tell layers apart; 0 for the weight of one layer.
         rank: R.
-        std: what ``reset_parameters`` draws an entry of the tensor with; a layer sets it to that
-            of the torch layer it stands in for.
+        std: the standard deviation with which ``reset_parameters`` draws an entry of the tensor; a
+            layer sets it to that of the torch layer it stands in for.
 
     Raises:
         TypeError: sizes or rank are not integers, or dtype is neither floating point nor complex.
@@ -111,7 +113,7 @@ class CPTensor(Exchanged):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> CPTensor:
-        """Make one for a layer, whose own ``reset_parameters`` draws it."""
+        """Make a tensor without values for a layer, whose ``reset_parameters`` draws it."""
         made = cls.__new__(cls)
         made._allocate(tensorized_shape, rank, False, std, device, dtype)
         return made
@@ -160,11 +162,12 @@ class CPTensor(Exchanged):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """What transformers asks every module for: parameters that may be another module's too.
+        """Parameters that may be another module's too, for which transformers asks every module.
 
-        Several layers can hold one tensor, or slices of it. It is asked when a state dict is
-        written, so that what is shared is stored once; the name of what is not shared does no
-        harm. Empty once the model as a whole says under which name (``polyadic.pretrained``).
+        Several layers can hold one tensor, or slices of it. transformers asks when it writes a
+        state dict, so that what is shared is stored once; naming a parameter that is not shared
+        does no harm. It is empty once the model as a whole names its ties
+        (``polyadic.pretrained``).
         """
         return {} if self.ties_declared else {name: name for name, _ in self.named_parameters()}
 
@@ -185,8 +188,8 @@ class CPTensor(Exchanged):
     def parts(self) -> Parts:
         """Return the factors, one tuple per group of ``tensorized_shape``, and λ or None.
 
-        All that layers compute with comes from here: where a hook waits for a call of this module
-        or of the list of factors, such as one that loads offloaded parameters, it is called.
+        All that layers compute with comes from here. If a hook waits for a call of this module or
+        of the list of factors, such as one that loads offloaded parameters, the module is called.
         """
         if self._forward_pre_hooks or self._forward_hooks:
             found: Parts = self()
@@ -194,7 +197,7 @@ class CPTensor(Exchanged):
         return self.forward()
 
     def forward(self) -> Parts:
-        """What ``parts`` returns; a CP tensor is no function of an input."""
+        """Return what ``parts`` returns; a CP tensor is not a function of an input."""
         factors: Any = self._modules["factors"]
         if (
             type(factors) is Factors
@@ -203,7 +206,7 @@ class CPTensor(Exchanged):
             and not factors._forward_hooks
             and "forward" not in factors.__dict__
         ):
-            # Without a call, and without the slow getattr of a module for each factor.
+            # This spares a call, and for each factor the getattr of a module, which is slow.
             stored: dict[str, Any] = factors._parameters
             every = tuple(map(stored.__getitem__, self._names))
         else:
@@ -233,11 +236,12 @@ class CPTensor(Exchanged):
         return right @ left.t()
 
     def _sides(self) -> tuple[Tensor, Tensor | None]:
-        """The Khatri-Rao products of the first group, times λ, and of all others."""
-        (first, *rest), scale = self.parts()
+        """Return the Khatri-Rao products of the first group, times λ, and of all others."""
+        groups, scale = self.parts()
+        first, *rest = [tuple(map(whole, group)) for group in groups]
         left = khatri_rao(first)
         if scale is not None:
-            left = left * scale
+            left = left * whole(scale)
         return left, khatri_rao([f for group in rest for f in group]) if rest else None
 
     def layer(self, *index: int) -> CPSlice:
@@ -305,9 +309,9 @@ class CPSlice(CPTensor):
 
         T_l[i] = Σ_r (λ_r · Π_j L_j[l_j, r]) · Π_k A_k[i_k, r]
 
-    A CP tensor of the same rank whose factors A are those of the joint tensor; what is its own are
-    the rows of the layer factors L, which enter as λ. It holds no parameter but those of the joint
-    tensor, which every slice of it registers, as tied weights are.
+    It is a CP tensor of equal rank with the factors A of the joint tensor. Only its rows of the
+    layer factors L are its own, and they enter as λ. It holds no other parameters than the joint
+    tensor, which every slice registers, as tied weights are registered.
 
     Args:
         joint: the tensor with layer modes.
@@ -357,7 +361,7 @@ class CPSlice(CPTensor):
 
     @property
     def std(self) -> float:
-        """That of the joint tensor."""
+        """The standard deviation of the joint tensor."""
         return self.joint.std
 
     @std.setter
@@ -365,7 +369,7 @@ class CPSlice(CPTensor):
         self.joint.std = value
 
     def forward(self) -> Parts:
-        """The shared factors by group, and λ of this layer."""
+        """Return the shared factors by group, and λ of this layer."""
         joint = self.joint
         groups, scale = joint.parts()
         rows = [factor[i] for (factor,), i in zip(groups, self.index, strict=False)]
@@ -386,7 +390,7 @@ class CPSlice(CPTensor):
         self.joint.reset_parameters(std)
 
     def extra_repr(self) -> str:
-        """Which layer of what."""
+        """Say which layer of which tensor."""
         index = self.index[0] if len(self.index) == 1 else self.index
         return f"layer {index} of {self.joint}"
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
+from polyadic_cli import folder
 from polyadic_cli.app import app
 
 if TYPE_CHECKING:
@@ -48,6 +46,9 @@ def compress(
     batch: Annotated[int, typer.Option(min=1, help="Lines in a batch.")] = 16,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a line, the rest is cut.")] = 128,
     iterations: Annotated[int, typer.Option(min=1, help="Most sweeps of a fit.")] = 60,
+    recover: Annotated[
+        int, typer.Option(min=0, help="Steps of training towards the original's outputs.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder that keeps curves and fits until all is done.")
@@ -60,12 +61,24 @@ def compress(
 
     One of --ratio, --flops-ratio, --max-error and --speed is the budget; --speed may be added to
     another. The model is loaded as the class its configuration names, from local files alone, and
-    saved so that transformers loads it after polyadic.register_transformers().
+    saved so that transformers loads it after polyadic.register_transformers(), with the other files
+    of its directory and a card that says how.
+
+    --recover trains the converted model on the texts of --calibration, without labels, to put out
+    what the original puts out; its best state is kept. A step takes about as long as three forward
+    passes of both models, and the original is held in memory for it.
     """
+    import copy
+
     import polyadic
+    from polyadic.progress import Meter
 
     _check_paths(model_dir, calibration, out, dry_run)
     _check_files(html=html, json=json)
+    if recover and (calibration is None or dry_run):
+        raise typer.BadParameter(
+            "--recover trains on the texts of --calibration, and not in a dry run"
+        )
     options: dict[str, Any] = {
         "ratio": ratio,
         "flops_ratio": flops_ratio,
@@ -85,9 +98,12 @@ def compress(
         if calibration is not None:
             lines = _lines(calibration, samples)
             options |= _calibration(model, tokenizer, model_dir, lines, batch, length)
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            made, report = polyadic.compress(model, inplace=True, callback=_shown(bar), **options)
+        original = copy.deepcopy(model) if recover else None
+        with Meter("compress", _say) as meter:
+            made, report = polyadic.compress(model, inplace=True, callback=meter.tell, **options)
+        recovered = ""
+        if original is not None and report.converted:
+            recovered = _recovered(made, original, options, recover, seed)
     except ImportError as error:
         if error.name is not None:
             raise
@@ -96,6 +112,8 @@ def compress(
     except (OSError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     print(report)
+    if recovered:
+        print(recovered)
     try:
         _write(report, html, json)
         if dry_run or out is None:
@@ -106,6 +124,8 @@ def compress(
         polyadic.save_pretrained(made, out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
+        sentences = [report.verdict, *([recovered] if recovered else [])]
+        folder.complete(model_dir, out, sentences, type(made).__name__)
     except (ImportError, OSError) as error:
         print(f"polyadic: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -241,16 +261,31 @@ def _output(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return found
 
 
-def _shown(bar: Progress) -> Callable[[str, int, int, str], None]:
-    """A callback that moves a bar for each stage."""
-    tasks: dict[str, Any] = {}
+def _say(line: str) -> None:
+    """Print a line about the progress where a program or a file reads it."""
+    print(f"polyadic: {line}", file=sys.stderr, flush=True)
 
-    def show(stage: str, done: int, total: int, name: str) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done, total=total, description=f"{stage} {name}")
 
-    return show
+def _recovered(
+    made: nn.Module, original: nn.Module, options: dict[str, Any], steps: int, seed: int
+) -> str:
+    """Train the converted model towards the original, and say what that won."""
+    import polyadic
+
+    recovery = polyadic.finetune.distill(
+        made,
+        original,
+        options["calibration"],
+        steps=steps,
+        forward=_output,
+        trainable="cp+norms",
+        seed=seed,
+    )
+    before = recovery.validations[0][1]
+    return (
+        f"{steps} steps of recovery: the squared difference of the outputs on calibration texts "
+        f"fell from {before:.3g} to {recovery.best:.3g}"
+    )
 
 
 def _write(report: Any, html: Path | None, json: Path | None) -> None:

@@ -20,6 +20,8 @@ def _dropped(y: Tensor) -> Tensor:
     return F.dropout(y, 0.4, inplace=True)
 
 
+# Changes that torch has for real numbers alone.
+OF_REAL_NUMBERS = ("relu", "hardswish", "dropout", "view")
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": partial(F.relu, inplace=True),
     "hardswish": partial(F.hardswish, inplace=True),

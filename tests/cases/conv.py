@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cases.linear import named_gradients
-from cases.protocol import HALVES, Case, Forced, Leaves, Shape, paired
+from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape, paired
 from polyadic import ConvPlan, ConvRoute
 from polyadic import functional as PF
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d
@@ -194,6 +194,9 @@ CONV = [
     conv("3d-channels-last", (2, 2), (3,), (2, 1, 3), 3, (2,), (3, 3, 4), dilation=(2, 1, 1),
          strides="channels_last"),
     conv("3d-unbatched", (2,), (3,), (2, 2, 2), 3, (), (3, 3, 4), padding=1, bias=False),
+    conv("complex-all-options", (2, 2), (3,), (3, 2), 3, (2,), (7, 6), stride=(2, 1),
+         padding=(1, 2), dilation=(1, 2), groups=2, weights=True, **COMPLEX),
+    conv("complex-small", (2,), (1,), (2,), 2, (1,), (3,), padding="same", **COMPLEX),
     conv("notebook", (4, 8), (4, 4), (3, 3), 100, (2,), (8, 8), padding="same", dtypes=HALVES),
     conv("1x1-large", (4, 8), (5, 5), (1, 1), 20, (3,), (9, 8), weights=True, dtypes=HALVES),
     conv("5x3-large", (5, 4), (3, 7), (5, 3), 24, (3,), (12, 10), stride=(1, 2), padding=(2, 1),

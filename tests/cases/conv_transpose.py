@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cases.conv import ConvCase
-from cases.protocol import HALVES, Case, Leaves, Shape
+from cases.protocol import COMPLEX, HALVES, Case, Leaves, Shape
 from polyadic import functional as PF
 from polyadic.nn import CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
 
@@ -87,6 +87,8 @@ CONV_TRANSPOSE = [
          output_padding=(1, 2), bias=False),
     conv_transpose("2d-channels-last", (2, 2), (2, 3), (3, 3), 3, (2,), (4, 3), stride=2, padding=1,
          strides="channels_last"),
+    conv_transpose("complex", (2,), (3,), (2, 3), 3, (2,), (3, 2), stride=2, output_padding=1,
+         **COMPLEX),
     conv_transpose("2d-1x1", (2, 2), (3,), (1, 1), 3, (2,), (4, 3), weights=True),
     conv_transpose("2d-1x1-crop", (2, 2), (3,), (1, 1), 3, (2,), (4, 3), padding=1),
     conv_transpose("2d-1x1-stride-out", (2, 2), (3,), (1, 1), 3, (2,), (4, 3), stride=(2, 3),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cases.linear import linear_plans
-from cases.protocol import HALVES, Case, Forced, Leaves, Shape
+from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape
 from cases.weights import without_row
 from polyadic import functional as PF
 from polyadic.nn import CPEmbedding, CPTiedLinear
@@ -194,6 +194,8 @@ EMBEDDING = [
     embedding("many-repeats", 9, (9,), (2, 3, 2), 4, (700,), padding_idx=3),
     embedding("few-repeats", 2000, (13, 13, 13), (4, 3), 4, (600,)),
     embedding("small-lambda", 7, (2, 2, 2), (2, 2), 3, (2, 3), padding_idx=3, weights=True),
+    embedding("complex-lambda", 7, (2, 2, 2), (3, 2), 3, (2, 3), padding_idx=3, weights=True,
+              **COMPLEX),
     embedding("large", 1000, (10, 10, 10), (4, 8), 24, (300,), weights=True, dtypes=HALVES),
 ]  # fmt: skip
 HEAD = [
@@ -201,5 +203,6 @@ HEAD = [
     head("order3-lambda", 23, (2, 3, 4), (3, 2), 5, (3, 2), weights=True),
     head("order3-no-bias", 24, (2, 3, 4), (3, 2), 5, (3, 2), bias=False),
     head("small-lambda", 3, (2, 2), (2,), 2, (2,), weights=True),
+    head("complex", 7, (2, 4), (2, 3), 3, (4,), **COMPLEX),
     head("large", 300, (7, 7, 7), (4, 8), 24, (40,), weights=True, dtypes=HALVES),
 ]

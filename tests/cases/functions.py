@@ -47,6 +47,15 @@ def second_derivatives(case: Case, compute: Compute) -> list[Tensor]:
     # The layer is linear in the bias: its gradient does not depend on the leaves, hence zeros.
     return list(
         torch.autograd.grad(
-            sum(g.square().sum() for g in first), [*tensors, grad_y], materialize_grads=True
+            sum(power(g) for g in first), [*tensors, grad_y], materialize_grads=True
         )
+    )
+
+
+def power(values: Tensor) -> Tensor:
+    """Sum of the squares of all entries, of complex ones of those of both parts."""
+    return (
+        (torch.view_as_real(values.resolve_conj()) if values.is_complex() else values)
+        .square()
+        .sum()
     )

@@ -18,7 +18,7 @@ from cases.conv import conv
 from cases.conv_transpose import conv_transpose
 from cases.embedding import embedding
 from cases.linear import linear
-from cases.protocol import HALVES, Case, Forced, Leaves, Shape
+from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape
 
 LAYERS, INDEX = 3, 1
 
@@ -139,5 +139,6 @@ JOINT = [
                                                  stride=2, output_padding=1, weights=True)),
     joint("joint-embedding", embedding("of-3", 23, (3, 3, 3), (2, 3), 4, (5, 2), padding_idx=3)),
     joint("joint-small", linear("of-3", (2,), (3,), 2, (2,), weights=True)),
+    joint("joint-complex", linear("of-3", (2, 2), (3,), 3, (2,), weights=True, **COMPLEX)),
     joint("joint-large", linear("of-3", (8, 4, 5), (6, 7, 8), 48, (7, 9), dtypes=HALVES)),
 ]  # fmt: skip

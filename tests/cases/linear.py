@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cases.protocol import HALVES, Case, Forced, Leaves, Shape, paired
+from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape, paired
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.nn import CPLinear
@@ -162,6 +162,8 @@ LINEAR = [
     linear("unequal-3-1", (2, 3, 2), (7,), 4, (2,), weights=True),
     linear("unequal-4-2", (2, 1, 3, 2), (5, 2), 3, (3,), bias=False),
     linear("unequal-2-4-rank-above-m", (2, 2), (2, 1, 2, 3), 9, (3,)),
+    linear("complex-lambda", (2, 3, 2), (5, 2), 4, (3, 2), weights=True, **COMPLEX),
+    linear("complex-small", (2, 1), (3,), 2, (2,), strides="transposed", **COMPLEX),
     linear("notebook", (4, 4, 16), (4, 4, 8), 100, (32,), dtypes=HALVES),
     linear("wide-lambda", (8, 4, 5), (6, 7, 8), 48, (7, 9), weights=True, dtypes=HALVES),
     linear("narrow-order4", (3, 4, 5, 2), (2, 2, 3, 3), 24, (50,), dtypes=HALVES),

@@ -24,6 +24,8 @@ from polyadic import CPTensor
 from polyadic.nn.kinds import BY_CP, Kind
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
+# Option of a case of complex numbers.
+COMPLEX: dict[str, Any] = {"exact": torch.complex128}
 
 Shape = tuple[int, ...]
 # Arguments of the function that force one way of computing it.

@@ -90,6 +90,13 @@ TAKEN = {
     "linear joint rebuilt": lambda: linear(
         (3, 4), (2, 5), n_layers=2, index=1, bias=False, implementation="reconstructed"
     ),
+    "linear complex": lambda: linear((3, 4), (2, 5), dtype=torch.complex128),
+    "linear complex by parts": lambda: linear(
+        (3, 4), (2, 5), cp="complexcp", dtype=torch.complex128
+    ),
+    "linear complex joint": lambda: linear(
+        (3, 4), (2, 5), cp="complexcp", dtype=torch.complex128, n_layers=3, index=1
+    ),
     "conv1d": lambda: conv((4, 6), (3,), (11,), bias=True),
     "conv1d options": lambda: conv((4, 6), (5,), (20,), stride=3, padding=4, dilation=2),
     "conv1d mobilenet": lambda: conv((4, 6), (4,), (11,), implementation="mobilenet", padding=1),
@@ -111,6 +118,13 @@ TAKEN = {
     ),
     "conv2d from_conv": from_conv,
     "conv2d from_conv factorized": lambda: from_conv(implementation="factorized"),
+    "conv2d complex": lambda: conv(
+        (4, 6), (3, 3), (8, 7), bias=True, dtype=torch.complex128, padding=1
+    ),
+    "conv2d complex by parts rebuilt": lambda: conv(
+        (4, 6), (3, 2), (8, 7), cp="complexcp", dtype=torch.complex128,
+        implementation="reconstructed",
+    ),
     "conv3d": lambda: conv((2, 3), (3, 2, 3), (5, 4, 6), bias=True, padding=1),
     "conv3d options": lambda: conv(
         (2, 3), (3, 1, 2), (7, 4, 6), stride=(2, 1, 3), padding=(1, 0, 2), dilation=(2, 1, 1)
@@ -125,6 +139,7 @@ TAKEN = {
     "embedding repeats": lambda: embedding(12, 8, (700,)),
     "embedding 2-D": lambda: embedding(60, 16, (4, 5)),
     "embedding one index": lambda: embedding(60, 16, ()),
+    "embedding complex": lambda: embedding(60, 16, dtype=torch.complex128),
     "embedding joint": lambda: embedding(60, 16, (4, 5), n_layers=3, index=2),
 }  # fmt: skip
 
@@ -132,7 +147,6 @@ LEFT = {
     "linear tucker": lambda: linear((3, 4), (2, 5), cp="tucker", rank=(2, 2, 2, 2)),
     "linear blocktt": lambda: linear((3, 4), (2, 5), cp="blocktt"),
     "linear blocktt joint": lambda: linear((3, 4), (2, 5), cp="blocktt", n_layers=2, index=1),
-    "linear complex": lambda: linear((3, 4), (2, 5), cp="complexcp", dtype=torch.complex128),
     "conv tucker": lambda: conv((4, 6), (3, 3), (8, 7), cp="tucker", rank=(2, 3, 2, 2)),
     "conv tt": lambda: conv((4, 6), (3, 3), (8, 7), cp="tt", rank=2, padding=1),
     "conv tucker rebuilt": lambda: conv(

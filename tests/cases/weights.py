@@ -86,7 +86,9 @@ def without_row(rows: Tensor, index: int) -> Tensor:
 
 def dense_embedding(layer: Any, x: Tensor) -> Tensor:
     """What torch's lookup finds in the table of a CPEmbedding."""
-    return F.embedding(x, table(layer))
+    rows = table(layer)
+    # torch does not differentiate a lookup of complex rows.
+    return rows[x] if rows.is_complex() else F.embedding(x, rows)
 
 
 def dense_tied(layer: Any, x: Tensor) -> Tensor:

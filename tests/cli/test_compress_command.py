@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,41 @@ def test_a_model_is_converted_and_loads_again(folder: Path, tmp_path: Path, caps
     with torch.no_grad():
         y, z = (m(**batch).last_hidden_state * mask for m in (dense, model))
     assert report.output_error == pytest.approx(float((z - y).norm() / y.norm()), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_model_is_recovered_and_its_directory_is_complete(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The other files come along, and the card says what was done and how to load it."""
+    monkeypatch.setattr("polyadic.progress.LONG", 0.0)
+    monkeypatch.setattr("polyadic.progress.LINE", 0.0)
+    monkeypatch.setattr("polyadic.progress.MOVE", 0.0)
+    origin, out = tmp_path / "origin", tmp_path / "small"
+    shutil.copytree(folder, origin)
+    for name in ("1_Pooling/config.json", "onnx/config.json", "onnx/model.onnx", "modules.json"):
+        (origin / name).parent.mkdir(exist_ok=True)
+        (origin / name).write_text("{}")
+    code, printed, err = run(
+        origin, "--ratio", 8, "--calibration", folder.parent / "texts.txt", "--out", out,
+        "--target", r"encoder\..*", "--orders", "1", "--recover", 30, capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    assert printed.startswith("The model is ")
+    assert "The option speed='never-slower'" in printed
+    fell = re.search(r"fell from (\S+) to (\S+)", printed)
+    assert fell
+    assert float(fell[2]) < float(fell[1])
+    assert re.search(r"^polyadic: compress, fits, \d+ of \d+, .* so far", err, re.M)
+    assert (out / "1_Pooling" / "config.json").is_file()
+    assert not (out / "onnx").exists()
+    card = (out / "README.md").read_text()
+    assert "polyadic.register_transformers()" in card
+    assert "BertModel.from_pretrained(folder)" in card
+    assert "SentenceTransformer(folder)" in card
+    assert fell[0] in card
+    register_transformers()
+    assert transformers.BertModel.from_pretrained(out, local_files_only=True)
 
 
 @pytest.mark.slow

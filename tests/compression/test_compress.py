@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -583,3 +584,28 @@ def test_too_few_rows_of_calibration_are_noted() -> None:
         assert len(report.notes) == noted
         assert ("note:" in str(report)) == bool(noted)
         assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@pytest.mark.parametrize(
+    ("change", "speed", "words"),
+    [
+        (0.01, 2.0, "The model is 2.00 times smaller, its layers are predicted 2.00 times as fast, "
+         "and its outputs change by 1 %."),
+        (0.69, 0.5, "its outputs change by 69 %. That is much for most uses: recover it by "
+         "polyadic.finetune.distill, which is --recover on the command line, or choose a smaller "
+         "budget. The option speed='never-slower' leaves those dense that would be slower."),
+        (None, 2.0, "how much its outputs change is not known without calibration batches."),
+    ],
+)  # fmt: skip
+def test_the_report_opens_with_a_verdict(change: float | None, speed: float, words: str) -> None:
+    layer = dataclasses.replace(
+        polyadic.compress(nn.Sequential(nn.Linear(64, 64)), ratio=2)[1].layers[0],
+        dense_parameters=100, parameters=50, dense_seconds=1.0, seconds=1 / speed,
+    )  # fmt: skip
+    report = polyadic.Report(
+        budget="2 times fewer parameters", layers=(layer,), dry_run=False,
+        calibrated=change is not None, seed=0, model_parameters=100, predicted_error=0.0,
+        error=0.0, output_error=change, machine="built-in",
+    )  # fmt: skip
+    assert words in report.verdict
+    assert str(report).startswith(report.verdict)

@@ -108,7 +108,7 @@ def test_readme_has_no_typed_measurements() -> None:
     """Numbers come from code that is run or from the benchmark, not from the keyboard."""
     for path in (
         ROOT / "README.md",
-        *(ROOT / "docs" / n for n in ("index.md", "guide.md", "compression.md")),
+        *(ROOT / "docs" / n for n in ("index.md", "guide.md", "compression.md", "training.md")),
     ):
         found = re.findall(r"\b\d[\d.,]*\s?(?:%|x|×|times|ms|µs|us|s|[KMG]i?B|[kMG]?FLOP\S*)\b",
                            prose(path))  # fmt: skip
@@ -116,7 +116,8 @@ def test_readme_has_no_typed_measurements() -> None:
 
 
 MODULES = ["polyadic", "polyadic.nn", "polyadic.functional", "polyadic.reference",
-           "polyadic.init", "polyadic.testing", "polyadic.finetune"]  # fmt: skip
+           "polyadic.init", "polyadic.testing", "polyadic.finetune",
+           "polyadic.distributed"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -156,7 +157,8 @@ def test_the_reference_shows_every_public_name() -> None:
 
 def namespace() -> Any:
     """Where dotted names begin."""
-    importlib.import_module("polyadic.testing")
+    for module in MODULES:
+        importlib.import_module(module)
     return types.SimpleNamespace(polyadic=polyadic)
 
 

@@ -34,11 +34,13 @@ class Feature:
         check: raises where a layer does not do it; None where processes check it.
         without_meaning: why there is nothing to check, by layer.
         slow: takes seconds for every layer.
+        long: takes as long, and is left to ``pytest -m long``, as another row shows most of it.
     """
 
     check: Check | None
     without_meaning: Mapping[str, str] = field(default_factory=dict)
     slow: bool = False
+    long: bool = False
 
 
 def _all_but(names: set[str], reason: str) -> dict[str, str]:
@@ -61,6 +63,7 @@ NOT_FROZEN = {
     for name in LAYERS
     if "Transpose" in name or "Embedding" in name or "Tied" in name
 }
+OF_INDICES = {name: "indices are of no such dtype" for name, row in LAYERS.items() if row.indices}
 OF_LINEAR = _all_but({"CPLinear"}, "the module is made of linear layers")
 FEATURES = {
     "eager, float64": Feature(features.eager),
@@ -68,6 +71,25 @@ FEATURES = {
     "float16": Feature(partial(features.lower, dtype=torch.float16)),
     "autocast to bfloat16": Feature(partial(features.autocast, dtype=torch.bfloat16)),
     "autocast to float16": Feature(partial(features.autocast, dtype=torch.float16)),
+    "complex128": Feature(features.of_complex(features.eager)),
+    "complex64": Feature(features.of_complex(partial(features.lower, dtype=torch.complex64))),
+    "real and complex input are never mixed": Feature(features.mixed, OF_INDICES),
+    "complex128, torch.compile, fullgraph": Feature(
+        features.of_complex(features.compiled), long=True
+    ),
+    "complex128, torch.export, not strict": Feature(
+        features.of_complex(partial(features.export, strict=False)), long=True
+    ),
+    "complex128, torch.func.vmap": Feature(
+        features.of_complex(features.of_functions(features._vmap))
+    ),
+    "complex128, torch.func.jvp": Feature(
+        features.of_complex(features.of_functions(features._jvp))
+    ),
+    "complex128, double backward": Feature(
+        features.of_complex(features.of_functions(features._double_backward))
+    ),
+    "complex128, state_dict": Feature(features.of_complex(features.state_dict)),
     "channels_last in and out": Feature(features.channels_last, NO_IMAGE),
     "output changed in place": Feature(matrix_inplace.eager),
     "output changed in place, torch.compile": Feature(matrix_inplace.compiled, slow=True),
@@ -147,19 +169,15 @@ REENTRANT = Refusal(
     "torch's Embedding is not different",
     "does not require grad",
 )
-SHARDED = Refusal(
-    "refused by name: torch's rule for a DTensor splits the channels of a convolution that has as "
-    "many groups, and not the groups; fully_shard hands a layer whole factors",
-    "kernel_factors must not be sharded",
+FEATURES_OF_IMAGES = Refusal(
+    "refused by name: the sum would be of images with R channels; RankParallel serves",
+    "FeatureParallel does not support",
 )
 REFUSED = {
     **{(name, "checkpoint, use_reentrant=True"): REENTRANT
        for name, layer in LAYERS.items() if layer.indices},
-    **{(name, matrix_distributed.SHARDED): SHARDED for name, layer in LAYERS.items() if layer.dims},
-    **{(name, matrix_distributed.SHARDED): Refusal(
-        "the check of the indices' range mixes a plain tensor with a DTensor, which torch refuses",
-        "mixed torch.Tensor and DTensor",
-    ) for name, layer in LAYERS.items() if layer.indices},
+    **{(name, matrix_distributed.FEATURES): FEATURES_OF_IMAGES
+       for name, layer in LAYERS.items() if layer.dims},
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import polyadic
+from cases.functions import power
 from cases.weights import weight
 from compare import assert_close
 from polyadic.testing import Flops
@@ -44,6 +45,29 @@ def eager(layer: Layer) -> None:
         module, x = layer.make(), layer.input(batch)
         want = results(module, lambda x, m=module: layer.dense(m, x), x)
         assert_same(results(module, module, x), want)
+
+
+def of_complex(check: Check) -> Check:
+    """The check, of the layer of complex numbers."""
+    return lambda layer: check(layer.in_complex())
+
+
+def mixed(layer: Layer) -> None:
+    """Neither takes the numbers of the other, and autocast leaves complex ones alone."""
+    real, other = layer, layer.in_complex()
+    for ours, theirs, low in ((real, other, torch.complex64), (other, real, torch.float32)):
+        module = ours.make()
+        with pytest.raises(TypeError, match="real and complex numbers do not mix"):
+            module(theirs.input())
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(TypeError, match="real and complex numbers do not mix"),
+        ):
+            module(theirs.input(dtype=low))
+    module, x = other.make(torch.complex64), other.input(dtype=torch.complex64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert torch.equal(y, module(x))
 
 
 def compiled(layer: Layer) -> None:
@@ -221,7 +245,7 @@ def _double_backward(f: Any, tensors: tuple[Tensor, ...]) -> Any:
     y = f(*leaves)
     grad_y = torch.randn_like(y).requires_grad_()
     first = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
-    loss = sum(g.square().sum() for g in first)
+    loss = sum(power(g) for g in first)
     return torch.autograd.grad(loss, [*leaves, grad_y], materialize_grads=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,35 +31,42 @@ class Layer:
         dense: what torch computes with its parameters.
         sample: shape of one sample of the input.
         scaled: put a λ into its CP tensor.
+        exact: float64, or complex128 of a layer of complex numbers.
     """
 
     build: Callable[..., Any]
     dense: Callable[[Any, Tensor], Tensor]
     sample: tuple[int, ...]
     scaled: bool = True
+    exact: torch.dtype = torch.float64
 
-    def make(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    def make(self, dtype: torch.dtype | None = None, seed: int = 0) -> Any:
         """The layer, all parameters of order 1 drawn by the seed, every one by itself."""
         torch.manual_seed(seed)
-        layer = self.build(dtype=torch.float64)
+        layer = self.build(dtype=self.exact)
         owner: CPTensor = getattr(layer.cp, "joint", layer.cp)
         if self.scaled:
-            owner.weights = nn.Parameter(torch.empty(owner.rank, dtype=torch.float64))
+            owner.weights = nn.Parameter(torch.empty(owner.rank, dtype=self.exact))
         with torch.no_grad():
             for parameter in layer.parameters():
-                signs = torch.randn_like(parameter).sign()
-                parameter.copy_(signs * (0.5 + torch.rand_like(parameter)))
+                signs = torch.randn_like(parameter).sgn()
+                moduli = torch.rand(parameter.shape, dtype=torch.float64)
+                parameter.copy_(signs * (0.5 + moduli))
             # Outputs of order 1: what is compared in half precision must not grow with the sizes.
             for factor in owner.factors:
                 factor.mul_(owner.rank ** (-0.5 / owner.order))
-        return layer.to(dtype)
+        return layer.to(dtype or self.exact)
 
-    def input(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    def in_complex(self) -> Layer:
+        """The layer of complex numbers."""
+        return dataclasses.replace(self, exact=torch.complex128)
+
+    def input(self, batch: int = 3, dtype: torch.dtype | None = None, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         if self.indices:
             return torch.randint(23, (batch, *self.sample), generator=generator)
         shape = (batch, *self.sample)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=self.exact).to(dtype or self.exact)
 
     @property
     def indices(self) -> bool:
@@ -72,11 +80,11 @@ class Layer:
 
 
 def _linear(**kwargs: Any) -> Any:
-    return pnn.CPLinear(12, 10, rank=4, in_shape=(3, 2, 2), out_shape=(2, 5), **kwargs)
+    return pnn.CPLinear(12, 10, rank=4, in_shape=(2, 3, 2), out_shape=(2, 5), **kwargs)
 
 
 def _embedding(**kwargs: Any) -> Any:
-    return pnn.CPEmbedding(23, 6, 3, rank=4, in_shape=(2, 3, 4), out_shape=(3, 2), **kwargs)
+    return pnn.CPEmbedding(23, 6, 3, rank=4, in_shape=(2, 3, 4), out_shape=(2, 3), **kwargs)
 
 
 def _conv(name: str, *args: Any, **own: Any) -> Callable[..., Any]:
@@ -108,23 +116,28 @@ LAYERS = {
     ),
     "CPEmbedding": Layer(_embedding, dense_embedding, (5,)),
     "CPTiedLinear": Layer(lambda **kw: _embedding(**kw).as_linear(True), dense_tied, (6,)),
-    "CPLinear.joint": Layer(_joint(pnn.CPLinear, 12, 10), dense_linear, (12,)),
+    "CPLinear.joint": Layer(
+        _joint(pnn.CPLinear, 12, 10, in_shape=(2, 2, 3), out_shape=(2, 5)), dense_linear, (12,)
+    ),
     "CPConv2d.joint": Layer(
         _joint(pnn.CPConv2d, 4, 6, 3, padding=1), dense_conv, (4, 5, 6), scaled=False
     ),
-    "CPEmbedding.joint": Layer(_joint(pnn.CPEmbedding, 23, 6, 3), dense_embedding, (5,)),
+    "CPEmbedding.joint": Layer(
+        _joint(pnn.CPEmbedding, 23, 6, 3, out_shape=(2, 3)), dense_embedding, (5,)
+    ),
 }  # fmt: skip
 
 
 def results(layer: Any, call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
     """Output, and gradients of input and parameters for one and the same gradient of the output."""
     leaves = dict(layer.named_parameters())
-    if x.is_floating_point():
+    if x.is_floating_point() or x.is_complex():
         x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         leaves = {"x": x, **leaves}
     y = call(x)
     generator = torch.Generator().manual_seed(2)
-    grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    exact = torch.promote_types(y.dtype, torch.float64)
+    grad_y = torch.randn(y.shape, generator=generator, dtype=exact).to(y.dtype)
     grads = torch.autograd.grad(y, list(leaves.values()), grad_y)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -136,8 +149,8 @@ def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], **kwargs:
 
 
 def assert_near(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float) -> None:
-    """Relative L2 error of results in a lower precision against float64."""
+    """Relative L2 error of results in a lower precision against float64 or complex128."""
     assert got.keys() == want.keys()
     for name in want:
-        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        error = (got[name].to(want[name].dtype) - want[name]).norm() / want[name].norm()
         assert error <= tolerance, f"{name}: relative error {error:.1e}"

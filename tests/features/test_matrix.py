@@ -11,7 +11,7 @@ import matrix
 import matrix_distributed
 import pytest
 import torch
-from matrix import FEATURES, LAYERS, REFUSED, claimed
+from matrix import FEATURES, LAYERS, REFUSED, Feature, claimed
 from matrix_layers import Layer
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -22,9 +22,15 @@ from polyadic.nn import linear as linear_layer
 from polyadic.nn.frozen import Frozen
 from polyadic.nn.kinds import KINDS
 
+
+def marks(row: Feature) -> list[Any]:
+    """How long a row takes."""
+    return [pytest.mark.long] * row.long + [pytest.mark.slow] * row.slow
+
+
 CELLS = [
     pytest.param(layer, feature, id=f"{layer}-{feature}",
-                 marks=[pytest.mark.slow] if row.slow else [])
+                 marks=marks(row))
     for feature, row in FEATURES.items() if row.check is not None
     for layer in LAYERS if layer not in row.without_meaning
 ]  # fmt: skip
@@ -180,7 +186,23 @@ def unwatched(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
     return layer
 
 
+def casting(patch: pytest.MonkeyPatch, layer: Layer) -> Layer:
+    """Cast the input to the layer's dtype, whatever is lost."""
+
+    def build(**kwargs: Any) -> Any:
+        module = layer.build(**kwargs)
+        dtype = module.cp.factors[0].dtype
+        real = not dtype.is_complex
+        module.register_forward_pre_hook(
+            lambda _, args: ((args[0].real if real else args[0]).to(dtype),)
+        )
+        return module
+
+    return dataclasses.replace(layer, build=build)
+
+
 SPOILT = {
+    "real and complex input are never mixed": casting,
     "torch.fx: a leaf of the graph": unrecorded,
     "torch.jit.script is refused": scripts,
     "frozen, after torch.export that is not strict": unwatched,
@@ -211,7 +233,14 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("feature", [name for name, row in FEATURES.items() if row.check])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * row.long)
+        for name, row in FEATURES.items()
+        if row.check
+    ],
+)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_a_cell_can_fail(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each check finds what is made wrong for it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -126,7 +127,7 @@ def test_teacher_flags_modes_and_random_state_are_left_alone() -> None:
     assert all(p.requires_grad for p in student[0].parameters())
     assert all(p.grad is None for m in (student, teacher) for p in m.parameters())
     assert torch.equal(running, student[1].running_mean)
-    distill(student, teacher, batches, steps=3, train_mode=True)
+    distill(student, teacher, batches, steps=3, train_mode=True, validation=False)
     assert not torch.equal(running, student[1].running_mean)
 
 
@@ -301,7 +302,7 @@ def test_clipping_and_schedule_reach_the_optimizer() -> None:
         ({"trainable": "biases"}, ValueError, "'cp', 'cp\\+norms', 'all'"),
         ({"trainable": 3}, TypeError, "'cp', 'cp\\+norms', 'all'"),
         ({"trainable": lambda name, p: False}, ValueError, "selects no parameter"),
-        ({"patience": 2}, ValueError, "patience needs validation"),
+        ({"patience": 2, "validation": False}, ValueError, "patience needs validation"),
         ({"resume": True}, ValueError, "resume=True needs checkpoint"),
         ({"checkpoint": "no/such/folder/file"}, ValueError, "folder of checkpoint"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path"),
@@ -369,6 +370,47 @@ def test_outputs_of_several_tensors_need_a_choice() -> None:
         distill(student, copy.deepcopy(student), [torch.ones(2, 4)], steps=1)
 
 
+@pytest.mark.parametrize("rank", [2, 12])
+def test_by_default_no_training_ends_worse_than_it_began(rank: int) -> None:
+    """Neither a fit that is nearly exact nor a poor one, even at a rate that is far too high."""
+    teacher = teacher_net()
+    batches = rows(4)
+    for lr in (None, 1.0):
+        student = student_of(teacher, rank=rank)
+        found = distill(student, teacher, batches, steps=20, lr=lr)
+        assert found.best == min(value for _, value in found.validations)
+        with torch.no_grad():
+            left = sum(F.mse_loss(student(x), teacher(x)).item() for x in batches) / len(batches)
+        assert left == pytest.approx(found.best, rel=1e-4)
+        assert found.best <= found.validations[0][1]
+
+
+def test_each_factor_is_trained_at_the_rate_that_its_scale_asks_for() -> None:
+    teacher = teacher_net()
+    student = student_of(teacher)
+    layer = next(module for module in student.modules() if isinstance(module, CPLinear))
+    rates = {
+        id(p): rate for p, (rate, _) in polyadic.training.rates.factor_rates(layer, 3e-4).items()
+    }
+    seen: dict[int, float] = {}
+
+    def adam(groups: Any, **options: Any) -> torch.optim.Optimizer:
+        assert not options
+        seen.update({id(p): group["lr"] for group in groups for p in group["params"]})
+        return torch.optim.Adam(groups)
+
+    distill(student, teacher, rows(2), steps=1, optimizer=adam)
+    assert {key: seen[key] for key in rates} == rates
+    assert set(rates) < set(seen)
+
+
+def test_a_loader_with_labels_is_explained() -> None:
+    teacher = teacher_net()
+    labelled = [(torch.randn(4, 12), torch.zeros(4))]
+    with pytest.raises(ValueError, match="leave out labels, or say how to run it by forward="):
+        distill(student_of(teacher), teacher, labelled, steps=1)
+
+
 @pytest.mark.parametrize("validated", [True, False])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_model(validated: bool) -> None:
     teacher = teacher_net()
@@ -382,7 +424,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_model(validated: bool) ->
     with pytest.raises(FloatingPointError, match="at step 3; lower lr"):
         distill(
             student, teacher, [good, good, bad], steps=9, callback=note,
-            validation=[good] if validated else None, validate_every=1,
+            validation=[good] if validated else False, validate_every=1,
         )  # fmt: skip
     assert reached
     assert same(student.state_dict(), reached)
@@ -463,7 +505,7 @@ def test_a_damaged_field_is_refused(tmp_path: Path, field: str, value: Any, text
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     path, arguments = written(tmp_path)
     for change, text in (
-        ({"lr": 0.5}, "with lr=0.001, this one has 0.5"),
+        ({"lr": 0.5}, "with lr=None, this one has 0.5"),
         ({"steps": 4}, "with steps=3, this one has 4"),
         ({"loss": "cosine"}, "with loss='mse'"),
         ({"batches": rows(3)}, "with batches=2, this one has 3"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from cases.weights import by_einsum
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
 from polyadic.fitting import fit
+from polyadic.fitting.problem import wide
 from polyadic.nn import CPEmbedding
 
 SHAPES = [
@@ -25,22 +26,27 @@ SHAPES = [
 ]
 
 
+numbers = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.complex128], ids=["real", "complex"]
+)
+
+
 def dense(cp: CPTensor) -> Tensor:
     """The weight by one einsum in float64, not by the library's own products."""
-    return by_einsum([f.detach().double() for f in cp.factors]).reshape(cp.shape)
+    return by_einsum([wide(f.detach()) for f in cp.factors]).reshape(cp.shape)
 
 
 def relative(found: Decomposition, weight: Tensor) -> float:
     """Frobenius error by the dense tensor."""
-    reference = weight.double().reshape(found.cp.shape)
+    reference = wide(weight).reshape(found.cp.shape)
     return float((dense(found.cp) - reference).norm() / reference.norm())
 
 
-def planted(shape: Any, rank: int, seed: int = 0) -> Tensor:
+def planted(shape: Any, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """A weight with a CP of Gaussian factors."""
     draw = torch.Generator().manual_seed(seed)
     modes = [mode for group in shape for mode in group]
-    factors = [torch.randn(m, rank, generator=draw, dtype=torch.float64) for m in modes]
+    factors = [torch.randn(m, rank, generator=draw, dtype=dtype) for m in modes]
     return dense(CPTensor.from_factors(shape, factors))
 
 
@@ -50,11 +56,12 @@ def border() -> Tensor:
     return sum(torch.einsum("i,j,k->ijk", *v) for v in ((a, a, b), (a, b, a), (b, a, a)))
 
 
+@numbers
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_exact_where_the_rank_suffices(shape: Any) -> None:
+def test_exact_where_the_rank_suffices(shape: Any, dtype: torch.dtype) -> None:
     """Any tensor has an exact CP with the product of all modes but the largest components."""
     modes = [mode for group in shape for mode in group]
-    weight = torch.randn(modes, dtype=torch.float64)
+    weight = torch.randn(modes, dtype=dtype)
     for more in (0, 1, 4):
         found = decompose(weight, shape, math.prod(modes) // max(modes) + more)
         assert relative(found, weight) < 1e-10
@@ -62,9 +69,10 @@ def test_exact_where_the_rank_suffices(shape: Any) -> None:
         assert found.error < 1e-10
 
 
+@numbers
 @pytest.mark.parametrize(("m", "n"), [(9, 14), (14, 9), (8, 8)])
-def test_two_modes_give_the_truncated_svd(m: int, n: int) -> None:
-    weight = torch.randn(m, n, dtype=torch.float64)
+def test_two_modes_give_the_truncated_svd(m: int, n: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(m, n, dtype=dtype)
     values = torch.linalg.svdvals(weight)
     for rank in range(1, min(m, n) + 3):
         found = decompose(weight, ((m,), (n,)), rank)
@@ -85,16 +93,20 @@ def test_exact_by_rank_deficiency() -> None:
 
 @pytest.mark.parametrize("shape", [((6, 7), (5, 8)), ((4, 3), (5,), (3, 2))], ids=str)
 @pytest.mark.parametrize("start", ["auto", "random"])
-def test_a_planted_tensor_is_recovered(shape: Any, start: str) -> None:
-    weight = planted(shape, 5)
+@numbers
+def test_a_planted_tensor_is_recovered(shape: Any, start: str, dtype: torch.dtype) -> None:
+    weight = planted(shape, 5, dtype=dtype)
     found = decompose(weight, shape, 5, start=start, iterations=400, tolerance=1e-6)
     assert relative(found, weight) < 1e-6
     assert found.error == pytest.approx(relative(found, weight), rel=1e-3)
 
 
-def test_the_error_falls_and_is_the_true_one() -> None:
+@numbers
+def test_the_error_falls_and_is_the_true_one(dtype: torch.dtype) -> None:
+    single = torch.complex64 if dtype.is_complex else torch.float32
     for seed, start in ((0, "orthogonal"), (1, "random")):
-        weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(seed)).double()
+        draw = torch.Generator().manual_seed(seed)
+        weight = torch.randn(12, 20, generator=draw, dtype=single).to(dtype)
         found = decompose(weight, ((3, 4), (4, 5)), 9, start=start, tolerance=0, iterations=60)
         steps = torch.tensor(found.history).diff()
         # The objective falls; the error itself may give way to smaller components a little.
@@ -130,23 +142,24 @@ def test_border_rank_stays_bounded() -> None:
     assert held.growth == pytest.approx(math.sqrt(float(squares)) / float(border().norm()))
 
 
-def test_fragility_is_that_of_the_dense_components() -> None:
+@numbers
+def test_fragility_is_that_of_the_dense_components(dtype: torch.dtype) -> None:
     shape, rank = ((3, 4), (5, 2)), 6
-    weight = torch.randn(12, 10, dtype=torch.float64)
+    weight = torch.randn(12, 10, dtype=dtype)
     found = decompose(weight, shape, rank, iterations=5)
     factors = [f.detach() for f in found.cp.factors]
     components = torch.einsum("ar,br,cr,dr->rabcd", *factors).reshape(rank, -1)
     norms = components.norm(dim=1)
-    cosines = (components @ components.t() / norms.outer(norms)).fill_diagonal_(0)
-    assert found.congruence == pytest.approx(float(cosines.abs().max()))
+    cosines = (components @ components.mH / norms.outer(norms)).abs().fill_diagonal_(0)
+    assert found.congruence == pytest.approx(float(cosines.max()))
     mean = math.sqrt(float(cosines.square().sum()) / (rank * (rank - 1)))
     assert found.mean_congruence == pytest.approx(mean)
     assert found.growth == pytest.approx(float(norms.norm() / weight.norm()))
     jacobian = torch.autograd.functional.jacobian(
-        lambda *f: torch.einsum("ar,br,cr,dr->abcd", *f), tuple(factors)
+        lambda *f: torch.einsum("ar,br,cr,dr->abcd", *f).real, tuple(factors)
     )
-    total = sum(float(part.square().sum()) for part in jacobian)
-    assert found.sensitivity == pytest.approx(total / float(weight.square().sum()))
+    total = sum(float(part.abs().square().sum()) for part in jacobian)
+    assert found.sensitivity == pytest.approx(total / float(weight.abs().square().sum()))
 
 
 def test_a_fit_goes_on_from_another() -> None:
@@ -344,7 +357,7 @@ NOT_FINITE = CPTensor.from_factors(
     ("change", "error", "message"),
     [
         ({"weight": "w"}, TypeError, "weight must be a tensor, got str"),
-        ({"weight": torch.ones(6, 4, dtype=torch.int64)}, TypeError, "floating-point dtype"),
+        ({"weight": torch.ones(6, 4, dtype=torch.int64)}, TypeError, "floating point or complex"),
         ({"weight": torch.ones(4, 6)}, ValueError, r"\(6, 4\), as its dimensions, got \(4, 6\)"),
         ({"weight": torch.ones(6, 4, device="meta")}, ValueError, "meta"),
         ({"weight": torch.full((6, 4), math.nan)}, ValueError, "finite"),
@@ -368,6 +381,10 @@ NOT_FINITE = CPTensor.from_factors(
         ({"start": CPTensor(((3, 2), (2, 2)), 2)}, ValueError, "tensorized shape"),
         ({"start": NOT_FINITE}, ValueError, "finite factors"),
         ({"metric": "x"}, TypeError, "metric must be a floating-point tensor"),
+        ({"metric": torch.eye(6) + 0j}, TypeError, "complex64 for that of a real weight"),
+        ({"weight": torch.ones(6, 4) + 0j, "metric": torch.ones(6) + 0j}, TypeError, "a diagonal"),
+        ({"weight": torch.ones(6, 4) + 0j, "metric": torch.eye(6) + 1j}, ValueError, "Hermitian"),
+        ({"start": CPTensor(((2, 3), (2, 2)), 2, dtype=torch.complex64)}, TypeError, "be real"),
         ({"metric": torch.ones(4, 4)}, ValueError, r"shape \(6, 6\) or \(6,\)"),
         ({"metric": torch.full((6,), math.nan)}, ValueError, "finite"),
         ({"metric": -torch.eye(6)}, ValueError, "positive semidefinite and not zero"),

@@ -19,11 +19,11 @@ from polyadic.fitting.sweep import Sweeper
 METRIC = sys.modules["polyadic.fitting.metric"]
 
 
-def moment(size: int, rows: int = 50, seed: int = 0) -> Tensor:
+def moment(size: int, rows: int = 50, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    mix = torch.randn(size, size, generator=draw, dtype=torch.float64)
-    x = torch.randn(rows, size, generator=draw, dtype=torch.float64) @ mix
-    return x.t() @ x / rows
+    mix = torch.randn(size, size, generator=draw, dtype=dtype)
+    x = torch.randn(rows, size, generator=draw, dtype=dtype) @ mix
+    return x.mH @ x / rows
 
 
 def dense(cp: CPTensor) -> Tensor:
@@ -46,21 +46,28 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
 @pytest.mark.parametrize("kind", ["frobenius", "dense", "diagonal"])
 @pytest.mark.parametrize(("shape", "rank", "direct"), CASES)
 def test_an_update_is_the_dense_least_squares_solution(
-    shape: Any, rank: int, direct: int, kind: str, monkeypatch: pytest.MonkeyPatch
+    shape: Any,
+    rank: int,
+    direct: int,
+    kind: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every factor in turn, against lstsq on the whole design matrix with the penalty's rows."""
     monkeypatch.setattr(METRIC, "DIRECT_UNKNOWNS", direct)
     monkeypatch.setattr(METRIC, "CG_STEPS", 200)
     size, tau = math.prod(shape[0]), 0.05
-    sigma = {"frobenius": None, "dense": moment(size), "diagonal": moment(size).diagonal()}[kind]
-    weight = torch.randn(size, math.prod(shape[1]), dtype=torch.float64)
+    full = moment(size, dtype=dtype)
+    sigma = {"frobenius": None, "dense": full, "diagonal": full.diagonal().real}[kind]
+    weight = torch.randn(size, math.prod(shape[1]), dtype=dtype)
     problem = make_problem(weight, shape, sigma, (0,), 1e-3)
     draw = torch.Generator().manual_seed(1)
     sweeper = Sweeper(problem, random_factors(problem, rank, draw))
-    used = torch.eye(len(problem.matrix), dtype=torch.float64)
+    used = torch.eye(len(problem.matrix), dtype=dtype)
     if sigma is not None:
         full = torch.diag(sigma) if kind == "diagonal" else sigma
         used = full / full.diagonal().mean() + 1e-3 * used
@@ -82,14 +89,14 @@ def solved(factors: list[Tensor], d: int, lower: Tensor, matrix: Tensor, tau: fl
     """One factor by ``lstsq``: a column of the design matrix for each of its entries."""
     columns, penalties = [], []
     for entry in range(factors[d].numel()):
-        unit = torch.zeros(factors[d].numel(), dtype=torch.float64)
+        unit = torch.zeros_like(factors[d]).flatten()
         unit[entry] = 1
         own = [*factors[:d], unit.view_as(factors[d]), *factors[d + 1 :]]
         column = torch.einsum(*einsum_arguments(own)).reshape(matrix.shape)
-        columns.append((lower.t() @ column).flatten())
-        penalties.append(math.sqrt(tau) * column.norm())
+        columns.append((lower.mH @ column).flatten())
+        penalties.append((math.sqrt(tau) * column.norm()).to(matrix.dtype))
     design = torch.cat([torch.stack(columns, 1), torch.diag(torch.stack(penalties))])
-    target = torch.cat([(lower.t() @ matrix).flatten(), torch.zeros(len(penalties)).double()])
+    target = torch.cat([(lower.mH @ matrix).flatten(), matrix.new_zeros(len(penalties))])
     return torch.linalg.lstsq(design, target.unsqueeze(1)).solution.view_as(factors[d])
 
 

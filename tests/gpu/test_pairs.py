@@ -129,10 +129,10 @@ def test_every_plan_runs_on_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch, ra
     """No plan calls what only a CPU has, and padded intermediates pass from route to route."""
     # Without a GPU torch refuses to index such tensors, but not the operation that indexing calls.
     columns, copy = torch.ops.aten.slice.Tensor, torch.ops.aten.clone.default
-    monkeypatch.setattr(linear, "_unpadded", lambda z, rank: columns(z, 1, 0, rank))
+    monkeypatch.setattr(linear, "unpadded", lambda z, rank: columns(z, 1, 0, rank))
     monkeypatch.setattr(
         pairs,
-        "_without_zeros",
+        "unpadded",
         lambda d, rank: copy(columns(d, 1, 0, rank), memory_format=torch.contiguous_format),
     )
     factors = [on_gpu(m, rank) for m in (4, 6, 3, 5)]

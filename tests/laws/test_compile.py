@@ -25,7 +25,14 @@ REPRESENTATIVE = [
     *FEW,
     *(
         BY_ID[name]
-        for name in ("linear-order2-transposed", "conv-1x1-stride", "conv-4x2-same-mixed")
+        for name in (
+            "linear-order2-transposed",
+            "conv-1x1-stride",
+            "conv-4x2-same-mixed",
+            "linear-complex-lambda",
+            "conv-complex-all-options",
+            "embedding-complex-lambda",
+        )
     ),
 ]
 INDUCTOR = [
@@ -57,14 +64,14 @@ def results(layer: nn.Module, call: Any, x: Tensor, grad_y: Tensor) -> dict[str,
     layer.zero_grad()
     dynamic = getattr(x, "_dynamo_dynamic_indices", None)
     x = x.detach().clone()
-    if x.is_floating_point():
+    if x.is_floating_point() or x.is_complex():
         x.requires_grad_()
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     y = call(x)
     y.backward(grad_y)
     grads = {name: p.grad for name, p in layer.named_parameters()}
-    if x.is_floating_point():
+    if x.grad is not None:
         grads["x"] = x.grad
     return {"y": y.detach(), **grads}  # type: ignore[dict-item]
 

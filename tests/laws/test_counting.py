@@ -47,8 +47,13 @@ def kept(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> int:
     return kept_bytes(lambda: case.cp(leaves, **kwargs))
 
 
-def input_bytes(case: Case, itemsize: int = 4) -> int:
-    return itemsize * math.prod(case.x_shape)
+def item(case: Case) -> int:
+    """Bytes of a number of single precision."""
+    return case.of_its_numbers(torch.float32).itemsize
+
+
+def input_bytes(case: Case, itemsize: int | None = None) -> int:
+    return (itemsize or item(case)) * math.prod(case.x_shape)
 
 
 def factor_bytes(case: Case) -> int:
@@ -56,7 +61,7 @@ def factor_bytes(case: Case) -> int:
     leaves = case.leaves(torch.float32)
     own = sum(t.nbytes for name, t in leaves.named().items() if name not in ("x", "bias"))
     joint = len(leaves.factors) > len(case.modes)
-    return own + 2 * 4 * case.rank * joint
+    return own + 2 * item(case) * case.rank * joint
 
 
 def padded(case: Case) -> bool:
@@ -66,7 +71,7 @@ def padded(case: Case) -> bool:
 
 @over(lambda case: case.strides in ("contiguous", "channels_last") and not padded(case))
 def test_bytes_kept_for_the_backward(case: Case) -> None:
-    factors, one = factor_bytes(case), 4 * case.rows * case.rank
+    factors, one = factor_bytes(case), item(case) * case.rows * case.rank
     # Of indices both the distinct ones and where each stands among them may be kept.
     x = input_bytes(case) if case.differentiable else 2 * input_bytes(case, 8)
     assert kept(case, memory="balanced") <= x + one + factors
@@ -74,7 +79,7 @@ def test_bytes_kept_for_the_backward(case: Case) -> None:
     if case.size:
         # The second map has the positions of the output, which padding can make more.
         groups = case.options.get("groups", 1)
-        two = 4 * case.rank * groups * case.grad_y().numel() // case.out_features
+        two = item(case) * case.rank * groups * case.grad_y().numel() // case.out_features
         assert kept(case, memory="fast") <= x + one + two + factors
 
 
@@ -135,7 +140,7 @@ def test_nbytes_of_saved(case: Case) -> None:
     leaves = case.leaves()
     y, saved = case.cp_forward(leaves)
     parts = [saved.x, *saved.kept, *leaves.factors, leaves.weights]
-    assert saved.nbytes == sum(8 * t.numel() for t in parts if t is not None)
+    assert saved.nbytes == sum(case.exact.itemsize * t.numel() for t in parts if t is not None)
     assert all(t is not y for t in saved.kept)
 
 

@@ -550,13 +550,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "the part lora",
     ),
     "meta": (lambda: nn.Linear(4, 6, device="meta"), ValueError, "meta device; load it first"),
-    "complex": (
-        lambda: nn.Linear(4, 6, dtype=torch.complex64), TypeError,
-        "dtype of 16 bits or more, got torch.complex64",
-    ),
     "8 bits": (
         lambda: nn.Linear(4, 6).to(torch.float8_e4m3fn), TypeError,
-        "dtype of 16 bits or more, got torch.float8_e4m3fn",
+        "complex64 or complex128, got torch.float8_e4m3fn",
     ),
     "sparse": (
         lambda: changed(

@@ -13,17 +13,18 @@ from polyadic.nn import CPConv2d, CPLinear
 from polyadic.nn.frozen import FrozenKernel, FrozenPair, FrozenWeight
 
 
-def _model() -> nn.Module:
+def _model(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        CPConv2d(4, 6, (3, 2), padding="same", rank=3, dtype=torch.float64),
+        CPConv2d(4, 6, (3, 2), padding="same", rank=3, dtype=dtype),
         nn.Flatten(),
-        CPLinear(120, 8, rank=2, dtype=torch.float64),
+        CPLinear(120, 8, rank=2, dtype=dtype),
     ).eval()
 
 
-def test_frozen_gives_the_same_and_unfreeze_gives_back() -> None:
-    model, x = _model(), torch.randn(3, 4, 5, 4, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+def test_frozen_gives_the_same_and_unfreeze_gives_back(dtype: torch.dtype) -> None:
+    model, x = _model(dtype), torch.randn(3, 4, 5, 4, dtype=dtype)
     flags = [p.requires_grad for p in model.parameters()]
     model[2].bias.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]

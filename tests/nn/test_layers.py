@@ -36,6 +36,12 @@ VARIANCES: list[Any] = [
     }.items()
 ] + [
     pytest.param(
+        lambda: CPLinear(192, 96, rank=40, dtype=torch.complex64),
+        lambda: nn.Linear(192, 96, dtype=torch.complex64),
+        (384, 192),
+        id="linear-complex",
+    ),
+    pytest.param(
         lambda: CPConv1d(12, 20, 5, rank=9),
         lambda: nn.Conv1d(12, 20, 5),
         (24, 12, 60),
@@ -73,9 +79,10 @@ def output_variances(make: Make, shape: tuple[int, ...]) -> Tensor:
     values = []
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        layer, x = make(), torch.randn(shape)
+        layer = make()
+        x = torch.randn(shape, dtype=next(layer.parameters()).dtype)
         with torch.no_grad():
-            values.append(layer(x).square().mean())
+            values.append(layer(x).abs().square().mean())
     return torch.stack(values)
 
 
@@ -102,25 +109,27 @@ def test_the_variance_test_can_fail() -> None:
         test_output_variance_is_that_of_torch(wide, lambda: nn.Linear(192, 96), (256, 192))
 
 
-@pytest.mark.parametrize("std", [1.0, 0.02])
+@pytest.mark.parametrize(
+    ("std", "dtype"), [(1.0, torch.float64), (0.02, torch.float64), (0.3, torch.complex128)]
+)
 @pytest.mark.parametrize("sizes", [(6,), (4, 5), (1, 7, 3), (2, 3, 2, 5)])
-def test_orthonormal_columns(sizes: tuple[int, ...], std: float) -> None:
+def test_orthonormal_columns(sizes: tuple[int, ...], std: float, dtype: torch.dtype) -> None:
     """Blocks of m orthogonal columns, and factors of one scale; the tensor has the wanted std."""
     rank = 11
     scale = (std / math.sqrt(rank)) ** (1 / len(sizes))
     squares = []
     for _ in range(300):
-        factors = [torch.empty(m, rank, dtype=torch.float64) for m in sizes]
+        factors = [torch.empty(m, rank, dtype=dtype) for m in sizes]
         cp_orthonormal_(factors, std)
         for m, factor in zip(sizes, factors, strict=True):
             for start in range(0, rank, m):
                 block = factor[:, start : start + m]
-                gram = scale**2 * m * torch.eye(block.shape[1], dtype=torch.float64)
-                assert_close(block.t() @ block, gram, "Gram matrix of a block", 1e-12)
+                gram = scale**2 * m * torch.eye(block.shape[1], dtype=dtype)
+                assert_close(block.mH @ block, gram, "Gram matrix of a block", 1e-12)
         weight = factors[0]
         for factor in factors[1:]:
             weight = torch.einsum("ir,ar->iar", weight, factor).flatten(0, 1)
-        squares.append(weight.sum(1).square().mean())
+        squares.append(weight.sum(1).abs().square().mean())
     values = torch.stack(squares)
     error = values.std() / math.sqrt(len(squares))
     assert abs(values.mean() - std**2) <= 4 * error + 1e-12
@@ -143,6 +152,27 @@ def test_blocks_of_large_factors(size: int, rank: int, width: int) -> None:
         # Of independent columns the mean entry has the standard deviation 1/√(m R) at most.
         assert abs(columns.mean()) <= 5 / math.sqrt(size * rank)
         assert abs((columns**3).mean()) <= 5 * math.sqrt(15 / (size * rank))
+
+
+def test_complex_entries_are_centred_and_circular() -> None:
+    """E[W] = E[W²] = 0 and E|W|² = 2 / (3 fan_in), each part drawn as a real weight is."""
+    make = partial(CPLinear, 24, 30, rank=8, dtype=torch.complex128)
+    weights = torch.stack([make().weight.detach() for _ in range(200)])
+    assert abs(weights.abs().square().mean() * 1.5 * 24 - 1) <= 0.02
+    size = weights.numel()
+    assert abs(weights.mean()) <= 4 * weights.abs().std() / math.sqrt(size)
+    assert abs(weights.square().mean()) <= 5 * weights.abs().square().mean() / math.sqrt(size / 100)
+    assert weights.real.std().item() == pytest.approx(weights.imag.std().item(), rel=0.02)
+
+
+def test_a_layer_made_complex_is_drawn_as_a_complex_one() -> None:
+    """Whoever resets it, the layer itself or each of its parts."""
+    layer = CPLinear(24, 30, rank=8).to(torch.complex64)
+    assert layer.cp.std == pytest.approx(math.sqrt(2) * torch_std(24))
+    for reset in (layer.reset_parameters, layer.cp.factors.reset_parameters):
+        reset()
+        norms = [float(f.detach().abs().square().mean()) for f in layer.cp.factors]
+        assert math.prod(norms) * 8 == pytest.approx(2 / (3 * 24), rel=1e-4)
 
 
 def test_entries_are_centred() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -48,8 +49,16 @@ CONV = [
 ]
 
 
-def _factors(*groups: tuple[int, ...], rank: int) -> list[list[torch.Tensor]]:
-    return [[torch.randn(n, rank, requires_grad=True) for n in group] for group in groups]
+NUMBERS = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.complex64], ids=["real", "complex"]
+)
+
+
+def _factors(
+    *groups: tuple[int, ...], rank: int, dtype: torch.dtype = torch.float32
+) -> list[list[torch.Tensor]]:
+    make = functools.partial(torch.randn, dtype=dtype, requires_grad=True)
+    return [[make(n, rank) for n in group] for group in groups]
 
 
 def candidates(asked: Request) -> list[Any]:
@@ -72,36 +81,46 @@ def test_flops_left_to_autograd_are_the_same(fmt: LinearFormat, rows: int) -> No
     assert len(left[1]) <= len(closed[1])
 
 
+@NUMBERS
 @pytest.mark.parametrize("memory", ["balanced", "least"])
 @pytest.mark.parametrize(("fmt", "rows"), LINEAR)
-def test_linear_flops_are_what_torch_counts(fmt: LinearFormat, rows: int, memory: str) -> None:
-    ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank)
-    x = torch.randn(rows, fmt.in_features, requires_grad=True)
-    asked = request(fmt, rows, memory=memory)
+def test_linear_flops_are_what_torch_counts(
+    fmt: LinearFormat, rows: int, memory: str, dtype: torch.dtype
+) -> None:
+    ins, outs = _factors(fmt.in_shape, fmt.out_shape, rank=fmt.rank, dtype=dtype)
+    x = torch.randn(rows, fmt.in_features, dtype=dtype, requires_grad=True)
+    asked = request(fmt, rows, dtype, memory=memory)
     for plan in candidates(asked):
         forward, backward = choice.steps(asked, plan)
         with Flops() as counter:
             y = cp_linear(x, ins, outs, plan=plan)
         assert counter.total == sum(step.flops for step in forward), plan
         with Flops() as counter:
-            y.sum().backward()
+            y.sum().real.backward()
         assert counter.total == sum(step.flops for step in backward), plan
 
 
+@NUMBERS
 @pytest.mark.parametrize("memory", ["fast", "balanced", "least"])
 @pytest.mark.parametrize(("fmt", "where", "batch", "size"), CONV)
 def test_conv_flops_are_what_torch_counts(
-    fmt: ConvFormat, where: tuple, batch: int, size: tuple[int, ...], memory: str
+    fmt: ConvFormat,
+    where: tuple,
+    batch: int,
+    size: tuple[int, ...],
+    memory: str,
+    dtype: torch.dtype,
 ) -> None:
-    outs, ins, kernels = _factors(fmt.out_shape, fmt.in_shape, fmt.kernel_size, rank=fmt.rank)
+    groups = fmt.out_shape, fmt.in_shape, fmt.kernel_size
+    outs, ins, kernels = _factors(*groups, rank=fmt.rank, dtype=dtype)
     options = dict(zip(("stride", "padding", "dilation"), where[:3], strict=True))
-    x = torch.randn(batch, fmt.channels[0], *size, requires_grad=True)
+    x = torch.randn(batch, fmt.channels[0], *size, dtype=dtype, requires_grad=True)
     if fmt.transposed:
         options["output_padding"] = where[3]
         place = check_transposed_geometry(fmt.kernel_size, *where[:2], where[3], where[2])
     else:
         place = check_geometry(fmt.kernel_size, *where)
-    asked = request(fmt, batch, memory=memory, geometry=place, size=size)
+    asked = request(fmt, batch, dtype, memory=memory, geometry=place, size=size)
     for plan in candidates(asked):
         forward, backward = choice.steps(asked, plan)
         with Flops() as counter:
@@ -112,7 +131,7 @@ def test_conv_flops_are_what_torch_counts(
                 y = cp_conv(x, outs, ins, kernels, groups=fmt.groups, plan=plan, **options)
         assert counter.total == sum(step.flops for step in forward), plan
         with Flops() as counter:
-            y.sum().backward()
+            y.sum().real.backward()
         assert counter.total == sum(step.flops for step in backward), plan
 
 
@@ -265,6 +284,19 @@ def test_built_in_rates_scale_with_threads_and_dtype() -> None:
     assert four.launch == one.launch
     assert four.cache_bandwidth == one.cache_bandwidth
     assert built_in("cpu", torch.float64, 1).gemm == one.gemm / 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "part"), [(torch.complex64, torch.float32), (torch.complex128, torch.float64)]
+)
+def test_complex_numbers_are_priced_by_their_parts(dtype: torch.dtype, part: torch.dtype) -> None:
+    """Four real products for one, twice the bytes, and the rates of the parts' dtype."""
+    fmt = LinearFormat((4, 4), (3, 5), 6)
+    whole, parts = request(fmt, 32, dtype), request(fmt, 32, part)
+    assert whole.place == parts.place
+    ours, theirs = gemm(whole, "", 32, 16, 6), gemm(parts, "", 32, 16, 6)
+    assert (ours.flops, ours.padded_flops) == (4 * theirs.flops, 4 * theirs.padded_flops)
+    assert ours.nbytes == 2 * theirs.nbytes
 
 
 def test_the_explicit_pairs_never_rebuild_by_choice() -> None:

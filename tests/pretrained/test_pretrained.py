@@ -208,7 +208,7 @@ def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize(("make", "dense"), [p[1:] for p in LAYERS], ids=[p[0] for p in LAYERS])
 def test_every_layer(make: Any, dense: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     net = nn.Sequential(make(dtype=dtype, memory="fast"))
@@ -216,6 +216,17 @@ def test_every_layer(make: Any, dense: Any, dtype: torch.dtype, tmp_path: Path) 
     other = from_pretrained(tmp_path, nn.Sequential(dense()))
     same(net, other)
     assert other[0].memory == "fast"
+
+
+def test_complex128_is_refused_by_name(tmp_path: Path) -> None:
+    """Files of safetensors have no such numbers, and are not written without imaginary parts."""
+    factors = nn.Sequential(CPLinear(6, 4, rank=2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"one dtype of .*complex64, got torch\.complex128"):
+        save_pretrained(factors, tmp_path)
+    beside = nn.Sequential(CPLinear(6, 4, rank=2), nn.Linear(4, 2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"1\.weight is torch\.complex128, .* save .* complex64"):
+        save_pretrained(beside, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -393,8 +393,13 @@ print(type(model.encoder.layer[0].attention.self.query).__name__)
 
 
 def test_registering_twice_does_nothing() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
     polyadic.register_transformers()
+    before = dict(KNOWN)
     polyadic.register_transformers()
+    assert before["polyadic"].__name__ == "PolyadicConfig"
+    assert before == dict(KNOWN)
 
 
 def classifier(labels: int, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedulers
 
 import polyadic
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
@@ -107,15 +108,70 @@ def test_a_tied_head_and_a_shared_tensor_stand_once() -> None:
     assert len(every) == len({id(p) for p in every})
 
 
-def test_a_scheduler_keeps_the_ratios() -> None:
-    model = CPLinear(12, 12, rank=3)
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+SCHEDULERS: dict[str, Any] = {
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda step: 0.5**step),
+    "step": lambda o: schedulers.StepLR(o, 2),
+    "exponential": lambda o: schedulers.ExponentialLR(o, 0.9),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, 20),
+    "restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 3),
+    "polynomial": lambda o: schedulers.PolynomialLR(o, 20, power=2.0),
+    "warm-up, then cosine": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.CosineAnnealingLR(o, 9)], [3]
+    ),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, rates_of(o), total_steps=20),
+    "plateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=1),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_scheduler_keeps_the_ratios(scheduler: str) -> None:
+    model = nn.Sequential(CPLinear(12, 30, rank=3), CPConv2d(4, 4, 3, rank=2))
     optimizer = torch.optim.AdamW(polyadic.param_groups(model, 1e-2))
-    before = [group["lr"] for group in optimizer.param_groups]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    model(torch.ones(2, 12)).sum().backward()
-    optimizer.step()
-    scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == [rate / 2 for rate in before]
+    before = rates_of(optimizer)
+    assert len(before) > 2
+    own = SCHEDULERS[scheduler](optimizer)
+    seen = set()
+    for _ in range(8):
+        model[0](torch.ones(2, 12)).sum().backward()
+        optimizer.step()
+        own.step(*([1.0] if scheduler == "plateau" else []))
+        factors = [rate / first for rate, first in zip(rates_of(optimizer), before, strict=True)]
+        assert factors == pytest.approx([factors[0]] * len(factors), rel=1e-9)
+        seen.add(round(factors[0], 9))
+    assert len(seen) > 1, "the scheduler did nothing"
+
+
+def test_lightning_takes_the_groups(tmp_path: Any) -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Model(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = CPLinear(8, 8, rank=2)
+
+        def training_step(self, batch: Tensor, _: int) -> Tensor:
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(polyadic.param_groups(self, 1e-2, 0.1))
+            self.first = rates_of(optimizer)
+            scheduler = schedulers.LambdaLR(optimizer, lambda step: 0.5**step)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    model = Model()
+    before = model.layer.cp.factors[0].detach().clone()
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4))
+    assert trainer.global_step == 2
+    assert rates_of(trainer.optimizers[0]) == pytest.approx([rate / 4 for rate in model.first])
+    assert not torch.equal(before, model.layer.cp.factors[0])
 
 
 def test_transformers_trainer_takes_the_groups(tmp_path: Any) -> None:

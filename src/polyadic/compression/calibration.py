@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyadic.batches import Forward, call, evaluating
+from polyadic.batches import Forward, call, evaluating, misfit
 from polyadic.compression.arguments import Callback
 from polyadic.compression.costs import Call, Calls
 from polyadic.compression.targets import Target
 from polyadic.durable import interrupts
 from polyadic.fitting import second_moments
 from polyadic.fitting.moments import check_weights
+from polyadic.fitting.problem import wide
 from polyadic.nn.kinds import family_of
 
 Weights = Callable[[Any], Tensor]
@@ -143,12 +144,8 @@ class Calibration:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{type(self.model).__name__} does not run on batch {number} of calibration, a "
-                f"{type(batch).__name__}: {error}; a tuple or list is given as model(*batch), a "
-                f"mapping as model(**batch), all else as model(batch): leave out labels, or say "
-                f"how to run it by forward=lambda model, batch: ..."
-            ) from error
+            where = f"batch {number} of calibration"
+            raise misfit(self.model, batch, where, error) from error
 
     def _recorder(self, name: str) -> Callable[..., None]:
         def record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -218,8 +215,8 @@ class Calibration:
                 interrupts.check()
                 after = _floating(self.forward(model, batch))
                 for i, (old, new) in enumerate(zip(before, after, strict=True)):
-                    lost[i] = lost.get(i, 0.0) + float((new.double() - old.double()).square().sum())
-                    size[i] = size.get(i, 0.0) + float(old.double().square().sum())
+                    lost[i] = lost.get(i, 0.0) + _power(wide(new) - wide(old))
+                    size[i] = size.get(i, 0.0) + _power(wide(old))
         shares = [lost[i] / size[i] for i in lost if size[i] > 0]
         return sum(shares) / len(shares) if shares else 0.0
 
@@ -258,10 +255,17 @@ def _unwrapped(weights: Weights) -> Weights:
     return lambda batch: weights(batch[0])
 
 
+def _power(values: Tensor) -> float:
+    """The sum of the squares of all entries, of complex ones of their moduli."""
+    parts = torch.view_as_real(values) if values.is_complex() else values
+    return float(parts.square().sum())
+
+
 def _floating(output: Any) -> list[Tensor]:
-    """All floating-point tensors of an output, in order."""
+    """All floating-point and complex tensors of an output, in order."""
     if isinstance(output, Tensor):
-        return [output.detach().clone()] if output.is_floating_point() else []
+        numbers = output.is_floating_point() or output.is_complex()
+        return [output.detach().clone()] if numbers else []
     parts: Sequence[Any] = ()
     if isinstance(output, Mapping):
         parts = list(output.values())

@@ -28,7 +28,7 @@ from polyadic._torch import no_autocast
 from polyadic.compression.targets import Candidate, Target
 from polyadic.durable import interrupts
 from polyadic.fitting import Decomposition, decompose
-from polyadic.fitting.problem import Problem, make_problem
+from polyadic.fitting.problem import Problem, make_problem, wide
 from polyadic.formats import (
     Rank,
 )
@@ -133,22 +133,24 @@ def low_rank_errors(problem: Problem) -> Tensor:
 
     The best matrix of rank R leaves the squared singular values of Σ^½ W from the (R + 1)-th on
     (Eckart & Young, Psychometrika 1936). They are the eigenvalues of the smaller Gram matrix of
-    Σ^½ W (P, Q), computed in float64: Wᵀ Σ W (Q, Q) needs no root of Σ; (P, P) is formed from
-    Lᵀ W with Σ = L Lᵀ.
+    Σ^½ W (P, Q), computed in float64: Wᴴ Σ W (Q, Q) needs no root of Σ; (P, P) is formed from
+    Lᴴ W with Σ = L Lᴴ.
     """
-    wide, sigma = problem.matrix.double(), problem.metric
-    if wide.shape[0] <= wide.shape[1] and sigma is not None:
+    matrix, sigma = wide(problem.matrix), problem.metric
+    if matrix.shape[0] <= matrix.shape[1] and sigma is not None:
         if sigma.dim() == 1:
-            wide = sigma.double().sqrt().unsqueeze(1) * wide
+            matrix = wide(sigma).sqrt().unsqueeze(1) * matrix
         else:
-            wide = torch.linalg.cholesky(sigma.double()).t() @ wide
-        gram = wide @ wide.t()
+            matrix = torch.linalg.cholesky(wide(sigma)).mH @ matrix
+        gram = matrix @ matrix.mH
     elif sigma is not None:
-        scaled = sigma.double()
-        gram = wide.t() @ (scaled.unsqueeze(1) * wide if scaled.dim() == 1 else scaled @ wide)
+        scaled = wide(sigma)
+        weighted = scaled.unsqueeze(1) * matrix if scaled.dim() == 1 else scaled @ matrix
+        gram = matrix.mH @ weighted
     else:
-        gram = wide @ wide.t() if wide.shape[0] <= wide.shape[1] else wide.t() @ wide
-    powers = torch.linalg.eigvalsh((gram + gram.t()) / 2).clamp_min(0)
+        upright = matrix.shape[0] > matrix.shape[1]
+        gram = matrix.mH @ matrix if upright else matrix @ matrix.mH
+    powers = torch.linalg.eigvalsh((gram + gram.mH) / 2).clamp_min(0)
     # Eigenvalues ascend: their cumulative sums, from the end, are the powers left at rank 0, 1, ...
     left = torch.cat([powers.new_zeros(1), powers.cumsum(0)]).flip(0)
     errors = (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
@@ -292,7 +294,8 @@ def output_error(
         return None
     with no_autocast(target.weight):
         problem = problem_of(target, candidate, metric, damping=0.0)
-        factors = problem.to_fitted_modes(list(fit.cp.factors), torch.float64)
+        exact = [wide(factor) for factor in fit.cp.factors]
+        factors = problem.to_fitted_modes(exact, exact[0].dtype)
         power = problem.power()
         lost = problem.residual(factors)[0]
     return math.sqrt(lost / power) if power > 0 else 0.0

@@ -19,23 +19,9 @@ _OTHER = "#009e73"
 # Most layers that get a panel of their own.
 _PANELS = 24
 _HEADINGS = (
-    "layer",
-    "kind",
-    "weight",
-    "decision",
-    "modes",
-    "rank",
-    "parameters",
-    "of",
-    "FLOPs",
-    "of",
-    "predicted ms",
-    "of",
-    "weight error",
-    "output error",
-    "importance",
-    "reason",
-)
+    "layer", "kind", "weight", "decision", "modes", "rank", "parameters", "of", "FLOPs", "of",
+    "predicted ms", "of", "weight error", "output error", "importance", "reason",
+)  # fmt: skip
 
 
 def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> str:

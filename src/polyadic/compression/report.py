@@ -16,6 +16,8 @@ from polyadic.compression.page import html
 from polyadic.durable.files import write_text
 
 FORMAT_VERSION = 1
+# A relative change of the outputs beyond which a model is hardly usable as it is.
+MUCH = 0.1
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,38 @@ class Report:
         """
         how = "weighed by calibration batches" if self.calibrated else "of the weights alone"
         state = "plan of a dry run" if self.dry_run else "done"
-        lead = f"Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
+        lead = f"{self.verdict} Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
         write_text(Path(path), html(lead, self.summary(), self.layers))
+
+    @property
+    def verdict(self) -> str:
+        """What came of it, and what to do about it, in plain words."""
+        after = self.model_parameters - self.dense_parameters + self.parameters
+        would = "would become" if self.dry_run else "is"
+        said = f"the model {would} {self.model_parameters / max(1, after):.2f} times smaller"
+        advice: list[str] = []
+        if self.speed_ratio is not None:
+            faster = f"{self.speed_ratio:.2f} times as fast"
+            said += f", its layers are predicted {faster}"
+            if self.speed_ratio < 1:
+                advice.append(
+                    "the option speed='never-slower' leaves those dense that would be slower"
+                )
+        change = self.output_error
+        if change is None and self.calibrated:
+            change = self.predicted_error
+        if change is None:
+            said += "; how much its outputs change is not known without calibration batches"
+        else:
+            word = "are predicted to change" if self.output_error is None else "change"
+            said += f", and its outputs {word} by {100 * change:.2g} %"
+            if change > MUCH:
+                advice.insert(
+                    0,
+                    "that is much for most uses: recover it by polyadic.finetune.distill, which is "
+                    "--recover on the command line, or choose a smaller budget",
+                )
+        return ". ".join(text[0].upper() + text[1:] for text in [said, *advice]) + "."
 
     def summary(self) -> list[str]:
         """Return the sums over all layers, one sentence each."""
@@ -145,7 +177,9 @@ class Report:
             f"{self.model_parameters / max(1, after):.2f} times fewer"
         )
         if self.flops_ratio is not None:
-            lines.append(f"{self.flops_ratio:.2f} times fewer FLOPs in these layers")
+            less = self.flops_ratio >= 1
+            times = self.flops_ratio if less else 1 / self.flops_ratio
+            lines.append(f"{times:.2f} times {'fewer' if less else 'more'} FLOPs in these layers")
         if self.speed_ratio is not None:
             lines.append(
                 f"these layers are predicted to be {self.speed_ratio:.2f} times as fast "
@@ -171,7 +205,7 @@ class Report:
         ]
         rows += [_row(layer) for layer in self.layers]
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
-        lines = [f"budget: {self.budget} ({done})", ""]
+        lines = [self.verdict, "", f"budget: {self.budget} ({done})", ""]
         for row in rows:
             cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2])]
             cells += [row[i].rjust(widths[i]) for i in range(3, 7)]

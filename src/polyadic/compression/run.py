@@ -34,6 +34,7 @@ from polyadic.durable.identity import in_words, named, of_batches, of_module
 from polyadic.durable.pieces import Pieces
 from polyadic.formats import Rank
 from polyadic.nn.wrapped import check_unwrapped
+from polyadic.progress import Meter
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -109,7 +110,8 @@ def compress(
         checkpoint: a folder for the finished pieces, made if it is missing; remove it when done.
         resume: use the pieces in ``checkpoint``, which must be of the same model, batches, budget
             and options; without ``resume`` a folder with pieces is an error.
-        callback: called as ``callback(stage, done, total, name)`` after each piece of work.
+        callback: called as ``callback(stage, done, total, name)`` after each piece of work, in
+            place of the bar that a terminal shows, or of the lines that go to the logger.
         fit: options of ``polyadic.decompose`` for the final fits, such as ``iterations``.
 
     Returns:
@@ -123,17 +125,19 @@ def compress(
             a checkpoint of another compression.
         OSError: the checkpoint cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "compress")
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)
     folder = _folder(checkpoint, resume)
 
+    meter = Meter("compress")
+
     def tell(stage: str, done: int, total: int, name: str) -> None:
         interrupts.check()
-        if callback is not None:
+        if callback is None:
+            meter.tell(stage, done, total, name)
+        else:
             callback(stage, done, total, name)
 
     found = surgery.find(model, target_modules=target_modules, exclude_modules=exclude_modules)
@@ -161,7 +165,7 @@ def compress(
         }
     pieces = Pieces(folder, "polyadic.compress", identity, resume)
 
-    with interrupts.deferred():
+    with interrupts.deferred(), meter:
         evidence = gather(work, targets, batches, forward, weights, tell)
         _check_calls_known(targets, evidence.calls, wanted)
         every = weigh(targets, evidence, wanted, ranks, seed, tell, pieces)

@@ -18,6 +18,7 @@ from polyadic.compression.curves import DAMPING, Curve, approximation, curves, f
 from polyadic.compression.kept import curves_from_plain, curves_to_plain
 from polyadic.compression.targets import Target
 from polyadic.durable.pieces import Pieces
+from polyadic.fitting.problem import inner, wide
 from polyadic.formats import Rank
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
@@ -98,14 +99,14 @@ def weigh(
         budget: the budget, which says what options count and where errors matter.
         ranks: by the name of a layer, a rank that is asked for.
         seed: seed of the fits.
-        tell: told after each target.
+        tell: called after each target.
         pieces: where the curves of each target are kept.
 
     Returns:
         The options of each target, in the order of the targets.
     """
     found = []
-    norms = [float(target.weight.double().square().sum()) for target in targets]
+    norms = [inner(wide(target.weight), wide(target.weight)) for target in targets]
     for i, (target, norm) in enumerate(zip(targets, norms, strict=True)):
         tell("curves", i, len(targets), target.name)
         asked = next((ranks[n] for n in target.names if n in ranks), None)
@@ -134,7 +135,7 @@ def _measured(
     share: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Find a target's curves, and its importance, which is ``share`` without calibration."""
+    """Find a target's curves, and its importance, which without calibration is ``share``."""
     known = curves(target, metric, budget.fraction, asked, seed) if seen else []
     importance = share if evidence.calibration is None else 0.0
     if evidence.calibration is not None and known and metric is not None:
@@ -144,7 +145,7 @@ def _measured(
 
 
 def _unseen(metric: Tensor | None, calibrated: bool) -> str:
-    """Why calibration says nothing of a target's error, or empty."""
+    """Return why calibration says nothing of a target's error, or an empty text."""
     if metric is None:
         return "was not called with the calibration batches" if calibrated else ""
     power = metric.sum() if metric.dim() == 1 else metric.diagonal().sum()
@@ -161,7 +162,7 @@ def _effect(
     fraction: float,
     seed: int,
 ) -> float:
-    """The squared change δ of the outputs by an error e₀ of this target alone, over e₀².
+    """Return δ / e₀²: the squared change δ of the outputs by an error e₀ of this target alone.
 
     The error is that of the curve's format with about ``fraction`` of the dense parameters.
     """
@@ -202,7 +203,7 @@ def _options(
 
 
 def ranks_of(curve: Curve) -> list[int]:
-    """The ranks of a curve that are weighed: all, or ``MOST_RANKS`` in geometric progression."""
+    """Return the ranks of a curve to weigh: all, or ``MOST_RANKS`` in geometric progression."""
     last = curve.ranks[-1]
     if last <= MOST_RANKS:
         return list(range(1, last + 1))
@@ -211,7 +212,7 @@ def ranks_of(curve: Curve) -> list[int]:
 
 
 def _why_not(cost: Cost, dense: Cost, budget: Budget) -> str:
-    """Why a budget does not admit an option, or empty."""
+    """Return why a budget does not admit an option, or an empty text."""
     if budget.kind == "flops_ratio":
         known = cost.flops is not None and dense.flops is not None
         if not known or cost.flops >= dense.flops:  # type: ignore[operator]

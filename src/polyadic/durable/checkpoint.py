@@ -46,13 +46,13 @@ def save(path: Path, kind: str, state: Mapping[str, Any], generations: int = 2) 
 
     Args:
         path: the file.
-        kind: of the job, such as ``"polyadic.finetune"``.
+        kind: the kind of job, such as ``"polyadic.finetune"``.
         state: tensors, numbers, strings and None in dicts, lists and tuples.
         generations: 2, or 1 to keep none but the last.
 
     Raises:
         TypeError: a value is of another type.
-        OSError: it cannot be written; the last one is as it was.
+        OSError: the file cannot be written; the last checkpoint is as it was.
     """
     tensors = _Tensors()
     plain = _to_plain(state, tensors, "state")
@@ -65,7 +65,8 @@ def load(path: Path, kind: str) -> dict[str, Any]:
     """Read a checkpoint; where the last one is damaged, the one before it, with a warning.
 
     Raises:
-        ValueError: it is damaged, of another kind or of another version, and none is before it.
+        ValueError: the checkpoint is damaged, of another kind or of another version, and there is
+            none before it.
     """
     try:
         return _read(path, kind)
@@ -137,7 +138,7 @@ class _Tensors:
         key = place if value.numel() else id(value)
         if key not in self._names:
             self._names[key] = name = str(len(self.by_name))
-            # Those that overlap in memory are stored apart.
+            # Views that overlap in memory in part are stored as separate tensors.
             self.by_name[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return self._names[key]
 

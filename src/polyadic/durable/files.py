@@ -33,8 +33,8 @@ def check_regular(path: Path) -> None:
     """Refuse what is no regular file; to open a FIFO would wait for ever.
 
     Raises:
-        ValueError: it is something else.
-        OSError: there is none, or it cannot be reached.
+        ValueError: the path is something else.
+        OSError: there is nothing, or it cannot be reached.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -77,7 +77,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all; a terminal or a pipe is written to as it is.
 
     Raises:
-        OSError: it cannot be written; the file is as it was.
+        OSError: the text cannot be written; the file is as it was.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -99,8 +99,8 @@ def place(draft: Path, path: Path) -> None:
 def drafts(path: Path) -> Iterator[Path]:
     """Make a folder for drafts of a file, which no other process removes while this one lives.
 
-    A folder, as libraries that write a file may write another one first, beside it. Those of
-    processes that were killed are removed.
+    It is a folder because libraries that write a file may first write another one beside it.
+    Folders of processes that were killed are removed.
     """
     mark = f".{zlib.crc32(os.fsencode(path.name)):08x}-"
     for old in path.parent.glob(f"{mark}*.part"):
@@ -119,7 +119,7 @@ def _locked_folder(path: Path, mark: str) -> tuple[Path, BinaryIO]:
         folder.mkdir()
         with suppress(FileNotFoundError):
             lock = open(folder / "lock", "xb")  # noqa: SIM115
-            # Until it is locked, another process may take it for that of a dead one.
+            # Until it is locked, another process may take the folder for that of a dead one.
             if _locked(lock.fileno()) and (folder / "lock").exists():
                 return folder, lock
             lock.close()
@@ -133,7 +133,7 @@ def is_draft(name: str) -> bool:
 def _remove_dead(folder: Path) -> None:
     """Remove the folder of a process that was killed; a living one holds its lock."""
     with suppress(OSError):
-        # An empty one was made by a process that was killed before it made the lock.
+        # An empty folder is of a process that was killed before it made the lock.
         folder.rmdir()
     with suppress(OSError), open(folder / "lock", "rb+") as lock:
         if fcntl is not None and _locked(lock.fileno()):

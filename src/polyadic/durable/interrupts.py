@@ -18,7 +18,7 @@ class Pending:
         self._most, self.count = most, 0
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Remember an interrupt; raise it if as many came as are put off."""
+        """Remember an interrupt; raise it if as many as may be put off have come before."""
         self.count += 1
         if self._most is not None and self.count > self._most:
             self.check()
@@ -60,6 +60,6 @@ def deferred(most: int | None = None) -> Iterator[Pending]:
 
 
 def check() -> None:
-    """Raise a KeyboardInterrupt that a ``deferred`` around puts off; a place where work may end."""
+    """Raise the KeyboardInterrupt that an enclosing ``deferred`` has put off; work may end here."""
     if _active and threading.current_thread() is threading.main_thread():
         _active[-1].check()

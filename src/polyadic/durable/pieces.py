@@ -15,11 +15,11 @@ _JOB = "job.checkpoint"
 
 
 class Pieces:
-    """Pieces of work whose results are kept, so that a job that was stopped makes the rest alone.
+    """Pieces of work whose results are kept, so that a job that was stopped makes only the rest.
 
     Args:
         folder: where they are kept, made if it is missing; None keeps nothing.
-        kind: of the job, such as ``"polyadic.compress"``.
+        kind: the kind of job, such as ``"polyadic.compress"``.
         identity: what the results depend on, by name; plain values.
         resume: whether pieces that are there may be used.
 
@@ -53,8 +53,8 @@ class Pieces:
         """Return a piece, from its file or made now; a damaged one is made again, with a warning.
 
         Args:
-            name: of the piece, a name for a file.
-            make: makes it: tensors and plain values, as a checkpoint holds them.
+            name: name of the piece and of its file.
+            make: makes the piece, of tensors and plain values as a checkpoint holds them.
         """
         if self._folder is None:
             return make()

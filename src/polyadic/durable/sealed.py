@@ -32,7 +32,7 @@ def check_name(path: Path) -> None:
     """Refuse a path that safetensors cannot open.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the path is not UTF-8.
     """
     try:
         str(path).encode()
@@ -45,7 +45,7 @@ def write(draft: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
     Raises:
         ValueError: a tensor has a name that the format keeps for itself, or the path is not UTF-8.
-        OSError, SafetensorError: it cannot be written.
+        OSError, SafetensorError: the file cannot be written.
     """
     check_name(draft)
     if RESERVED in tensors:
@@ -92,7 +92,7 @@ def check(file: Path) -> bool:
     """Check a file against its checksum.
 
     Returns:
-        Whether it has one.
+        Whether the file has a checksum.
 
     Raises:
         ValueError: the file is damaged.
@@ -120,7 +120,7 @@ def check(file: Path) -> bool:
 
 
 def opened(file: Path, required: bool = False) -> Any:
-    """Open a file after a check of its checksum; what is read later is of the file checked.
+    """Open a file and check its checksum; what is read later is from the file that was checked.
 
     Args:
         file: the file.
@@ -130,7 +130,7 @@ def opened(file: Path, required: bool = False) -> Any:
         What ``safetensors.safe_open`` returns, for a ``with``.
 
     Raises:
-        ValueError: it is missing, no regular file, damaged or no safetensors file.
+        ValueError: the file is missing, damaged, not a regular file or not a safetensors file.
     """
     try:
         check_name(file)

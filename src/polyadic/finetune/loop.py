@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from polyadic.durable.interrupts import Pending, deferred
 from polyadic.finetune.checkpoint import Keeper, check
 from polyadic.finetune.settings import Progress, Settings
 from polyadic.finetune.walk import Walk
+from polyadic.progress import Meter
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +60,7 @@ class Loop:
         settings: how to train.
         record: further settings that must be equal when the training is continued.
         validate: function whose value is to become small; None for no validation.
+        groups: the parameters in groups with rates of their own, where the settings have no rate.
         keeper: where the state is kept, after every ``checkpoint_every`` steps, after the last and
             at Ctrl-C; None to keep nothing.
     """
@@ -73,6 +75,7 @@ class Loop:
         record: Mapping[str, Any],
         validate: Callable[[], float] | None = None,
         keeper: Keeper | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         if settings.patience is not None and validate is None:
             raise ValueError("patience needs validation=, which it waits for to improve")
@@ -80,7 +83,10 @@ class Loop:
         self._tensors: dict[str, Tensor] = {**parameters, **buffers}
         self._settings, self._loss, self._validate = settings, loss, validate
         self._keeper = keeper
-        self._optimizer = settings.optimizer(self._parameters, lr=settings.lr)
+        if groups is None:
+            self._optimizer = settings.optimizer(self._parameters, lr=settings.lr)
+        else:
+            self._optimizer = settings.optimizer(groups)
         self._record = {**settings.record(), **_options(self._optimizer), **record}
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._walk = Walk(batches, self._parameters[0].device, keeper is not None)
@@ -90,6 +96,7 @@ class Loop:
         self._validations: list[tuple[int, float]] = []
         self._kept: dict[str, Tensor] = {}
         self._stopped_early = self._done = False
+        self._meter = Meter("training")
 
     def run(self) -> Recovery:
         """Train to the end, and leave the best parameters in place."""
@@ -104,7 +111,8 @@ class Loop:
                 self._restore(state)
             elif self._validate is not None:
                 self._judge()
-            self._steps()
+            with Meter("training") as self._meter:
+                self._steps()
         if self._validate is not None:
             self._copy(self._kept)
         return Recovery(
@@ -118,7 +126,7 @@ class Loop:
         )
 
     def _steps(self) -> None:
-        """Make all steps; Ctrl-C is put off to the end of a step and saved, a second one is not."""
+        """Make all steps. A first Ctrl-C waits for the end of its step, a second one does not."""
         if self._keeper is None:
             while not self._done:
                 self._one_step(self._walk.next())
@@ -155,7 +163,7 @@ class Loop:
         if settings.clip is not None:
             norm = float(nn.utils.clip_grad_norm_(self._parameters, settings.clip))
         if not (math.isfinite(value) and math.isfinite(norm)):
-            left = "as it was before this step; with validation= its best is kept"
+            left = "as it was before this step; with validation its best is kept"
             if self._validate is not None:
                 self._copy(self._kept)
                 left = "at its best so far"
@@ -172,6 +180,7 @@ class Loop:
             validation = self._judge()
         if self._keeper is not None and (self._done or self._step % settings.checkpoint_every == 0):
             self._keeper.save(self._state())
+        self._meter.tell("", self._step, settings.steps, f"loss {value:.3g}")
         if settings.callback is not None:
             rate = float(self._optimizer.param_groups[0]["lr"])
             settings.callback(
@@ -191,7 +200,9 @@ class Loop:
         else:
             self._stale += 1
         if not self._kept:
-            raise FloatingPointError(f"validation is {value} before the first step")
+            raise FloatingPointError(
+                f"the loss on the batches that judge it is {value} before the first step"
+            )
         if self._settings.patience is not None and self._stale >= self._settings.patience:
             self._stopped_early = self._done = True
         return value
@@ -218,6 +229,7 @@ class Loop:
             "losses": torch.tensor(self._losses, dtype=torch.float64, device="cpu"),
             "validations": [list(pair) for pair in self._validations],
             "optimizer": self._optimizer.state_dict(),
+            "rates": self._rates,
             "rng": self._walk.rng(),
             "epoch_rng": self._walk.epoch_rng,
             "seen": self._walk.seen(),
@@ -231,11 +243,13 @@ class Loop:
         try:
             self._optimizer.load_state_dict(state["optimizer"])
             validations = [(int(step), float(value)) for step, value in state["validations"]]
+            rates = [float(rate) for rate in state.get("rates", self._rates)]
             self._walk.go_to(state)
         except (AttributeError, LookupError, TypeError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"the checkpoint is damaged: optimizer or random state does not fit ({error})"
             ) from error
+        self._rates = rates
         self._step, self._stale, self._best_step = state["step"], state["stale"], state["best_step"]
         self._best, self._seconds = state["best"], state["seconds"]
         self._losses, self._validations = state["losses"].tolist(), validations

@@ -27,7 +27,7 @@ from polyadic.finetune.settings import (
     optional_function,
     total_steps,
 )
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ def match_layers(
         RuntimeError: a layer of the student is frozen for inference.
         FloatingPointError: a loss is not finite.
     """
-    models.require_module(student, "student")
-    models.require_module(teacher, "teacher")
     check_unwrapped(student, "match_layers", "student")
+    check_module(teacher, "teacher")
     models.require_batches(batches, "batches")
     if mode not in ("sequential", "joint"):
         raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
@@ -346,4 +345,4 @@ def _squares(layer: nn.Module, call: _Call, name: str) -> tuple[Tensor, Tensor]:
         )
     wide = torch.promote_types(own.dtype, torch.float32)
     target = call.output.to(wide)
-    return (own.to(wide) - target).square().sum(), target.square().sum()
+    return (own.to(wide) - target).abs().square().sum(), target.abs().square().sum()

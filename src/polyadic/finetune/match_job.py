@@ -33,18 +33,18 @@ class LayerMatch:
 
 
 class Job:
-    """What of a matching is done, and the state of the training that is under way.
+    """What has been done of a matching, and the state of the training that is under way.
 
     Args:
         path: the checkpoint, or None.
         resume: whether to go on from it.
-        identity: what must be equal to go on.
-        trained: the parameters of all layers, by name; they become those of the checkpoint.
+        identity: settings and digests that must be equal for the checkpoint to be used.
+        trained: the parameters of all layers, by name; those of a checkpoint are copied into them.
         batches: the batches.
         device: device of the training.
 
     Attributes:
-        found: by layer, what came out.
+        found: the result of each layer that is done, by its name.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Job:
         return self._initial[name]
 
     def end(self, found: dict[str, LayerMatch]) -> None:
-        """Note what came out of a training, and write it down."""
+        """Note the result of a training, and write the checkpoint."""
         self.found |= found
         self._name, self._loop = None, None
         self._rng = random_state(self._batches, self._device)
@@ -103,7 +103,7 @@ class Job:
 
     @property
     def keeper(self) -> Keeper | None:
-        """Where the training under way keeps its state."""
+        """Return where the training under way keeps its state."""
         return None if self._file is None else self
 
     def load(self) -> dict[str, Any] | None:

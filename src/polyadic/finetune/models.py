@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic.batches import call, keeping_modes
+from polyadic.batches import call, keeping_modes, misfit
+from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -17,12 +18,6 @@ Trainable = Literal["cp", "cp+norms", "all"] | Callable[[str, nn.Parameter], boo
 
 TRAINABLE = ("cp", "cp+norms", "all")
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
-
-
-def require_module(model: Any, name: str) -> None:
-    """Raise a TypeError where ``model`` is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def require_batches(batches: Any, name: str) -> None:
@@ -49,9 +44,13 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
     """Call a model and return its output, which has to be one floating tensor.
 
     Raises:
-        ValueError: it is none, or several.
+        ValueError: the output holds no floating tensor, or several, or the model does not take
+            such a batch.
     """
-    output = call(model, batch)
+    try:
+        output = call(model, batch)
+    except TypeError as error:
+        raise misfit(model, batch, "a batch", error) from error
     if isinstance(output, Tensor):
         return output
     parts: dict[Any, Any] = {}
@@ -59,7 +58,7 @@ def output_tensor(model: nn.Module, batch: Any) -> Tensor:
         parts = dict(output)
     elif isinstance(output, (tuple, list)):
         parts = dict(enumerate(output))
-    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and is_computed(v.dtype)}
     if len(tensors) == 1:
         (single,) = tensors.values()
         return single
@@ -144,7 +143,7 @@ def refuse_shared(trained: Mapping[str, nn.Parameter], teacher: nn.Module) -> No
 def prepared(
     student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter], train_mode: bool
 ) -> Iterator[None]:
-    """Let only ``trained`` require gradients, and the teacher evaluate; restore both in the end."""
+    """Within it only ``trained`` require gradients, and the teacher is in evaluation mode."""
     flags = [(p, p.requires_grad) for p in student.parameters()]
     wanted = {id(parameter) for parameter in trained.values()}
     try:

@@ -53,7 +53,7 @@ class Settings:
     """How to train; ``distill`` says what each means."""
 
     steps: int
-    lr: float
+    lr: float | None
     schedule: Schedule
     warmup: int
     optimizer: MakeOptimizer
@@ -73,7 +73,8 @@ class Settings:
             positive_int(self.patience, "patience")
         for name in ("warmup", "seed"):
             checks.an_int(getattr(self, name), name, least=0)
-        checks.a_number(self.lr, "lr", above=0)
+        if self.lr is not None:
+            checks.a_number(self.lr, "lr", above=0)
         if self.clip is not None:
             checks.a_number(self.clip, "clip", above=0)
         if not callable(self.optimizer):
@@ -103,7 +104,7 @@ class Settings:
         """Return the settings that must be equal when a training is continued."""
         return {
             "steps": self.steps,
-            "lr": float(self.lr),
+            "lr": None if self.lr is None else float(self.lr),
             "schedule": named(self.schedule),
             "warmup": self.warmup,
             "optimizer": named(self.optimizer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +45,19 @@ def set_random_state(state: Mapping[str, Any], batches: Any, device: torch.devic
     if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
         name, words, *rest = state["numpy"]
         numpy.random.set_state((name, words.tolist(), *rest))
+
+
+def first(batches: Iterable[Any], most: int, seed: int, device: torch.device) -> list[Any]:
+    """Return the first batches as a seed draws them; the random state is what it was."""
+    state = random_state(batches, device)
+    try:
+        torch.manual_seed(seed)
+        own = getattr(batches, "generator", None)
+        if isinstance(own, torch.Generator):
+            own.manual_seed(seed)
+        return list(itertools.islice(batches, most))
+    finally:
+        set_random_state(state, batches, device)
 
 
 class Walk:

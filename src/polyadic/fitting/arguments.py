@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from polyadic import checks
+from polyadic.fitting.problem import wide
 from polyadic.fitting.result import Decomposition
 from polyadic.formats import Shape, is_int, mode_sizes, positive_int
+from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
 Start: TypeAlias = "str | CPTensor | Decomposition"
@@ -40,13 +42,13 @@ def weight(value: Any, shape: tuple[Shape, ...]) -> None:
     """Check that a weight is finite and that its dimensions are products of adjacent modes.
 
     Raises:
-        TypeError: it is not a floating-point tensor.
+        TypeError: it is neither a floating-point nor a complex tensor.
         ValueError: its shape does not fit, it is not finite, or a process holds only a part of it.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"weight must be of a floating-point dtype, got {value.dtype}; cast it")
+    if not is_computed(value.dtype):
+        raise TypeError(f"weight must be floating point or complex, got {value.dtype}; cast it")
     if value.is_meta:
         raise ValueError("weight must hold values, got a meta tensor; load the model first")
     if hasattr(value, "placements"):
@@ -75,21 +77,17 @@ def _joins(dims: Shape, modes: Shape) -> bool:
     return not left
 
 
-def rank(value: Any) -> int:
-    """Return the rank as a plain positive int.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1.
-    """
-    return positive_int(value, "rank")
-
-
-def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]:
+def metric(value: Any, inside: Any, shape: tuple[Shape, ...], *, is_complex: bool) -> Shape:
     """Check the metric, and return the groups of the input side.
 
+    Args:
+        value: the metric or None.
+        inside: indices of the groups of the input side.
+        shape: all groups.
+        is_complex: whether the weight is, which may then have a complex metric (P, P).
+
     Raises:
-        TypeError: the metric is not a floating-point tensor, or the groups are not ints.
+        TypeError: the metric is not a tensor of such numbers, or the groups are not ints.
         ValueError: the groups do not exist or are named twice; the metric has another size, is
             not finite, not symmetric, not positive semidefinite, or zero.
     """
@@ -106,9 +104,12 @@ def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]
         )
     if value is None:
         return named
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+    if not isinstance(value, Tensor) or not is_computed(value.dtype):
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"metric must be a floating-point tensor (P, P) or (P,), got {kind}")
+    if value.is_complex() and not (is_complex and value.dim() == 2):
+        what = "a diagonal (P,)" if is_complex else "that of a real weight"
+        raise TypeError(f"metric must be floating point, got {value.dtype} for {what}; give .real")
     size = math.prod(mode for i in named for mode in shape[i])
     if tuple(value.shape) not in ((size,), (size, size)):
         raise ValueError(
@@ -117,7 +118,7 @@ def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]
         )
     if not bool(value.isfinite().all()):
         raise ValueError("metric must be finite, got NaN or infinity among its entries")
-    diagonal = value if value.dim() == 1 else value.diagonal()
+    diagonal = value if value.dim() == 1 else value.diagonal().real
     largest = float(diagonal.max())
     if largest <= 0 or float(diagonal.min()) < 0:
         raise ValueError(
@@ -130,16 +131,17 @@ def metric(value: Any, inside: Any, shape: tuple[Shape, ...]) -> tuple[int, ...]
 
 
 def _semidefinite(value: Tensor, largest: float) -> None:
-    asymmetry = float((value - value.t()).abs().max())
+    asymmetry = float((value - value.mH).abs().max())
     if asymmetry > 1e-4 * largest:
         raise ValueError(
-            f"metric must be symmetric, entries differ from their mirror images by up to "
-            f"{asymmetry:.3g}; give (metric + metric.t()) / 2 if that is rounding"
+            f"metric must be {'Hermitian' if value.is_complex() else 'symmetric'}, entries differ "
+            f"from their mirror images by up to {asymmetry:.3g}; give (metric + metric.mH) / 2 if "
+            f"that is rounding"
         )
-    wide = value.double()
-    wide = (wide + wide.t()) / 2
-    wide.diagonal().add_(1e-4 * float(wide.diagonal().mean()))
-    if int(torch.linalg.cholesky_ex(wide)[1]) != 0:
+    exact = wide(value)
+    exact = (exact + exact.mH) / 2
+    exact.diagonal().add_(1e-4 * float(exact.diagonal().real.mean()))
+    if int(torch.linalg.cholesky_ex(exact)[1]) != 0:
         raise ValueError(
             "metric must be positive semidefinite, it has an eigenvalue below -1e-4 times its "
             "mean diagonal; a second moment XᵀX of any inputs has none"
@@ -172,11 +174,11 @@ def options(
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
 
 
-def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:
+def starts(value: Any, shape: tuple[Shape, ...], *, is_complex: bool) -> list[Start]:
     """Return the starts to be raced.
 
     Raises:
-        TypeError: a start is neither a name nor factors.
+        TypeError: a start is neither a name nor factors, or complex where the weight is real.
         ValueError: a name is unknown, there is no start, or factors are of another shape or not
             finite.
     """
@@ -200,6 +202,8 @@ def starts(value: Any, shape: tuple[Shape, ...]) -> list[Start]:
             raise ValueError(
                 f"a start must have the tensorized shape {shape}, got {cp.tensorized_shape}"
             )
+        if cp.factors[0].is_complex() and not is_complex:
+            raise TypeError(f"a start for a real weight must be real, got {cp.factors[0].dtype}")
         if not all(bool(factor.isfinite().all()) for factor in cp.parameters()):
             raise ValueError("a start must have finite factors, got some with NaN or infinity")
     return found

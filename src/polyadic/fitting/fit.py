@@ -13,10 +13,10 @@ from torch import Tensor
 from polyadic.fitting import arguments
 from polyadic.fitting.arguments import Start
 from polyadic.fitting.descent import Descent
-from polyadic.fitting.problem import Problem, make_problem
+from polyadic.fitting.problem import Problem, make_problem, wide
 from polyadic.fitting.result import DecomposeInterrupted, Decomposition, fragility
 from polyadic.fitting.starts import exact_rank, low_rank, orthogonal_terms, random_factors
-from polyadic.formats import Shape
+from polyadic.formats import Shape, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.tensor import CPTensor
 
@@ -66,12 +66,13 @@ def decompose(
     Args:
         weight: W, whose dimensions are the modes of the tensorized shape in order, or products
             of adjacent ones: (M, N) for a linear layer, which is ``linear.weight.t()``; (Cout,
-            Cin, *kernel) for a convolution. Computed in float32, or float64 if it is.
+            Cin, *kernel) for a convolution. Computed in float32, or float64 if it is; a complex
+            weight in its own dtype, with complex factors.
         tensorized_shape: groups of mode sizes, as ``CPTensor`` takes them.
         rank: R.
         metric: second moment Σ of the layer's input over the input side, (P, P), or its diagonal
             (P,) such as token frequencies; None for the Frobenius norm. Only its shape matters,
-            not its scale. ``polyadic.second_moments`` gathers it.
+            not its scale. ``polyadic.second_moments`` gathers it. Of complex inputs X it is XᴴX.
         metric_groups: the groups of ``tensorized_shape`` that make up the input side, in the
             order of the metric: (0,) for a linear layer, an embedding or a transposed convolution,
             (1, 2) for a convolution.
@@ -100,16 +101,17 @@ def decompose(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: a size, shape or value does not fit; the weight is not finite; the metric is
-            not symmetric positive semidefinite.
+            not symmetric (Hermitian) positive semidefinite.
         DecomposeInterrupted: on Ctrl-C; a KeyboardInterrupt with the result so far.
     """
     began = time.perf_counter()
     groups = arguments.groups(tensorized_shape)
     arguments.weight(weight, groups)
-    rank = arguments.rank(rank)
-    inside = arguments.metric(metric, metric_groups, groups)
+    rank = positive_int(rank, "rank")
+    is_complex = weight.is_complex()
+    inside = arguments.metric(metric, metric_groups, groups, is_complex=is_complex)
     arguments.options(damping, iterations, tolerance, regularization, max_growth, seed, callback)
-    starts = arguments.starts(start, groups)
+    starts = arguments.starts(start, groups, is_complex=is_complex)
     # A caller's autocast would round every product of the fit.
     with torch.autocast(weight.device.type, enabled=False):
         power = _power_of_two(weight, sum(map(len, groups)))
@@ -232,7 +234,7 @@ class _Fit:
         """Cut factors to their largest components, or fill them up from their residual."""
         present = factors[0].shape[1]
         if present > self.rank:
-            norms = torch.stack([factor.double().norm(dim=0) for factor in factors]).prod(0)
+            norms = torch.stack([wide(factor).norm(dim=0) for factor in factors]).prod(0)
             keep = norms.argsort(descending=True, stable=True)[: self.rank].sort()[0]
             return [factor[:, keep] for factor in factors]
         if present < self.rank:
@@ -353,8 +355,8 @@ class _Fit:
         scaled = [(f * self.unit).to(self.weight.dtype) for f in full]
         cp = CPTensor.from_factors(self.groups, scaled)
         # The errors are those of the factors returned, which are rounded to the weight's dtype.
-        exact = [factor.double() / self.unit for factor in cp.factors]
-        returned = problem.to_fitted_modes(exact, torch.float64)
+        exact = [wide(factor) / self.unit for factor in cp.factors]
+        returned = problem.to_fitted_modes(exact, exact[0].dtype)
         in_metric, frobenius = problem.residual(returned)
         return Decomposition(
             cp=cp,

@@ -6,6 +6,7 @@ For a mode d of the input side the normal equations couple its rows, because Σ 
     H[(i,r),(i',r')] = (Σ_{j,j'} K[j,r] Σ[(i,j),(i',j')] K[j',r']) · GC[r,r']
 
 with K the Khatri-Rao product of the side's other factors and GC the Gram matrix of the other side.
+Of complex numbers the first K is its conjugate, and GC its transpose.
 There are three ways to solve them:
 
 1. A diagonal Σ decouples the rows: H is zero for i ≠ i', and each row has a system (R, R).
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from polyadic.fitting.normal import contract_but, gram, scaled_cholesky, solve_step
+from polyadic.fitting.problem import inner, wide
 from polyadic.kernels.multilinear import khatri_rao
 
 # Most unknowns of one mode for which H is built and solved directly.
@@ -52,7 +54,7 @@ def solve_in_metric(
         factors: the factors (m_e, R) of all modes of the input side.
         d: the mode whose factor is updated.
         rhs: Y (m_d, R).
-        outer: GC (R, R), float64.
+        outer: GC (R, R), float64 or complex128.
         penalty: τ D (R,), float64.
     """
     size, rank = factors[d].shape
@@ -88,23 +90,24 @@ def _row_by_row(
     kernel, result = _others(factors, d), torch.empty_like(factors[d])
     for i, row in enumerate(weights):
         # H[(i,r),(i,r')] = Σ_j K[j,r] Σ[(i,j)] K[j,r'] · GC[r,r']
-        system = (kernel.t() @ (row.unsqueeze(1) * kernel)).double() * outer
-        system = (system + system.t()) / 2
+        system = wide(kernel.t() @ (row.unsqueeze(1) * kernel.conj())) * outer
+        system = (system + system.mH) / 2
         result[i] = solve_step(factors[d][i : i + 1], rhs[i : i + 1], system, penalty)
     return result
 
 
 def _built(metric: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
-    """Contract Σ with K on both sides: (m, R, m, R), float64, which is H without GC."""
+    """Contract Σ with K on both sides: (m, R, m, R), wide, the transpose of H without GC."""
     sizes = [len(f) for f in factors]
     before, size, after = math.prod(sizes[:d]), sizes[d], math.prod(sizes[d + 1 :])
     rank = factors[d].shape[1]
     kernel = _others(factors, d).view(before, after, rank)
     # Σ_j K[j,r] Σ[(i,j),p], and then Σ_j' of that times K[j',r'].
-    once = torch.einsum("aibp,abr->irp", metric.view(before, size, after, -1), kernel)
-    twice = torch.einsum("paib,abr->pir", once.reshape(-1, before, size, after), kernel)
-    square = twice.reshape(size * rank, size * rank).double()
-    return ((square + square.t()) / 2).view(size, rank, size, rank)
+    mirrored = metric.conj().view(before, size, after, -1)
+    once = torch.einsum("aibp,abr->irp", mirrored, kernel)
+    twice = torch.einsum("paib,abr->pir", once.reshape(-1, before, size, after), kernel.conj())
+    square = wide(twice.reshape(size * rank, size * rank))
+    return ((square + square.mH) / 2).view(size, rank, size, rank)
 
 
 def _iterated(
@@ -122,7 +125,7 @@ def _iterated(
     def apply(x: Tensor) -> Tensor:
         own[d] = x
         in_metric = metric @ khatri_rao(own) @ coupling  # Σ A_X GC
-        return contract_but(in_metric, own, d) + pull * x  # H X + τ D X
+        return contract_but(in_metric, [f.conj() for f in own], d) + pull * x  # H X + τ D X
 
     precondition = _preconditioner(metric, factors, d, outer, penalty)
     return conjugate_gradients(apply, rhs, factors[d], precondition, CG_STEPS)
@@ -138,7 +141,7 @@ def _preconditioner(
     sizes = [len(f) for f in factors]
     before, size, after = math.prod(sizes[:d]), sizes[d], math.prod(sizes[d + 1 :])
     blocks = metric.view(before, size, after, before, size, after)
-    mean = blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((2, 3)).double()  # S
+    mean = wide(blocks.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((2, 3)))  # S
     values, vectors = torch.linalg.eigh(mean)
     values = values.clamp_min(float(values.max()) * 1e-6)
     system = outer.clone()
@@ -148,8 +151,8 @@ def _preconditioner(
     lower, scale = scaled_cholesky(system, penalty, factors[d].dtype)
 
     def precondition(x: Tensor) -> Tensor:
-        rows = vectors @ ((vectors.t() @ (x.double() * scale)) / values.unsqueeze(1))
-        return (torch.cholesky_solve(rows.t(), lower).t() * scale).to(x.dtype)
+        rows = vectors @ ((vectors.mH @ (wide(x) * scale)) / values.unsqueeze(1))
+        return (torch.cholesky_solve(rows.mH, lower).mH * scale).to(x.dtype)
 
     return precondition
 
@@ -163,7 +166,7 @@ def conjugate_gradients(
 ) -> Tensor:
     """Take preconditioned steps from ``start`` towards the solution of H x = rhs.
 
-    H is symmetric and positive definite, and so is the preconditioner. Hestenes & Stiefel, J. Res.
+    H is Hermitian and positive definite, and so is the preconditioner. Hestenes & Stiefel, J. Res.
     Nat. Bur. Standards 1952.
 
     Args:
@@ -175,18 +178,18 @@ def conjugate_gradients(
     """
     x, residual = start, rhs - apply(start)
     z = precondition(residual)
-    direction, rho = z, float((residual * z).sum(dtype=torch.float64))
+    direction, rho = z, inner(residual, z)
     first = rho
     for _ in range(steps):
         if not rho > 1e-14 * first or first == 0:
             break
         image = apply(direction)
-        curvature = float((direction * image).sum(dtype=torch.float64))
+        curvature = inner(direction, image)
         if not curvature > 0:
             break
         x = x + (rho / curvature) * direction
         residual = residual - (rho / curvature) * image
         z = precondition(residual)
-        rho, before = float((residual * z).sum(dtype=torch.float64)), rho
+        rho, before = inner(residual, z), rho
         direction = z + (rho / before) * direction
     return x

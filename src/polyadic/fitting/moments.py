@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from torch.nn import functional as F
 
 from polyadic.batches import call, evaluating
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Most entries of patches that are unfolded at once.
 UNFOLDED = 2**22
 
@@ -86,8 +85,7 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     for name in [names] if isinstance(names, str) else names:
         if name not in modules:
             raise ValueError(f"the model has no module named {name!r}")
-        kinds = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED)
-        if not isinstance(modules[name], kinds):
+        if not isinstance(modules[name], tuple(_READINGS)):
             raise TypeError(
                 f"{name} must be a Linear, Conv, ConvTranspose or Embedding of torch, got "
                 f"{type(modules[name]).__name__}"
@@ -118,7 +116,8 @@ class _Moment:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self.blocks = int(module.groups) if isinstance(module, TRANSPOSED) else 1
+        self.reading = next(r for kind, r in _READINGS.items() if isinstance(module, kind))
+        self.blocks: Any = module.groups if self.reading.a_block_for_each_group else 1
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
         self.count = 0.0
@@ -128,16 +127,15 @@ class _Moment:
         """Add the input of one call of the layer; it is a forward pre-hook."""
         x = args[0] if args else kwargs["input"]
         self.called = True
-        if isinstance(module, nn.Embedding):
+        dims = self.reading.dims
+        if self.reading.rows is None:
             self._add_indices(module, x)
-        else:
-            dims = len(getattr(module, "kernel_size", ()))
-            if dims and x.dim() == dims + 1:
-                x = x.unsqueeze(0)
-            leading = x.shape[: 1 if dims else -1]
-            counts = self._counts(leading, x)
-            for rows, each in _rows(module, x, counts):
-                self._add(rows, each)
+            return
+        if dims and x.dim() == dims + 1:
+            x = x.unsqueeze(0)
+        counts = self._counts(x.shape[: 1 if dims else -1], x)
+        for rows, each in self.reading.rows(module, x, counts):
+            self._add_rows(rows, each)
 
     def _counts(self, leading: Sequence[int], x: Tensor) -> Tensor | None:
         if self.weights is None:
@@ -149,24 +147,25 @@ class _Moment:
             )
         return self.weights.to(x.device, torch.float32).reshape(-1)
 
-    def _add(self, rows: Tensor, counts: Tensor | None) -> None:
-        rows, scaled, count = rows.float(), rows.float(), float(len(rows))
+    def _add(self, part: Tensor, count: float) -> None:
+        self.total = part if self.total is None else self.total.add_(part)
+        self.count += count
+
+    def _add_rows(self, rows: Tensor, counts: Tensor | None) -> None:
+        rows = rows.to(torch.complex64 if rows.is_complex() else torch.float32)
+        scaled, count = rows, float(len(rows))
         if counts is not None:
             seen = counts != 0
             rows, counts = rows[seen], counts[seen]
             scaled, count = rows * counts.unsqueeze(1), float(counts.sum())
         # Autocast may be on for the model; the moments are not to be rounded by it.
         with torch.autocast(rows.device.type, enabled=False):
-            product = scaled.t() @ rows
-        self.total = product if self.total is None else self.total.add_(product)
-        self.count += count
+            self._add(scaled.mH @ rows, count)
 
-    def _add_indices(self, module: nn.Embedding, indices: Tensor) -> None:
+    def _add_indices(self, module: Any, indices: Tensor) -> None:
         counts = self._counts(indices.shape, indices)
         found = torch.bincount(indices.reshape(-1), counts, minlength=module.num_embeddings)
-        found = found.float()
-        self.total = found if self.total is None else self.total.add_(found)
-        self.count += float(indices.numel() if counts is None else counts.sum())
+        self._add(found.float(), float(indices.numel() if counts is None else counts.sum()))
 
     def mean(self) -> Tensor:
         """Return Σ.
@@ -188,24 +187,25 @@ class _Moment:
         return mean
 
 
-def _rows(
-    module: nn.Module, x: Tensor, counts: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The rows that the layer multiplies with its weight, and how much each counts."""
-    if isinstance(module, CONVOLUTIONS):
-        yield from _patches(module, x, counts)
-        return
-    if isinstance(module, TRANSPOSED):
-        x = x.movedim(1, -1)
-        if counts is not None:
-            counts = counts.repeat_interleave(math.prod(x.shape[1:-1]))
+# Rows that a layer multiplies with its weight, and how much each of them counts.
+_Rows = Iterator[tuple[Tensor, Tensor | None]]
+
+
+def _vectors(module: Any, x: Tensor, counts: Tensor | None) -> _Rows:
+    """Yield the input (..., M) of a linear layer as rows."""
     yield x.reshape(-1, x.shape[-1]), counts
 
 
-def _patches(
-    module: Any, x: Tensor, counts: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The patches of a convolution, one row for each group, some images at a time."""
+def _positions(module: Any, x: Tensor, counts: Tensor | None) -> _Rows:
+    """Yield the input (B, Cin, *S) of a transposed convolution, a row for each position."""
+    x = x.movedim(1, -1)
+    if counts is not None:
+        counts = counts.repeat_interleave(math.prod(x.shape[1:-1]))
+    yield x.reshape(-1, x.shape[-1]), counts
+
+
+def _patches(module: Any, x: Tensor, counts: Tensor | None) -> _Rows:
+    """Yield the patches of a convolution, a row for each group, some images at a time."""
     kernel, dilation = module.kernel_size, module.dilation
     x = _padded(module, x)
     for dim, (size, step, spread) in enumerate(
@@ -230,7 +230,7 @@ def _patches(
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The input with the convolution's padding."""
+    """Return the input with the convolution's padding."""
     amounts: list[int] = []
     for dim, (size, spread) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
         if module.padding == "same":
@@ -241,3 +241,32 @@ def _padded(module: Any, x: Tensor) -> Tensor:
         amounts = pair + amounts
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, amounts, mode=mode) if any(amounts) else x
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the inputs of one class of torch's layers are read.
+
+    Attributes:
+        rows: makes rows of an input; None for a lookup, whose input are indices.
+        dims: number of spatial dimensions, 0 for layers that have none.
+        a_block_for_each_group: whether the weight multiplies the channels of each group of channels
+            separately, so that Σ has a block for each.
+    """
+
+    rows: Callable[[Any, Tensor, Tensor | None], _Rows] | None
+    dims: int = 0
+    a_block_for_each_group: bool = False
+
+
+# The table of the layers whose inputs are read; a layer is read as the first class it belongs to.
+_READINGS: dict[type[nn.Module], _Reading] = {
+    nn.Linear: _Reading(_vectors),
+    nn.Embedding: _Reading(None),
+    nn.Conv1d: _Reading(_patches, 1),
+    nn.Conv2d: _Reading(_patches, 2),
+    nn.Conv3d: _Reading(_patches, 3),
+    nn.ConvTranspose1d: _Reading(_positions, 1, True),
+    nn.ConvTranspose2d: _Reading(_positions, 2, True),
+    nn.ConvTranspose3d: _Reading(_positions, 3, True),
+}

@@ -6,8 +6,10 @@ is least where
     A (G + diag p) = Y
 
 with the Gram matrix G = KᵀK (R, R) of the other factors' Khatri-Rao product K, the penalty p (R,)
-and the matricized weight times K, Y (n, R) (the MTTKRP). Components that nearly coincide make G
-nearly singular. So three things are done for a stable solution:
+and the matricized weight times K, Y (n, R) (the MTTKRP). Of complex numbers, where the derivative
+by the conjugate of A vanishes, G = Kᵀ conj(K) is Hermitian, and Y is the weight times conj(K).
+Components that nearly coincide make G nearly singular. So three things are done for a stable
+solution:
 
 - Not A is solved for, but its step D from the present A, D (G + diag p) = Y − A (G + diag p). A
   small right-hand side keeps the rounding of D small relative to A.
@@ -27,6 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polyadic.fitting.problem import wide
+
 
 def contract_but(product: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
     """Contract ``product`` (Πn, R) with the factors of all modes but d: (n_d, R)."""
@@ -39,9 +43,9 @@ def contract_but(product: Tensor, factors: Sequence[Tensor], d: int) -> Tensor:
 
 
 def gram(factor: Tensor) -> Tensor:
-    """Return AᵀA (R, R) in float64."""
-    wide = factor.double()
-    return wide.t() @ wide
+    """Return Aᵀ conj(A) (R, R) in float64 or complex128."""
+    own = wide(factor)
+    return own.t() @ own.conj()
 
 
 def solve_step(factor: Tensor, rhs: Tensor, system: Tensor, penalty: Tensor) -> Tensor:
@@ -50,13 +54,13 @@ def solve_step(factor: Tensor, rhs: Tensor, system: Tensor, penalty: Tensor) -> 
     Args:
         factor: the present A (n, R).
         rhs: Y (n, R).
-        system: G (R, R), float64, positive semidefinite.
+        system: G (R, R), float64 or complex128, positive semidefinite.
         penalty: p (R,), float64, not negative.
     """
-    present = factor.double()
-    residual = rhs.double() - present @ system - present * penalty  # Y − A (G + diag p)
+    present = wide(factor)
+    residual = wide(rhs) - present @ system - present * penalty  # Y − A (G + diag p)
     lower, scale = scaled_cholesky(system, penalty, factor.dtype)
-    step = torch.cholesky_solve((residual * scale).t(), lower).t() * scale  # D
+    step = torch.cholesky_solve((residual * scale).mH, lower).mH * scale  # D
     return (present + step).to(factor.dtype)
 
 
@@ -64,21 +68,21 @@ def scaled_cholesky(system: Tensor, penalty: Tensor, dtype: torch.dtype) -> tupl
     """Factorize S (G + diag p) S + ε I, whose first term has a unit diagonal.
 
     Args:
-        system: G (R, R), float64, positive semidefinite.
+        system: G (R, R), float64 or complex128, positive semidefinite.
         penalty: p (R,), float64.
         dtype: dtype of the right-hand side. ε starts above its rounding and grows a hundredfold
             until the matrix is definite.
 
     Returns:
-        The lower Cholesky factor (R, R) and the diagonal of S (R,), both in float64.
+        The lower Cholesky factor (R, R), in the dtype of G, and the diagonal of S (R,), in float64.
     """
-    diagonal = system.diagonal() + penalty
+    diagonal = system.diagonal().real + penalty
     # A component that has vanished has a zero on the diagonal, by which nothing may be divided.
     floor = max(float(diagonal.max()) * 1e-14, torch.finfo(torch.float64).tiny)
     scale = diagonal.clamp_min(floor).rsqrt()
     scaled = system * scale.unsqueeze(0) * scale.unsqueeze(1)
     unit = diagonal * scale.square()
-    shift = 1e-12 if dtype == torch.float64 else 1e-7
+    shift = 1e-12 if torch.finfo(dtype).bits == 64 else 1e-7
     while True:
         scaled.diagonal().copy_(unit + shift)
         lower, info = torch.linalg.cholesky_ex(scaled)

@@ -7,6 +7,9 @@ All computations are on a matrix W (P, Q) whose rows are the *left* modes and wh
 
 Modes of size 1 carry no information: they are left out of the fit and added again at the end.
 
+A complex weight is fitted by complex factors. ⟨A, B⟩ is then Re Σ conj(A) B, and Σ is Hermitian;
+of real numbers the conjugates do nothing.
+
 Axes: p left modes flattened (P), q right modes flattened (Q), r rank.
 """
 
@@ -31,7 +34,7 @@ class Problem:
     """A weight to be fitted.
 
     Args:
-        matrix: W (P, Q), float32 or float64, contiguous.
+        matrix: W (P, Q), float32 or float64 or complex of these, contiguous.
         weighted: V (P, Q), W itself without a metric.
         metric: Σ (P, P), its diagonal (P,), or None; of mean diagonal 1.
         left: sizes of the left modes, none of them 1 unless it is the only one.
@@ -137,9 +140,14 @@ def inner(a: Tensor, b: Tensor) -> float:
     """Return ⟨a, b⟩ of two matrices, added up in float64, some rows at a time."""
     step = max(1, ROWS_OF // a.shape[-1])
     return math.fsum(
-        float((a[i : i + step] * b[i : i + step]).sum(dtype=torch.float64))
+        float((a[i : i + step].conj() * b[i : i + step]).real.sum(dtype=torch.float64))
         for i in range(0, len(a), step)
     )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, of complex numbers in complex128."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def _some_rows(factors: Sequence[Tensor], start: int, stop: int) -> Tensor:
@@ -160,7 +168,7 @@ def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     A component with a factor of norm 0 is left alone: scaling its other factors would only hide
     that training can still move it.
     """
-    norms = torch.stack([factor.double().norm(dim=0) for factor in factors])
+    norms = torch.stack([wide(factor).norm(dim=0) for factor in factors])
     logs = norms.clamp_min(torch.finfo(torch.float64).tiny).log()
     scale = (logs.mean(0) - logs).exp().masked_fill((norms == 0).any(0), 1.0)
     return [f * s.to(f.dtype) for f, s in zip(factors, scale, strict=True)]
@@ -185,7 +193,7 @@ def make_problem(
         metric_groups: the groups of the input side, in the order of the metric.
         damping: what is added to the metric's diagonal, relative to the mean of the diagonal.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     tensor = weight.detach().to(dtype)
     modes = tuple(mode for group in groups for mode in group)
     starts = [sum(map(len, groups[:i])) for i in range(len(groups))]
@@ -210,9 +218,9 @@ def make_problem(
 
 def _normalized(metric: Tensor, damping: float) -> Tensor:
     """Scale Σ to a mean diagonal of 1 and add ``damping`` to the diagonal."""
-    sigma = metric.double()
+    sigma = wide(metric)
     if sigma.dim() == 1:
         return sigma / sigma.mean() + damping
-    sigma = (sigma + sigma.t()) / (2 * sigma.diagonal().mean())
+    sigma = (sigma + sigma.mH) / (2 * sigma.diagonal().real.mean())
     sigma.diagonal().add_(damping)
     return sigma

@@ -108,9 +108,9 @@ def fragility(factors: Sequence[Tensor], norm: float) -> Fragility:
     squares = []
     for factor in factors:
         product = gram(factor)
-        square = product.diagonal().clone()
+        square = product.diagonal().real.clone()
         scale = square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-        cosines *= product * scale.unsqueeze(0) * scale.unsqueeze(1)
+        cosines *= product.abs() * scale.unsqueeze(0) * scale.unsqueeze(1)
         squares.append(square)
     stacked = torch.stack(squares)
     # Products over all modes but one; a quotient of the full product could divide by zero.
@@ -124,6 +124,6 @@ def fragility(factors: Sequence[Tensor], norm: float) -> Fragility:
     return Fragility(
         growth=math.sqrt(float(stacked.prod(0).sum())) / norm,
         sensitivity=sensitivity / norm**2,
-        congruence=min(1.0, float(cosines.abs().max())),
+        congruence=min(1.0, float(cosines.max())),
         mean_congruence=math.sqrt(float(cosines.square().sum()) / pairs),
     )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic.fitting.problem import Problem
+from polyadic.fitting.problem import Problem, wide
 from polyadic.formats import Shape
 
 OVERSAMPLING = 10
@@ -127,7 +127,9 @@ class _Terms:
 def truncated_svd(
     matrix: Tensor, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading singular triplets, at most ``rank``: U (P, k), s (k,), V (Q, k).
+    """Return the leading terms of W = U diag(s) Vᵀ, at most ``rank``: U (P, k), s (k,), V (Q, k).
+
+    Of complex numbers the columns of V are the conjugates of the right singular vectors.
 
     They are found by randomized range finding with power steps if the rank is small beside the
     matrix (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4), and else by the full SVD.
@@ -143,19 +145,19 @@ def truncated_svd(
     )
     q = torch.linalg.qr(matrix @ draw.to(matrix.device))[0]
     for _ in range(POWER_STEPS):
-        q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ q)[0])[0]
-    u, s, vh = torch.linalg.svd(q.t() @ matrix, full_matrices=False)
+        q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mH @ q)[0])[0]
+    u, s, vh = torch.linalg.svd(q.mH @ matrix, full_matrices=False)
     return (q @ u)[:, :rank], s[:rank], vh[:rank].t()
 
 
 def _root(sigma: Tensor) -> Tensor:
-    """Return S with SᵀS = Σ, by Cholesky, or by eigenvalues if Σ is singular up to rounding."""
+    """Return S with SᴴS = Σ, by Cholesky, or by eigenvalues if Σ is singular up to rounding."""
     lower, info = torch.linalg.cholesky_ex(sigma)
     if int(info) == 0:
-        root: Tensor = lower.t()
+        root: Tensor = lower.mH
     else:
         values, vectors = torch.linalg.eigh(sigma)
-        root = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.t()
+        root = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.mH
     return root
 
 
@@ -163,28 +165,28 @@ def low_rank(problem: Problem, rank: int) -> list[Tensor]:
     """Return the optimum for two modes: A (P, R), C (Q, R) with W ≈ A Cᵀ in the problem's metric.
 
     Let V (Q, R) hold the leading right singular vectors of Σ^½ W. The best approximation of
-    Σ^½ W of rank R is Σ^½ W V Vᵀ (Eckart & Young), so that A = W V and C = V are optimal, without
-    an inverse of Σ. At full rank V is taken from the plain SVD of W, which is exact in every
-    metric.
+    Σ^½ W of rank R is Σ^½ W V Vᴴ (Eckart & Young), so that A = W V and C = conj(V) are optimal,
+    without an inverse of Σ. At full rank V is taken from the plain SVD of W, which is exact in
+    every metric.
     """
     matrix, full = problem.matrix, min(problem.matrix.shape)
-    seen, wide = matrix, matrix.double()
+    seen = weighted = wide(matrix)
     if problem.metric is not None and rank < full:
-        sigma = problem.metric.double()
+        sigma = wide(problem.metric)
         if sigma.dim() == 1:
-            wide = sigma.sqrt().unsqueeze(1) * wide
+            weighted = sigma.sqrt().unsqueeze(1) * seen
         else:
-            wide = _root(sigma) @ wide
-    if wide.shape[0] > 2 * wide.shape[1]:
-        wide = torch.linalg.qr(wide, mode="r")[1]
-    vh = torch.linalg.svd(wide, full_matrices=False)[2]
+            weighted = _root(sigma) @ seen
+    if weighted.shape[0] > 2 * weighted.shape[1]:
+        weighted = torch.linalg.qr(weighted, mode="r")[1]
+    vh = torch.linalg.svd(weighted, full_matrices=False)[2]
     right = vh[: min(rank, full)].t()
-    left = seen.double() @ right
+    left = seen @ right.conj()
     missing = rank - right.shape[1]
     if missing:
         spare = torch.zeros(len(left), missing, dtype=left.dtype, device=left.device)
         rows = torch.arange(missing, device=left.device)
-        spare[rows % len(left), rows] = left.norm(dim=0).max()
+        spare[rows % len(left), rows] = left.norm(dim=0).max().to(left.dtype)
         left = torch.cat([left, spare], 1)
         right = torch.cat([right, right.new_zeros(len(right), missing)], 1)
     return [left.to(matrix.dtype), right.to(matrix.dtype)]
@@ -195,7 +197,11 @@ def random_factors(problem: Problem, rank: int, generator: torch.Generator) -> l
     matrix, factors = problem.matrix, []
     for size in problem.sizes:
         draw = torch.randn(
-            size, rank, generator=generator, dtype=torch.float64, device=generator.device
+            size,
+            rank,
+            generator=generator,
+            dtype=torch.promote_types(matrix.dtype, torch.float64),
+            device=generator.device,
         )
         factors.append((draw / draw.norm(dim=0)).to(matrix.device, matrix.dtype))
     # A weight of zeros gets factors of norm one: a layer whose factors are all zero cannot train.

@@ -17,8 +17,9 @@ metric, setting ½ ∂F/∂A_d to zero gives
 
     A_d (G + τ D) = Y,    G = KᵀΣK = (KAᵀ Σ KA) ∘ Π_{e≠d} C_eᵀ C_e,    D = diag(Π_{e≠d} ‖a_e‖²),
 
-where Y, the weight matricized in mode d times ΣK, is the MTTKRP. The modes of the metric's side
-are coupled by Σ and solved in ``metric``.
+where Y, the weight matricized in mode d times ΣK, is the MTTKRP. Of complex numbers the second
+factor of each of these products is the conjugate, as it stems from the conjugate of Ŵ. The modes of
+the metric's side are coupled by Σ and solved in ``metric``.
 
 The modes of one side share a product of the weight with the other side's Khatri-Rao product (a
 dimension tree of two leaves: Phan, Tichavský & Cichocki, IEEE TSP 2013). How the systems are
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from polyadic.fitting.metric import solve_in_metric
 from polyadic.fitting.normal import contract_but, gram, solve_step
-from polyadic.fitting.problem import Problem, balanced, inner
+from polyadic.fitting.problem import Problem, balanced, inner, wide
 from polyadic.kernels.multilinear import khatri_rao
 
 
@@ -89,15 +90,15 @@ class Sweeper:
         Where it is small it is measured from the residual, once, and else taken from the normal
         equations.
         """
-        wide = self.problem.matrix.dtype == torch.float64
-        if not self._measured and self._estimate <= (1e-6 if wide else 1e-3):
+        small = 1e-6 if torch.finfo(self.problem.matrix.dtype).bits == 64 else 1e-3
+        if not self._measured and self._estimate <= small:
             self._estimate = self.problem.residual(self.factors)[0] / self.power
             self._measured = True
         return self._estimate
 
     def component_power(self) -> float:
         """Return Σ_r ‖w_r‖²."""
-        squares = [factor.double().square().sum(0) for factor in self.factors]
+        squares = [wide(factor).abs().square().sum(0) for factor in self.factors]
         return float(torch.stack(squares).prod(0).sum())
 
     def _update_side(self, side: int, tau: float) -> None:
@@ -109,15 +110,15 @@ class Sweeper:
             own, other, target = other, own, target.t()
         others = [self.factors[d] for d in other]
         outer, norms = self._outer_gram(others, side)
-        projected = _Projection(target, others, problem.matrix.numel())
+        projected = _Projection(target, [f.conj() for f in others], problem.matrix.numel())
         grams = {d: gram(self.factors[d]) for d in own}
         rhs = None
         for d in own:
             rest = [e for e in own if e != d]
-            rhs = projected.mttkrp([self.factors[e] for e in own], d - own.start)  # Y
+            rhs = projected.mttkrp([self.factors[e].conj() for e in own], d - own.start)  # Y
             diagonal = norms.clone()  # D
             for e in rest:
-                diagonal *= grams[e].diagonal()
+                diagonal *= grams[e].diagonal().real
             if side == 0 and problem.metric is not None:
                 self.factors[d] = solve_in_metric(
                     problem.metric,
@@ -138,20 +139,20 @@ class Sweeper:
             for e in own:
                 full = full * grams[e]
             cross = inner(self.factors[own[-1]], rhs)
-            squared = self.power - 2 * cross + float(full.sum())  # f
+            squared = self.power - 2 * cross + float(full.sum().real)  # f
             self._estimate, self._measured = max(squared, 0.0) / self.power, False
 
     def _outer_gram(self, others: Sequence[Tensor], side: int) -> tuple[Tensor, Tensor]:
-        """Return KᵀΣK (R, R) of the other side and ‖k_r‖² (R,) of its columns, both float64."""
+        """Return KᵀΣK (R, R) of the other side and ‖k_r‖² (R,) of its columns, both wide."""
         grams = [gram(factor) for factor in others]
         plain = grams[0]
         for other in grams[1:]:
             plain = plain * other
         if side == 0 or self.problem.metric is None:
-            return plain, plain.diagonal().clone()
+            return plain, plain.diagonal().real.clone()
         product = khatri_rao(others)
-        in_metric = (product.t() @ self.problem.apply_metric(product)).double()
-        return (in_metric + in_metric.t()) / 2, plain.diagonal().clone()
+        in_metric = wide(product.t() @ self.problem.apply_metric(product).conj())
+        return (in_metric + in_metric.mH) / 2, plain.diagonal().real.clone()
 
 
 class _Projection:

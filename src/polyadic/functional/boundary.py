@@ -9,11 +9,11 @@ A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward
 ``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself, which is
 all that forward mode needs; or x are indices, which have neither gradient nor tangent. It runs
 
-- by its own operations alone, where no gradient is asked for, where the graph is to be exported,
-  and where the plan leaves the backward to torch's autograd;
-- in ``_Compiled`` while a compiler traces, which knows no Function with a ``jvp``;
-- in ``_Transformed``, with ``jvp``, in a transform of torch.func or a level of forward mode;
-- in ``_Eager`` else, which knows neither and whose call costs a fifth of that.
+- by its own operations alone, if no gradient is asked for, if the graph is to be exported, or if
+  the plan leaves the backward to torch's autograd;
+- in ``_Compiled`` while a compiler traces, because compilers refuse a Function with a ``jvp``;
+- in ``_Transformed``, which has a ``jvp``, in a transform of torch.func or a level of forward mode;
+- in ``_Eager`` otherwise, which supports neither, and whose call costs a fifth of the former's.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from polyadic._torch import (
     exporting,
     forward_mode_level,
     is_profiled,
+    is_spread,
     transforms_active,
     unwrap_if_dead,
 )
 from polyadic.formats import Shape
+from polyadic.functional.spread import SpreadCall
 from polyadic.planner import choice
 
 Groups = tuple[Sequence[Tensor], ...]
@@ -64,7 +66,7 @@ class MultilinearMap(Protocol):
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Output, and the intermediates kept for the backward."""
+        """Return the output, and the intermediates kept for the backward."""
 
     def backward(
         self,
@@ -74,14 +76,14 @@ class MultilinearMap(Protocol):
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of each factor."""
+        """Return the gradients of x and of each factor."""
 
     def bias_gradient(self, grad_y: Tensor) -> Tensor:
-        """Gradient of the bias."""
+        """Return the gradient of the bias."""
 
 
 def joined(groups: Groups, weights: Tensor | None, weights_at: int) -> tuple[Tensor, ...]:
-    """The factors of all groups in one row, and λ among them as one more factor (1, R).
+    """Return the factors of all groups in a row, with λ among them as one more factor (1, R).
 
     Args:
         groups: sequences of factors.
@@ -99,10 +101,10 @@ class Call:
     """A call that has been checked: the map to run, and how arguments are laid out for it.
 
     Args:
-        map: takes a batch.
+        map: the map, which takes x with one batch dimension.
         weights_at: how many factors stand in front of λ.
-        batch: x's leading dimensions and its shape with one batch dimension in their place; None
-            where it has one already.
+        batch: x's leading dimensions, and its shape with one batch dimension in their place; None
+            if x has one batch dimension already.
         prepare: what is done to a batch before the map sees it, or None.
     """
 
@@ -133,24 +135,19 @@ Settled = TypeVar("Settled", bound=Call)
 
 
 def as_batch(x: Tensor, dims: int) -> tuple[Shape, Shape] | None:
-    """``Call.batch`` for x whose last ``dims`` dimensions belong to one element of a batch."""
+    """Return ``Call.batch`` for x with ``dims`` dimensions for each element of a batch."""
     if x.dim() == dims + 1:
         return None
     lead, rest = x.shape[: x.dim() - dims], x.shape[x.dim() - dims :]
     return tuple(lead), (math.prod(lead), *rest)
 
 
-# Calls by signature.
+# The calls that have been settled, by signature.
 known_calls = Memo()
 choice.when_forgotten(known_calls.clear)
 
 _signature = attrgetter("shape", "dtype", "device")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def _placements(tensor: Tensor) -> Any:
-    """How a DTensor is spread over processes; a convolution refuses some of the ways."""
-    return getattr(tensor, "placements", None)
 
 
 def call(
@@ -170,7 +167,7 @@ def call(
         groups: sequences of factors.
         bias: the bias or None.
         weights: λ or None.
-        options: whatever else decides.
+        options: all further arguments of the function.
     """
     cast = False
     if torch.compiler.is_compiling() or any_autocast():
@@ -187,25 +184,30 @@ def settled(
     weights: Any,
     *options: Any,
 ) -> tuple[Settled, Groups]:
-    """What ``settle`` makes of a call, remembered; and the groups, as tuples at the first time.
+    """Return what ``settle`` makes of a call, remembered; and the groups, as tuples the first time.
 
-    Options are told apart by their types too, and those of entries of tuples, as a dict takes 1,
-    1.0 and True for one key and the first of them alone is a stride. A call whose signature cannot
-    be told is settled each time: one that a compiler traces, of symbolic sizes, of iterators, or
-    of what are no tensors.
+    A dict takes 1, 1.0 and True for one key, of which only the first is a stride; so the types of
+    options, and of entries of tuples, belong to the key. Calls that have no signature are settled
+    each time: those that a compiler traces, with symbolic sizes, with iterators, or with arguments
+    that are not tensors.
     """
     if torch.compiler.is_compiling():
+        if any(map(is_spread, (x, *groups[0]))):
+            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         return settle(x, groups, bias, weights, *options)
     try:
         sizes = tuple(map(len, groups))
         tensors = (x, *itertools.chain.from_iterable(groups))
         classes = tuple(map(type, tensors))
+        plain = _PLAIN.issuperset(classes)
+        if not plain and any(map(is_spread, tensors)):
+            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         key = (
             settle,
             sizes,
             tuple(map(type, groups)),
             tuple(map(_signature, tensors)),
-            None if _PLAIN.issuperset(classes) else (classes, tuple(map(_placements, tensors))),
+            None if plain else classes,
             x.stride(),
             None if bias is None else _signature(bias),
             None if weights is None else _signature(weights),
@@ -224,7 +226,7 @@ def settled(
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype autocast asks for on x's device, None where it is off or x is float64."""
+    """Return the dtype that autocast asks for on x's device; None if it is off or x is float64."""
     kind = x.device.type
     if not autocasts(kind):
         return None
@@ -234,8 +236,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def autocast(x: Any, bias: Any) -> tuple[Any, Any, bool]:
     """Cast x and the bias as autocast asks, and return whether it does.
 
-    A plan is chosen for the dtype computed in, so this comes first. What is no floating tensor
-    stays, for the checks to name.
+    A plan is chosen for the dtype of the computation, so this comes first. Anything that is not a
+    floating-point tensor is returned as it is, and the checks refuse it by name.
     """
     dtype = autocast_dtype(x) if _is_floating(x) else None
     if dtype is None:
@@ -311,12 +313,13 @@ class _ClosedForm(Function):
 
 
 def _own(y: Tensor) -> Tensor:
-    """The output as a tensor that is no view, so that it can be changed in place.
+    """Return the output as a tensor that is not a view, so that it can be changed in place.
 
-    A map turns its result to the layout it promises, and torch refuses to change in place a view
-    that was made inside a Function: how to differentiate the base it does not know. The map holds
-    no other reference to that base, so the result may as well be a tensor of its own. They share
-    the counter of changes, by which autograd still finds out what was changed after it was saved.
+    A map may turn its result to the layout it promises, and the result is then a view. torch
+    refuses to change a view in place that was made inside a Function, because it does not know how
+    to differentiate the base. The map holds no other reference to the base, so the result may be a
+    tensor of its own. Both share the counter of changes, by which autograd still notices what was
+    changed after it was saved.
     """
     return y.detach() if y._is_view() else y
 
@@ -345,7 +348,7 @@ def gradients(
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the map's arguments, for that of its output."""
+    """Return the gradients of the map's arguments, for that of its output."""
     n_factors: int = ctx.n_factors
     if grad_y is None:
         return (None,) * (3 + n_factors)
@@ -353,7 +356,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     saved: tuple[Tensor, ...] = ctx.saved_tensors
     x, factors, kept = saved[0], saved[1 : 1 + n_factors], saved[1 + n_factors :]
     if _differentiated((x, *factors)):
-        # Kept intermediates are constants to autograd: second derivatives need them recomputed.
+        # To autograd, kept intermediates are constants; for second derivatives we recompute them.
         kept = ()
     needs: tuple[bool, ...] = ctx.needs_input_grad
     d_x, d_factors = gradients(layer_map, grad_y, x, kept, factors, (needs[1], *needs[3:]))
@@ -428,7 +431,7 @@ class _Transformed(_ClosedForm):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        """Σ over the arguments of the map with that one argument replaced by its tangent."""
+        """Return the sum over all arguments of the map with a tangent in the argument's place."""
         _, t_x, t_bias, *t_factors = tangents
         x, _, *factors = ctx.saved_tensors
         terms: list[Tensor] = []

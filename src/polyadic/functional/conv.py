@@ -36,8 +36,8 @@ class ConvSaved(Saved):
 
     Attributes:
         x: the input (B, Cin, *S) or (Cin, *S) as it was given.
-        kept: intermediates the plan keeps: the in-projection Z1 (B, R, *S), the depthwise
-            result Z2 (B, R, *S'), or fewer.
+        kept: the intermediates that the plan keeps, of the in-projection Z1 (B, R, *S) and the
+            depthwise result Z2 (B, R, *S').
         out_factors: (n_d, R) each.
         in_factors: (m_d, R) each.
         kernel_factors: (k_i, R) each.
@@ -64,10 +64,10 @@ class _Checked:
 
     Args:
         fmt: sizes of the factors.
-        geometry: where the kernel goes, without a padding that is done before.
+        geometry: kernel size, stride, padding and dilation, without a padding that is done before.
         plan: chosen or given.
         groups: factors out, in and kernel.
-        prepare: pads a batch by its own entries; None for zeros, which the map pads with.
+        prepare: pads a batch by its own entries; None if it is padded with zeros, by the map.
     """
 
     fmt: ConvFormat
@@ -91,7 +91,7 @@ def _call(
     n_groups: int,
     prepare: Prepare | None = None,
 ) -> Call:
-    """The call of the map that a plan stands for, with so many out and in factors."""
+    """Return the call of the map that a plan stands for; ``counts`` are of out and in factors."""
     layer_map = ConvMap(plan, geometry, *counts, n_groups)
     return Call(layer_map, sum(counts), as_batch(x, len(geometry.kernel_size) + 1), prepare)
 
@@ -117,7 +117,6 @@ def _checked(
     outs = checks.check_factor_group(groups[0], "out_factors")
     ins = checks.check_factor_group(groups[1], "in_factors")
     kernels = checks.check_factor_group(groups[2], "kernel_factors")
-    checks.check_not_sharded(kernels, "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
     out_shape, in_shape, kernel_size, (rank,) = checks.check_factors(
@@ -176,7 +175,7 @@ def _settle(
 
 
 def _widths(where: Geometry) -> list[int]:
-    """A padding as ``torch.nn.functional.pad`` takes it, the last dimension first."""
+    """Return a padding as ``torch.nn.functional.pad`` takes it, the last dimension first."""
     return [width for pair in reversed(where.padding) for width in pair]
 
 
@@ -184,17 +183,17 @@ def _pad(x: Tensor, widths: list[int], mode: str) -> Tensor:
     """Pad a batch by its own entries."""
     if not any(widths):
         return x
-    # torch's autocast would pad in float32 and leave the input so.
+    # Under autocast torch would pad in float32, and the result would stay in it.
     with no_autocast(x):
         wider = F.pad(x, widths, mode)
     if mode == "circular" and x.stride(1) == 1 and x.shape[1] > 1:
-        # Of torch's paddings the one that loses channels_last.
+        # Circular padding is the only one of torch's that loses channels_last.
         wider = in_layout(wider, "channels_last")
     return wider
 
 
 def padded(x: Tensor, where: Geometry, mode: str) -> tuple[Tensor, Geometry]:
-    """Pad x by its own entries, and the geometry that is left to do."""
+    """Pad x by its own entries; return it with the geometry of the convolution without padding."""
     checks.check_padding_fits(x, where, mode)
     none = ((0, 0),) * len(where.padding)
     rest = Geometry(where.kernel_size, where.stride, none, where.dilation)
@@ -227,9 +226,9 @@ def cp_conv(
 ) -> Tensor:
     """1-, 2- or 3-D convolution by a kernel in CP format, without building the kernel.
 
-    As many spatial dimensions as there are kernel factors; a cross-correlation as in torch. With
-    groups the kernel is (Cout, Cin/groups, *k) as torch's: each group has its own rows of the out
-    side, while in side and taps are the same for all.
+    There are as many spatial dimensions as kernel factors. It is a cross-correlation, as in torch.
+    With groups the kernel is (Cout, Cin/groups, *k), as in torch: each group has its own rows of
+    the out side, while all groups share the in side and the taps.
 
     Args:
         x: (B, Cin, *S) or (Cin, *S), floating point.
@@ -242,11 +241,11 @@ def cp_conv(
         padding: on both sides; int, one per dimension, ``"same"`` (stride 1) or ``"valid"``.
         dilation: int or one per spatial dimension.
         groups: groups of channels that are convolved separately; divides Cin and Cout.
-        padding_mode: ``"zeros"``, or ``"reflect"``, ``"replicate"`` or ``"circular"``: then x is
-            padded first, and kept for the backward as padded.
+        padding_mode: ``"zeros"``; or ``"reflect"``, ``"replicate"`` or ``"circular"``, with which x
+            is padded first, and the padded x is kept for the backward.
         plan: a ConvPlan to obey; None lets the planner choose.
         memory: ``"fast"`` (keeps x and two R-channel maps), ``"balanced"`` (x and one) or
-            ``"least"`` (x alone); a given plan says itself what is kept.
+            ``"least"`` (x alone); with a plan, the plan says what is kept.
 
     Returns:
         (B, Cout, *S') or (Cout, *S'), in x's dtype (under autocast in autocast's); in
@@ -292,10 +291,10 @@ def cp_conv_transpose(
 ) -> Tensor:
     """1-, 2- or 3-D transposed convolution by a kernel in CP format, without building the kernel.
 
-    The kernel is (Cin, Cout/groups, *k) as torch's, factors in this order. The adjoint of
-    ``cp_conv`` with the sides exchanged: in-projection, depthwise transposed convolution,
-    out-projection. With groups each has its own rows of the in side; out side and taps are the
-    same for all.
+    The kernel is (Cin, Cout/groups, *k), as in torch, and the factors are given in this order. The
+    map is the adjoint of ``cp_conv`` with the sides exchanged: in-projection, depthwise transposed
+    convolution, out-projection. Each group has its own rows of the in side, and all groups share
+    the out side and the taps.
 
     Args:
         x: (B, Cin, *S) or (Cin, *S), floating point.
@@ -394,8 +393,8 @@ def cp_conv_forward(
 def cp_conv_backward(grad_y: Tensor, saved: ConvSaved) -> tuple[Any, ...]:
     """Closed-form backward of ``cp_conv_forward``.
 
-    The out-projection's and in-projection's gradients are GEMMs with KC and KA as in the linear
-    map, with the positions as rows; between them stands the depthwise convolution's backward.
+    The gradients of both projections are GEMMs with KC and KA, as in the linear map, with positions
+    for rows; the backward of the depthwise convolution comes between them.
 
     Args:
         grad_y: (B, Cout, *S') or (Cout, *S'), the gradient of the output.

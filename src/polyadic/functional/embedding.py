@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from polyadic import checks
 from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
 from polyadic.functional.boundary import Call, Groups, as_batch, settled
+from polyadic.functional.spread import Layout, SpreadCall, spread_call
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
 from polyadic.planner.ask import plan_embedding
@@ -23,9 +25,11 @@ FEWEST_TO_COUNT = 512
 
 
 def _may_count(flat: Tensor, dtype: torch.dtype) -> bool:
-    """Whether distinct indices may be counted unasked: no host sync, no capture, no transform.
+    """Whether distinct indices may be counted although nobody asked for it.
 
-    In half precision nothing would be gained: repeats need their gradients summed in float32.
+    It must cost no synchronisation with a device, and change nothing under a compiler or a
+    transform. In half precision nothing would be gained, because repeats need their gradients
+    summed in float32.
     """
     return (
         flat.device.type == "cpu"
@@ -38,9 +42,9 @@ def _may_count(flat: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _distinct(flat: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
-    """Distinct indices and where each index stands among them, if they are at most half as many."""
+    """Return the distinct indices and the place of each index, if at most half are distinct."""
     if size <= 64 * len(flat):
-        # Marks in the table are cheaper to count than indices to sort.
+        # It is cheaper to count marks in a table than to sort indices.
         marks = torch.zeros(size, dtype=torch.bool, device=flat.device).index_fill_(
             0, flat.long(), True
         )
@@ -56,7 +60,7 @@ class _Lookup(Call):
 
     Args:
         size: V, rows of the table.
-        dtype: of the factors.
+        dtype: dtype of the factors.
     """
 
     size: int = 0
@@ -137,11 +141,13 @@ def cp_embedding(
     """
     options = padding_idx, num_embeddings, memory
     found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
+    if isinstance(found, SpreadCall):
+        return _spread(indices, tuple(map(tuple, groups)), weights, unique, options)
     flat = found.batched(indices)
     if not torch.compiler.is_compiling():
         checks.check_in_range(flat, found.size)
     distinct = None
-    # Torch cannot differentiate a lookup of no index twice, which would be the second one here.
+    # torch cannot differentiate F.embedding twice if there is no index.
     if unique and len(flat):
         distinct = torch.unique(flat, return_inverse=True)
     elif unique is None and _may_count(flat, found.dtype):
@@ -160,3 +166,26 @@ def cp_embedding(
     # torch does not differentiate an embedding of complex rows.
     copied = rows.index_select(0, places) if rows.is_complex() else F.embedding(places, rows)
     return found.unbatched(copied.to(found.dtype))
+
+
+def _spread(
+    indices: Any, groups: Any, weights: Any, unique: bool | None, options: tuple[Any, ...]
+) -> Tensor:
+    """A lookup in DTensors, by each process in what it holds."""
+
+    def local(found: Layout, x: Tensor, groups: Any, biases: Any, scale: Any) -> tuple[Tensor]:
+        padding_idx, num_embeddings, memory = options
+        return (
+            cp_embedding(
+                x,
+                *groups,
+                weights=scale[0],
+                padding_idx=padding_idx,
+                num_embeddings=num_embeddings,
+                unique=unique,
+                memory=memory,
+            ),
+        )
+
+    (y,) = spread_call(local, indices, groups, [], [weights])
+    return y  # type: ignore[no-any-return]

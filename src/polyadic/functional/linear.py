@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from polyadic.formats import LinearFormat
 from polyadic.functional.boundary import Call, Groups, as_batch, call
 from polyadic.functional.saved import Saved, explicit_backward, explicit_forward, gradient_like
 from polyadic.kernels.linear import LinearMap
+from polyadic.kernels.shared import Half
 from polyadic.planner.ask import plan_linear
 from polyadic.plans import LinearPlan, Memory
 
@@ -24,8 +25,8 @@ class LinearSaved(Saved):
 
     Attributes:
         x: the input (..., M) as it was given.
-        kept: intermediates the plan keeps: Z (B, R) or nothing; on a GPU Z may have columns of
-            zeros added.
+        kept: the intermediates that the plan keeps: Z (B, R), to which a GPU may add columns of
+            zeros, or nothing.
         in_factors: (m_d, R) each.
         out_factors: (n_d, R) each.
         weights: λ (R,) or None.
@@ -65,12 +66,35 @@ def _checked(
     return fmt, plan, ins, outs
 
 
+@dataclass(frozen=True)
+class _LinearCall(Call):
+    """A call of a linear map."""
+
+    map: LinearMap
+
+    def run_in_halves(
+        self,
+        x: Tensor,
+        groups: Groups,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        between: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Apply the map with something done to Z (B, R) between its two halves."""
+        forward, backward = self.map.plan.forward, self.map.plan.backward
+        in_half = Call(Half(False, forward.in_groups, backward.in_groups), self.weights_at)
+        z = between(in_half.run(self.batched(x), groups[:1], None, weights))
+        out_half = Call(Half(True, forward.out_groups, backward.out_groups), 0)
+        y = out_half.run(z, groups[1:], bias, None)
+        return y if self.batch is None else self.unbatched(y)
+
+
 def _call(x: Tensor, plan: LinearPlan, n_in: int, weights: Tensor | None) -> Call:
-    """The call of the map that a plan stands for; λ comes in front, as one more in factor."""
+    """Return the call of the map that a plan stands for; λ becomes one more in factor, in front."""
     if weights is not None:
         # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
         plan, n_in = LinearPlan.with_weights(plan), n_in + 1
-    return Call(LinearMap(plan, n_in), 0, as_batch(x, 1))
+    return _LinearCall(LinearMap(plan, n_in), 0, as_batch(x, 1))
 
 
 def _settle(
@@ -111,8 +135,8 @@ def cp_linear(
         weights: λ (R,) or None for ones.
         plan: a LinearPlan to obey; None lets the planner choose.
         memory: ``"balanced"`` keeps x and one (B, R) intermediate, ``"least"`` x alone; ``"fast"``
-            may keep the Khatri-Rao products too, which small layers gain most from. A given plan
-            says itself what is kept.
+            may keep the Khatri-Rao products too, from which small layers gain most. With a plan,
+            the plan says what is kept.
 
     Returns:
         (..., N), in x's dtype (under autocast in autocast's).

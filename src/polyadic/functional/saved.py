@@ -26,7 +26,7 @@ class Saved:
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
 
     def __repr__(self) -> str:
-        """Shapes in place of tensors, and the plan."""
+        """Say the shapes of the tensors, and the plan."""
         parts = [
             f"{field.name}={_short(getattr(self, field.name))}"
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def _short(value: Any) -> str:
 def explicit_forward(
     call: Call, x: Tensor, groups: Groups, weights: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output of a settled call without a bias, and what its plan keeps, without autograd."""
+    """Return the output of a settled call without a bias, and what its plan keeps."""
     factors = joined(groups, weights, call.weights_at)
     y, kept = call.map.forward(call.batched(x), None, factors)
     return call.unbatched(y), kept
@@ -59,7 +59,7 @@ def explicit_backward(
     groups: Groups,
     weights: Tensor | None,
 ) -> tuple[Any, ...]:
-    """Gradients of x, of the factors as a list per group and, where there are weights, of those."""
+    """Return the gradients of x, of the factors as a list for each group and, if given, of λ."""
     factors = joined(groups, weights, call.weights_at)
     rows = call.batched(x)
     if call.batch is not None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from polyadic import checks
+from polyadic._torch import is_spread
 from polyadic.formats import LinearFormat, Shape
 from polyadic.functional.boundary import Call, autocast
-from polyadic.kernels.shared import InHalf, OutHalf
+from polyadic.functional.spread import Layout, spread_call
+from polyadic.kernels.shared import Half
 from polyadic.planner.ask import plan_linear
 
 Factors = tuple[Tensor, ...]
@@ -31,14 +33,15 @@ def cp_linear_shared(
     W_l (M, N_l) = (A_l,1 ⊙ … ⊙ A_l,D) diag(λ_l) (C_l,1 ⊙ … ⊙ C_l,E)ᵀ. The in factors of layers
     with the same in modes are put side by side, so that one product with ΣR columns makes every
     Z_l = x KA_l, and one product makes the gradient of x. Layers whose in factors are the very same
-    tensors, as those of a joint weight, share their Z. What separate calls of ``cp_linear`` would
-    compute is computed, but for rounding.
+    tensors, as those of a joint weight, share their Z. The results are those of separate calls of
+    ``cp_linear``, up to rounding.
 
-    Costs: 2 B (M ΣR + Σ R_l N_l) FLOPs forward and twice as many backward, as in separate layers,
-    where ΣR counts in factors that are shared once. x is read once and kept once, its gradient is
-    written once: separate layers read x and write a gradient of its size once a layer, and add
-    those up. Beside x and the factors one (B, ΣR) intermediate is kept for the backward. How the
-    modes are contracted is the planner's choice; W is never built.
+    Costs: the forward takes 2 B (M ΣR + Σ R_l N_l) FLOPs and the backward twice as many, as
+        separate
+    layers do, where ΣR counts shared in factors once. x is read once and kept once, and its
+    gradient is written once; separate layers read x and write a gradient of its size once for each
+    layer, and add these up. Besides x and the factors one (B, ΣR) intermediate is kept for the
+    backward. The planner chooses how the modes are contracted; W is never built.
 
     Differentiable, also twice and in forward mode; works under torch.func, torch.compile,
     torch.export and autocast.
@@ -47,8 +50,8 @@ def cp_linear_shared(
         x: (..., M), floating point.
         in_factors: for each layer D_l tensors (m_d, R_l) with Π m_d = M.
         out_factors: for each layer E_l tensors (n_d, R_l) with Π n_d = N_l.
-        biases: for each layer (N_l,) or None; None for none at all.
-        weights: for each layer λ (R_l,) or None; None for ones everywhere.
+        biases: for each layer (N_l,) or None; None if no layer has a bias.
+        weights: for each layer λ (R_l,) or None for ones; None if all layers have ones.
 
     Returns:
         For each layer (..., N_l), in x's dtype (under autocast in autocast's).
@@ -66,6 +69,8 @@ def cp_linear_shared(
             f"out_factors must hold one group of factors for each of the {count} groups of "
             f"in_factors, got {len(outs)}"
         )
+    if any(map(is_spread, (x, *ins[0]))):
+        return spread_call(_spread, x, (*ins, *outs), bias, scale)
     x, _, cast = autocast(x, None)
     formats = []
     for i in range(count):
@@ -88,20 +93,31 @@ def cp_linear_shared(
         if scale[i] is not None:
             # λ is one more factor, in front, with a mode of size 1.
             forward, backward = ((first + 1, *rest) for first, *rest in (forward, backward))
-        half = Call(OutHalf(forward, backward), 0)
+        half = Call(Half(True, forward, backward), 0)
         y = half.run(projected[i], (outs[i],), own, scale[i])
         results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], fmt.out_features))
     return tuple(results)
 
 
+def _spread(found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any) -> tuple[Tensor, ...]:
+    """What one process computes of layers whose factors are DTensors."""
+    if found.ins or found.outs:
+        raise ValueError(
+            "layers that are called together cannot have sharded features; call each by itself, or "
+            "use polyadic.distributed.RankParallel"
+        )
+    half = len(groups) // 2
+    return cp_linear_shared(x, groups[:half], groups[half:], biases, weights=weights)
+
+
 def _projected(rows: Tensor, ins: Sequence[Factors], formats: Sequence[LinearFormat]) -> list[Any]:
-    """Z_l (B, R_l) of each layer, by one product for all layers with the same in modes."""
+    """Return Z_l (B, R_l) of each layer, by one product for all layers with the same in modes."""
     found: list[Any] = [None] * len(ins)
     by_modes: dict[Shape, list[int]] = {}
     for i, fmt in enumerate(formats):
         by_modes.setdefault(fmt.in_shape, []).append(i)
     for modes, members in by_modes.items():
-        # Factors that are the very same tensors are put in once.
+        # Factors that are the very same tensors are used once.
         places: list[int] = []
         place_of = {}
         for i in members:
@@ -116,7 +132,7 @@ def _projected(rows: Tensor, ins: Sequence[Factors], formats: Sequence[LinearFor
             factors = tuple([torch.cat(side, 1) for side in zip(*groups, strict=True)])
         fmt = LinearFormat(modes, formats[members[0]].out_shape, sum(ranks))
         plan = plan_linear(fmt, rows, "balanced", False)
-        half = Call(InHalf(plan.forward.in_groups, plan.backward.in_groups), 0)
+        half = Call(Half(False, plan.forward.in_groups, plan.backward.in_groups), 0)
         z = half.run(rows, (factors,), None, None)
         columns = [z] if len(ranks) == 1 else torch.split(z[:, : fmt.rank], ranks, 1)
         for i in members:
@@ -129,7 +145,7 @@ def _same(left: Factors, right: Factors) -> bool:
 
 
 def _groups(factors: Any, name: str) -> list[Factors]:
-    """One tuple of factors for each layer."""
+    """Return a tuple of factors for each layer."""
     if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
         raise TypeError(
             f"{name} must be a sequence with a sequence of factors for each layer, got "
@@ -141,7 +157,7 @@ def _groups(factors: Any, name: str) -> list[Factors]:
 
 
 def _each(values: Any, count: int, name: str) -> list[Tensor | None]:
-    """One value or None for each layer."""
+    """Return a value or None for each layer."""
     if values is None:
         return [None] * count
     if isinstance(values, Tensor) or not isinstance(values, Sequence):

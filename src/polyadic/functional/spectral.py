@@ -27,7 +27,7 @@ REAL = {wide: real for real, wide in COMPLEX.items()}
 
 @dataclass(frozen=True)
 class _SpectralCall(Call):
-    """A settled call: how a map is taken to rows of kept modes, and what comes back.
+    """A checked call: how a map becomes rows of kept modes, and how the rows become a map.
 
     Args:
         modes: numbers of kept modes.
@@ -63,7 +63,7 @@ class _SpectralCall(Call):
 
 
 def _format(groups: Groups, weights: Tensor | None) -> tuple[SpectralFormat, Groups]:
-    """The format of factors, and the factors as tuples; no out factors of a separable weight."""
+    """Return the factors' format and the factors as tuples; a separable weight has no out ones."""
     ins = checks.check_factor_group(groups[0], "in_factors")
     modes = checks.check_factor_group(groups[2], "mode_factors")
     named = {"in_factors": ins, "mode_factors": modes}
@@ -128,7 +128,7 @@ def cp_spectral_product(
     plan: SpectralPlan | None = None,
     memory: Memory = "balanced",
 ) -> Tensor:
-    """Product of a spectrum with a CP weight, mode by mode, without building the weight.
+    """Multiply a spectrum by a CP weight, mode by mode, without building the weight.
 
         y[b, o, k] = Σ_i x[b, i, k] W[i, o, k]
         W[i, o, k] = Σ_r λ_r A[i, r] C[o, r] Π_d U_d[k_d, r]
@@ -162,7 +162,7 @@ def cp_spectral_product(
 
 
 def _scales(norm: Norm, sizes: Shape, out_sizes: Shape) -> tuple[float, float]:
-    """The scales of a forward and of an inverse transform by torch's word for them."""
+    """Return the scales of a forward and of an inverse transform by torch's word for them."""
     n, out = math.prod(sizes), math.prod(out_sizes)
     if norm == "forward":
         return 1 / n, 1.0
@@ -216,7 +216,7 @@ def _settle(
 
 
 def kept_modes(modes: Shape, sizes: Shape, out_sizes: Shape) -> Shape:
-    """How many of the modes of each dimension both grids have.
+    """Return how many of the modes of each dimension both grids have.
 
     Args:
         modes: numbers of modes, in the last dimension those from 0 on.
@@ -229,7 +229,7 @@ def kept_modes(modes: Shape, sizes: Shape, out_sizes: Shape) -> Shape:
 
 
 def _rows_kept(factors: Sequence[Tensor], sizes: Shape, out_sizes: Shape) -> list[Tensor]:
-    """The rows of the modes that both grids have: around mode 0, in the last dimension from it."""
+    """Return the rows of the modes that both grids have: around 0, in the last dimension from 0."""
     modes = tuple([factor.shape[0] for factor in factors])
     kept, last = [], len(modes) - 1
     for d, few in enumerate(kept_modes(modes, sizes, out_sizes)):
@@ -241,7 +241,7 @@ def _rows_kept(factors: Sequence[Tensor], sizes: Shape, out_sizes: Shape) -> lis
 def _checked_options(
     x: Any, mode_factors: Any, norm: Any, output_size: Any, precision: Any
 ) -> tuple[tuple[Tensor, ...], Shape, Shape]:
-    """The mode factors as a tuple, and the sizes of both grids."""
+    """Return the mode factors as a tuple, and the sizes of both grids."""
     modes = checks.check_factor_group(mode_factors, "mode_factors")
     dims = len(modes)
     if not isinstance(x, Tensor):
@@ -282,11 +282,11 @@ def cp_spectral_conv(
 
     The Fourier transforms compute the kept modes alone; ``cp_spectral_product`` is what lies
     between them. In every dimension but the last the modes -⌊K_d/2⌋ … ⌈K_d/2⌉-1 are kept, in the
-    last one, whose spectrum is that of real numbers, 0 … K_d-1. Where the grid of x or of the
-    output is too coarse for some of them, those around mode 0 are taken. Source: Li et al.,
-    Fourier Neural Operator for Parametric Partial Differential Equations, 2021. Differentiable,
-    also twice and in forward mode; works under torch.func and torch.compile. Autocast does not
-    change the precision, as it does not change that of torch's transforms.
+    last one 0 … K_d-1, since the spectrum of real numbers repeats the others. Where the grid of x
+    or of the output is too coarse for some of them, those around mode 0 are taken. Source: Li et
+    al., Fourier Neural Operator for Parametric Partial Differential Equations, 2021.
+    Differentiable, also twice and in forward mode; works under torch.func and torch.compile.
+    Autocast does not change the precision, as it does not change that of torch's transforms.
 
     Args:
         x: (B, Cin, *S) or (Cin, *S), real, in the dtype of the factors' parts.

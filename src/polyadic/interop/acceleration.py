@@ -9,6 +9,8 @@ from types import TracebackType
 
 from torch import nn
 
+from polyadic.nn.wrapped import check_module
+
 
 class Patch:
     """What is replaced in another library, in place from the first acceleration to the last."""
@@ -77,8 +79,7 @@ class Acceleration:
         Raises:
             TypeError: ``model`` is not a module.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         return self._patch.reasons(model)
 
     def undo(self) -> None:

@@ -68,25 +68,31 @@ class Exchanged(nn.Module):
         made: Own = cls.from_factors(groups, factors, weights)
         return made
 
-    def to_tltorch(self, *, tensorized: bool = True) -> Any:
+    def to_tltorch(self, *, tensorized: bool = True, as_real: bool = False) -> Any:
         """Copy to tltorch; λ is ones where there is none.
 
         Args:
             tensorized: make a ``CPTensorized``, as tltorch's linear and embedding layers own it,
                 layer modes as ints; False makes a ``CPTensor``, as its convolutions own it.
+            as_real: of complex factors make tltorch's ``"ComplexCP"``, whose parameters are their
+                real and imaginary parts (mode, R, 2); False makes a tensor of complex parameters.
 
         Raises:
+            TypeError: ``as_real`` for real factors.
             ImportError: tltorch, or something it needs, is not installed.
         """
         tltorch = _interop("tltorch")
+        if as_real and not self.factors[0].is_complex():
+            raise TypeError(f"as_real is for complex factors, got {self.factors[0].dtype}")
         first = self.factors[0]
         weights = first.new_ones(self.rank) if self.weights is None else self.weights
         factors = [owned(factor) for factor in self.factors]
-        if not tensorized:
-            shape = tuple(mode for group in self.tensorized_shape for mode in group)
-            return tltorch.CPTensor(owned(weights), factors, shape, rank=self.rank)
-        joint, single = split_modes(self.tensorized_shape, self.layer_modes)
-        return tltorch.CPTensorized(owned(weights), factors, (*joint, *single), rank=self.rank)
+        shape: tuple[Any, ...] = tuple(mode for group in self.tensorized_shape for mode in group)
+        if tensorized:
+            joint, single = split_modes(self.tensorized_shape, self.layer_modes)
+            shape = (*joint, *single)
+        name = f"{'Complex' if as_real else ''}CPTensor{'ized' if tensorized else ''}"
+        return getattr(tltorch, name)(owned(weights), factors, shape, rank=self.rank)
 
     @classmethod
     def from_tltorch(
@@ -96,7 +102,8 @@ class Exchanged(nn.Module):
 
         Args:
             tensor: a ``CPTensorized`` (of a linear layer or an embedding), whose ints are modes of
-                layers that share it; or a ``CPTensor`` (of a convolution).
+                layers that share it; or a ``CPTensor`` (of a convolution). Its parameters may be
+                complex, or, in a ``"ComplexCP"``, real and imaginary parts; the copies are complex.
             tensorized_shape: groups of the modes; those of a ``CPTensorized`` by default. It has to
                 be given for a ``CPTensor``, such as (3, (6,), (4,), (3, 3)) for three layers.
 
@@ -116,8 +123,21 @@ class Exchanged(nn.Module):
                 f"its modes belong together; give tensorized_shape, for a convolution "
                 f"((out,), (in,), kernel)"
             )
-        made: Own = cls.from_factors(groups, list(tensor.factors), tensor.weights)
+        weights, *factors = _parts(tensor)
+        made: Own = cls.from_factors(groups, factors, weights)
         return made
+
+
+def _parts(tensor: Any) -> list[Tensor]:
+    """λ and the factors of a tltorch tensor, complex ones with the flags of their real parameters.
+
+    A ``"ComplexCP"`` shows its real parameters (…, 2) as complex tensors.
+    """
+    parts, stored = [tensor.weights, *tensor.factors], list(tensor.parameters())
+    if len(stored) != len(parts) or stored[0].is_complex() == parts[0].is_complex():
+        return parts
+    flags = [parameter.requires_grad for parameter in stored]
+    return [nn.Parameter(p.detach(), flag) for p, flag in zip(parts, flags, strict=True)]
 
 
 def owned(tensor: Tensor) -> nn.Parameter:

@@ -30,13 +30,13 @@ def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
     """Run neuraloperator's CP spectral convolutions on polyadic's arithmetic until undone.
 
     Runs the contraction of the kept modes with the weight in each ``SpectralConv`` of
-    neuraloperator, alone or in an FNO or TFNO, whose weight is in CP format
-    (``factorization="CP"`` or ``"ComplexCP"``, either implementation, separable or not, of any
-    number of dimensions, and of real or complex data): with its own parameters and modes, those
-    that ``n_modes`` narrows in training among them, and equal results up to rounding. All else runs
-    in neuraloperator untouched: other factorizations, half and mixed precision, weights with hooks,
-    layers given a contraction of someone's own, and calls that polyadic would refuse, whose error
-    is then neuraloperator's own.
+    neuraloperator, alone or in an FNO or TFNO, whose weight is in CP format (``factorization="CP"``
+    or ``"ComplexCP"``, either implementation, separable or not, of any number of dimensions, and of
+    real or complex data): with its own parameters and modes, those that ``n_modes`` narrows in
+    training among them, and equal results up to rounding. Everything else runs in neuraloperator
+    untouched: other factorizations, half and mixed precision, weights with hooks, layers given a
+    contraction of someone's own, and calls that polyadic would refuse, whose error is then
+    neuraloperator's own.
 
     The attribute ``_contract`` of two classes of neuraloperator is replaced, so it holds for the
     whole process, in every thread. Calls may be nested and undone in any order. Turn it on before
@@ -70,7 +70,7 @@ def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
 
 
 def _spectral_classes() -> dict[type[nn.Module], tuple[Any, ...]]:
-    """The classes that contract, each with the functions it may have chosen for a CP weight."""
+    """Return the classes that contract, with the functions each may have chosen for a CP weight."""
     try:
         modules = [importlib.import_module(name) for name in _MODULES]
     except ImportError as error:
@@ -126,7 +126,7 @@ class _Contraction:
         self._on = False
 
     def why_not(self, layer: Any) -> str | None:
-        """Why a layer stays with neuraloperator whatever it is called with, or None."""
+        """Return why a layer stays with neuraloperator whatever it is called with, or None."""
         theirs, weight = layer.__dict__.get("_contract"), layer.weight
         # A legacy layer of several weights that no one of them stands for has a list of them.
         weights: list[Any] = list(weight) if isinstance(weight, nn.ModuleList) else [weight]
@@ -212,7 +212,7 @@ class _LayersPatch(Patch):
         self._contraction.undo()
 
     def _run(self, layer: Any, x: Any, output_shape: Any = None) -> Tensor | None:
-        """The layer's output with our transforms, or None to leave the call to neuraloperator."""
+        """Return the output by our transforms, or None to leave the call to neuraloperator."""
         contraction = cast(_ContractionPatch, self._contraction._patch).contraction_of(layer)
         if output_shape is not None or contraction.why_not(layer) is not None:
             return None
@@ -234,10 +234,10 @@ class _LayersPatch(Patch):
 
 
 def _kept_factors(layer: Any, x: Tensor) -> list[Tensor] | None:
-    """The factors cut to the modes that the layer keeps of x, None where the call is not for us.
+    """Return the factors cut to the modes that the layer keeps of x; None if the call is not ours.
 
-    The layer cuts as many rows off either end of a factor, at the end one more where their number
-    is odd; off the last factor, whose modes begin at 0, it cuts the end.
+    The layer cuts equally many rows off both ends of a factor, and one more off the end where their
+    number is odd. Of the last factor, whose modes begin at 0, it cuts only the end.
     """
     order, channels = layer.order, 1 if layer.separable else 2
     factors = list(layer.weight.factors)

@@ -18,9 +18,9 @@ def accelerate_tltorch() -> Acceleration:
     """Run tltorch's CP layers on polyadic's arithmetic until undone.
 
     Runs ``FactorizedLinear``, ``FactorizedConv`` (1-D to 3-D, every implementation) and
-    ``FactorizedEmbedding`` whose weight is a real CP tensor, layers of a joint weight included, as
-    they are: with their own parameters, equal results up to rounding, and equal dtypes. All else
-    runs in tltorch untouched: other factorizations, complex factors, weights with active hooks
+    ``FactorizedEmbedding`` whose weight is a CP tensor, real or complex, layers of a joint weight
+    included, as they are: with their own parameters, equal results up to rounding, and equal
+    dtypes. All else runs in tltorch untouched: other factorizations, weights with active hooks
     (tensor dropout, lasso), and calls that polyadic would refuse, whose error is then tltorch's
     own. Less is kept for the backward than by tltorch.
 
@@ -68,6 +68,7 @@ class _Patch(Patch):
 def _rules() -> dict[type[nn.Module], LayerRule]:
     try:
         import tltorch
+        from tltorch.factorized_tensors import ComplexCPTensor, ComplexCPTensorized
         from tltorch.functional.convolution import convolve, cp_conv, cp_conv_mobilenet
         from tltorch.tensor_hooks._tensor_dropout import TensorDropout
     except ImportError as error:
@@ -77,9 +78,13 @@ def _rules() -> dict[type[nn.Module], LayerRule]:
         ) from error
     functions = (convolve, cp_conv, cp_conv_mobilenet)
     return {
-        tltorch.FactorizedLinear: LinearRule(tltorch.CPTensorized, TensorDropout),
-        tltorch.FactorizedConv: ConvRule(tltorch.CPTensor, TensorDropout, functions),
-        tltorch.FactorizedEmbedding: EmbeddingRule(tltorch.CPTensorized, TensorDropout),
+        tltorch.FactorizedLinear: LinearRule(
+            (tltorch.CPTensorized, ComplexCPTensorized), TensorDropout
+        ),
+        tltorch.FactorizedConv: ConvRule(
+            (tltorch.CPTensor, ComplexCPTensor), TensorDropout, functions
+        ),
+        tltorch.FactorizedEmbedding: EmbeddingRule((tltorch.CPTensorized,), TensorDropout),
     }
 
 

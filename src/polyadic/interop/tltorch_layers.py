@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polyadic.functional import cp_conv, cp_embedding, cp_linear
 from polyadic.functional.boundary import autocast_dtype
+from polyadic.kernels.backend import is_computed
 from polyadic.plans import Memory
 
 # Even at this level our convolutions and embeddings keep less than tltorch's. Where tltorch keeps
@@ -29,20 +30,20 @@ class LayerRule:
     """Whether the layers of one class of tltorch run here, and how.
 
     Args:
-        cp: tltorch's class of a weight that runs here.
+        cp: tltorch's classes of weights that run here.
         dropout: tltorch's class of tensor dropout.
     """
 
-    cp: type[Any]
+    cp: tuple[type[Any], ...]
     dropout: type[Any]
 
     def why_not(self, layer: Any) -> str | None:
         """Why a layer stays with tltorch whatever it is called with, or None."""
         weight: Any = layer.weight
-        if type(weight) is not self.cp:
-            return f"its weight is a {type(weight).__name__}, not a {self.cp.__name__}"
-        if weight.weights is None or not weight.weights.is_floating_point():
-            return "its weight has no real λ"
+        if type(weight) not in self.cp:
+            return f"its weight is a {type(weight).__name__}, not a {self.cp[0].__name__}"
+        if weight.weights is None or not is_computed(weight.weights.dtype):
+            return "its weight has no λ"
         for hook in (*weight._forward_pre_hooks.values(), *weight._forward_hooks.values()):
             inactive_dropout = isinstance(hook, self.dropout) and (
                 not hook.proba or not (weight.training or hook.drop_test)
@@ -94,7 +95,8 @@ def _suits(x: Any, like: Tensor) -> bool:
     if x.dtype == like.dtype:
         return True
     # Autocast casts floating tensors, except those of float64.
-    castable = x.is_floating_point() and torch.float64 not in (x.dtype, like.dtype)
+    floating = x.is_floating_point() and like.is_floating_point()
+    castable = floating and torch.float64 not in (x.dtype, like.dtype)
     return castable and autocast_dtype(x) is not None
 
 

@@ -1,6 +1,6 @@
-"""Which GPUs our Triton kernels serve, asked once for each.
+"""In which dtypes layers compute, and which GPUs the Triton kernels serve; each is looked at once.
 
-They serve NVIDIA's from compute capability 8.0 on, where Triton is installed. The environment
+They serve NVIDIA GPUs from compute capability 8.0 on, if Triton is installed. The environment
 variable ``POLYADIC_TRITON=0``, set before the first use, switches them off.
 """
 
@@ -23,6 +23,14 @@ KINDS = ("linear", "convolution", "embedding")
 _LOG = logging.getLogger("polyadic")
 
 
+def is_computed(dtype: torch.dtype) -> bool:
+    """Whether factors may be of a dtype: floating point, complex64 or complex128.
+
+    torch has no products in complex32 on a CPU.
+    """
+    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
+
+
 @not_traced
 def serves(kind: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a map of a kind obeys a route by "triton" on a type of device."""
@@ -31,7 +39,7 @@ def serves(kind: str, device_type: str, dtype: torch.dtype) -> bool:
 
 @not_traced
 def why_not(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Reason why a map cannot obey a route by "triton", or None."""
+    """Return the reason why a map cannot obey a route by "triton", or None."""
     reason = never(kind, device_type, dtype)
     if reason is None and not triton_serves(None):
         reason = _why_not(None)
@@ -39,7 +47,7 @@ def why_not(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def never(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Reason why no machine obeys a route by "triton" there, or None."""
+    """Return the reason why no machine can obey a route by "triton" there, or None."""
     if kind not in KINDS:
         return f"there are no Triton kernels for a {kind} map"
     if device_type != "cuda":
@@ -51,7 +59,7 @@ def never(kind: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 @not_traced
 def triton_serves(index: int | None) -> bool:
-    """Whether Triton kernels may run on the CUDA device of this index; says once why not."""
+    """Whether Triton kernels may run on a CUDA device; if not, the reason is logged once."""
     return _serves(index)
 
 
@@ -64,7 +72,7 @@ def _serves(index: int | None) -> bool:
 
 
 def _why_not(index: int | None) -> str | None:
-    """Reason why Triton kernels cannot run on a device, or None."""
+    """Return the reason why Triton kernels cannot run on a device, or None."""
     if os.environ.get(SWITCH, "1").lower() in ("0", "off", "false", "no"):
         return f"{SWITCH} switches its Triton kernels off"
     if not torch.cuda.is_available():

@@ -6,9 +6,10 @@ Stride, padding and dilation act in the depthwise stage alone; padding commutes 
 in-projection because that has no bias. A weight vector λ (R,) enters as one more kernel factor
 with a mode of size 1, and a 1×1 kernel's factors join the in factors: then it is a linear map.
 
-A transposed convolution is the adjoint of a convolution: the same three steps, the middle one a
-depthwise transposed convolution. With g groups each has its own rows of KC (transposed: of KA) and
-all share the other two; Z1 and Z2 then hold g·R channels, group by group, under repeated taps.
+A transposed convolution is the adjoint of a convolution. It has these three steps too, of which the
+middle one is a depthwise transposed convolution. With g groups, each group has its own rows of KC
+(of KA if transposed), and all groups share the other matrix and the taps. Z1 and Z2 then hold g·R
+channels, group by group, and the taps are repeated for each group.
 
 Axes: b batch, c in channels, n out channels, r rank, s all positions.
 """
@@ -30,7 +31,7 @@ from polyadic.plans import ConvPlan
 
 
 def _strided(x: Tensor, skip: Ints) -> Tensor:
-    """Every skip-th position of x (b, c, *s)."""
+    """Return every skip-th position of x (b, c, *s)."""
     for dim, step in enumerate(skip, start=2):
         if step > 1:
             x = x[(slice(None),) * dim + (slice(None, None, step),)]
@@ -90,6 +91,7 @@ class ConvMap:
 
     @property
     def _lifted(self) -> bool:
+        """Whether a 1-D convolution is computed as a 2-D one of images with one row."""
         return len(self.geometry.kernel_size) == 1
 
     def _matrices(
@@ -147,6 +149,7 @@ class ConvMap:
         in_factors: Sequence[Tensor],
         kernel_factors: Sequence[Tensor],
     ) -> FusedConv:
+        """Return the fused convolution by these factors; those of a 1×1 kernel join the in side."""
         if not split.depthwise:
             return FusedConv([*kernel_factors, *in_factors], out_factors, (), None, self.groups)
         (stage,) = split.depthwise
@@ -177,7 +180,7 @@ class ConvMap:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of the factors.
+        """Return the gradients of x and of the factors.
 
             dZ2 = dY ×_c KCᵀ   dKC = dY · Z2   (dZ1, dk) = depthwise backward
             dX = dZ1 ×_c KAᵀ   dKA = X · dZ1   (· sums over batch and positions)
@@ -328,7 +331,7 @@ class ConvMap:
         return d_x, [*(d_out or none_out), *([*d_in, *d_kernel] or none_rest)]
 
     def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
-        """Gradient of the Khatri-Rao matrix with which ``matrix`` projects x to z, or back."""
+        """Return the gradient of ``matrix``, a Khatri-Rao matrix that projects x to z or z to x."""
         each = matrix.dim() == 3
         total = outer(x, z, self.plan.backward.layout, self.groups, each)
         return total.reshape(-1, total.shape[-1]) if each else total
@@ -363,5 +366,5 @@ class ConvMap:
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:
-        """Sum over batch and positions, (b, n, *s') → (n,)."""
+        """Sum over the batch and all positions, (b, n, *s') → (n,)."""
         return grad_y.sum([0, *range(2, grad_y.dim())])

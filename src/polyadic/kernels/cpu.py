@@ -1,4 +1,4 @@
-"""What a CPU alone needs. Portable code asks here after it has seen that a tensor is on a CPU.
+"""What only a CPU needs. Portable code asks this module once it knows that a tensor is on a CPU.
 
 Each constant names its unit, and the machine and the day of the measurement that it rests on.
 """
@@ -28,7 +28,7 @@ from polyadic._torch import (
 # 1.25 times (Xeon with AVX-512, one thread, November 2026).
 BIAS_FUSED_UP_TO_ELEMENTS = 2**14
 # With fewer columns than these a BLAS may add all terms of Xᵀ Z in one chain, whose rounding error
-# grows with the square root of their number; sums of blocks of so many rows keep it small.
+# grows with the square root of their number. Sums of blocks of BLOCK_ROWS rows keep it small.
 BLOCKED_BELOW_COLUMNS, BLOCK_ROWS = 4, 256
 # MKL, which is torch's BLAS on most processors, multiplies float32 matrices more slowly than oneDNN
 # on AMD's: 1.04 to 1.36 times as long with at least so many multiplications (EPYC with AVX-512, one
@@ -38,7 +38,7 @@ ONEDNN_FROM_MULTIPLICATIONS, ONEDNN_UP_TO_TERMS = 2**22, 1024
 
 
 def sums_in_blocks(x: Tensor) -> bool:
-    """Whether Xᵀ Z, for x (n, w), is a long sum to few columns."""
+    """Whether Xᵀ Z is a long sum with few columns, for x (n, w)."""
     if is_dynamo_compiling():
         return False
     rows, width = x.shape
@@ -46,7 +46,7 @@ def sums_in_blocks(x: Tensor) -> bool:
 
 
 def matmul_tn_in_blocks(x: Tensor, z: Tensor) -> Tensor:
-    """Xᵀ Z of x (n, w), z (n, r), the sum of the products of blocks of rows."""
+    """Return Xᵀ Z (w, r) of x (n, w) and z (n, r), a sum of products of blocks of rows."""
     (rows, width), rank = x.shape, z.shape[1]
     cut = rows - rows % BLOCK_ROWS
     blocks = x[:cut].reshape(-1, BLOCK_ROWS, width), z[:cut].reshape(-1, BLOCK_ROWS, rank)
@@ -105,9 +105,10 @@ def in_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-# torch's weight gradient of a depthwise convolution is fast for kernels of up to so many columns,
-# whatever their rows; wider ones are split into such, 1.6 to 2.4 times as fast (Xeon with AVX-512,
-# one thread, November 2026). Images of fewer entries cost less than the further calls.
+# torch computes the weight gradient of a depthwise convolution fast for kernels of up to three
+# columns, whatever their number of rows. Wider kernels are split into such pieces, which is 1.6 to
+# 2.4 times as fast (Xeon with AVX-512, one thread, November 2026). For images with fewer entries
+# than these the additional calls cost more than they save.
 WIDE_COLUMNS, WIDE_FROM_ENTRIES = 3, 8192
 
 

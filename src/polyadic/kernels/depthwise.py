@@ -1,4 +1,4 @@
-"""Where a convolution's kernel goes, and the depthwise stages it is split into.
+"""The geometry of a convolution, and the depthwise stages that its kernel is split into.
 
 A 1-D convolution is lifted to 2-D with one row, so that stages always have two or more spatial
 dimensions and the channels_last layout exists for them.
@@ -26,13 +26,14 @@ class Geometry:
     """Stride, padding and dilation, one entry per spatial dimension.
 
     Args:
-        kernel_size: taps.
-        stride: step.
-        padding: zeros in front and behind, as (low, high) pairs with low <= high; of a transposed
-            convolution positions cut off, low == high.
-        dilation: distance of taps.
-        transposed: the adjoint: a convolution of these numbers maps its output to its input.
-        output_padding: of a transposed convolution, positions added behind.
+        kernel_size: number of taps.
+        stride: step of the kernel.
+        padding: zeros in front and behind, as (low, high) pairs with low <= high; for a transposed
+            convolution the positions that are cut off, with low == high.
+        dilation: distance between neighbouring taps.
+        transposed: whether it is a transposed convolution. That is the adjoint: a convolution with
+            these numbers maps its output to its input.
+        output_padding: for a transposed convolution, the number of positions added behind.
     """
 
     kernel_size: Ints
@@ -44,37 +45,30 @@ class Geometry:
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial size of the output for an input of spatial size ``size``."""
-        if self.transposed:
-            return tuple(
-                (n - 1) * s - 2 * low + d * (k - 1) + extra + 1
-                for n, k, s, (low, _), d, extra in zip(
-                    size,
-                    self.kernel_size,
-                    self.stride,
-                    self.padding,
-                    self.dilation,
-                    self.output_padding,
-                    strict=True,
-                )
-            )
-        return tuple(
-            (n + low + high - d * (k - 1) - 1) // s + 1
-            for n, k, s, (low, high), d in zip(
-                size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        return _output_size(self, size, tuple([low + high for low, high in self.padding]))
+
+
+def _output_size(where: Geometry | Stage, size: Sequence[int], padding: Ints) -> Ints:
+    """Spatial size of an output, where ``padding`` counts both ends of each dimension together."""
+    reach = [d * (k - 1) + 1 for k, d in zip(where.kernel_size, where.dilation, strict=True)]
+    each = zip(size, padding, reach, where.stride, strict=True)
+    if not where.transposed:
+        return tuple([(n + p - r) // s + 1 for n, p, r, s in each])
+    extra = where.output_padding
+    return tuple([(n - 1) * s - p + r + e for (n, p, r, s), e in zip(each, extra, strict=True)])
 
 
 @dataclass(frozen=True)
 class Stage:
     """One convolution, dense or depthwise, along some of the spatial dimensions.
 
-    Padding is symmetric; what 'same' needs more at the end (``excess``) is padded beforehand.
+    Its padding is symmetric. With padding 'same' an end may need one more zero than the front: that
+    zero, ``excess``, is added to the input beforehand.
 
     Args:
         factor_positions: indices of the kernel factors that this stage's taps are made of.
-        transposed: a transposed convolution.
-        output_padding: of a transposed convolution, positions added behind.
+        transposed: whether it is a transposed convolution.
+        output_padding: for a transposed convolution, the number of positions added behind.
     """
 
     kernel_size: Ints
@@ -87,43 +81,20 @@ class Stage:
     output_padding: Ints = field(default=())
 
     def conv_arguments(self) -> tuple[Any, ...]:
-        """Stride, padding and what else torch's convolution takes before the groups."""
+        """Return the arguments of torch.convolution from the stride to the output padding."""
         extra = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, extra
 
     def padded(self, x: Tensor) -> Tensor:
-        """Zeros behind each spatial dimension where the padding is asymmetric."""
+        """Add zeros at the end of each spatial dimension whose padding is asymmetric."""
         if not any(self.excess):
             return x
         return F.pad(x, [width for e in reversed(self.excess) for width in (0, e)])
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial size of the output for an input of spatial size ``size``."""
-        if self.transposed:
-            return tuple(
-                (n - 1) * s - 2 * p + d * (k - 1) + e + 1
-                for n, k, s, p, e, d in zip(
-                    size,
-                    self.kernel_size,
-                    self.stride,
-                    self.padding,
-                    self.output_padding,
-                    self.dilation,
-                    strict=True,
-                )
-            )
-        return tuple(
-            (n + 2 * p + e - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, e, d in zip(
-                size,
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.excess,
-                self.dilation,
-                strict=True,
-            )
-        )
+        padded = zip(self.padding, self.excess, strict=True)
+        return _output_size(self, size, tuple([2 * p + e for p, e in padded]))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
@@ -154,10 +125,10 @@ class Stage:
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, wrt: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of weight, where ``wrt`` asks for them.
+        """Return the gradients of x and of weight; None for one that ``wrt`` does not ask for.
 
-        Of complex ones what a map's backward wants, products with x and weight and not with their
-        conjugates, as torch's gradients are of the real parts.
+        Gradients of complex tensors are products with x and weight themselves, as the backward of a
+        map wants them. torch's would be products with their conjugates.
         """
         if x.is_complex():
             block = _as_real_kernel(weight.conj(), self.transposed)
@@ -193,7 +164,7 @@ class Stage:
         return d_x, d_weight
 
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """Gradient of x alone, as the adjoint convolution; x is padded already.
+        """Return the gradient of x alone, by the adjoint convolution; x must be padded already.
 
         Inductor takes memory layouts from the convolutions in a graph and does not count
         convolution_backward as one.
@@ -209,7 +180,7 @@ class Stage:
         return F.pad(d_x, [width for e in reversed(extra) for width in (0, e)])
 
     def _may_miss(self, x: Tensor) -> bool:
-        """Whether along some dimension of x (b, c, *s) possibly no tap ever meets an input.
+        """Whether along some dimension of x (b, c, *s) it may be that no tap ever meets an entry.
 
         Taps of neighbouring outputs are at most max(stride, dilation) apart. Where x is smaller
         than that they can all fall into the padding, and then oneDNN reads memory it does not own.
@@ -224,7 +195,7 @@ class Stage:
         )
 
     def _read_by(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
-        """What so many outputs (s') read of x (b, c, *s), the padding as zeros."""
+        """Return the part of the padded x (b, c, *s) that outputs of this spatial size read."""
         widths: list[int] = []
         for dim in reversed(range(len(outputs))):
             taps = (self.kernel_size[dim] - 1) * self.dilation[dim] + 1
@@ -234,19 +205,19 @@ class Stage:
         return F.pad(x, widths)
 
     def _is_apart(self, x: Tensor, groups: int) -> bool:
-        """Whether the weight gradient is computed by itself and not together with that of x."""
+        """Whether the weight gradient is computed alone and not together with that of x."""
         if x.device.type != "cpu":
             return False
         by_hand = len(self.kernel_size) == 3 and any(self.padding)
         return x.dtype.itemsize == 2 or by_hand or self._is_wide(x, groups)
 
     def _weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """Weight gradient alone, where torch's is wrong or slow on a CPU.
+        """Return the weight gradient alone, where torch's is wrong or slow on a CPU.
 
-        oneDNN leaves parts of it unwritten, so that they hold whatever was in memory: in half
-        precision where taps see nothing but padding, so that it is taken in float32 there; in
-        float32 in three dimensions where kernels overlap the padding both in front and behind, so
-        that there the padding is made by hand.
+        oneDNN leaves some of its entries unwritten, which then hold whatever was in memory. In half
+        precision this happens to taps that see nothing but padding, so we compute in float32. In
+        float32 it happens in three dimensions, if a kernel overlaps the padding both in front and
+        behind, so we pad by hand.
         """
         if x.dtype.itemsize == 2:
             wide = self._weight_gradient(grad.float(), x.float(), weight.float(), groups)
@@ -263,16 +234,17 @@ class Stage:
         return _weight_gradient(x, grad, weight, self.stride, padding, self.dilation, groups)
 
     def _is_wide(self, x: Tensor, groups: int) -> bool:
-        """Whether torch is slow here; not by the batch, which may be symbolic when compiling."""
+        """Whether torch is slow here. The batch, which may be symbolic, has no say in it."""
         if not x.is_cpu or groups != x.shape[1]:
             return False
         return cpu.has_wide_weight_gradient(self.kernel_size, math.prod(x.shape[1:]))
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Weight gradient (r, 1, h, w) of a depthwise stage in two dimensions with many columns.
+        """Return the gradient (r, 1, h, w) of depthwise taps with many columns, in two dimensions.
 
-        By a few columns of taps at a time, each from x shifted to where they begin. Where there is
-        one row of taps, every row of x is an image of its own, and the columns become rows.
+        A few columns of taps are computed at a time, from x shifted to where these columns begin.
+        If there is one row of taps, every row of x becomes an image of its own, and columns become
+        rows.
         """
         channels, (height, width) = weight.shape[0], self.kernel_size
         if height == self.stride[0] == 1 and not self.padding[0] and not any(self.output_padding):
@@ -330,9 +302,10 @@ def _of_real_kernel(block: Tensor, transposed: bool) -> Tensor:
 def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether a convolution in half precision is computed in float32 on a CPU.
 
-    A depthwise one, where oneDNN cannot do it: torch's own is slow, and rounds each sum of taps to
-    the half precision. One whose groups have one channel on the side of the taps but several on the
-    other, as oneDNN is wrong where the kernel is larger than the input.
+    There are two cases. One is a depthwise convolution that oneDNN does not support: torch's own is
+    slow, and rounds each sum of taps to half precision. The other is a convolution whose groups
+    have one channel on the side of the taps and several on the other side: oneDNN computes it
+    wrongly if the kernel is larger than the input.
     """
     if x.dtype.itemsize != 2 or x.device.type != "cpu":
         return False
@@ -385,9 +358,10 @@ class Stages:
     """How the kernel of a CP convolution is applied.
 
     Args:
-        skip: strides taken on the input, where the kernel has one tap and no padding.
-        depthwise: the depthwise convolutions one after the other; none where the kernel is 1×1.
-        dense: the one convolution of the rebuilt kernel, stride and all.
+        skip: strides that are taken on the input, along dimensions in which the kernel has one tap
+            and no padding.
+        depthwise: the depthwise convolutions one after the other; none if the kernel is 1×1.
+        dense: the single convolution with the rebuilt kernel and with all strides.
     """
 
     skip: Ints

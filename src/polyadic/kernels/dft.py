@@ -3,18 +3,19 @@
 ``Analysis`` takes a real map (b, c, *n) to the kept modes of its spectrum (b, c, *k), ``Synthesis``
 takes kept modes to a map. In the last dimension, whose spectrum is that of real numbers, the modes
 0 … k-1 are kept, in every other one the modes -⌊k/2⌋ … ⌈k/2⌉-1, in this order. With w_f(j) =
-exp(-2πi f j / n) in each dimension, f the modes and j the positions, they compute
+exp(-2πi f j / n) in each dimension, where f is a mode and j a position, they compute
 
     X̂[f] = α v_f Σ_j w_f(j) x[j]        x[j] = α Re Σ_f v_f conj(w_f(j)) X̂[f]
 
-where v_f is a weight of the mode of the last dimension. With v_f = 1 the first is the transform of
-torch.fft.rfftn, cut. With v_f = 2 but for the modes that are their own mirror image, 0 and n/2, the
-second is that of torch.fft.irfftn: a mode stands for itself and for its mirror image, which are
-conjugates. The adjoint of either is the other with the same α and v, which is all of the backward.
+where v_f is a weight of the mode of the last dimension. With v_f = 1 the first is torch.fft.rfftn
+followed by a cut to the kept modes. With v_f = 2, except v_f = 1 for the modes 0 and n/2, which are
+their own mirror image, the second is torch.fft.irfftn: a mode stands for itself and for its mirror
+image, which is its conjugate. The adjoint of either is the other with the same α and v, and that is
+the whole backward.
 
-Each dimension is transformed by itself, the cut one before the next, so that each works on few
-modes of those already done. It takes either a product with the truncated matrix (w_f(j)), in the
-last dimension of real numbers, or a fast transform and a cut.
+The dimensions are transformed one after the other, and each is cut before the next is transformed,
+which then works on few modes. A dimension takes either a product with the truncated matrix
+(w_f(j)), of real numbers in the last dimension, or a fast transform and a cut.
 
 Axes: b batch, c channels, n positions and k modes of a dimension, l all dimensions in front of one,
 t all behind it.
@@ -61,7 +62,7 @@ class Transformation:
     doubled: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Transform, differentiably; nothing is kept for the backward."""
+        """Transform x differentiably; nothing is kept for the backward."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.compute(x)
         function = _Transformed if in_transform() else _Linear
@@ -83,7 +84,7 @@ class Transformation:
         raise NotImplementedError
 
     def adjoint(self) -> Transformation:
-        """The adjoint, which takes a gradient of the output to one of the input."""
+        """Return the adjoint, which takes a gradient of the output to one of the input."""
         raise NotImplementedError
 
     def _swapped(self, kind: Callable[..., Transformation]) -> Transformation:
@@ -111,7 +112,7 @@ class Analysis(Transformation):
         return x.new_zeros(*x.shape[:2], *self.modes, dtype=COMPLEX[x.dtype])
 
     def adjoint(self) -> Transformation:
-        """The synthesis with the same scale and weights of modes."""
+        """Return the synthesis with the same scale and weights of modes."""
         return self._swapped(Synthesis)
 
 
@@ -126,7 +127,7 @@ class Synthesis(Transformation):
         if way == "dft":
             parts = torch.view_as_real(x.resolve_conj()).flatten(-2)
             return parts @ _on(_real_table, parts, n, k, self.scale, self.doubled)
-        # irfft counts each mode twice that stands for its mirror image.
+        # irfft counts twice each mode that stands for its mirror image too.
         halved = _on(_mode_weights, x.real, n, k, self.scale, self.doubled, halved=True)
         y: Tensor = torch.fft.irfft(x * halved, n=n, norm="forward")
         return y
@@ -135,12 +136,12 @@ class Synthesis(Transformation):
         return x.real.new_zeros(*x.shape[:2], *self.sizes)
 
     def adjoint(self) -> Transformation:
-        """The analysis with the same scale and weights of modes."""
+        """Return the analysis with the same scale and weights of modes."""
         return self._swapped(Analysis)
 
 
 class _Linear(Function):
-    """A transformation to autograd: it is linear, so its backward is its adjoint at any point.
+    """A transformation as autograd sees it: it is linear, so that its backward is its adjoint.
 
     torch's own Functions for real transforms keep their input, of which they read the size alone.
     """
@@ -213,14 +214,14 @@ def _remembered(table: Callable[..., Tensor], *args: Any, **options: Any) -> Ten
 
 
 def _phases(n: int, modes: Tensor) -> Tensor:
-    """2π f j / n (k, n) in float64, of whole turns less."""
+    """Return 2π f j / n (k, n) in float64, less whole turns, which keeps the digits."""
     positions = torch.arange(n, device=modes.device)
     turned = torch.remainder(modes.unsqueeze(1) * positions, n)
     return turned.to(torch.float64) * (2 * math.pi / n)
 
 
 def _complex_table(dtype: torch.dtype, device: torch.device, n: int, k: int) -> Tensor:
-    """w_f(j) (k, n) of the modes -⌊k/2⌋ … ⌈k/2⌉-1."""
+    """Return w_f(j) (k, n) of the modes -⌊k/2⌋ … ⌈k/2⌉-1."""
     phases = _phases(n, torch.arange(k, device=device) - k // 2)
     return torch.polar(torch.ones_like(phases), -phases).to(COMPLEX[dtype])
 
@@ -228,7 +229,7 @@ def _complex_table(dtype: torch.dtype, device: torch.device, n: int, k: int) -> 
 def _real_table(
     dtype: torch.dtype, device: torch.device, n: int, k: int, scale: float, doubled: bool
 ) -> Tensor:
-    """α v_f w_f(j) of the modes 0 … k-1, as (2k, n): real and imaginary parts in turn."""
+    """Return α v_f w_f(j) of the modes 0 … k-1 as (2k, n): real and imaginary parts in turn."""
     phases = _phases(n, torch.arange(k, device=device))
     parts = torch.stack((phases.cos(), -phases.sin()), 1)
     weights = _mode_weights(torch.float64, device, n, k, scale, doubled)

@@ -4,10 +4,10 @@ Row i of the table KA KCᵀ, where i has the mixed-radix digits (i_1, …, i_D) 
 
     z = A_1[i_1] ∘ … ∘ A_D[i_D] (R)        y = z KCᵀ (E)
 
-so a lookup gathers D small rows per index, multiplies them and is one GEMM with KC. Where there
-are more indices than rows in the Khatri-Rao product of adjacent factors, that product is formed and
-gathered from in their place; the in groups of the plan say which are joined. A weight vector λ (R,)
-enters as one more in factor with a mode of size 1, in front.
+So a lookup gathers D small rows for each index, multiplies them, and ends with one GEMM with KC. If
+there are more indices than the Khatri-Rao product of adjacent factors has rows, that product is
+formed and its rows are gathered instead; the in groups of the plan say which factors are joined. A
+weight vector λ (R,) enters as one more in factor with a mode of size 1, in front.
 
 On a GPU one kernel looks up and multiplies (see ``fused``), and the backward is six launches: z and
 KC, G = dY KC, two for the gradients of the in factors, dKC = dYᵀ Z, and the gradients of the out
@@ -28,23 +28,23 @@ from torch import Tensor
 from polyadic._torch import is_plain, no_autocast
 from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
 from polyadic.kernels.multilinear import (
-    Groups,
     accumulate_dtype,
     expand,
     khatri_rao,
     khatri_rao_backward,
     partials,
 )
-from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank, unpadded
 from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded
-from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.plans import Groups, LinearPlan, LinearRoute
 
-# Rows of one factor up to which a GPU sums into them by comparing each index with each row.
+# A GPU sums gradients into the rows of a factor by comparing each index with each row. It does so
+# for factors of up to this many rows.
 MOST_SCATTERED_ROWS = 4096
 
 
 def _digits(indices: Tensor, modes: Sequence[int]) -> list[Tensor]:
-    """Mixed-radix digits of indices (b,), one (b,) per mode, the last mode varying fastest.
+    """Return the mixed-radix digits of indices (b,), (b,) for each mode; the last varies fastest.
 
     The first digit is not reduced: an index outside the table stays one outside the first mode.
     """
@@ -58,9 +58,9 @@ def _digits(indices: Tensor, modes: Sequence[int]) -> list[Tensor]:
 def _pick(
     indices: Tensor, factors: Sequence[Tensor], groups: Groups
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Digits of the indices over the joined modes, and the rows (b, r) they point at.
+    """Return the digits of the indices over the joined modes, and the rows (b, r) they point at.
 
-    Rows of a Khatri-Rao product are formed in at least fp32, and all are returned so.
+    All rows are in at least float32, in which Khatri-Rao products are formed.
     """
     wide = accumulate_dtype(factors[0].dtype)
     joined, start = [], 0
@@ -131,7 +131,7 @@ class EmbeddingMap:
         return y, () if z is None else (z,)
 
     def _gather(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Z (b, r): the product of the rows, rounded once; zero at the padding index."""
+        """Return Z (b, r), the product of the rows, rounded once and zero at the padding index."""
         _, rows = _pick(x, factors[: self.n_in], self.plan.forward.in_groups)
         return self._product(rows, x, factors[0].dtype)
 
@@ -152,7 +152,7 @@ class EmbeddingMap:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of the factors; an index has none.
+        """Return the gradients of the factors; an index has none.
 
             G = dY KC (b, r)    dKC = dYᵀ Z    dA_d[m] = Σ_{b: i_d = m} G ∘ Π_{e≠d} A_e[i_e]
 
@@ -211,9 +211,7 @@ class EmbeddingMap:
         if wrt_in or not kept:
             digits, rows = _pick(x, in_factors, route.in_groups)
         if kept:
-            # Padded where a fused kernel made it.
-            rank = in_factors[0].shape[1]
-            z = kept[0] if kept[0].shape[1] == rank else kept[0][:, :rank]
+            z = unpadded(kept[0], in_factors[0].shape[1])
         elif wrt_out:
             z = self._product(rows, x, in_factors[0].dtype)
         else:
@@ -230,8 +228,9 @@ class EmbeddingMap:
     def _scatter(
         self, g: Tensor, digits: list[Tensor], rows: list[Tensor], in_factors: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Gradients of the in factors from G (b, r), all of them: they share their products."""
-        # From the left G ∘ A_1[i_1] ∘ …, from the right … ∘ A_D[i_D]: no product formed twice.
+        """Return the gradients of all in factors from G (b, r); they share their products."""
+        # ``before`` holds the products G ∘ A_1[i_1] ∘ … from the left, and ``after`` the product
+        # … ∘ A_D[i_D] from the right, so that no product is formed twice.
         before = [g]
         for row in rows[:-1]:
             before.append(before[-1] * row)

@@ -1,9 +1,9 @@
-"""Whether steps of a map that follow each other are fused into one Triton kernel; one place asks.
+"""The one place that decides whether consecutive steps of a map are fused into one Triton kernel.
 
-A fused kernel keeps to itself what torch's operations write to memory and read again between these
-steps, and is one launch where they are several. It computes numbers and nothing else: where a
-backward is differentiated, in transforms of torch.func, in graphs to be compiled or exported, and
-under modes that watch operations, torch's operations are used.
+Between these steps torch's operations write intermediates to memory and read them again; a fused
+kernel keeps them to itself, and needs one launch instead of several. It computes numbers and
+nothing else. If a backward is differentiated, in transforms of torch.func, in graphs to be compiled
+or exported, and under modes that watch operations, torch's operations are used instead.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import is_fake, is_plain, observed, transformed
-from polyadic.kernels.backend import triton_serves
+from polyadic.kernels.backend import DTYPES, triton_serves
 
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Sizes and numbers of rows are 32-bit integers in the kernels.
 MOST_ROWS = 2**31 - 1
 
@@ -30,7 +29,7 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
     """
     return (
         x.is_cuda
-        and factors[0].dtype in FUSED_DTYPES
+        and factors[0].dtype in DTYPES
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not transformed()

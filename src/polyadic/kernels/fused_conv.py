@@ -1,14 +1,14 @@
-"""A convolution on a GPU: products by cuBLAS, all between them by Triton kernels.
+"""A convolution on a GPU: cuBLAS makes the products, Triton kernels make all between them.
 
-Forward three launches: KA, KC and the taps; Z1 = X KA; then the depthwise stage, the projection
-with KC and the bias in one, so that Z2 never stands in memory; with many out channels the stage and
-the projection are two. Backward eight: the matrices;
-dZ2 = dY KC; dZ1, partial sums of the taps' gradient and Z2 again in one, and these sums added in
-another; dKC, dKA and dX; the gradients of all factors.
+The forward has three launches. The first makes KA, KC and the taps, the second Z1 = X KA, and the
+third the depthwise stage, the projection with KC and the bias, so that Z2 never stands in memory;
+with many out channels the stage and the projection are two launches. The backward has eight: the
+matrices; dZ2 = dY KC; one for dZ1, for partial sums of the taps' gradient and for Z2 again, and one
+that adds these sums; dKC, dKA and dX; and the gradients of all factors.
 
-Where the kernel is 1×1 there is no stage between the products, and no kernel but the first and the
-last. Maps have their channels innermost and padded with zeros to r' ≥ r, a multiple of 8, in each
-group.
+A 1×1 kernel has no stage between the products, so that only the first and the last of the Triton
+kernels run. Channels of maps are innermost in memory, and padded with zeros in each group to
+r' ≥ r, a multiple of 8.
 
 Axes: b batch, c in channels, n out channels, r rank, s all positions, g groups.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from polyadic.kernels.depthwise import Ints, Stage, Stages
 from polyadic.kernels.fused import MOST_ROWS, may_fuse
 from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, padded_rank
-from polyadic.kernels.projections import outer, project, project_back
+from polyadic.kernels.projections import as_rows, outer, project, project_back
 from polyadic.plans import MOST_FUSED_TAPS, ConvRoute
 
 # Out channels of a group up to which the projection is made in the kernel of the depthwise stage.
@@ -44,14 +44,9 @@ def is_fused(route: ConvRoute, plan: Stages, x: Tensor, factors: Sequence[Tensor
 
 
 def _three(values: Sequence[int], missing: int) -> tuple[int, int, int]:
-    """One number for each of three dimensions, ``missing`` for those there are not, in front."""
+    """Return the values for three dimensions, with ``missing`` in front for each that lacks."""
     first, second, third = (*[missing] * (3 - len(values)), *values)
     return first, second, third
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """(b, r, *s) → (b·s, r), a view as the channels are innermost."""
-    return maps.movedim(1, -1).reshape(-1, maps.shape[1])
 
 
 def _volume(rows: Tensor, images: int, size: Sequence[int]) -> Tensor:
@@ -64,7 +59,7 @@ class FusedConv:
     """One convolution by these factors.
 
     Args:
-        ins: in factors; with no stage those of the 1×1 kernel too.
+        ins: in factors; without a stage those of the 1×1 kernel too.
         outs: out factors.
         kernels: kernel factors, those of the stage.
         stage: the depthwise stage, or None.
@@ -78,7 +73,7 @@ class FusedConv:
     groups: int
 
     def _matrices(self) -> list[Tensor]:
-        """KA (c, r'), KC (n, r') and, where there is a stage, the taps (t, r')."""
+        """Return KA (c, r'), KC (n, r') and, if there is a stage, the taps (t, r')."""
         sides = [self.ins, self.outs, self.kernels] if self.stage else [self.ins, self.outs]
         return khatri_rao_pair(sides, self.ins[0].dtype)
 
@@ -87,16 +82,16 @@ class FusedConv:
         return kc if self.groups == 1 else kc.view(self.groups, -1, kc.shape[1])
 
     def keeps(self, kept: Sequence[Tensor]) -> bool:
-        """Whether maps were kept by this way of computing: another's are not padded."""
+        """Whether these maps were kept by this class; maps of other routes are not padded."""
         return bool(kept) and kept[0].shape[1] == self.groups * padded_rank(self.ins[0].shape[1])
 
     def forward(
         self, taken: Tensor, bias: Tensor | None, keep: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return y (b, n, *s'), and so many maps as are to be kept, of Z1 and Z2.
+        """Return y (b, n, *s'), and of the maps Z1 and Z2 the first ``keep``.
 
         Args:
-            taken: (b, c, *s), strides of 1×1 kernels taken.
+            taken: (b, c, *s), the positions of x that are left by the strides of 1×1 kernels.
             bias: (n,) or None.
             keep: how many maps are kept.
         """
@@ -111,13 +106,13 @@ class FusedConv:
         where, size, out = self._where(self.stage, taken.shape[2:])
         if kc.shape[0] // self.groups > MOST_PROJECTED_CHANNELS:
             rows = depthwise(
-                _rows(z1), taps[0], where, _three(size, 1), _three(out, 1), self.groups
+                as_rows(z1), taps[0], where, _three(size, 1), _three(out, 1), self.groups
             )
             last = _volume(rows, taken.shape[0], out)
             y = project(last, self._each(kc).mT, "channels_last", self.groups, bias)
             return y, (z1, last)[:keep]
         rows, z2 = depthwise_project(
-            _rows(z1),
+            as_rows(z1),
             taps[0],
             kc,
             bias,
@@ -133,7 +128,7 @@ class FusedConv:
 
     @staticmethod
     def _where(stage: Stage, size: Ints) -> tuple[Any, Ints, Ints]:
-        """The stage in three dimensions, and the spatial sizes in front of and behind it."""
+        """Return the stage in three dimensions, and the spatial sizes before and after it."""
         from polyadic.kernels.triton.depthwise import Where
 
         where = Where(
@@ -151,14 +146,14 @@ class FusedConv:
         kept: Sequence[Tensor],
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, list[list[Tensor]]]:
-        """Gradients of ``taken``, and of the in, out and kernel factors in this order.
+        """Return the gradients of ``taken``, and of the in, out and kernel factors in this order.
 
         Args:
             grad_y: (b, n, *s').
             taken: (b, c, *s).
-            kept: of Z1 and Z2 those that ``forward`` kept.
+            kept: those of Z1 and Z2 that ``forward`` kept.
             needs: whether the gradients of ``taken``, of the out factors, and of the in and kernel
-                factors are needed; not of the out factors alone.
+                factors are needed; those of the out factors are never asked for alone.
 
         Returns:
             (b, c, *s) or None; for each side a list, empty where it is not needed.
@@ -175,8 +170,8 @@ class FusedConv:
 
             where, size, out = self._where(self.stage, taken.shape[2:])
             rows, d_taps, again = depthwise_backward(
-                _rows(z1),
-                _rows(d_z1),
+                as_rows(z1),
+                as_rows(d_z1),
                 taps[0],
                 where,
                 _three(size, 1),

@@ -23,12 +23,12 @@ from polyadic.kernels.multilinear import (
     partials,
     product_gradients,
 )
-from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, unpadded
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan, LinearRoute
 
-# Rows up to which a GPU computes a layer from its factors in two launches: as in the decoding of a
-# language model, where what is launched costs more than what is computed.
+# A GPU computes up to this many rows from the factors in two launches, as when a language model
+# decodes: launching then costs more than computing.
 MOST_DECODED_ROWS = 16
 
 
@@ -40,11 +40,6 @@ def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
     """
     whole = len(route.in_groups) == 1 and len(route.out_groups) == 1
     return x.is_cuda and route.kind == "factorized" and whole
-
-
-def _unpadded(z: Tensor, rank: int) -> Tensor:
-    """The columns of a Z or G that are no padding."""
-    return z if z.shape[1] == rank else z[:, :rank]
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,7 @@ class LinearMap:
         return few and self.plan.keep == "x" and may_fuse(x, factors)
 
     def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+        """Return y (B, N) for a few rows x, from the factors alone."""
         from polyadic.kernels.triton.decode import decode
 
         x, *factors = contiguous((x, *factors))
@@ -105,7 +101,7 @@ class LinearMap:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of the factors.
+        """Return the gradients of x and of the factors.
 
             Z = X KA, G = dY KC (B, R)    dX = G KAᵀ    dKA = Xᵀ G    dKC = dYᵀ Z
 
@@ -144,7 +140,7 @@ class LinearMap:
             )
         else:
             if kept:
-                z = _unpadded(kept[0], in_factors[0].shape[1])
+                z = unpadded(kept[0], in_factors[0].shape[1])
             elif wrt_out:
                 z = contract(x, in_factors, route.in_groups)
             else:

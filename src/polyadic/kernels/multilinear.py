@@ -27,11 +27,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn_unrounded, plus_bias
+from polyadic.kernels.products import (
+    HALVES,
+    matmul_nn,
+    matmul_nt,
+    matmul_tn_unrounded,
+    plus_bias,
+)
+from polyadic.plans import Groups
 
-Groups = tuple[int, ...]
-
-_HALVES = (torch.bfloat16, torch.float16)
 # The first d dimensions, for each d that a tensor of at most 64 dimensions can have.
 _LEADING = tuple(tuple(range(d)) for d in range(64))
 
@@ -43,21 +47,13 @@ def best_cut(sizes: Sequence[int]) -> int:
     return min(range(1, len(sizes)), key=lambda c: math.prod(sizes[:c]) + math.prod(sizes[c:]))
 
 
-def is_computed(dtype: torch.dtype) -> bool:
-    """Whether factors may be of a dtype: floating point, complex64 or complex128.
-
-    torch has no products in complex32 on a CPU.
-    """
-    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which products of factors are formed: fp32 for half precisions, else ``dtype``."""
-    return torch.float32 if dtype in _HALVES else dtype
+    """Return the dtype in which products of factors are formed: float32 instead of a half one."""
+    return torch.float32 if dtype in HALVES else dtype
 
 
 def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """Column-wise Kronecker product (Π m_d, R), formed in at least fp32 and rounded once.
+    """Return the column-wise Kronecker product (Π m_d, R), formed in fp32 at least, rounded once.
 
     Args:
         factors: D tensors (m_d, R); the last mode varies fastest.
@@ -88,7 +84,7 @@ def _product(factors: Sequence[Tensor], prefixes: Sequence[Tensor]) -> Tensor:
 
 def widened(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Cast tensors of half precision to float32; return others as they are."""
-    if tensors[0].dtype not in _HALVES:
+    if tensors[0].dtype not in HALVES:
         return tensors
     return [tensor.to(torch.float32) for tensor in tensors]
 

@@ -26,6 +26,7 @@ from torch.compiler import is_dynamo_compiling
 
 from polyadic._torch import exporting, is_fake, is_plain, observed, transformed
 from polyadic.kernels.backend import DTYPES, triton_serves
+from polyadic.kernels.fused import contiguous
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
 from polyadic.plans import Backend
 
@@ -35,14 +36,19 @@ PADDED_TO = 8
 
 
 def padded_rank(rank: int) -> int:
-    """Columns of a Khatri-Rao matrix on a GPU."""
+    """Return the number of columns that a Khatri-Rao matrix of this rank has on a GPU."""
     return -(-rank // PADDED_TO) * PADDED_TO
+
+
+def unpadded(matrix: Tensor, rank: int) -> Tensor:
+    """Return a matrix without the columns of zeros that a GPU has added to it, if it has."""
+    return matrix if matrix.shape[1] == rank else matrix[:, :rank]
 
 
 def khatri_rao_pair(
     groups: Sequence[Group], dtype: torch.dtype, by: Backend = "triton"
 ) -> list[Tensor]:
-    """Khatri-Rao matrix of each group of factors.
+    """Make the Khatri-Rao matrix of each group of factors.
 
     Args:
         groups: factors (m_d, R) of each matrix, all of one rank, dtype and device; the last mode of
@@ -71,7 +77,7 @@ def khatri_rao_pair(
 def mttkrp_pair(
     d_matrices: Sequence[Tensor], groups: Sequence[Group], by: Backend = "triton"
 ) -> list[list[Tensor]]:
-    """Gradient of every factor of every group from those of the Khatri-Rao matrices.
+    """Make the gradient of every factor of every group from those of the Khatri-Rao matrices.
 
     Args:
         d_matrices: for each group dK (Π m_d, R or more columns, which are not read), or pieces
@@ -123,43 +129,34 @@ def _regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tens
 
 
 def _khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
-    """One by one, with torch's operations."""
+    """Make the matrices one by one with torch's operations."""
     matrices = [khatri_rao(group, dtype) for group in groups]
     extra = padded - matrices[0].shape[1]
     return [F.pad(matrix, (0, extra)) for matrix in matrices] if extra else matrices
 
 
 def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
-    """One by one, with torch's operations."""
+    """Make the gradients one by one with torch's operations."""
     gradients = []
     for d_matrix, group in zip(d_matrices, groups, strict=True):
-        rank = group[0].shape[1]
         total = d_matrix.sum(0) if d_matrix.dim() == 3 else d_matrix
-        total = _without_zeros(total, rank) if total.shape[1] > rank else total
+        if total.shape[1] > group[0].shape[1]:
+            total = unpadded(total, group[0].shape[1]).contiguous()
         gradients.append(khatri_rao_backward(total, group))
     return gradients
-
-
-def _without_zeros(matrix: Tensor, rank: int) -> Tensor:
-    """A copy of the columns that were not added."""
-    return matrix[:, :rank].contiguous()
 
 
 def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
     from polyadic.kernels.triton.khatri_rao import khatri_rao_matrices
 
-    return khatri_rao_matrices(_contiguous(groups), dtype, padded)
+    return khatri_rao_matrices([contiguous(group) for group in groups], dtype, padded)
 
 
 def _launch_mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
     from polyadic.kernels.triton.mttkrp import mttkrps
 
     d_matrices = [d if d.stride(-1) == 1 else d.contiguous() for d in d_matrices]
-    return mttkrps(d_matrices, _contiguous(groups))
-
-
-def _contiguous(groups: Sequence[Group]) -> Sequence[Group]:
-    return [[f if f.is_contiguous() else f.contiguous() for f in group] for group in groups]
+    return mttkrps(d_matrices, [contiguous(group) for group in groups])
 
 
 def _khatri_rao_on_cuda(

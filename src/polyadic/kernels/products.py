@@ -4,7 +4,7 @@
     matmul_nt(z, K) = Z Kᵀ (n, r), (m, r) → (n, m)
     matmul_tn(x, z) = Xᵀ Z (n, w), (n, r) → (w, r)
 
-Each is one call of torch's. What a CPU needs beside it stands in ``cpu``.
+Each is one call of torch. What a CPU needs in addition stands in ``cpu``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch.compiler import is_compiling
 from polyadic._torch import is_plain, onednn_product, transformed
 from polyadic.kernels import cpu
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X K + bias of x (n, k), matrix (k, m), bias (m,)."""
+    """Return X K + bias (n, m) of x (n, k), matrix (k, m) and bias (m,)."""
     if x.is_cpu:
         if cpu.product_in_onednn(x, matrix, matrix.shape[1]):
             return onednn_product(x, matrix.t(), bias)
@@ -28,7 +30,7 @@ def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul_nt(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Z Kᵀ + bias of z (n, r), matrix (m, r), bias (m,)."""
+    """Return Z Kᵀ + bias (n, m) of z (n, r), matrix (m, r) and bias (m,)."""
     if z.is_cpu and cpu.product_in_onednn(z, matrix, matrix.shape[0]):
         return onednn_product(z, matrix, bias)
     if (
@@ -42,14 +44,14 @@ def matmul_nt(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul_tn(x: Tensor, z: Tensor) -> Tensor:
-    """Xᵀ Z of x (n, w), z (n, r): a sum over n rows."""
+    """Return Xᵀ Z (w, r) of x (n, w) and z (n, r), a sum over n rows."""
     if x.is_cpu and cpu.sums_in_blocks(x):
         return cpu.matmul_tn_in_blocks(x, z)
     return x.t() @ z
 
 
 def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
-    """Xᵀ Z (w, r) for more sums to follow: not rounded to half precision where that costs nothing.
+    """Return Xᵀ Z (w, r) for further sums: not rounded to half precision where that costs nothing.
 
     A GPU adds products of half precisions in float32 and can hand its sums out as they are.
     """
@@ -57,7 +59,7 @@ def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
         x.is_cuda
         and torch.version.hip is None
         and x.shape[0] > 0
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in HALVES
         and is_plain(x)
         and is_plain(z)
         and not is_compiling()
@@ -68,7 +70,7 @@ def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
 
 
 def plus_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Y + bias, written into the memory of y, which the caller must own alone."""
+    """Return y + bias, written into the memory of y, which nothing else may use."""
     if bias is None:
         return y
     if is_compiling():

@@ -22,7 +22,7 @@ def _is_rows(x: Tensor) -> bool:
     return x.stride(1) == 1
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """(b, c, *s) → (b·s, c); a view where the channels are innermost."""
     return x.movedim(1, -1).reshape(x.shape[0] * math.prod(x.shape[2:]), x.shape[1])
 
@@ -42,9 +42,10 @@ def project(
 ) -> Tensor:
     """Contract the channels: (b, c, *s) with (c, r) → (b, r, *s), in the layout asked for.
 
-    To channels_last from an input that is not: the GEMM reads the input transposed, so that no
-    pass over it is spent on conversion. With groups the channels of each are contracted alone, by
-    one matrix (c/g, r) for all or by its own of (g, c/g, r), and give r channels each.
+    If channels_last is asked for and the input has another layout, the GEMM reads the input
+    transposed, so that no pass over it is spent on conversion. With groups, the channels of each
+    group are contracted separately, with one matrix (c/g, r) for all groups or with each group's
+    own of (g, c/g, r), and each group gives r channels.
     """
     if groups > 1:
         return _project_groups(x, matrix, layout, groups, bias)
@@ -52,7 +53,7 @@ def project(
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
         return plus_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
     if _is_rows(x):
-        return _volume(matmul_nn(_rows(x), matrix, bias), x)
+        return _volume(matmul_nn(as_rows(x), matrix, bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
     return _volume(plus_bias(torch.bmm(columns, matrices), bias), x)
 
@@ -60,8 +61,8 @@ def project(
 def project_back(z: Tensor, matrix: Tensor, like: Tensor, layout: str, groups: int = 1) -> Tensor:
     """Contract a map (b, r, *s) with (c, r) → (b, c, *s), in the layout of ``like`` (b, c, *s).
 
-    The gradient of an input that came in channels_first leaves so: the GEMM writes it, and no pass
-    over it is spent on conversion, by whoever takes it.
+    If the input came in channels_first, the GEMM writes its gradient in that layout, so that nobody
+    has to convert it.
     """
     turned = layout == "channels_last" and groups == 1 and not _is_rows(like)
     if not turned or math.prod(z.shape[2:]) < PRODUCT_PER_IMAGE_FROM_POSITIONS:
@@ -81,7 +82,7 @@ def _project_groups(
     """``project`` with groups: (b, g·c, *s) → (b, g·r, *s)."""
     if layout == "channels_last":
         if _is_rows(x):
-            rows = _rows(x).view(-1, groups, x.shape[1] // groups)
+            rows = as_rows(x).view(-1, groups, x.shape[1] // groups)
             own = matrix.dim() == 3
             y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
         else:
@@ -96,18 +97,19 @@ def _project_groups(
 
 
 def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False) -> Tensor:
-    """Gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r).
+    """Return the gradient of a projection's matrix: Σ_{b,s} x[b, c, s] z[b, r, s] → (c, r).
 
-    A sum over the batch taken here is of half-precision terms already rounded; it stays in fp32.
-    With groups it is that of the shared matrix (c/g, r), or of ``each`` group's: (g, c/g, r).
+    If the sum over the batch is taken here, its half-precision terms have been rounded already, and
+    it stays in float32. With groups it is the gradient of the shared matrix (c/g, r), or with
+    ``each`` that of each group's own (g, c/g, r).
     """
     last = layout == "channels_last"
     if last and not _is_rows(x) and better_as_rows(z.shape[1], groups * math.prod(x.shape[2:])):
         x = in_layout(x, layout)
     if last and _is_rows(x):
         if groups == 1:
-            return matmul_tn_unrounded(_rows(x), _rows(z))
-        rows, maps = (_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
+            return matmul_tn_unrounded(as_rows(x), as_rows(z))
+        rows, maps = (as_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
         if each:
             return rows.permute(1, 2, 0) @ maps.transpose(0, 1)
         # reshape, not flatten, which gradients batched by autograd have no rule for.
@@ -122,8 +124,8 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
 def better_as_rows(maps: int, positions: int) -> bool:
     """Whether ``outer`` had better convert an input of so many positions an image to rows first.
 
-    Otherwise it makes a product (c, r) for each group and image, ``maps`` = g·r columns in all:
-    more to write, where there are few positions, than there was to read.
+    Otherwise ``outer`` makes a product (c, r) for each group and image, with ``maps`` = g·r columns
+    in all. If there are few positions, these products are more to write than the input is to read.
     """
     return maps > positions
 

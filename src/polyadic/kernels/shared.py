@@ -1,4 +1,4 @@
-"""The two halves of a CP linear map by themselves, for layers that share an input.
+"""Half of a CP linear map by itself, for layers that share an input.
 
     Y_l = X W_l,   W_l = KA_l KC_lᵀ          Z_l = X KA_l,   Y_l = Z_l KC_lᵀ
 
@@ -27,10 +27,10 @@ from polyadic.plans import Groups
 
 
 def _columns(z: Tensor, count: int) -> Tensor:
-    """The first columns of Z or G, zeros behind them where there are fewer.
+    """Return the first ``count`` columns of Z or G, with zeros behind them where there are fewer.
 
-    On a GPU matrices have their columns padded with zeros, those of all layers together in the in
-    half and those of each layer in its out half.
+    On a GPU matrices have their columns padded with zeros: those of all layers together in the in
+    half, and those of each layer in its out half.
     """
     if z.shape[1] >= count:
         return z if z.shape[1] == count else z[:, :count]
@@ -43,14 +43,24 @@ def _in_one_group(x: Tensor, groups: Groups) -> bool:
 
 
 @dataclass(frozen=True)
-class InHalf:
-    """The map (x, *factors) → Z = X K of x (B, M) and factors (m_d, R).
+class Half:
+    """One half of a linear map, by factors (n_d, R) with Π n_d = N and Khatri-Rao matrix K (N, R).
+
+    Both halves belong to one multilinear form (see ``multilinear``), in which X (B, N) and Z (B, R)
+    stand on either side of K. So the backward of one half takes from that form what the forward of
+    the other half computes, and both have the same gradient of K:
+
+        half   map                          gradient of its input   gradient of K
+        in     (x, None, *factors) → X K    dZ Kᵀ                   Xᵀ dZ
+        out    (z, bias, *factors) → Z Kᵀ   dX K                    dXᵀ Z
 
     Args:
-        forward_groups: lengths of the groups in which the modes are contracted.
-        backward_groups: the same for the gradients.
+        expands: whether this is the out half.
+        forward_groups: lengths of the groups in which the modes are contracted, or expanded.
+        backward_groups: lengths of the groups for the gradients.
     """
 
+    expands: bool
     forward_groups: Groups
     backward_groups: Groups
 
@@ -59,77 +69,22 @@ class InHalf:
 
     @property
     def plan(self) -> object:
-        """The groups."""
-        return self.forward_groups, self.backward_groups
+        """The groups, and whether it is the out half."""
+        return self.expands, self.forward_groups, self.backward_groups
 
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Z (B, R); on a GPU columns of zeros may be added."""
-        if _in_one_group(x, self.forward_groups):
-            return matmul_nn(x, khatri_rao_pair([factors], x.dtype)[0]), ()
-        return contract(x, factors, self.forward_groups), ()
-
-    def backward(
-        self,
-        grad_z: Tensor,
-        x: Tensor,
-        kept: Sequence[Tensor],
-        factors: Sequence[Tensor],
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x, G Kᵀ, and of the factors, the MTTKRPs of dK = Xᵀ G."""
-        wrt_x, wrt_factors = needs[0], any(needs[1:])
-        grads: list[Tensor | None] = [None] * len(factors)
-        d_x: Tensor | None = None
-        if _in_one_group(x, self.backward_groups):
-            if wrt_x:
-                matrix = khatri_rao_pair([factors], x.dtype)[0]
-                d_x = matmul_nt(_columns(grad_z, matrix.shape[1]), matrix)
-            if wrt_factors:
-                grads = [*mttkrp_pair([matmul_tn_unrounded(x, grad_z)], [factors])[0]]
-            return d_x, grads
-        grad_z = _columns(grad_z, factors[0].shape[1])
-        d_x, _, found = partials(
-            x, grad_z, factors, self.backward_groups, wrt_x=wrt_x, wrt_factors=wrt_factors
-        )
-        return d_x, [*(found or grads)]
-
-    @staticmethod
-    def bias_gradient(grad_z: Tensor) -> Tensor:
-        """There is no bias."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class OutHalf:
-    """The map (z, bias, *factors) → Y = Z Kᵀ + bias of z (B, R) and factors (n_d, R).
-
-    Args:
-        forward_groups: lengths of the groups in which the modes are expanded.
-        backward_groups: the same for the gradients.
-    """
-
-    forward_groups: Groups
-    backward_groups: Groups
-
-    output_channels_last = False
-    autograd_backward = False
-
-    @property
-    def plan(self) -> object:
-        """The groups."""
-        return self.forward_groups, self.backward_groups
-
-    def forward(
-        self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Y (B, N)."""
-        if _in_one_group(x, self.forward_groups):
+        """Return Z (B, R), to which a GPU may add columns of zeros, or Y (B, N)."""
+        groups = self.forward_groups
+        if _in_one_group(x, groups):
             matrix = khatri_rao_pair([factors], x.dtype)[0]
-            return matmul_nt(_columns(x, matrix.shape[1]), matrix, bias), ()
-        z = _columns(x, factors[0].shape[1])
-        return expand(z, factors, self.forward_groups, bias), ()
+            if self.expands:
+                return matmul_nt(_columns(x, matrix.shape[1]), matrix, bias), ()
+            return matmul_nn(x, matrix), ()
+        if self.expands:
+            return expand(_columns(x, factors[0].shape[1]), factors, groups, bias), ()
+        return contract(x, factors, groups), ()
 
     def backward(
         self,
@@ -139,25 +94,45 @@ class OutHalf:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of z, G = dY K, and of the factors, the MTTKRPs of dK = dYᵀ Z."""
-        wrt_z, wrt_factors = needs[0], any(needs[1:])
+        """Return the gradients of the input, and of the factors, which are the MTTKRPs of dK.
+
+        Args:
+            grad_y: gradient of the output.
+            x: input of the forward.
+            kept: nothing, as the forward keeps nothing.
+            factors: (n_d, R).
+            needs: whether the input and each factor needs its gradient.
+        """
+        wrt_x, wrt_factors = needs[0], any(needs[1:])
+        wide, narrow = (grad_y, x) if self.expands else (x, grad_y)  # (B, N) and (B, R)
         grads: list[Tensor | None] = [None] * len(factors)
-        d_z: Tensor | None = None
+        d_x: Tensor | None = None
         if _in_one_group(x, self.backward_groups):
-            if wrt_z:
-                d_z = matmul_nn(grad_y, khatri_rao_pair([factors], x.dtype)[0])
-                d_z = _columns(d_z, x.shape[1])
+            if wrt_x:
+                matrix = khatri_rao_pair([factors], x.dtype)[0]
+                if self.expands:
+                    d_x = _columns(matmul_nn(grad_y, matrix), x.shape[1])
+                else:
+                    d_x = matmul_nt(_columns(grad_y, matrix.shape[1]), matrix)
             if wrt_factors:
-                grads = [*mttkrp_pair([matmul_tn_unrounded(grad_y, x)], [factors])[0]]
-            return d_z, grads
-        z = _columns(x, factors[0].shape[1])
-        _, d_z, found = partials(
-            grad_y, z, factors, self.backward_groups, wrt_z=wrt_z, wrt_factors=wrt_factors
+                grads = [*mttkrp_pair([matmul_tn_unrounded(wide, narrow)], [factors])[0]]
+            return d_x, grads
+        d_wide, d_narrow, found = partials(
+            wide,
+            _columns(narrow, factors[0].shape[1]),
+            factors,
+            self.backward_groups,
+            wrt_x=wrt_x and not self.expands,
+            wrt_z=wrt_x and self.expands,
+            wrt_factors=wrt_factors,
         )
-        d_z = None if d_z is None else _columns(d_z, x.shape[1])
-        return d_z, [*(found or grads)]
+        if self.expands:
+            d_x = None if d_narrow is None else _columns(d_narrow, x.shape[1])
+        else:
+            d_x = d_wide
+        return d_x, [*(found or grads)]
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:
-        """Sum over the batch, (B, N) → (N,)."""
+        """Sum over the batch, (B, N) → (N,); the in half has no bias."""
         return grad_y.sum(0)

@@ -15,8 +15,8 @@ and with g = dY the backward is
     H = g C        dC = gᵀ (Z ∘ K)        dK[s] = Σ_b Z ∘ H
     dX = (H ∘ K) Aᵀ        dA = Xᵀ (H ∘ K)
 
-from which the factors' gradients follow by an MTTKRP each. The rows of a few modes are a few rows
-of X, Y and K alone, so that a plan may take the modes in pieces whose Z and H stay in a cache.
+from which each factor's gradient follows by an MTTKRP. A few modes need only a few rows of X, Y and
+K, so that a plan may take the modes in pieces whose Z and H stay in a cache.
 
 The dense route rebuilds all W_s by one product K (A ⊙ C)ᵀ (S, Cin·Cout). A separable layer has no
 C: its weight W = K Aᵀ (S, Cin) multiplies each channel by itself.
@@ -41,9 +41,9 @@ from polyadic.plans import SpectralPlan
 
 
 def _writes_to_memory(*tensors: Tensor) -> bool:
-    """Whether results may be written to memory that stands ready, so that pieces are of use.
+    """Whether results may be written to memory that stands ready; else pieces are of no use.
 
-    Not while a compiler, a transform or autograd records the operations.
+    They may not while a compiler, a transform or autograd records the operations.
     """
     if torch.compiler.is_compiling() or transformed() or observed():
         return False
@@ -114,7 +114,7 @@ class SpectralMap:
         factors: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of each factor, by the formulas at the top of this module.
+        """Return the gradients of x and of each factor, by the formulas at the top of this module.
 
         Args:
             grad_y: (s, b, o).
@@ -172,12 +172,12 @@ def _cast_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _rebuilt(spectral: Tensor, channels: Sequence[Tensor], in_channels: int) -> Tensor:
-    """W (s, i, o), all of it by one product; the channels' factors are the in and the out ones."""
+    """Return all of W (s, i, o) by one product, from K and the factors of the channels."""
     return (spectral @ khatri_rao(channels).t()).view(spectral.shape[0], in_channels, -1)
 
 
 def _forward_in_pieces(x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_once: int) -> Tensor:
-    """Y (s, b, o), with the Z of some modes at a time in one piece of memory."""
+    """Return Y (s, b, o), with the Z of some modes at a time in one piece of memory."""
     modes, batch, channels = x.shape
     y = x.new_empty(modes, batch, c.shape[0])
     memory = x.new_empty(min(at_once, modes), batch, a.shape[1])
@@ -206,7 +206,7 @@ def _backward_at_once(
 def _backward_in_pieces(
     g: Tensor, x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_once: int, wrt_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """``_backward_at_once`` with the Z and H of some modes at a time in two pieces of memory."""
+    """Return the same as ``_backward_at_once``, with Z and H of a few modes at a time in memory."""
     modes, batch, channels = x.shape
     rank = a.shape[1]
     d_x = torch.empty_like(x) if wrt_x else None

@@ -22,21 +22,21 @@ from polyadic.planner.machine import Machine, built_in
 from polyadic.planner.request import Request, request
 from polyadic.plans import Groups, LinearPlan, LinearRoute
 
-# A layer with so little work that its time is that of its calls.
+# A layer with so little work that its time is the time of its calls.
 TINY = LinearFormat((2, 2, 2), (2, 2, 2), 2)
 ROWS = 2
 
 
 def calibrate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """Measure the rates the cost model rests on, and store them for later sessions.
+    """Measure the rates on which the cost model rests, and store them for later sessions.
 
-    Takes a few seconds. The numbers hold for this device type, dtype and thread count
+    This takes a few seconds. The numbers hold for this device type, dtype and thread count
     (``torch.get_num_threads()``), on a GPU for float32 with or without TF32 as torch's switch says,
     and are kept in the user's cache folder; plans made from now on rest on them. Where the folder
     cannot be written to, a warning says so and they hold for this process alone.
 
-    On a CUDA device the work of operations is timed by events in replayed graphs, so that no launch
-    and no synchronisation is in it; what the processor spends on launches is timed by itself.
+    On a CUDA device the work of operations is timed by events in replayed graphs, which contain no
+    launches and no synchronisation. What the processor spends on launches is timed separately.
 
     Args:
         device: device type, such as ``"cpu"`` or ``"cuda"``.
@@ -91,19 +91,19 @@ class Rates:
         # Tensors of a GPU are so large that it is busy for longer than a kernel takes to start.
         self.scale = 8 if queued else 1
         one = self._random(4)
-        # It is measured in a loop of nothing else, as the others are; in a layer it takes longer.
+        # It is measured in a loop of nothing else, as the others are. In a layer it takes longer.
         self.kernel = clock.work(lambda: one * one)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
     def _net(self, run: Callable[[], object], launches: int) -> float:
-        """Time without that of starting so many operations, at least a tenth of the whole."""
+        """Time a call less the start of so many operations; it is at least a tenth of the whole."""
         whole = self.clock.work(run)
         return max(whole - launches * self.kernel, whole / 10)
 
     def calls(self) -> dict[str, Any]:
-        """What the processor and the device spend on an operation that does nothing."""
+        """Measure what the processor and the device spend on an operation that does nothing."""
         if not self.queued:
             return {}
         one = self._random(4, 4)
@@ -111,11 +111,11 @@ class Rates:
         return {"launch": self.clock.host(lambda: one * one), "view": view, "kernel": self.kernel}
 
     def gemm(self) -> dict[str, Any]:
-        """A large product, and a thin one that mostly reads its operands."""
+        """Measure a large product, and a thin one that mostly reads its operands."""
         n = 1024 * self.scale
         a, b = self._random(n, n), self._random(n, n)
         rate = 2 * n**3 / self._net(lambda: matmul_nn(a, b), 1)
-        # The layer's own: on a CPU of few rows, on a GPU of few columns.
+        # Thin products of layers have few rows on a CPU and few columns on a GPU.
         m, k, r = (n, n // 2, 64) if self.queued else (4, n, 4 * n)
         thin, wide = self._random(m, k), self._random(r, k)
         moved = self.dtype.itemsize * (m * k + r * k + m * r)
@@ -124,9 +124,10 @@ class Rates:
         return {"gemm": rate, "gemm_bandwidth": moved / max(whole - made, whole / 10)}
 
     def stream(self) -> dict[str, Any]:
-        """Weighted sums, as MTTKRPs are made of, in and out of cache and over short rows."""
+        """Measure the weighted sums of MTTKRPs, in and out of cache, and over short rows."""
         large = self._random(256 * self.scale, 16, 256)
-        # Operands take turns, as those of a layer are not in the nearest cache when it is called.
+        # Operands take turns, because those of a layer are not in the nearest cache when it is
+        # called.
         several = [self._random(64, 16, 64) for _ in range(16)]
         turns = itertools.cycle(several)
         short = self._random(2048, 4, 16)
@@ -146,7 +147,7 @@ class Rates:
         return found
 
     def convolutions(self, machine: Machine) -> dict[str, Any]:
-        """Depthwise 5×5 and dense 3×3 convolutions in both layouts, of few and of many images."""
+        """Measure depthwise 5×5 and dense 3×3 convolutions, of few and many images, by layout."""
         channels, side, few, many = 64, 28, 4 * self.scale, 16 * self.scale
         taps, kernel = self._random(channels, 1, 5, 5), self._random(channels, channels, 3, 3)
         images = self._random(many, channels, side, side)
@@ -160,14 +161,14 @@ class Rates:
         def rate(
             weight: Tensor, layout: torch.memory_format, flops: int, passes: int
         ) -> tuple[float, float]:
-            """FLOP/s beside so many passes over the maps, and seconds of a call."""
+            """Return FLOP/s, less the time of passes over the maps, and the seconds of a call."""
             short, long = (self.clock.work(convolve(n, weight, layout)) for n in (few, many))
             image = max((long - short) / (many - few), long / many / 2)
             beside = machine.streamed(passes * images.nbytes) / many
             return flops / max(image - beside, image / 10), max(short - few * image, short / 10)
 
         last, first = torch.channels_last, torch.contiguous_format
-        # As many passes as the planner counts bytes of: a CPU's write counts thrice.
+        # The planner counts the bytes of as many passes; a write on a CPU counts three times.
         fast, call = rate(taps, last, depthwise, 2 if self.queued else 4)
         if self.queued:
             call = self.clock.host(convolve(few, taps, last))
@@ -181,10 +182,10 @@ class Rates:
 
 
 def calls_of_layers(asked: Request, device: str, machine: Machine, clock: Clock) -> dict[str, Any]:
-    """What an operation costs within a layer, and a layer's call beside them, per pass.
+    """Measure what an operation costs within a layer, and what a pass costs besides operations.
 
-    From a layer of next to no work, by plans of few and of many operations. On a GPU the processor
-    alone is timed, and an operation costs what it costs by itself.
+    A layer of next to no work is timed by plans of few and of many operations. On a GPU only the
+    processor is timed, and an operation costs what it costs by itself.
     """
     options: dict[str, Any] = {"device": device, "dtype": asked.dtype}
     cp = CPLinear(TINY.in_features, TINY.out_features, bias=False, rank=TINY.rank, **options)
@@ -218,7 +219,7 @@ def calls_of_layers(asked: Request, device: str, machine: Machine, clock: Clock)
         **found,
         "call": max((few - launched) / 2, few / 10),
         "dense_call": max((theirs - 3 * machine.launch) / 2, theirs / 10),
-        # Both are means of a forward and a backward.
+        # Both calls above are means of a forward and a backward.
         "backward_call": 0.0,
         "dense_backward_call": 0.0,
     }

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import evaluating
+from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
+from polyadic.nn.wrapped import check_module
 from polyadic.planner import choice, tuned
 from polyadic.planner.choice import Plan
 from polyadic.planner.request import Request
 
-# Rounds in which every plan is timed once; who is this much slower than the best so far drops out.
+# Rounds in which every plan is timed once. A plan this much slower than the best so far drops out.
 ROUNDS, DROPPED_BEYOND = 7, 1.25
 # Seconds that one sample should last at least.
 SAMPLE = 2e-3
@@ -32,8 +34,8 @@ class TunedLayer:
         request: the format and the batch in words.
         before: the plan that was followed.
         after: the fastest plan, followed from now on.
-        seconds_before: of a call by the former.
-        seconds_after: of a call by the latter.
+        seconds_before: seconds of a call by the plan before.
+        seconds_after: seconds of a call by the plan after.
     """
 
     layer: str
@@ -91,8 +93,10 @@ def tune(
     Args:
         model: a module that holds CP layers, or is one.
         inputs: what the model is called with.
-        training: time forward and backward; the model's ``training`` by default.
-        store: keep the plans in the user's cache folder too, bound to this processor and torch.
+        training: whether forward and backward are timed, or forward alone; the model's
+            ``training`` by default.
+        store: whether the plans are kept in the user's cache folder too, for this processor and
+            version of torch.
         named: further arguments of the call.
 
     Returns:
@@ -102,8 +106,7 @@ def tune(
         TypeError: ``model`` is not a module.
         ValueError: the call reaches no CP layer that follows a plan.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if training is None:
         training = model.training
     calls = _calls(model, inputs, named)
@@ -134,14 +137,14 @@ def untune(*, stored: bool = True) -> None:
     """Forget what ``tune`` has found; the planner predicts again.
 
     Args:
-        stored: remove what was stored for later sessions, too.
+        stored: whether what was stored for later sessions is removed too.
     """
     tuned.forget(stored)
     choice.forget()
 
 
 def _calls(model: nn.Module, inputs: Any, named: Any) -> list[tuple[str, nn.Module, Any]]:
-    """Each CP layer with what it is given."""
+    """Return each CP layer with what it is given."""
     calls: list[tuple[str, nn.Module, Any]] = []
     handles = []
     for name, module in model.named_modules():
@@ -162,7 +165,7 @@ def _calls(model: nn.Module, inputs: Any, named: Any) -> list[tuple[str, nn.Modu
 
 
 def _runner(layer: nn.Module, args: Any, training: bool) -> Callable[[], object]:
-    """A call of a layer on what it was given, with gradients of all that can have one or none."""
+    """Return a call of a layer on what it was given; in training, with all gradients."""
     given = [a.detach() if isinstance(a, Tensor) else a for a in args]
     if not training:
 
@@ -172,7 +175,7 @@ def _runner(layer: nn.Module, args: Any, training: bool) -> Callable[[], object]
 
         return forward
     given = [
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given
+        a.requires_grad_() if isinstance(a, Tensor) and is_computed(a.dtype) else a for a in given
     ]
     wanted = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
     wanted += [p for p in layer.parameters() if p.requires_grad]
@@ -206,7 +209,7 @@ def _tuned(name: str, request: Request, run: Callable[[], object]) -> TunedLayer
 
 
 def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> dict[Plan, float]:
-    """The least seconds of each plan, timed in turns; slow ones drop out."""
+    """Return the least seconds of each plan, timed in turns; slow ones drop out."""
     waiting = list(plans)
     best: dict[Plan, float] = {}
     for turn in range(ROUNDS):
@@ -216,7 +219,7 @@ def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> di
             seconds = seconds_of(plan, run, request.device)
             best[plan] = min(seconds, best.get(plan, seconds))
         least = min(best.values())
-        # The first round is of cold caches, and drops only what is far off.
+        # Caches are cold in the first round, which therefore drops only plans that are far off.
         limit = least * (2 * DROPPED_BEYOND if turn == 0 else DROPPED_BEYOND)
         waiting = [plan for plan in waiting if plan is plans[0] or best[plan] <= limit]
         if len(waiting) == 1:
@@ -230,7 +233,7 @@ def _follow(request: Request, plan: Plan | None) -> None:
 
 
 def seconds_of(plan: Plan, run: Callable[[], object], device: str) -> float:
-    """Seconds of a call, of several calls in a row where one is short."""
+    """Return the seconds of a call; short calls are timed several in a row."""
 
     def timed(calls: int) -> float:
         if device == "cuda":

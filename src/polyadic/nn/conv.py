@@ -56,14 +56,14 @@ class CPConvBase(Exchangeable):
         out_shape: Sequence[int] | None,
         in_shape: Sequence[int] | None,
     ) -> None:
-        """Set the mode sizes for a kernel with ``shared`` (out, in) channels."""
+        """Set the mode sizes of a kernel that has ``shared`` (out, in) channels."""
         default_out, default_in = tensorize(*shared, order)
         self.out_shape = factored_shape(out_shape, shared[0], default_out, "out_shape")
         self.in_shape = factored_shape(in_shape, shared[1], default_in, "in_shape")
 
     @property
     def geometry(self) -> Geometry:
-        """Where the kernel goes."""
+        """Kernel size, stride, padding and dilation."""
         raise NotImplementedError
 
     def _request_of_size(self, request: Request, size: Any) -> Request:
@@ -207,7 +207,7 @@ class _CPConv(CPConvBase):
         )
 
     def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-        """Make torch's layer with this layer's dense kernel; flags are kept.
+        """Make torch's layer with this layer's dense kernel; its flags are kept.
 
         Its kernel requires a gradient if a factor does.
         """
@@ -250,7 +250,7 @@ class _CPConv(CPConvBase):
         return y
 
     def extra_repr(self) -> str:
-        """Shapes, rank and parameter ratio."""
+        """Say shapes, rank and parameter ratio."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
@@ -273,8 +273,8 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format.
         padding: int, one per spatial dimension, ``"same"`` (stride 1) or ``"valid"``.
         dilation: int or one per spatial dimension.
         groups: groups of channels that are convolved separately; divides Cin and Cout. Each has
-            its own rows of the out side; in side and taps are the same for all.
-        bias: own a bias (Cout,).
+            its own rows of the out side; all share the in side and the taps.
+        bias: whether the layer has a bias (Cout,).
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
             a word for the largest rank that does not compute more than the dense layer,
@@ -284,14 +284,14 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format.
         in_shape: in modes with product Cin / groups; ``polyadic.tensorize`` of both by default.
         out_shape: out modes with product Cout.
         memory: what may be kept for the backward: ``"fast"``, ``"balanced"`` or ``"least"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         cp: the ``CPTensor`` with tensorized shape (out_shape, in_shape, kernel_size): out factors
             first, as in torch's kernel; a linear layer has its in factors first.
         bias: (Cout,) or None.
-        weight: the dense kernel (Cout, Cin/groups, *k), to read alone.
+        weight: the dense kernel (Cout, Cin/groups, *k), read-only.
 
     Raises:
         TypeError: an argument is of the wrong type.

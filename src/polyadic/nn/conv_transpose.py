@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks, functional
-from polyadic.formats import (
-    ConvFormat,
-    Rank,
-    Shape,
-    positive_int,
-)
+from polyadic.formats import ConvFormat, Rank, Shape, positive_int
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import Fitted, convert, revert
@@ -98,7 +93,7 @@ class _CPConvTranspose(CPConvBase):
         )
 
     def _fan_in(self) -> int:
-        # What torch takes for it: of a kernel (Cin, Cout/groups, *k) all but the first dimension.
+        # As in torch: the sizes of a kernel (Cin, Cout/groups, *k) except for the first.
         return self.out_channels // self.groups * math.prod(self.kernel_size)
 
     @classmethod
@@ -150,7 +145,7 @@ class _CPConvTranspose(CPConvBase):
         )
 
     def to_conv_transpose(self) -> nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d:
-        """Make torch's layer with this layer's dense kernel; flags are kept.
+        """Make torch's layer with this layer's dense kernel; its flags are kept.
 
         Its kernel requires a gradient if a factor does.
         """
@@ -196,7 +191,7 @@ class _CPConvTranspose(CPConvBase):
         )
 
     def _extra(self, x: Tensor, output_size: Sequence[int]) -> Shape:
-        """The output padding that gives a wanted size."""
+        """Return the output padding that gives a wanted size."""
         plain = checks.check_transposed_geometry(
             self.kernel_size, self.stride, self.padding, 0, self.dilation
         )
@@ -213,7 +208,7 @@ class _CPConvTranspose(CPConvBase):
         return tuple(size - low for size, low in zip(wanted, least, strict=True))
 
     def extra_repr(self) -> str:
-        """Shapes, rank and parameter ratio."""
+        """Say shapes, rank and parameter ratio."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, "
@@ -236,10 +231,10 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format.
         padding: positions cut off on both sides; int or one per spatial dimension.
         output_padding: positions added behind; int or one per spatial dimension.
         groups: groups of channels that are convolved separately; divides Cin and Cout. Each has
-            its own rows of the in side; out side and taps are the same for all.
-        bias: own a bias (Cout,).
+            its own rows of the in side; all share the out side and the taps.
+        bias: whether the layer has a bias (Cout,).
         dilation: int or one per spatial dimension.
-        padding_mode: ``"zeros"``; another value is refused, as by torch.
+        padding_mode: ``"zeros"``; torch refuses every other value too.
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
             a word for the largest rank that does not compute more than the dense layer,
             ``"break-even"``, or is predicted to be faster, ``"faster"`` (see
@@ -248,13 +243,13 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format.
         in_shape: in modes with product Cin; ``polyadic.tensorize`` of both by default.
         out_shape: out modes with product Cout / groups.
         memory: what may be kept for the backward: ``"fast"``, ``"balanced"`` or ``"least"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         cp: the ``CPTensor`` with tensorized shape (in_shape, out_shape, kernel_size).
         bias: (Cout,) or None.
-        weight: the dense kernel (Cin, Cout/groups, *k), to read alone.
+        weight: the dense kernel (Cin, Cout/groups, *k), read-only.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -1,4 +1,4 @@
-"""From a torch layer to a CP layer and back: what every layer's methods of conversion share."""
+"""Conversion of a torch layer into a CP layer and back, which the methods of all layers share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any, TypedDict, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from polyadic._torch import whole
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.arguments import Start
 from polyadic.fitting.fit import Callback
-from polyadic.formats import (
-    Rank,
-    Shape,
-)
+from polyadic.formats import Rank, Shape
 from polyadic.nn.layer import CPLayer
 from polyadic.nn.source import weight_of
 from polyadic.tensor import CPTensor
@@ -94,7 +92,7 @@ class Exchangeable(CPLayer):
 
 
 def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the layer, and those of the fit."""
+    """Separate the options of the layer from those of the fit."""
     own = {name: value for name, value in options.items() if name in _OWN}
     return own, {name: value for name, value in options.items() if name not in _OWN}
 
@@ -113,7 +111,7 @@ def convert(
     """Make a CP layer in the place of a torch layer.
 
     Args:
-        cls: of the new layer.
+        cls: class of the new layer.
         module: the torch layer.
         method: the name of the public method, for messages.
         rank: None where ``cp`` is given.
@@ -131,13 +129,13 @@ def convert(
 
 
 def shaped(cls: type[Layer], module: nn.Module, rank: Rank = 1, **options: Any) -> Layer:
-    """The CP layer without values that could take the place of a torch layer.
+    """Make the CP layer, without values, that could take the place of a torch layer.
 
     Args:
-        cls: of the new layer.
+        cls: class of the new layer.
         module: the torch layer.
         rank: as the constructor takes it.
-        options: of the constructor: order or shapes.
+        options: order or shapes, as the constructor takes them.
 
     Raises:
         ValueError: an option of the torch layer is not supported, or a shape does not fit.
@@ -158,7 +156,7 @@ def _fit(
 
 
 def _given(cp: Any, rank: Any, fit: Mapping[str, Any], layer_modes: int) -> CPTensor | None:
-    """The fitted tensor that takes the place of a fit, if there is one."""
+    """Return the tensor given as ``cp=``, checked; None if the weight must be fitted."""
     if cp is None:
         if rank is None:
             raise TypeError("give rank=, or the fitted weight as cp=")
@@ -187,7 +185,7 @@ def _empty(
     given: CPTensor | None,
     options: Mapping[str, Any],
 ) -> list[Layer]:
-    """CP layers without values, each with the arguments of its torch layer."""
+    """Make CP layers without values, each with the arguments of its torch layer."""
     shapes: dict[str, Any] = {}
     if given is not None:
         rank = given.rank
@@ -214,7 +212,7 @@ def _empty(
 
 
 def _arguments(cls: type[CPLayer], of: nn.Module) -> dict[str, Any]:
-    """Arguments of the constructor, which torch's layers and ours keep by the same names."""
+    """Return the constructor's arguments, which torch's layers and ours keep under equal names."""
     values = {name: getattr(of, name) for name in cls._shared_arguments if hasattr(of, name)}
     if "bias" in values:
         values["bias"] = values["bias"] is not None
@@ -222,7 +220,16 @@ def _arguments(cls: type[CPLayer], of: nn.Module) -> dict[str, Any]:
 
 
 def _copy(cp: CPTensor, tensorized_shape: Sequence[int | Sequence[int]], like: Tensor) -> CPTensor:
-    """A CPTensor with copies of the factors, of the dtype and on the device of a weight."""
+    """Make a CPTensor with copies of the factors, in the dtype and on the device of ``like``.
+
+    Raises:
+        TypeError: the factors are complex and the weight is real.
+    """
+    if cp.factors[0].is_complex() and not like.is_complex():
+        raise TypeError(
+            f"cp must be real for a layer of {like.dtype}, got {cp.factors[0].dtype}, whose "
+            f"imaginary part would be lost; make the layer complex first"
+        )
     factors = [factor.detach().to(like) for factor in cp.factors]
     weights = None if cp.weights is None else cp.weights.detach().to(like)
     return CPTensor.from_factors(tensorized_shape, factors, weights)
@@ -263,11 +270,11 @@ def dense(
 ) -> nn.Module:
     """Make a torch layer with copies of a layer's dense weight and bias, and its training flag."""
     dtype = layer.cp.factors[0].dtype
-    # One rounding in the end: products of half-precision factors would be rounded at each step.
+    # Products of half-precision factors would be rounded at each step; this way it happens once.
     wide = copy.deepcopy(layer).float() if dtype.itemsize < 4 else layer
     weight = wide._built_weight().to(dtype, copy=True, memory_format=torch.contiguous_format)
     made = cls(**arguments, device="meta", dtype=dtype)
     made.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
-        made.bias = nn.Parameter(bias.clone(), requires_grad=bias.requires_grad)
+        made.bias = nn.Parameter(whole(bias).clone(), requires_grad=bias.requires_grad)
     return made.train(layer.training)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic import checks, functional
+from polyadic._torch import is_spread
 from polyadic.formats import (
     EmbeddingFormat,
     LinearFormat,
@@ -46,10 +47,10 @@ class CPEmbedding(Exchangeable):
         embedding_dim: E.
         padding_idx: an index whose output is zero and which sends no gradient. torch sets its
             row to zero; a row of a CP table cannot be set alone, so the output is zeroed instead.
-        max_norm: None; another value is refused, since a row cannot be renormalised alone.
-        norm_type: as in torch, without meaning where ``max_norm`` is None.
+        max_norm: None; another value is refused, because no row can be renormalised alone.
+        norm_type: as in torch; it has no meaning, because ``max_norm`` is None.
         scale_grad_by_freq: False; True is refused.
-        sparse: False; True is refused, since every factor's gradient is small and dense.
+        sparse: False; True is refused, because gradients of factors are small and dense.
         rank: R as an int; a float in (0, 1], the fraction of the table's entries; or
             ``"break-even"`` or ``"faster"``, the largest rank whose FLOPs in ``as_linear`` do not
             exceed those of a dense output head, or which is predicted to be faster there.
@@ -57,12 +58,12 @@ class CPEmbedding(Exchangeable):
         in_shape: in modes with a product of at least V; ``polyadic.padded_shape`` by default.
         out_shape: out modes with product E.
         memory: ``"fast"`` keeps one (len, R) intermediate for the backward, the others nothing.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         cp: the ``CPTensor`` of shape (Π in_shape, E), of which the first V rows are the table.
-        weight: the table (V, E) with the padding row zero, to read alone.
+        weight: the table (V, E) with the padding row zero, read-only.
 
     Shape:
         (...) of int64 or int32 → (..., E).
@@ -128,7 +129,7 @@ class CPEmbedding(Exchangeable):
     def _request_of_words(
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Request:
-        """That of the output head: a lookup in a dense table has neither FLOPs nor much time."""
+        """Return that of the output head, as a lookup in a dense table takes next to no time."""
         made = super()._request_of_words(device, dtype)
         return dataclasses.replace(made, format=LinearFormat(self.out_shape, self.in_shape, 1))
 
@@ -136,10 +137,10 @@ class CPEmbedding(Exchangeable):
         return 1.0
 
     def reset_parameters(self) -> None:
-        """Draw factors anew with mean 0 and variance 1 per entry of the table, as torch's N(0, 1).
+        """Draw the factors anew, so that entries of the table have mean 0 and variance 1.
 
-        The entries are sums of R products of factor entries (``polyadic.init.cp_orthonormal_``):
-        of the same two moments, not exactly normal.
+        torch draws them from N(0, 1). Here they are sums of R products of factor entries
+        (``polyadic.init.cp_orthonormal_``), which are not exactly normal.
         """
         self.cp.reset_parameters(self._std())
 
@@ -154,7 +155,7 @@ class CPEmbedding(Exchangeable):
         return table.masked_fill((rows == self.padding_idx).unsqueeze(1), 0)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """(...) → (..., E); of a jagged nested tensor a jagged one."""
+        """(...) → (..., E); a jagged nested tensor gives a jagged one."""
         if not isinstance(indices, Tensor):
             if (recorded := call_recorded(self, indices)) is not None:
                 return recorded
@@ -172,23 +173,23 @@ class CPEmbedding(Exchangeable):
         )
 
     def resize(self, num_embeddings: int) -> None:
-        """Make it a table of another number of rows, in place: those that stay keep their values.
+        """Change the number of rows of the table, in place; rows that stay keep their values.
 
-        The first mode is the most significant digit of an index, so that rows are added and cut
-        off at the end by rows of the first factor. New ones are the mean of those present. What
-        was padding of the table before may become rows of it, which have the values that all
-        others gave them; they are to be trained, as added rows are.
+        The first mode is the most significant digit of an index, so that rows are added and removed
+        at the end of the table by adding and removing rows of the first factor. A new row of that
+        factor is the mean of the present ones. Rows that only padded the table may become rows of
+        it. Like added rows they have to be trained, because their values follow from the others.
 
-        An optimizer has to be made anew, and a tied head too, by ``as_linear``;
-        ``polyadic.pretrained.resize_token_embeddings`` does so in a model of transformers.
+        An optimizer has to be made anew, and so has a tied head, by ``as_linear``. In a model of
+        transformers ``polyadic.pretrained.resize_token_embeddings`` takes care of the head.
 
         Args:
             num_embeddings: V from now on, above ``padding_idx``.
 
         Raises:
-            TypeError: it is not an int.
-            ValueError: it is below 1 or not above ``padding_idx``, or the table is a layer of a
-                joint tensor, whose other layers would change with it.
+            TypeError: ``num_embeddings`` is not an int.
+            ValueError: it is below 1 or not above ``padding_idx``, the factors are sharded, or the
+                table is a layer of a joint tensor, whose other layers would change with it.
         """
         num_embeddings = positive_int(num_embeddings, "num_embeddings")
         checks.check_padding_index(self.padding_idx, num_embeddings)
@@ -197,10 +198,15 @@ class CPEmbedding(Exchangeable):
                 "a layer of a joint tensor cannot be resized alone; give it a tensor of its own: "
                 "CPEmbedding.from_embedding(layer.to_embedding(), rank=...)"
             )
+        if is_spread(self.cp.factors[0]):
+            raise ValueError(
+                "resize expects whole factors, but these are DTensors, of which each process holds "
+                "a part; resize the plain layer, in every process alike, and shard it afterwards"
+            )
         rest = self.in_shape[1:]
         rows = -(-num_embeddings // math.prod(rest))
         self.num_embeddings, self.in_shape = num_embeddings, (rows, *rest)
-        # Of layers that share the tensor, the first has changed it.
+        # If several layers share the tensor, the first of them has changed it already.
         if (size := len(self.cp.factors[0])) != rows:
             first = self.cp.factors[0]
             with torch.no_grad():
@@ -213,8 +219,8 @@ class CPEmbedding(Exchangeable):
         """Return an output head (..., E) → (..., V) that shares this layer's factors.
 
         Args:
-            bias: own a bias (V,), initialised to zeros; or a tensor, such as the bias of the head
-                replaced, of which it is a copy.
+            bias: whether the head has a bias (V,), initialised to zeros; or a tensor, such as the
+                bias of the head that is replaced, which is copied.
         """
         return CPTiedLinear(self, bias)
 
@@ -273,7 +279,7 @@ class CPEmbedding(Exchangeable):
         return layer
 
     def to_embedding(self) -> nn.Embedding:
-        """Make the ``torch.nn.Embedding`` with this layer's table (V, E); flags are kept.
+        """Make the ``torch.nn.Embedding`` with this layer's table (V, E); its flags are kept.
 
         Its table requires a gradient if a factor does.
         """
@@ -292,15 +298,12 @@ class CPEmbedding(Exchangeable):
         return metric
 
     def extra_repr(self) -> str:
-        """Shapes, rank and parameter ratio."""
+        """Say shapes, rank and parameter ratio."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, in_shape={self.in_shape}, "
             f"out_shape={self.out_shape}, {self._ratio()}"
         )
-
-    def _dense_parameters(self) -> int:
-        return self.num_embeddings * self.embedding_dim
 
 
 def _warn_of_padding(embedding: nn.Embedding) -> None:
@@ -317,18 +320,19 @@ def _warn_of_padding(embedding: nn.Embedding) -> None:
 class CPTiedLinear(Weighted):
     """Output head y = x Wᵀ + b whose weight is the table of a ``CPEmbedding``; made by as_linear.
 
-    Logits of all V indices by ``polyadic.functional.cp_linear`` on the embedding's own factors,
-    with the sides exchanged; the table is not built. Rows that only pad the vocabulary are cut
-    off. The padding index has the logit of its CP row, which the lookup never shows.
+    It computes the logits of all V indices by ``polyadic.functional.cp_linear`` on the embedding's
+    own factors with the sides exchanged, without building the table. Rows that only pad the
+    vocabulary are cut off. The padding index has the logit of its CP row, which the lookup never
+    shows.
 
     Args:
-        embedding: whose factors are shared; parameters exist once, and gradients add up.
-        bias: own a bias (V,), initialised to zeros; or a tensor, of which it is a copy.
+        embedding: the layer whose factors are shared; parameters exist once, and gradients add up.
+        bias: whether the head has a bias (V,), initialised to zeros; or a tensor, which is copied.
 
     Attributes:
         cp: the embedding's own ``CPTensor``.
         bias: (V,) or None.
-        weight: the dense weight (V, E), to read alone.
+        weight: the dense weight (V, E), read-only.
 
     Shape:
         (..., E) → (..., V).
@@ -373,7 +377,7 @@ class CPTiedLinear(Weighted):
         return self.cp.factor_groups()[0]
 
     def request(self, batch: int, size: None = None) -> Request:
-        """What a call of this head asks of the planner, as other layers' ``request``.
+        """Return what a call of this head asks of the planner, as ``request`` of a layer does.
 
         Args:
             batch: rows.
@@ -383,7 +387,9 @@ class CPTiedLinear(Weighted):
             ValueError: there is a size.
         """
         if size is not None:
-            raise ValueError(f"size is of a convolution's input; a head has none, got {size!r}")
+            raise ValueError(
+                f"size is that of a convolution's input; a head has none, got {size!r}"
+            )
         first = self.cp.factors[0]
         # Rows that only pad the vocabulary are computed, too.
         rows, columns = self.cp.tensorized_shape
@@ -398,7 +404,7 @@ class CPTiedLinear(Weighted):
         return self.cp.to_matrix()[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., E) → (..., V); of a jagged nested tensor a jagged one."""
+        """(..., E) → (..., V); a jagged nested tensor gives a jagged one."""
         if not isinstance(x, Tensor):
             if (recorded := call_recorded(self, x)) is not None:
                 return recorded
@@ -411,7 +417,7 @@ class CPTiedLinear(Weighted):
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """Make a ``torch.nn.Linear`` with the dense weight (V, E), no longer tied; flags are kept.
+        """Make a ``torch.nn.Linear`` with the dense weight (V, E), not tied; its flags are kept.
 
         Its weight requires a gradient if a factor does.
         """
@@ -424,7 +430,7 @@ class CPTiedLinear(Weighted):
         return cast(nn.Linear, dense(nn.Linear, arguments, self, trained, self.bias))
 
     def extra_repr(self) -> str:
-        """Shapes and rank; the parameters are the embedding's."""
+        """Say shapes and rank; the parameters are the embedding's."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={self.rank}"

@@ -12,7 +12,7 @@ from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
 from polyadic.nn.kinds import is_of_family
 from polyadic.nn.layer import CPLayer
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.steps import gemm
@@ -46,7 +46,6 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
         ValueError: the model has no CPLinear or CPConvNd, is wrapped (DistributedDataParallel,
             DataParallel, FSDP) or sharded, or a size is below 1.
     """
-    _module(model)
     check_unwrapped(model, "freeze")
     positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
@@ -76,7 +75,7 @@ def unfreeze(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    _module(model)
+    check_module(model)
     for layer in _freezable(model):
         if layer.frozen is not None:
             for name, parameter in layer.named_parameters():
@@ -88,11 +87,6 @@ def unfreeze(model: Model) -> Model:
     return model
 
 
-def _module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
 def _freezable(model: nn.Module) -> list[CPLayer]:
     return [layer for layer in model.modules() if is_of_family(layer, "linear", "conv")]  # type: ignore[misc]
 
@@ -100,7 +94,7 @@ def _freezable(model: nn.Module) -> list[CPLayer]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _form(layer: CPLayer, batch: int, size: Shape) -> Frozen | None:
-    """The contracted form of a layer, or None where its plan is predicted to be faster."""
+    """Make the contracted form of a layer; None if its plan is predicted to be faster."""
     if is_of_family(layer, "linear"):
         return _frozen_linear(layer, batch)
     if _kernel_is_cheaper(layer, batch, size):
@@ -109,7 +103,7 @@ def _form(layer: CPLayer, batch: int, size: Shape) -> Frozen | None:
 
 
 def _frozen_linear(layer: CPLayer, rows: int) -> Frozen | None:
-    """The Khatri-Rao pair or W, or None where the plan is predicted to be faster than both."""
+    """Make the Khatri-Rao pair or W; None if the plan is predicted to be faster than both."""
     (m, n), r = layer.cp.shape, layer.rank
     asked = layer.request(rows)
     machine = machine_for(asked)

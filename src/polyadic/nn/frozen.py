@@ -18,12 +18,12 @@ class Frozen(nn.Module):
     did before.
 
     Args:
-        layer: the layer that the matrices stand for. Whoever changes the parameters of its CP
-            tensor in place, or puts others there, makes the matrices stale.
+        layer: the layer that the matrices stand for. They are stale once parameters of its CP
+            tensor are changed in place or replaced.
         matrices: the contracted tensors by name, without gradient.
 
     Attributes:
-        trainable: by name, whether the layer's parameters required a gradient.
+        trainable: for each parameter of the layer, by name, whether it required a gradient.
     """
 
     def __init__(self, layer: nn.Module, **matrices: Tensor) -> None:
@@ -56,7 +56,7 @@ class Frozen(nn.Module):
         self._versions = self._versions_now()
 
     def _versions_now(self) -> list[tuple[Tensor, int]]:
-        """Parameters with their version counters, which tensors of inference mode do not have."""
+        """Return parameters with their version counters, which inference tensors do not have."""
         parameters = [p for _, _, p in self._watched if p is not None and not p.is_inference()]
         return [(parameter, parameter._version) for parameter in parameters]
 

@@ -9,7 +9,7 @@ and no change elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -27,17 +27,13 @@ _CP: Arguments = {"in_shape": "modes", "out_shape": "modes", "rank": "size", "me
 _LINEAR: Arguments = {"in_features": "size", "out_features": "size", "bias": "flag"}
 _EMBEDDING: Arguments = {"num_embeddings": "size", "embedding_dim": "size", "padding_idx": "index"}
 _CONV: Arguments = {
-    "in_channels": "size",
-    "out_channels": "size",
-    "kernel_size": "sizes",
-    "stride": "sizes",
-    "padding": "padding",
-    "dilation": "sizes",
-    "groups": "size",
-    "bias": "flag",
+    "in_channels": "size", "out_channels": "size", "kernel_size": "sizes", "stride": "sizes",
+    "padding": "padding", "dilation": "sizes", "groups": "size", "bias": "flag",
     "padding_mode": "text",
-}
+}  # fmt: skip
 _TRANSPOSED: Arguments = {**_CONV, "output_padding": "sizes"}
+# What a row of torch's table can have done to it alone, and a row of a CP table cannot.
+_PLAIN_TABLE = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,8 @@ class Kind:
         to_dense: name of the method that makes the torch layer from the CP layer.
         shared: arguments of the constructor that both classes have.
         orders: the numbers of modes per side among which ``compress`` chooses by default.
+        required: further arguments of torch's class, by name with the only value that the CP layer
+            supports.
     """
 
     cp: type[nn.Module]
@@ -62,6 +60,7 @@ class Kind:
     to_dense: str
     shared: Arguments
     orders: tuple[int, ...] = ()
+    required: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -85,29 +84,24 @@ class Kind:
 
 _TO_3 = (1, 2, 3)
 _TO_2 = (1, 2)
+_BACK = ("from_conv_transpose", "to_conv_transpose", _TRANSPOSED, _TO_2)
 KINDS = (
     Kind(CPLinear, nn.Linear, "linear", "from_linear", "to_linear", _LINEAR, _TO_3),
     Kind(CPConv1d, nn.Conv1d, "conv", "from_conv", "to_conv", _CONV, _TO_2),
     Kind(CPConv2d, nn.Conv2d, "conv", "from_conv", "to_conv", _CONV, _TO_2),
     Kind(CPConv3d, nn.Conv3d, "conv", "from_conv", "to_conv", _CONV, _TO_2),
-    *[
-        Kind(
-            cp,
-            dense,
-            "conv_transpose",
-            "from_conv_transpose",
-            "to_conv_transpose",
-            _TRANSPOSED,
-            _TO_2,
-        )
-        for cp, dense in (
-            (CPConvTranspose1d, nn.ConvTranspose1d),
-            (CPConvTranspose2d, nn.ConvTranspose2d),
-            (CPConvTranspose3d, nn.ConvTranspose3d),
-        )
-    ],
+    Kind(CPConvTranspose1d, nn.ConvTranspose1d, "conv_transpose", *_BACK),
+    Kind(CPConvTranspose2d, nn.ConvTranspose2d, "conv_transpose", *_BACK),
+    Kind(CPConvTranspose3d, nn.ConvTranspose3d, "conv_transpose", *_BACK),
     Kind(
-        CPEmbedding, nn.Embedding, "embedding", "from_embedding", "to_embedding", _EMBEDDING, _TO_3
+        CPEmbedding,
+        nn.Embedding,
+        "embedding",
+        "from_embedding",
+        "to_embedding",
+        _EMBEDDING,
+        _TO_3,
+        _PLAIN_TABLE,
     ),
     Kind(CPTiedLinear, nn.Linear, "head", None, "to_linear", _LINEAR),
 )
@@ -126,6 +120,12 @@ def is_cp(layer: nn.Module) -> bool:
 def is_of_family(layer: nn.Module, *families: Family) -> bool:
     """Whether a module is a CP layer of one of the families, or of a class derived from one."""
     return isinstance(layer, tuple([kind.cp for kind in KINDS if kind.family in families]))
+
+
+def is_torch_layer(layer: nn.Module, family: Family) -> bool:
+    """Whether a module is torch's layer of a family, or of a class derived from it."""
+    kinds = [kind.dense for kind in BY_DENSE.values() if kind.family == family]
+    return isinstance(layer, tuple(kinds))
 
 
 def family_of(layer: nn.Module) -> Family | None:

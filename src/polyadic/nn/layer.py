@@ -1,9 +1,8 @@
-"""What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
+"""What CP layers share: a CP weight, a bias, and the initialisation of the torch layer."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from polyadic.tensor import CPTensor
 
 
 class CPLayer(Weighted):
-    """What layers share: a CP weight, a bias, and initialisation as the torch layer's."""
+    """What CP layers share: a CP weight, a bias, and the initialisation of the torch layer."""
 
     bias: nn.Parameter | None
     memory: Memory
@@ -68,10 +67,10 @@ class CPLayer(Weighted):
         dtype: torch.dtype | None,
         joint: Sequence[Any] = (),
     ) -> int:
-        """The rank as an integer, that of the layers in ``joint`` together where there are any.
+        """Return the rank as an integer; with ``joint``, the rank of all these layers together.
 
-        The words are resolved for this layer's options, dtype and device; FLOPs and time are those
-        of one layer, whether or not it shares its weight.
+        Words are resolved for this layer's options, dtype and device. FLOPs and time are those of
+        one layer, whether or not it shares its weight.
         """
         unit = self._format_of_rank_1()
         if isinstance(rank, str) and rank in ("break-even", "faster"):
@@ -88,7 +87,7 @@ class CPLayer(Weighted):
     def _request_of_words(
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Request:
-        """The request at rank 1 for which words are resolved, of a usual batch."""
+        """Return the request, at rank 1 and of a usual batch, for which words are resolved."""
         where = torch.device(torch.get_default_device() if device is None else device).type
         dtype = torch.get_default_dtype() if dtype is None else dtype
         batch, size = self._usual_call()
@@ -97,7 +96,7 @@ class CPLayer(Weighted):
         return self._request_of_size(made, size)
 
     def _usual_call(self) -> tuple[int, Shape | None]:
-        """The batch and the spatial size for which words are resolved."""
+        """Return the batch and the spatial size for which words are resolved."""
         return WORD_ROWS, None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -117,11 +116,11 @@ class CPLayer(Weighted):
         return moved
 
     def _format_of_rank_1(self) -> LinearFormat | ConvFormat | SpectralFormat:
-        """The layer's format at rank 1."""
+        """Return the layer's format at rank 1."""
         raise NotImplementedError
 
     def request(self, batch: int, size: int | Sequence[int] | None = None) -> Request:
-        """What a call of this layer asks of the planner: sizes, batch, dtype and device.
+        """Return what a call of this layer asks of the planner: sizes, batch, dtype and device.
 
         Args:
             batch: rows, images or indices.
@@ -143,7 +142,8 @@ class CPLayer(Weighted):
     def _request_of_size(self, request: Request, size: Any) -> Request:
         if size is not None:
             raise ValueError(
-                f"size is of a convolution's input; a {type(self).__name__} has none, got {size!r}"
+                f"size is that of a convolution's input; a {type(self).__name__} has none, got "
+                f"{size!r}"
             )
         return request
 
@@ -151,15 +151,15 @@ class CPLayer(Weighted):
         raise NotImplementedError
 
     def _std(self) -> float:
-        """Standard deviation of an initial weight."""
+        """Return the standard deviation of an initial weight."""
         return torch_std(self._fan_in(), self.cp.factors[0].dtype)
 
     def _fit_target(self, weight: Tensor) -> Tensor:
-        """What the CP tensor is fitted to, for the weight of the torch layer."""
+        """Return what the CP tensor is fitted to, for a weight of the torch layer."""
         return weight
 
     def _fit_metric(self, metric: Tensor | None) -> Tensor | None:
-        """The metric of the fit, for that of the torch layer's input or none."""
+        """Return the metric of the fit, for that of the torch layer's input, if there is one."""
         return metric
 
     @property
@@ -241,17 +241,14 @@ class CPLayer(Weighted):
         """R, the number of rank-one components."""
         return self.cp.rank
 
-    def _dense_parameters(self) -> int:
-        """Number of entries of the dense weight this layer stands for."""
-        return math.prod(self.cp.shape)
-
     def _ratio(self) -> str:
-        own, dense = sum(f.numel() for f in self.cp.factors), self._dense_parameters()
+        own = sum(f.numel() for f in self.cp.factors)
+        dense = self._format_of_rank_1().dense_parameters
         return f"rank={self.rank}, parameters={own} of {dense} ({dense / own:.1f}x fewer)"
 
 
 def _differences(layers: Any) -> list[Mapping[str, Any]]:
-    """For each of some layers the arguments in which it differs."""
+    """Return for each of some layers the arguments in which it differs from the others."""
     if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
         for i, own in enumerate(layers):
             if not isinstance(own, Mapping):

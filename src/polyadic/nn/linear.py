@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from polyadic import functional
 from polyadic.checks import check_memory
-from polyadic.formats import (
-    LinearFormat,
-    Rank,
-    factored_shape,
-    positive_int,
-    tensorize,
-)
+from polyadic.formats import LinearFormat, Rank, factored_shape, positive_int, tensorize
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.plans import Memory
@@ -30,14 +24,14 @@ class CPLinear(Exchangeable):
     """Linear layer y = x Wᵀ + b whose weight is in CP format.
 
     Stands in for ``torch.nn.Linear``. Forward and backward are products with the Khatri-Rao
-    products of the factors (see ``polyadic.functional.cp_linear``), 3·2·B·R·(M+N) FLOPs a training
-    step against 3·2·B·M·N. For many rows and a high rank the planner may rebuild W for a pass;
-    ``polyadic.explain`` says so.
+    products of the factors (see ``polyadic.functional.cp_linear``), which take 3·2·B·R·(M+N) FLOPs
+    a training step where the dense layer takes 3·2·B·M·N. For many rows and a high rank the planner
+    may rebuild W for a pass; ``polyadic.explain`` says so.
 
     Args:
         in_features: M.
         out_features: N.
-        bias: own a bias (N,).
+        bias: whether the layer has a bias (N,).
         rank: R as an int; a float in (0, 1], the fraction of the dense layer's parameters; or
             a word for the largest rank that does not compute more than the dense layer,
             ``"break-even"``, or is predicted to be faster, ``"faster"`` (see
@@ -46,14 +40,14 @@ class CPLinear(Exchangeable):
         in_shape: in modes with product M; ``polyadic.tensorize`` by default.
         out_shape: out modes with product N; may differ in number from the in modes.
         memory: what may be kept for the backward: ``"fast"``, ``"balanced"`` or ``"least"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         cp: the ``CPTensor`` of shape (M, N) with tensorized shape (in_shape, out_shape):
             in factors first, as x W is written; a convolution has its out factors first.
         bias: (N,) or None.
-        weight: the dense weight (N, M), to read alone.
+        weight: the dense weight (N, M), read-only.
 
     Shape:
         (..., M) → (..., N).
@@ -151,7 +145,7 @@ class CPLinear(Exchangeable):
         )
 
     def to_linear(self) -> nn.Linear:
-        """Make the ``torch.nn.Linear`` with this layer's dense weight; flags are kept.
+        """Make the ``torch.nn.Linear`` with this layer's dense weight; its flags are kept.
 
         Its weight requires a gradient if a factor does.
         """
@@ -167,13 +161,13 @@ class CPLinear(Exchangeable):
         return self.cp._to_transposed()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., M) → (..., N); of a jagged nested tensor a jagged one."""
+        """(..., M) → (..., N); a jagged nested tensor gives a jagged one."""
         if not isinstance(x, Tensor):
             if (recorded := call_recorded(self, x)) is not None:
                 return recorded
         elif x.is_nested:
             return by_rows(self, x)
-        # From the dicts, as a module's getattr is slow; a parametrized bias is an attribute alone.
+        # The dicts are read because a module's getattr is slow. A parametrized bias is in neither.
         parts, own = self._modules, self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not looked up each time
         if parts.get("frozen") is not None:
@@ -186,7 +180,7 @@ class CPLinear(Exchangeable):
         )
 
     def extra_repr(self) -> str:
-        """Shapes, rank and parameter ratio."""
+        """Say shapes, rank and parameter ratio."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, in_shape={self.in_shape}, "

@@ -1,4 +1,4 @@
-"""The warning of a rank with which a layer computes more than the dense layer."""
+"""The warning about a rank with which a layer computes more than the dense layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyadic.planner.request import Request
 from polyadic.planner.search import break_even, saves_flops
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-# Class, file and line of those that were warned.
+# Class of the layer, and file and line of the caller, of the warnings that were given.
 _warned: set[tuple[type, str, int]] = set()
 
 
@@ -20,10 +20,10 @@ def warn_above_break_even(kind: type, asked: Request) -> None:
 
     Args:
         kind: the class of the layer.
-        asked: what it asks of the planner for a usual batch, at its rank.
+        asked: the request that it makes of the planner for a usual batch, at its rank.
     """
     rank = asked.format.rank
-    # Far below the bound that counts least there is nothing to look for.
+    # At half of this bound, which counts fewer FLOPs than a plan has, no plan has to be looked at.
     if 2 * rank <= asked.format.break_even_rank or saves_flops(asked):
         return
     frame, level = sys._getframe(1), 2

@@ -14,11 +14,12 @@ from polyadic.nn.linear import CPLinear
 class CPSharedInput(nn.Module):
     """CP linear layers of one input, such as query, key and value or gate and up.
 
-    Calls ``polyadic.functional.cp_linear_shared``, which reads the input once and makes its
-    gradient once. The layers stay what they are, with parameters and biases of their own or those
-    of a joint weight (``CPLinear.joint``), whose shared in factors are contracted once for all.
-    Each may also be called by itself. Called together, the layers' own ``forward`` and hooks on
-    them are passed by. Where a layer is frozen for inference, each is called by itself.
+    It calls ``polyadic.functional.cp_linear_shared``, which reads the input once and makes its
+    gradient once. The layers stay what they are, with parameters and biases of their own, or with
+    those of a joint weight (``CPLinear.joint``), whose shared in factors are then contracted once
+    for all. Each layer may also be called by itself. When they are called together, their own
+    ``forward`` and hooks on them do not run. If a layer is frozen for inference, each layer is
+    called by itself.
 
     Args:
         layers: ``CPLinear`` layers with the same ``in_features``, dtype and device.

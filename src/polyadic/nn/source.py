@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-# By the name of the hook that computes a weight: what bakes it in.
+from polyadic.kernels.backend import is_computed
+
+# For a hook that computes a weight, by its name, the call that makes a parameter of the result.
 _BAKE = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
@@ -31,7 +33,8 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
         method: the function's name, for messages.
 
     Raises:
-        TypeError: it is of another class, or its weight is no plain floating-point parameter.
+        TypeError: it is of another class, or its weight is no plain floating-point or complex
+            parameter.
         ValueError: its weight is computed or has no values, or something attached to the layer
             would be lost.
     """
@@ -65,9 +68,10 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
         raise ValueError(
             f"{expected} with values, but its weight is on the meta device; load it first"
         )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if not is_computed(weight.dtype) or weight.dtype.itemsize < 2:
         raise TypeError(
-            f"{expected} in a floating-point dtype of 16 bits or more, got {weight.dtype}"
+            f"{expected} in a floating-point dtype of 16 bits or more, complex64 or complex128, "
+            f"got {weight.dtype}"
         )
     if weight.numel() == 0:
         raise ValueError(f"{expected} with a weight, but its shape is {tuple(weight.shape)}")
@@ -75,6 +79,7 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
 
 
 def _exact(module: nn.Module, kind: type[nn.Module], expected: str) -> None:
+    """Raise a TypeError that says why a module is not exactly of a class."""
     name = type(module).__name__
     if type(module) is kind:
         return
@@ -94,7 +99,7 @@ def _exact(module: nn.Module, kind: type[nn.Module], expected: str) -> None:
 
 
 def _bake(module: nn.Module) -> str:
-    """How to make a parameter of a weight that a hook computes."""
+    """Say how to make a parameter of a weight that a hook computes."""
     names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
     for name in names:
         if name in _BAKE:

@@ -75,11 +75,11 @@ class Source:
 
     @classmethod
     def of_view(cls, view: Tensor, owner: str) -> Source:
-        """Of a view of a tensor that was built."""
+        """Return the source of a view of a tensor that was built."""
         return cls(lambda: view, (view,), owner, view, view.shape, view.stride())
 
     def detached(self) -> Source:
-        """Of the same values, without a gradient."""
+        """Return a source of the same values, without a gradient."""
         build = self.build
 
         def constant() -> Tensor:
@@ -341,7 +341,7 @@ class Weighted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in torch's layout, to read alone: a ``DenseWeight``.
+        """The dense weight in torch's layout, a ``DenseWeight``, which is read-only.
 
         It is built when an operation uses it; asking for shape, dtype or device builds nothing.
         Writing to it is refused with a RuntimeError and setting the attribute with a TypeError, for

@@ -1,25 +1,34 @@
-"""Models whose parameters something outside holds, so that their layers must not be exchanged."""
+"""What a function that changes a model asks of it: to be a module whose parameters are its own."""
 
 from __future__ import annotations
 
 from torch import nn
 
 
-def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
-    """Refuse a model whose parameters something else holds: a wrapper, or shards of them.
+def check_module(model: object, argument: str = "model") -> None:
+    """Raise a TypeError for what is no torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
-    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module. Those
-    that take their places later are never synchronised, and the processes part without an error;
-    DataParallel and sharded parameters are no places to put a whole factor into.
+
+def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
+    """Refuse what is no model, and one whose parameters something else holds: a wrapper, or shards.
+
+    DistributedDataParallel and FSDP look up the parameters once, when they wrap a module.
+    Parameters that take their places later are never synchronised, and the models of the processes
+    drift apart without an error. DataParallel and sharded parameters have no place for a whole
+    factor.
 
     Args:
-        model: any module.
+        model: the model.
         function: what would change the model, for the message.
         argument: the model's name among its arguments, for the message.
 
     Raises:
+        TypeError: it is no module.
         ValueError: a part of the model is wrapped, or has sharded parameters (DTensors).
     """
+    check_module(model, argument)
     for name, module in model.named_modules():
         place = f"{argument}.{name}" if name else argument
         wrapper = next((base.__name__ for base in type(module).__mro__ if _wraps(base)), None)
@@ -40,7 +49,7 @@ def check_unwrapped(model: nn.Module, function: str, argument: str = "model") ->
 
 
 def _wraps(base: type) -> bool:
-    """Whether a class keeps parameters of the layers in it; FSDP's are told without its import."""
+    """Whether a class keeps parameters of layers; FSDP's classes are told without importing it."""
     if issubclass(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return True
     names = ("FullyShardedDataParallel", "FSDPModule", "DDP")

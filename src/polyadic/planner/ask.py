@@ -1,4 +1,4 @@
-"""The functions ask for a plan here, with an input whose sizes a compiler may not know."""
+"""The public functions ask for a plan here; a compiler may not know the sizes of their input."""
 
 from __future__ import annotations
 

@@ -101,15 +101,15 @@ def explain(
         batch: rows of a linear layer (all leading dimensions multiplied), images of a convolution,
             indices of an embedding (distinct ones where they are looked up once).
         size: spatial size of a convolution's input, int or one per dimension.
-        stride: of a ``ConvFormat``; a layer has its own, and is refused one.
-        padding: of a ``ConvFormat``.
-        dilation: of a ``ConvFormat``.
-        output_padding: of a transposed ``ConvFormat``.
+        stride: stride of a ``ConvFormat``; it is refused for a layer, which has its own.
+        padding: padding of a ``ConvFormat``.
+        dilation: dilation of a ``ConvFormat``.
+        output_padding: output padding of a transposed ``ConvFormat``.
         plan: a plan to explain in place of the planner's choice; an embedding takes none.
         memory: ``"fast"``, ``"balanced"`` or ``"least"``; the layer's own by default.
         training: forward and backward, or forward alone.
-        dtype: the layer's by default, else float32.
-        device: device type, the layer's by default, else ``"cpu"``.
+        dtype: dtype of the computation; by default the layer's, or float32 for a format.
+        device: type of device; by default the layer's, or ``"cpu"`` for a format.
 
     Raises:
         TypeError: ``layer`` or another argument is of another type.
@@ -144,7 +144,7 @@ def requested(
     dtype: torch.dtype | None,
     device: str | torch.device | None,
 ) -> Request:
-    """What a layer or format asks of the planner; the arguments are those of ``explain``.
+    """Return what a layer or format asks of the planner; the arguments are those of ``explain``.
 
     Raises:
         TypeError: ``layer`` or another argument is of another type.
@@ -158,7 +158,7 @@ def requested(
         if isinstance(layer, LinearFormat):
             asked = request(_checked(layer), batch)
             if size is not None:
-                raise ValueError(f"size is of a convolution's input, got {size!r} for {layer}")
+                raise ValueError(f"size is that of a convolution's input, got {size!r} for {layer}")
         elif callable(getattr(layer, "request", None)):
             asked = layer.request(batch, size)
         else:

@@ -19,12 +19,12 @@ class LayerExplanation:
     """A layer of a model, at one of its calls.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         kind: its class.
-        found: what ``explain`` says of the layer for the batch of this call; None where the layer
-            is frozen and follows no plan.
-        parameters: entries of its factors and λ; 0 where an earlier row counts them.
-        dense_parameters: entries of the dense weight; 0 where an earlier row counts them.
+        found: what ``explain`` says of the layer for the batch of this call; None if the layer is
+            frozen and follows no plan.
+        parameters: entries of its factors and λ; 0 if an earlier row counts them.
+        dense_parameters: entries of the dense weight; 0 if an earlier row counts them.
     """
 
     name: str
@@ -80,7 +80,7 @@ class ModelExplanation:
         return f"the CP layers are predicted {how} dense ones, {passes} ({times}), with {smaller}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """Return everything as plain data, for JSON."""
         return {
             "verdict": self.verdict,
             "training": self.training,
@@ -100,18 +100,8 @@ class ModelExplanation:
         }
 
     def __str__(self) -> str:
-        head = [
-            "layer",
-            "rank",
-            "time",
-            "dense",
-            "FLOPs",
-            "dense",
-            "kept, B",
-            "dense",
-            "weights",
-            "dense",
-        ]
+        pairs = ("time", "FLOPs", "kept, B", "weights")
+        head = ["layer", "rank", *(name for first in pairs for name in (first, "dense"))]
         rows = [head, *(_cells(row) for row in self.layers), self._sum()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [self.verdict, ""]
@@ -160,9 +150,9 @@ def explained_model(
 
     Args:
         model: any module.
-        inputs: its positional arguments.
+        inputs: the positional arguments with which it is called.
         explain: explains a layer, called with ``batch``, ``size`` and ``training``.
-        training: forward and backward, or forward alone.
+        training: whether forward and backward are explained, or forward alone.
 
     Raises:
         ValueError: the model has no CP layer, or none is called.
@@ -205,7 +195,7 @@ def explained_model(
             found = known[asked]
         new = [p for p in layer.cp.parameters() if id(p) not in seen]
         seen.update(map(id, new))
-        # A tied layer has the very tensor of another, a joint one a slice of its own.
+        # A tied layer has the very tensor of another layer; a joint one has a slice of its own.
         dense = 0 if id(layer.cp) in dense_seen else _dense_parameters(layer)
         dense_seen.add(id(layer.cp))
         own = sum(p.numel() for p in new)
@@ -214,14 +204,14 @@ def explained_model(
 
 
 def _dense_parameters(layer: Any) -> int:
-    """Entries of the dense weight; a head, which has no format, is a matrix."""
+    """Count the entries of the dense weight; a head, which has no format, is a matrix."""
     if hasattr(layer, "format"):
         return int(layer.format.dense_parameters)
     return int(layer.in_features * layer.out_features)
 
 
 def _call_of(layer: Any, x: Any) -> tuple[int, tuple[int, ...] | None]:
-    """Batch and spatial size of a call, as ``request`` takes them."""
+    """Return batch and spatial size of a call, as ``request`` takes them."""
     fmt = getattr(layer, "format", None)
     if isinstance(fmt, ConvFormat):
         dims = len(fmt.kernel_size)

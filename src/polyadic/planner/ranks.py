@@ -30,7 +30,7 @@ def rank_for(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> int:
-    """The largest rank of a layer that costs no more than is allowed.
+    """Return the largest rank with which a layer costs no more than is allowed.
 
     Exactly one of ``parameters``, ``flops`` and ``speedup`` is given. The last two judge the plan
     that the planner would choose at each rank, all steps of it; times are predictions, by the
@@ -39,19 +39,19 @@ def rank_for(
 
     Args:
         layer: ``(in_features, out_features)`` of a linear layer; a ``LinearFormat`` or
-            ``ConvFormat``; or a CP layer. The rank that it has is of no account.
+            ``ConvFormat``; or a CP layer. Its own rank does not matter.
         parameters: most parameters, as a fraction of the dense weight's; in (0, 1].
         flops: most FLOPs, as a fraction of the dense layer's; above 0.
         speedup: how many times as fast as the dense layer; above 0.
         batch: rows of a linear layer or embedding, images of a convolution.
         size: spatial size of a convolution's input, int or one per dimension.
-        stride: of a ``ConvFormat``; a layer has its own, and is refused one.
-        padding: of a ``ConvFormat``.
-        dilation: of a ``ConvFormat``.
-        output_padding: of a transposed ``ConvFormat``.
+        stride: stride of a ``ConvFormat``; it is refused for a layer, which has its own.
+        padding: padding of a ``ConvFormat``.
+        dilation: dilation of a ``ConvFormat``.
+        output_padding: output padding of a transposed ``ConvFormat``.
         training: forward and backward, or forward alone.
-        dtype: the layer's by default, else float32.
-        device: device type, the layer's by default, else ``"cpu"``.
+        dtype: dtype of the computation; by default the layer's, or float32 for a format.
+        device: type of device; by default the layer's, or ``"cpu"`` for a format.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -34,7 +34,7 @@ class Costed:
 
     @property
     def flops(self) -> int:
-        """FLOPs of GEMMs and convolutions, as torch counts them."""
+        """FLOPs of GEMMs and convolutions, as ``polyadic.testing.Flops`` counts them."""
         return sum(step.flops for step in (*self.forward, *self.backward))
 
     @property
@@ -90,7 +90,7 @@ class Explanation:
         return self.machine.work(step) if self.machine.queued else self.machine.seconds(step)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """Return everything as plain data, for JSON."""
 
         def plain(c: Costed) -> dict[str, Any]:
             return {
@@ -176,7 +176,7 @@ def _route(plan: Plan | None) -> str:
 
 
 def count_text(value: float) -> str:
-    """A number with the letter of its thousands."""
+    """Write a number with a letter for its thousands."""
     for unit in ("", "k", "M", "G", "T"):
         if value < 1000 or unit == "T":
             return f"{value:.4g} {unit}".rstrip()
@@ -185,7 +185,7 @@ def count_text(value: float) -> str:
 
 
 def seconds_text(value: float) -> str:
-    """A time with its unit."""
+    """Write a time with its unit."""
     if value < 1e-3:
         return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

@@ -10,9 +10,9 @@ import torch
 
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape, SpectralFormat
 from polyadic.kernels.depthwise import Geometry
+from polyadic.kernels.products import HALVES
 from polyadic.plans import Memory
 
-HALVES = (torch.bfloat16, torch.float16)
 _FORMATS: dict[str, Any] = {
     "linear": LinearFormat,
     "embedding": EmbeddingFormat,

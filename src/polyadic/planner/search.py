@@ -16,14 +16,15 @@ from polyadic.planner.calibrated import machine_for
 from polyadic.planner.report import Costed, costed
 from polyadic.planner.request import Request
 
-# What the words stand for: so many rows, or images of so many positions, and so much faster.
+# Words for a rank are resolved for this many rows, or this many images of these sizes; "faster"
+# asks for a layer that is this much faster than the dense one.
 WORD_ROWS, WORD_IMAGES = 256, 8
 WORD_SIZES = {1: 1024, 2: 32, 3: 16}
 WORD_SPEEDUP = 1.25
 
 
 class NoRankError(ValueError):
-    """Not even rank 1 is what was asked for."""
+    """Not even rank 1 is cheap enough."""
 
 
 def largest(
@@ -33,10 +34,10 @@ def largest(
     speedup: float | None = None,
     training: bool = True,
 ) -> int:
-    """The largest rank up to which the chosen plan has at most so many FLOPs, or is so fast.
+    """Return the largest rank up to which the chosen plan has so few FLOPs, or is so fast.
 
     Raises:
-        NoRankError: rank 1 is not.
+        NoRankError: not even rank 1 is.
     """
     dense = _cost(asked, None, training)
 
@@ -67,7 +68,7 @@ choice.when_forgotten(saves_flops.cache_clear)
 
 
 def last(is_good: Callable[[int], bool], most: int) -> int:
-    """The last number from 1 to ``most`` that is good, where the good ones come first."""
+    """Return the last number from 1 to ``most`` that is good, where the good ones come first."""
     low, high = 1, 2
     while high <= most and is_good(high):
         low, high = high, 2 * high
@@ -85,10 +86,10 @@ def _cost(asked: Request, plan: Any, training: bool) -> Costed:
 
 
 def rank_of_word(word: str, asked: Request) -> int:
-    """The rank that ``"break-even"`` or ``"faster"`` stands for.
+    """Return the rank that ``"break-even"`` or ``"faster"`` stands for.
 
     Raises:
-        NoRankError: the word is ``"faster"``, and no rank is.
+        NoRankError: the word is ``"faster"``, and no rank is faster than the dense layer.
     """
     if word == "faster":
         return largest(asked, speedup=WORD_SPEEDUP)
@@ -96,7 +97,7 @@ def rank_of_word(word: str, asked: Request) -> int:
 
 
 def break_even(asked: Request, training: bool = True) -> int:
-    """The largest rank up to which the chosen plan has no more FLOPs than dense; at least 1."""
+    """Return the largest rank up to which the plan has no more FLOPs than dense; at least 1."""
     try:
         return largest(asked, flops=1.0, training=training)
     except NoRankError:
@@ -104,7 +105,7 @@ def break_even(asked: Request, training: bool = True) -> int:
 
 
 def word_size(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """The image for which a word is resolved: as usual, or as large as the kernel reaches."""
+    """Return the image for which a word is resolved: the usual one, or as large as the kernel."""
     usual = WORD_SIZES[len(kernel_size)]
     pairs = zip(kernel_size, dilation, strict=True)
     return tuple(max(usual, step * (taps - 1) + 1) for taps, step in pairs)

@@ -23,8 +23,8 @@ class Step:
     Args:
         name: what it computes, in the axes of the kernels.
         kind: which rate of the machine it runs at; ``"fused"`` is a kernel of the library's own.
-        flops: multiply-adds counted twice; only of GEMMs and convolutions, as torch counts them. A
-            multiply-add of complex numbers is four of real ones, which torch counts as one.
+        flops: multiply-adds of real numbers counted twice, four in one of complex numbers; only of
+            GEMMs and convolutions, as ``polyadic.testing.Flops`` counts them.
         nbytes: the least number of bytes that must be read and written.
         launches: number of torch operations that touch memory; for a convolution, number of calls.
         views: number of torch operations that only make a view.

@@ -1,7 +1,8 @@
 """Plans that were measured to be the fastest, by request; the choice of a plan looks here first.
 
-Kept for the process, and on request in a file beside the machine's calibration, bound to the same
-fingerprint. A file that cannot be read, or was made elsewhere, is left alone with a warning.
+They are kept for the process, and on request in a file beside the machine's calibration, which is
+bound to the fingerprint of that calibration. A file that cannot be read, or was made on another
+machine, is ignored with a warning.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class ModelConfig:
                     f"layer {name!r:.80} is tied to {layer.tied_to!r:.80}, which is no layer with "
                     f"a tensor of its own"
                 )
-            if layer.kind == "CPTiedLinear" and (owner is None or owner.kind != "CPEmbedding"):
+            if layer.family == "head" and (owner is None or owner.family != "embedding"):
                 raise ValueError(f"layer {name!r:.80} must be tied to a CPEmbedding")
         ties = content.get("ties", {})
         if not isinstance(ties, dict) or not all(isinstance(value, str) for value in ties.values()):

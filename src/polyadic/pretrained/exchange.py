@@ -81,7 +81,7 @@ def prepare(model: nn.Module, configs: Mapping[str, LayerConfig]) -> Exchange:
 def _state(
     model: nn.Module, places: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """The state dict after the exchange, parameters themselves, without a change of the model."""
+    """Return the state dict after the exchange, with parameters themselves; the model stays."""
     replaced = {id(places[name]): layer for name, layer in layers.items()}
     state = model.state_dict(keep_vars=True)
     biases: dict[int, Tensor] = {}

@@ -30,8 +30,8 @@ _TRIES = 100
 def write(directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write a description and tensors; whenever the process is killed, one version loads.
 
-    The file of tensors holds the description too, so that one file decides. Both have the mark of
-    this save, by which a description of another one is known.
+    The file of tensors holds the description too, so that one file decides. Both carry the mark of
+    this save, which tells them from a description of another save.
     """
     directory.mkdir(parents=True, exist_ok=True)
     sealed.check_name(directory)
@@ -57,8 +57,8 @@ def _mark_as_old(file: Path) -> None:
 def write_by(directory: Path, save: Callable[[Path], None]) -> None:
     """Let transformers write into a folder of drafts, then put its files into the directory.
 
-    As in ``write`` one file decides: the tensors, or the index of their shards. Shards get names
-    of their own, since an older index may name the old ones until it is replaced.
+    As in ``write`` one file decides: that of the tensors, or the index of their shards. Shards get
+    new names, since an older index may name the old ones until it is replaced.
     """
     directory.mkdir(parents=True, exist_ok=True)
     sealed.check_name(directory)
@@ -81,7 +81,7 @@ def write_by(directory: Path, save: Callable[[Path], None]) -> None:
         for file in [*sorted(files), last]:
             place(file, directory / file.name)
         sync_folder(directory)
-    # A file that was left there would be read in their place.
+    # A file of that name would be read in the place of the shards.
     for file in stale - {directory / file.name for file in [*files, last]}:
         file.unlink(missing_ok=True)
 
@@ -105,7 +105,7 @@ def _rename_shards(index: Path, shards: list[Path], mark: str, own: str) -> None
 
 
 def _named(directory: Path) -> set[Path]:
-    """The shards that the index in a directory names."""
+    """Return the shards that the index in a directory names."""
     try:
         return set(_shards(directory, _index(directory)))
     except ValueError:
@@ -140,7 +140,7 @@ class Saved:
 
 @contextmanager
 def opened(directory: Path) -> Iterator[Saved]:
-    """Open a saved model; beside a writer it is the old one or the new one, whole.
+    """Open a saved model; while another process writes, it is wholly the old one or the new one.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -186,12 +186,12 @@ def _opened(directory: Path, index: bytes | None, stack: ExitStack) -> Saved:
 
 
 def _config(directory: Path, own: str | None) -> ModelConfig:
-    """The description of a saved model.
+    """Return the description of a saved model.
 
     Args:
         directory: where it may stand in a file: polyadic's own, or that of transformers.
-        own: what the tensors hold of it; None if they were written without. A file with the mark
-            of another save is passed by: its process was killed, or is at work.
+        own: the description that the file of tensors holds; None if it holds none. A file with the
+            mark of another save is ignored: its process was killed, or is at work.
     """
     held = None if own is None else ModelConfig.from_dict(loads(own))
     files = {name: _described(directory / name) for name in (CONFIG, TRANSFORMERS_CONFIG)}
@@ -227,7 +227,7 @@ def _config(directory: Path, own: str | None) -> ModelConfig:
 
 
 def _described(file: Path) -> ModelConfig | None:
-    """What a file says of CP layers; None where there is none, or it is another model's."""
+    """Return what a file says of CP layers; None if there is no file, or it is another model's."""
     if not file.exists():
         return None
     try:
@@ -259,7 +259,7 @@ def _object(text: str | bytes) -> dict[str, Any]:
 
 
 def _index(directory: Path) -> bytes | None:
-    """The index of shards as it stands, or None where tensors are in one file or none are."""
+    """Return the index of shards, or None if the tensors are in one file or there are none."""
     file = directory / INDEX
     if (directory / WEIGHTS).exists() or not file.exists():
         return None
@@ -270,7 +270,7 @@ def _index(directory: Path) -> bytes | None:
 
 
 def _shards(directory: Path, index: bytes | None) -> dict[Path, set[str] | None]:
-    """The files that hold tensors, with the names each must have where an index says so."""
+    """Return the files that hold tensors, with the names each must have where an index says so."""
     if index is None:
         if (directory / WEIGHTS).exists():
             return {directory / WEIGHTS: None}
@@ -308,7 +308,7 @@ def storable(name: str, value: Any) -> Tensor:
     """Return a tensor in the form in which it is written, or raise why it cannot be written.
 
     Raises:
-        ValueError: it is not a plain, dense tensor with values.
+        ValueError: it is not a plain, dense tensor with values, of a dtype that files can hold.
     """
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -319,6 +319,11 @@ def storable(name: str, value: Any) -> Tensor:
     if value.is_meta or value.layout != torch.strided or value.is_quantized:
         kind = "on the meta device" if value.is_meta else "sparse or quantized"
         raise ValueError(f"{name} is {kind}, so that it has no values to save")
+    if value.dtype == torch.complex128:
+        raise ValueError(
+            f"{name} is torch.complex128, which files of safetensors cannot hold; save the model "
+            f"in complex64, or its state_dict() by torch.save"
+        )
     if name == sealed.RESERVED:
         raise ValueError(
             f"{name} is the name of a tensor, which the file keeps for itself; rename it"

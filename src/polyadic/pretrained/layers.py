@@ -1,4 +1,4 @@
-"""What is written down of a CP layer, and the layer made from it again."""
+"""The description of a CP layer that is saved, and the layer that is made from it again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from polyadic.formats import Shape
-from polyadic.nn import CPEmbedding, CPTiedLinear
-from polyadic.nn.kinds import BY_CP, BY_NAME, is_cp
-from polyadic.nn.layer import CPLayer
+from polyadic.nn.kinds import BY_CP, BY_NAME, Family, Kind, family_of, is_cp
 from polyadic.tensor import CPSlice, CPTensor
 
 DTYPES = {
-    str(d).split(".")[1]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    str(d).split(".")[1]: d
+    for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
 }
 
 
@@ -29,8 +28,8 @@ class LayerConfig:
         arguments: arguments of its constructor, except device and dtype.
         dtype: dtype of its factors.
         weights: whether its tensor owns a λ.
-        joint: of one of several layers that share a tensor, how many there are and which it is, an
-            int per layer mode.
+        joint: for one of several layers that share a tensor, how many there are and which of them
+            it is, with an int for each layer mode.
         tied_to: name of the layer whose tensor it shares; None if it owns its tensor.
     """
 
@@ -42,13 +41,18 @@ class LayerConfig:
     tied_to: str | None = None
 
     @property
-    def dense(self) -> type[nn.Module]:
-        """The torch layer it stands in for."""
-        return BY_NAME[self.kind].dense
+    def row(self) -> Kind:
+        """The row of the table of kinds."""
+        return BY_NAME[self.kind]
+
+    @property
+    def family(self) -> Family:
+        """The family of its kind."""
+        return self.row.family
 
 
 def describe(model: nn.Module) -> dict[str, LayerConfig]:
-    """Describe every CP layer of a model, by name; one in several places by the first name.
+    """Describe every CP layer of a model, by name; a layer in several places has its first name.
 
     Raises:
         ValueError: a layer cannot be made again from what is written down.
@@ -63,7 +67,7 @@ def describe(model: nn.Module) -> dict[str, LayerConfig]:
     owners = _owners(layers)
     configs = {name: _describe(name, layer, owners) for name, layer in layers.items()}
     for name, config in configs.items():
-        if config.kind == "CPTiedLinear":
+        if config.family == "head":
             _check_head(name, config, configs)
     return configs
 
@@ -75,12 +79,13 @@ def _tensor(layer: Any) -> CPTensor:
 
 
 def _owners(layers: Mapping[str, nn.Module]) -> dict[int, str]:
-    """The layer that is made first, of those that share a tensor: an embedding, if there is one."""
+    """Name for each tensor the layer that is made first: an embedding, if one has the tensor."""
     owners: dict[int, str] = {}
-    for first in (CPEmbedding, CPLayer):
-        for name, layer in layers.items():
-            if isinstance(layer, first):
-                owners.setdefault(id(_tensor(layer)), name)
+    embeddings_first = sorted(layers.items(), key=lambda item: family_of(item[1]) != "embedding")
+    for name, layer in embeddings_first:
+        # A head is made from its embedding, and so owns no tensor.
+        if family_of(layer) != "head":
+            owners.setdefault(id(_tensor(layer)), name)
     return owners
 
 
@@ -112,11 +117,11 @@ def _describe(name: str, layer: Any, owners: Mapping[int, str]) -> LayerConfig:
 
 
 def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]) -> None:
-    """Heads are made from an embedding of their size that shares their tensor."""
+    """Check that the model has an embedding of the head's size with the head's tensor."""
     owner = None if head.tied_to is None else configs[head.tied_to]
     if (
         owner is None
-        or owner.kind != "CPEmbedding"
+        or owner.family != "embedding"
         or _head_sizes(owner) != {key: head.arguments[key] for key in _head_sizes(owner)}
     ):
         raise ValueError(
@@ -126,7 +131,7 @@ def _check_head(name: str, head: LayerConfig, configs: Mapping[str, LayerConfig]
 
 
 def _head_sizes(embedding: LayerConfig) -> dict[str, int]:
-    """Sizes of the output head of an embedding."""
+    """Return the sizes of the output head of an embedding."""
     of = embedding.arguments
     return {"in_features": of["embedding_dim"], "out_features": of["num_embeddings"]}
 
@@ -177,16 +182,16 @@ def _made(name: str, config: LayerConfig, owner: nn.Module | None) -> nn.Module:
 
 
 def _build(config: LayerConfig, owner: Any) -> nn.Module:
-    cls: Any = BY_NAME[config.kind].cp
-    if cls is CPTiedLinear:
-        head = CPTiedLinear(owner, config.arguments["bias"])
+    cls: Any = config.row.cp
+    if config.family == "head":
+        head = cls(owner, config.arguments["bias"])
         sizes = {key: getattr(head, key) for key in ("in_features", "out_features")}
         if any(config.arguments[key] != size for key, size in sizes.items()):
             raise ValueError(f"the embedding it is tied to makes it a layer of {sizes}")
         if config.joint is not None:
             head.cp = _tensor(owner).layer(*config.joint[1])
-        return head
-    layer: CPLayer = cls(**config.arguments, device="meta", dtype=config.dtype)
+        return head  # type: ignore[no-any-return]
+    layer: Any = cls(**config.arguments, device="meta", dtype=config.dtype)
     modes = () if config.joint is None else config.joint[0]
     shape: list[int | Shape] = [*modes, *layer.cp.tensorized_shape]
     tensor = CPTensor(shape, layer.rank, weights=config.weights, device="meta", dtype=config.dtype)
@@ -199,7 +204,7 @@ def _build(config: LayerConfig, owner: Any) -> nn.Module:
             )
         tensor = shared
     layer.cp = tensor if config.joint is None else tensor.layer(*config.joint[1])
-    return layer
+    return layer  # type: ignore[no-any-return]
 
 
 def _sizes(tensor: CPTensor) -> dict[str, Any]:
@@ -225,10 +230,10 @@ def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None)
     """
     if own is not None:
         wants, has = _facts(config), _facts(own)
-    elif type(module) is config.dense:
+    elif type(module) is config.row.dense:
         wants, has = _arguments_of_both(config, module)
     else:
-        return [f"it is {type(module).__name__}, not {config.dense.__name__} or {config.kind}"]
+        return [f"it is {type(module).__name__}, not {config.row.dense.__name__} or {config.kind}"]
     return [
         f"{key} is {has.get(key)!r}, not {value!r}"
         for key, value in wants.items()
@@ -237,27 +242,23 @@ def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None)
 
 
 def of_another_size(config: LayerConfig, module: nn.Module) -> bool:
-    """Whether a torch layer differs from what was saved in numbers of features or rows alone."""
-    if type(module) is not config.dense:
+    """Whether a torch layer differs from what was saved only in numbers of features or rows."""
+    if type(module) is not config.row.dense:
         return False
     wants, has = _arguments_of_both(config, module)
     differing = {key for key, value in wants.items() if has.get(key) != value}
-    sizes = {key for key, kind in BY_NAME[config.kind].shared.items() if kind == "size"}
+    sizes = {key for key, kind in config.row.shared.items() if kind == "size"}
     return bool(differing) and differing <= sizes - {"groups"}
 
 
 def _arguments_of_both(
     config: LayerConfig, module: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constructor's arguments a layer needs in its place, and those of what stands there."""
-    wants = {key: config.arguments[key] for key in BY_NAME[config.kind].shared}
+    """Return the constructor's arguments that a layer needs, and those of the torch layer there."""
+    wants = {key: config.arguments[key] for key in config.row.shared} | {**config.row.required}
     has = {key: _plain(getattr(module, key)) for key in wants if key != "bias"}
     if "bias" in wants:
         has["bias"] = module.bias is not None
-    if isinstance(module, nn.Embedding):
-        refused = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
-        wants |= refused
-        has |= {key: getattr(module, key) for key in refused}
     return wants, has
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic.nn.wrapped import check_unwrapped
+from polyadic.nn.wrapped import check_module, check_unwrapped
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
@@ -45,8 +45,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
         ValueError: it has no CP layer, or state that cannot be saved: an extra state, tensors on
             the meta device, sharded, sparse or quantized tensors, a subclass of a CP layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     layers = describe(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer; save it as any torch module")
@@ -104,8 +103,6 @@ def from_pretrained(
             what it holds does not fit the model: names, shapes, options, kinds of dtypes; or the
             model is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "from_pretrained")
     folder = Path(directory)
     with files.opened(folder) as saved:
@@ -148,7 +145,8 @@ def _check_dtypes(
     wrong = []
     for name, like in state.items():
         wanted, got = factors.get(name, like.dtype), stored[name]
-        free = name not in factors and wanted.is_floating_point and got.is_floating_point
+        floating = wanted.is_floating_point and got.is_floating_point
+        free = name not in factors and (floating or (wanted.is_complex and got.is_complex))
         if got != wanted and not free:
             wrong.append(f"{name} is {got}, not {wanted}")
     refuse(f"dtypes in {folder} do not fit", wrong)
@@ -203,8 +201,6 @@ def merge(model: nn.Module) -> nn.Module:
             kept in a plain list or another object too; it is wrapped
             (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "merge")
     merged = merge_layers(model)
     if any(map(_is_transformers, model.modules())):

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from polyadic.nn.kinds import is_torch_layer
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import prepare, refuse
@@ -96,7 +97,7 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
         refuse("tensors of CP layers are missing or have another shape", missing)
         for layer in layers.values():
-            # A new head: transformers sets biases of its own layers to zero.
+            # It is a new head. transformers sets biases of new layers to zero.
             if layer.bias is not None and not _came_from_file(layer.bias):
                 nn.init.zeros_(layer.bias)
         _attach(model)
@@ -107,12 +108,12 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """CP layers are trained as any others."""
+        """CP layers are trained as other layers are."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Without adapters too."""
+        """CP layers are trained without adapters too."""
         return True
 
     @property
@@ -167,7 +168,7 @@ def _attach(model: PreTrainedModel) -> None:
 
 
 def _outermost(model: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models in a model that are not parts of another."""
+    """Return the transformers models in a model that are not parts of another one."""
     if isinstance(model, PreTrainedModel):
         return [model]
     return [part for child in model.children() for part in _outermost(child)]
@@ -183,7 +184,7 @@ def _restore_ties(model: PreTrainedModel) -> None:
 
 
 def _came_from_file(parameter: torch.Tensor) -> bool:
-    """Transformers' own mark of what it has read; the rest holds any values."""
+    """Whether transformers has marked a parameter as read; others hold arbitrary values."""
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
@@ -205,13 +206,13 @@ def _name(dtype: torch.dtype) -> str | None:
 
 
 def _cast(layer: LayerConfig, saved: str | None, wanted: Any) -> LayerConfig:
-    """A layer of the model's dtype takes the one asked for, another keeps its own."""
+    """Give a layer of the model's dtype the dtype that is asked for; others keep their own."""
     follows = saved is not None and layer.dtype == DTYPES[saved] and wanted in DTYPES.values()
     return dataclasses.replace(layer, dtype=wanted) if follows else layer
 
 
 def _in_names_of(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict[str, LayerConfig]:
-    """Layers by their names in this class: with the base model's prefix, or without.
+    """Return the layers by their names in this class, with the base model's prefix or without.
 
     A class with another head has no place for the layers of the head that was saved; transformers
     reports their tensors as unexpected.
@@ -241,10 +242,10 @@ def _in_names_of(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> dict
 
 
 def _of_another_size(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> list[str]:
-    """Layers that the model has in another size than was saved, such as one for other labels.
+    """Name layers that the model has in another size than was saved, such as one for other labels.
 
-    They stay dense, and what is tied to them too: transformers draws them anew if it is told to
-    ignore mismatched sizes, and refuses them if not.
+    These layers stay dense, and so do those that are tied to them. transformers draws them anew if
+    it is told to ignore mismatched sizes, and refuses them if not.
     """
     resized = [
         name
@@ -259,7 +260,7 @@ def _of_another_size(model: PreTrainedModel, layers: dict[str, LayerConfig]) -> 
 def _stand_in(module: nn.Module, layer: LayerConfig) -> None:
     """Put empty tensors under the names of those that were saved, while transformers loads.
 
-    It compares shapes by name, and knows what to do and to say where they differ.
+    transformers compares shapes by name, and does and says what is right where they differ.
     """
     module.cp = nn.Module()
     if layer.tied_to is None:
@@ -273,21 +274,22 @@ def _stand_in(module: nn.Module, layer: LayerConfig) -> None:
 def _tied_to_tables(
     model: PreTrainedModel, layers: dict[str, LayerConfig]
 ) -> dict[str, LayerConfig]:
-    """Layers of this class whose weight is tied to a table that is in CP format.
+    """Return further layers of this class whose weight is tied to a table in CP format.
 
-    What was saved of them is among the layers. What was not, such as the head where the base model
-    was saved alone, is tied to the table as the dense one would be.
+    Those that were saved are among the layers already. One that was not, such as the head if the
+    base model was saved alone, is tied to the table as the dense layer would be.
     """
     added: dict[str, LayerConfig] = {}
     for pair in model.all_tied_weights_keys.items():
         for source, target in (pair, pair[::-1]):
             table, name = (one.removesuffix(".weight") for one in (source, target))
-            if table not in layers or layers[table].kind != "CPEmbedding" or name in layers:
+            if table not in layers or layers[table].family != "embedding" or name in layers:
                 continue
-            layer, config = model.get_submodule(name), layers[table]
-            if isinstance(layer, nn.Linear):
+            layer: Any = model.get_submodule(name)
+            config = layers[table]
+            if is_torch_layer(layer, "linear"):
                 added[name] = head_of(config, table, layer.bias is not None)
-            elif isinstance(layer, nn.Embedding):
+            elif is_torch_layer(layer, "embedding"):
                 arguments = {**config.arguments, "padding_idx": layer.padding_idx}
                 added[name] = dataclasses.replace(
                     config, arguments=arguments, tied_to=config.tied_to or table
@@ -296,7 +298,7 @@ def _tied_to_tables(
 
 
 def _declare_ties(model: PreTrainedModel) -> None:
-    """Tell transformers which parameters are one: no dense weights of old, shared factors."""
+    """Tell transformers which parameters are shared: factors, and the dense weights no longer."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             state = part.state_dict(keep_vars=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from polyadic.formats import positive_int
-from polyadic.nn import CPEmbedding, CPTiedLinear
+from polyadic.nn.kinds import is_of_family
 from polyadic.tensor import CPSlice
 
 
 def resize(model: Any, new_num_tokens: int) -> nn.Module:
     """``polyadic.pretrained.resize_token_embeddings`` for a model of transformers."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(table, CPEmbedding):
+    if not is_of_family(table, "embedding"):
         resized: nn.Module = model.resize_token_embeddings(new_num_tokens)
         return resized
     tokens = positive_int(new_num_tokens, "new_num_tokens")
@@ -23,10 +23,10 @@ def resize(model: Any, new_num_tokens: int) -> nn.Module:
     tied = [
         layer
         for layer in model.modules()
-        if isinstance(layer, (CPEmbedding, CPTiedLinear)) and layer.cp is table.cp
+        if is_of_family(layer, "embedding", "head") and layer.cp is table.cp
     ]
     for layer in tied:
-        if isinstance(layer, CPEmbedding):
+        if is_of_family(layer, "embedding"):
             layer.resize(tokens)
         else:
             layer.out_features = tokens
@@ -39,10 +39,10 @@ def resize(model: Any, new_num_tokens: int) -> nn.Module:
         _tell_of_bias(model, head)
     model.config.get_text_config().vocab_size = tokens
     model.vocab_size = tokens
-    return table
+    return cast(nn.Module, table)
 
 
-def _check(model: nn.Module, table: CPEmbedding, head: Any, tokens: int) -> None:
+def _check(model: nn.Module, table: Any, head: Any, tokens: int) -> None:
     """Refuse what cannot be resized, before anything is changed."""
     if table.padding_idx is not None and table.padding_idx >= tokens:
         raise ValueError(
@@ -50,7 +50,7 @@ def _check(model: nn.Module, table: CPEmbedding, head: Any, tokens: int) -> None
         )
     if isinstance(table.cp, CPSlice):
         raise ValueError("the table is a layer of a joint tensor, and cannot be resized alone")
-    tied = isinstance(head, CPTiedLinear) and head.cp is table.cp
+    tied = head is not None and is_of_family(head, "head") and head.cp is table.cp
     if head is not None and not tied and type(head) is not nn.Linear:
         raise ValueError(
             f"the output head is a {type(head).__name__} with a weight of its own, whose modes "
@@ -60,9 +60,9 @@ def _check(model: nn.Module, table: CPEmbedding, head: Any, tokens: int) -> None
 
 
 def _tell_of_bias(model: Any, head: Any) -> None:
-    """Let a model that has a bias of the head in another place too make it of the same size.
+    """Let a model that keeps the bias of its head in a second place resize it there too.
 
-    Where it was a parameter of its own, as in models without ties, it is one again.
+    If it was a parameter of its own there, as in models without ties, it becomes one again.
     """
     bias = head.bias
     before = {(id(module), key) for module, key in _places(model, bias)}
@@ -74,7 +74,7 @@ def _tell_of_bias(model: Any, head: Any) -> None:
 
 
 def _places(model: nn.Module, wanted: Tensor | None) -> list[tuple[nn.Module, str]]:
-    """Where a parameter is registered."""
+    """Return the modules in which a parameter is registered, with its names there."""
     return [
         (module, key)
         for module in model.modules()
@@ -84,11 +84,11 @@ def _places(model: nn.Module, wanted: Tensor | None) -> list[tuple[nn.Module, st
 
 
 def _replace(model: nn.Module, old: Tensor | None, rows: int, fill: float | None) -> None:
-    """Put a parameter of another number of rows wherever one is; new rows are a number or the mean.
+    """Replace a parameter, wherever it is registered, by one with another number of rows.
 
     Args:
-        model: whose modules hold it.
-        old: (V, ...), or None for nothing to do.
+        model: the model whose modules hold it.
+        old: the parameter (V, ...); None if there is nothing to do.
         rows: V from now on.
         fill: value of new rows; None for the mean of the old rows.
     """

@@ -87,7 +87,7 @@ class KeptBytes:
     forward pass, which hold its graph, are alive.
 
     Args:
-        leave_out: Tensors that exist anyway, usually parameters, buffers and the batch. Their
+        leave_out: tensors that exist anyway, usually parameters, buffers and the batch. Their
             storages do not count; copies of them do.
     """
 
@@ -128,8 +128,8 @@ def kept_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> 
     """Count the bytes that autograd keeps between a forward pass and its backward pass.
 
     Args:
-        forward: Runs the forward pass, with gradients enabled, and returns its outputs.
-        leave_out: Tensors that exist anyway, usually parameters, buffers and the batch. Their
+        forward: runs the forward pass, with gradients enabled, and returns its outputs.
+        leave_out: tensors that exist anyway, usually parameters, buffers and the batch. Their
             storages do not count; copies of them do.
 
     Returns:
@@ -150,10 +150,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage is counted from the moment an operator returns it until it is freed.
 
     Args:
-        held: Tensors that are there already, such as parameters and the batch.
+        held: tensors that are there already, such as parameters and the batch.
 
     Attributes:
-        peak: The largest ``current`` there has been, in bytes.
+        peak: the largest ``current`` there has been, in bytes.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -182,9 +182,9 @@ class Allocation:
     """A new storage that an operator returned.
 
     Attributes:
-        operation: Name of the operator, such as ``"aten.mm.default"``.
-        nbytes: Size of the storage.
-        elements: How many elements of the tensor's dtype fit into it.
+        operation: name of the operator, such as ``"aten.mm.default"``.
+        nbytes: size of the storage.
+        elements: how many elements of the tensor's dtype fit into it.
     """
 
     operation: str
@@ -196,9 +196,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, within a ``with`` block, the operators that reach torch's dispatcher below autograd.
 
     Attributes:
-        names: Their names in order, such as ``"aten.mm.default"``. Views such as
+        names: their names in order, such as ``"aten.mm.default"``. Views such as
             ``"aten.t.default"`` are among them, although they start no kernel.
-        allocations: The storages that they returned and were not given, in order.
+        allocations: the storages that they returned and were not given, in order.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ def launches(run: Callable[[], Any]) -> int:
     """Count the operators that reach torch's dispatcher below autograd.
 
     Args:
-        run: What is to be counted; called once.
+        run: what is to be counted; called once.
 
     Returns:
         How many names ``Operations`` notes.
@@ -240,7 +240,7 @@ def allocations(run: Callable[[], Any]) -> list[Allocation]:
     """List the storages that operators make; views of their inputs and outputs are left out.
 
     Args:
-        run: What is to be counted; called once.
+        run: what is to be counted; called once.
 
     Returns:
         The storages in the order in which they were made, whether or not they were freed meanwhile.
@@ -257,12 +257,14 @@ class Flops(FlopCounterMode):
     A multiplication and an addition count as two. What is no product, such as a sum or an
     activation, is not counted, as in ``torch.utils.flop_counter``. The gradients of convolutions
     are counted by a formula of our own: torch's leaves groups out of account, and counts the weight
-    gradient of a depthwise convolution as often as there are channels.
+    gradient of a depthwise convolution as often as there are channels. A product of complex
+    numbers counts as the four of real ones that it takes, where torch counts one.
     """
 
     def __init__(self) -> None:
         formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
         super().__init__(display=False, custom_mapping=formulas)
+        self.flop_registry = {op: _of_reals(own) for op, own in self.flop_registry.items()}
 
     @property
     def total(self) -> int:
@@ -275,7 +277,7 @@ def flops(run: Callable[[], Any]) -> int:
     """Count the floating-point operations of products and convolutions.
 
     Args:
-        run: What is to be counted; called once. ``loss.backward`` is one for a backward pass.
+        run: what is to be counted; called once. ``loss.backward`` is one for a backward pass.
 
     Returns:
         FLOPs, as ``Flops`` counts them.
@@ -284,6 +286,16 @@ def flops(run: Callable[[], Any]) -> int:
     with counter:
         run()
     return counter.total
+
+
+def _of_reals(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula that counts operations of real numbers where the operands are complex."""
+
+    def counted(*args: Any, **kwargs: Any) -> int:
+        is_complex = any(isinstance(a, Tensor) and a.is_complex() for a in args)
+        return formula(*args, **kwargs) * (4 if is_complex else 1)
+
+    return counted
 
 
 def _convolution_backward_flops(

@@ -16,7 +16,7 @@ def environment(packages: Sequence[str] = ("polyadic",)) -> dict[str, Any]:
     """Describe this machine and the versions in use; no host, user or path is named.
 
     Args:
-        packages: Names of installed packages whose versions are of interest.
+        packages: names of installed packages whose versions are of interest.
 
     Returns:
         Plain data: ``torch``, ``python``, ``system``, ``machine`` and ``cpu`` as text, ``cores``

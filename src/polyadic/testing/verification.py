@@ -125,7 +125,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether every check is."""
+        """Whether every check is within its tolerance."""
         return all(check.ok for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def verify(problem: Problem) -> Result:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """``max |got - want| / max |want|`` in float64; infinite where the shapes differ.
 
-    Where ``want`` is all zero the largest absolute difference itself.
+    If ``want`` is zero everywhere, it is the largest absolute difference itself.
     """
     if got.shape != want.shape:
         return math.inf
@@ -275,8 +275,8 @@ def _largest(values: Tensor) -> float:
     return values.detach().abs().max().item() if values.numel() else 0.0
 
 
-# What an implementation gives: y, the gradient of x, one for each factor in the tensor's order,
-# and, where the tensor has weights and the implementation gives it, theirs.
+# What an implementation gives: y, the gradient of x, one for each factor in the tensor's order, and
+# that of the weights, if the tensor has them and the implementation gives it.
 Outcome = tuple[Tensor, Tensor, list[Tensor], Tensor | None]
 
 
@@ -318,36 +318,29 @@ def _explicit(problem: Problem) -> Outcome:
     return y, dx, [grad for group in grads for grad in group], weight_grad
 
 
-def _autograd(problem: Problem) -> Outcome:
+def _autograd(problem: Problem, plan: Any = None) -> Outcome:
     def layer(x: Tensor) -> Tensor:
-        weights = problem.tensor.weights
+        options = {"weights": problem.tensor.weights, "plan": plan}
         if problem.layer == "linear":
             ins, outs = problem.groups
-            return cp_linear(x, ins, outs, weights=weights)
+            return cp_linear(x, ins, outs, **options)
         outs, ins, kernel = problem.groups
-        return cp_conv(x, outs, ins, kernel, weights=weights, padding="same")
+        return cp_conv(x, outs, ins, kernel, padding="same", **options)
 
     return _differentiate(layer, problem)
 
 
 def _factorized(problem: Problem) -> Outcome:
-    """With a plan that rebuilds no weight, as the one that is chosen may."""
-
-    def layer(x: Tensor) -> Tensor:
-        weights = problem.tensor.weights
-        if problem.layer == "linear":
-            ins, outs = problem.groups
-            linear = LinearRoute((len(ins),), (len(outs),))
-            return cp_linear(x, ins, outs, weights=weights, plan=LinearPlan(linear, linear))
-        outs, ins, kernel = problem.groups
-        plan = ConvPlan(ConvRoute(), ConvRoute())
-        return cp_conv(x, outs, ins, kernel, weights=weights, padding="same", plan=plan)
-
-    return _differentiate(layer, problem)
+    """Use a plan that rebuilds no weight; the plan that is chosen may rebuild it."""
+    if problem.layer == "linear":
+        ins, outs = problem.groups
+        route = LinearRoute((len(ins),), (len(outs),))
+        return _autograd(problem, LinearPlan(route, route))
+    return _autograd(problem, ConvPlan(ConvRoute(), ConvRoute()))
 
 
 def chosen_plan(problem: Problem) -> str:
-    """The plan that the autograd functions follow, in words."""
+    """Say in words which plan the autograd functions follow."""
     first, second, *kernel = problem.tensor.tensorized_shape
     rank, x = problem.tensor.rank, problem.x
     options: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -367,7 +360,7 @@ def _dense(problem: Problem) -> Outcome:
         if problem.layer == "linear":
             return x @ weight
         with warnings.catch_warnings():
-            # torch warns that an even kernel costs it a padded copy
+            # torch warns that for an even kernel it makes a padded copy.
             warnings.simplefilter("ignore", UserWarning)
             return F.conv2d(x, weight, padding="same")
 

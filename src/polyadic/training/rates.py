@@ -37,6 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks
+from polyadic._torch import whole
+from polyadic.fitting.normal import gram
+from polyadic.fitting.problem import wide
+from polyadic.nn.wrapped import check_module
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
@@ -53,12 +57,14 @@ def param_groups(
     *,
     optimizer: Optimizer = "adamw",
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer under which a model of CP layers trains at the dense learning rate.
+    """Make groups for an optimizer, with which CP layers train at the dense learning rate.
 
     Factors get rates and decays of their own, such that their tensor changes, and decays, as a
     dense weight does at ``lr`` and ``weight_decay``; everything else keeps these two. Rates follow
     the values that the parameters have now: call it once the model is initialised, converted or
-    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule.
+    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule;
+    ``OneCycleLR`` and ``CyclicLR`` set peaks instead, and want one for each group:
+    ``[group["lr"] for group in optimizer.param_groups]``.
 
         optimizer = torch.optim.AdamW(polyadic.param_groups(model, 1e-3, weight_decay=0.1))
 
@@ -76,12 +82,11 @@ def param_groups(
         TypeError: ``model`` is no module, or a number is none.
         ValueError: a number is negative or not finite, the optimizer is not one of these, or a
             factor has no values yet or is zero throughout, so that it has no scale to follow.
-            (Muon orthogonalises the step of a matrix; of a factor that says nothing about W, whose
-            mode of m_d rows has at most m_d orthogonal columns. Train factors with AdamW beside
-            it.)
+            (Muon orthogonalises the step of a matrix. For a factor that has no meaning for W,
+            because a mode with m_d rows has at most m_d orthogonal columns. Train factors with
+            AdamW, and the other weights with Muon.)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     rates: dict[int, tuple[float, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, CPTensor):
@@ -109,9 +114,9 @@ def factor_rates(
     *,
     optimizer: Optimizer = "adamw",
 ) -> Mapping[nn.Parameter, tuple[float, float]]:
-    """Learning rate and weight decay of each factor of one CP layer, by the rule of param_groups.
+    """Return learning rate and weight decay of each factor of a layer, by the rule of param_groups.
 
-    For those who make their own groups, with ``layer`` one of their layers.
+    It is for those who make groups of their own.
 
     Args:
         layer: a CP layer, or its ``CPTensor``.
@@ -165,31 +170,30 @@ def _tensor_of(layer: Any) -> CPTensor:
 
 @torch.no_grad()
 def _adamw_gains(tensor: CPTensor) -> list[float]:
-    """a_d / w of each factor, and of λ."""
-    factors = [factor.double() for factor in tensor.factors]
-    scale = None if tensor.weights is None else tensor.weights.double()
-    gram = torch.ones(tensor.rank, tensor.rank, dtype=torch.float64, device=factors[0].device)
-    for factor in factors:
-        gram *= factor.T @ factor
+    """Return a_d / w of each factor, and of λ."""
+    factors = [wide(whole(factor)) for factor in tensor.factors]
+    scale = None if tensor.weights is None else wide(whole(tensor.weights))
+    total = gram(factors[0])
+    for factor in factors[1:]:
+        total = total * gram(factor)
     if scale is not None:
-        gram *= scale.outer(scale)
+        total = total * scale.outer(scale.conj())
     entries = math.prod(factor.shape[0] for factor in factors)
-    w = math.sqrt(max(float(gram.sum()), 0.0) / entries)
+    w = math.sqrt(max(float(total.sum().real), 0.0) / entries)
     every = [*factors, *([] if scale is None else [scale])]
     return [_rms(each) / w if w > 0 else math.nan for each in every]
 
 
 def _rms(values: Tensor) -> float:
-    return math.sqrt(float(values.square().mean()))
+    return math.sqrt(float(values.abs().square().mean()))
 
 
 @torch.no_grad()
 def _sgd_gains(tensor: CPTensor) -> list[float]:
-    """1 / s_d of each factor, and of λ."""
-    factors = [factor.double() for factor in tensor.factors]
-    squares = [factor.square().sum(0) for factor in factors]
+    """Return 1 / s_d of each factor, and of λ."""
+    squares = [wide(whole(factor)).abs().square().sum(0) for factor in tensor.factors]
     if tensor.weights is not None:
-        squares.append(tensor.weights.double().square())
+        squares.append(wide(whole(tensor.weights)).abs().square())
     gains = []
     for own in range(len(squares)):
         others = torch.ones_like(squares[0])

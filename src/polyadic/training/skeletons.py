@@ -9,11 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from polyadic import surgery
-from polyadic.formats import (
-    Rank,
-    Shape,
-    positive_int,
-)
+from polyadic.formats import Rank, Shape, positive_int
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.wrapped import check_unwrapped
@@ -63,11 +59,11 @@ class FactorizeReport:
 
     @property
     def untouched_parameters(self) -> int:
-        """Parameters that are neither an exchanged weight nor a factor: biases, norms, the left."""
+        """Parameters that are neither an exchanged weight nor a factor, as biases are."""
         return self.parameters - sum(layer.parameters for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {**asdict(self), "untouched_parameters": self.untouched_parameters}
 
     def __str__(self) -> str:
@@ -118,7 +114,7 @@ def factorize(
         model: any module, changed in place.
         rank: R of every layer: an int, a fraction of the dense parameters, ``"break-even"`` or
             ``"faster"``, which leaves a layer that no rank makes faster.
-        order: modes a side; the layers' own default where None.
+        order: modes per side; None for the layers' own default.
         target_modules: a regular expression for whole names, or names or last parts of names, as in
             PEFT; ``"all-linear"`` for every ``nn.Linear`` but the output head; all layers by
             default.
@@ -137,8 +133,6 @@ def factorize(
         ValueError: a pattern matches nothing, no layer can be exchanged, a rank or order does not
             fit, or the model is wrapped (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model, "factorize")
     if order is not None:
         positive_int(order, "order")
@@ -179,7 +173,7 @@ def factorize(
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """Names of all linear layers but the output head, as PEFT's word means them."""
+    """Return the names of all linear layers but the output head, which PEFT's word means."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = [
         name
@@ -196,7 +190,7 @@ def _by_pattern(patterns: Any, found: surgery.Found, what: str) -> dict[str, Any
 
 
 def _pays(dense: Any, layer: Any) -> str | None:
-    """Why a layer is better left dense, or None."""
+    """Return the reason why a layer is better left dense, or None."""
     own = sum(factor.numel() for factor in layer.cp.factors)
     if own < dense.weight.numel():
         return None

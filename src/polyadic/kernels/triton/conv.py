@@ -60,35 +60,12 @@ def depthwise_project_kernel(
     COLUMNS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Write BLOCK positions and COLUMNS channels of one group of y; with KEEP also Z2.
+    """Write BLOCK positions and COLUMNS channels of one group of y (p, GROUPS · CHANNELS).
 
-    Args:
-        z1: (b, *s, GROUPS · PADDED).
-        taps: (t, PADDED).
-        kc: (GROUPS · CHANNELS, PADDED), group by group.
-        bias: (GROUPS · CHANNELS,), read where BIASED.
-        y: (p, GROUPS · CHANNELS).
-        kept: Z2 (p, GROUPS · PADDED), written where KEEP.
-        positions: number of positions p of all images.
-        size_0: first spatial size of z1.
-        size_1: second.
-        size_2: third.
-        out_0: first spatial size of y.
-        out_1: second.
-        out_2: third.
-        KERNEL: taps along each dimension.
-        STRIDE: along each dimension.
-        PADDING: zeros in front, along each dimension.
-        DILATION: along each dimension.
-        TAPS: number of taps.
-        GROUPS: groups of channels.
-        CHANNELS: out channels of a group.
-        PADDED: maps of a group.
-        BIASED: whether the bias is added.
-        KEEP: whether Z2 is written.
-        BLOCK: positions of a program.
-        COLUMNS: channels of a program.
-        TERMS: maps at a time.
+    It is made from z1 (b, *s, GROUPS · PADDED), taps (t, PADDED), kc (GROUPS · CHANNELS, PADDED),
+    group by group, and with BIASED bias (GROUPS · CHANNELS,), TERMS maps at a time, for all p <
+    ``positions``. With KEEP also Z2 is written, to ``kept`` (p, GROUPS · PADDED). The arguments
+    that ``depthwise`` has too mean the same here.
     """
     # All programs are on one axis, because the other axes have room for 65,535 programs only.
     # Programs of the same positions are neighbours, so that they find in the cache what they read
@@ -144,7 +121,7 @@ LAUNCHER = Launcher(depthwise_project_kernel)
 
 
 def columns_of(channels: int, positions: int, dtype: torch.dtype) -> int:
-    """Channels of a program: many, as each makes Z2 again, where that leaves enough programs."""
+    """Return the channels of a program: many, as each makes Z2 again, if that leaves programs."""
     columns = max(16, min(64 if dtype == torch.float32 else 256, up_to_power_of_two(channels)))
     while columns > 64 and -(-channels // columns) * -(-positions // POSITIONS) < ENOUGH_PROGRAMS:
         columns //= 2
@@ -161,7 +138,7 @@ def project_constants(
     columns: int,
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
-    """Constants of the forward's kernel, with ``columns`` channels to a program."""
+    """Return the constants of the kernel, with ``columns`` channels to a program."""
     block = POSITIONS // 2 if dtype == torch.float32 else POSITIONS
     # The addresses of many taps take registers beside those of wide entries.
     if dtype == torch.float32 and where.taps > MOST_SUMS:
@@ -186,7 +163,7 @@ def depthwise_project(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y = Z2 KCᵀ + bias of the depthwise stage's Z2, and Z2 itself where it is to be kept.
+    """Return Y = Z2 KCᵀ + bias of the depthwise stage's Z2, and Z2 if it is to be kept.
 
     Args:
         z1: (b·s, g·r), contiguous.

@@ -1,13 +1,17 @@
 """A linear map of few rows from its factors alone: Y = X KA KCᵀ + bias in two launches.
 
-With few rows there is next to nothing to compute; launching and reading take the time.
-The first kernel contracts: each program makes some rows of KA from the factors, multiplies its part
-of X with them and writes a partial Z. The second adds these up in a fixed order, rounds Z once,
-makes rows of KC and multiplies. Neither matrix ever stands in memory.
+With few rows there is next to nothing to compute; launching and reading take the time. In the first
+kernel each program makes some rows of KA from the factors, multiplies its part of X with them and
+writes a partial Z. The second kernel adds these up in a fixed order, rounds Z once, makes rows of
+KC and multiplies Z with them. Neither matrix ever stands in memory.
 
 Rows are padded to 16, the least that tensor cores take.
 
 Axes: t rows, i in features (M), n out features, r rank.
+
+Arguments that mean the same in both kernels: MODES are the modes of the in factors and of the out
+factors, and RIGHT says by how many rows of the matrix a step in each moves; RANK is the number of
+columns of a factor; ROWS is the number of rows t, ``rows``, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from polyadic.kernels.triton.numerics import (
     up_to_power_of_two,
 )
 
-# Rows of X at most.
+# The largest number of rows of X.
 MOST_ROWS = 16
 # Parts that the in features are divided into, for up to 8 rows and for more: the second kernel
 # holds all partial sums of a tile at once.
@@ -57,19 +61,9 @@ def contract_kernel(
 ):
     """Write partial[part, t, r], the sum of X[t, i] KA[i, r] over the in features of a part.
 
-    Args:
-        x: (t, SIZE).
-        factors: pointers to the in factors (m_d, RANK).
-        partial: (parts, ROWS, RANK) in float32; rows beyond ``rows`` are not written.
-        rows: number of rows t.
-        MODES: of the in factors and of the out factors.
-        RIGHT: how far a step in each moves.
-        SIZE: in features.
-        RANK: columns of a factor.
-        ROWS: the number of rows, up to a power of two.
-        SHARE: in features of a part, a multiple of BLOCK.
-        BLOCK: in features at a time.
-        COLUMNS: columns of a program.
+    It is made from x (t, SIZE) and pointers to the in factors (m_d, RANK). ``partial`` is (parts,
+    ROWS, RANK) in float32, of which rows beyond t are not written. A part has SHARE in features, a
+    multiple of BLOCK, and BLOCK of them are summed at a time; a program makes COLUMNS columns.
     """
     t = tl.arange(0, 16)
     r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -107,23 +101,10 @@ def expand_kernel(
     COLUMNS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Write COLUMNS out features of Y from the partial sums of Z.
+    """Write COLUMNS out features of y (t, WIDTH) from the partial sums of Z.
 
-    Args:
-        partial: (PARTS, ROWS, RANK) in float32.
-        factors: pointers to the out factors (n_d, RANK).
-        bias: (WIDTH,), read where BIASED.
-        y: (t, WIDTH).
-        rows: number of rows t.
-        MODES: of the in factors and of the out factors.
-        RIGHT: how far a step in each moves.
-        WIDTH: out features.
-        RANK: columns of a factor.
-        ROWS: the number of rows, up to a power of two.
-        PARTS: number of partial sums.
-        BIASED: whether the bias is added.
-        COLUMNS: out features of a program.
-        TERMS: terms of a sum at a time.
+    It is made from partial (PARTS, ROWS, RANK) in float32, pointers to the out factors (n_d, RANK)
+    and, with BIASED, bias (WIDTH,). TERMS terms of a sum are taken at a time.
     """
     t = tl.arange(0, 16)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -169,7 +150,7 @@ class Form(NamedTuple):
 def form_of(
     modes: tuple[Modes, Modes], rank: int, rows: int, biased: bool, dtype: torch.dtype
 ) -> Form:
-    """What both kernels are started with."""
+    """Return the grids and constants with which both kernels are started."""
     size, width = map(math.prod, modes)
     right = right_of(modes[0]), right_of(modes[1])
     # A tile takes more registers in float32, with more rows, or if it is read entry by entry.
@@ -198,7 +179,7 @@ def decode(
     out_factors: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    """Y = X KA KCᵀ + bias.
+    """Compute Y = X KA KCᵀ + bias (t, N).
 
     Args:
         x: (t, M), 1 to 16 rows, contiguous.

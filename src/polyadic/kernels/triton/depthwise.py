@@ -19,6 +19,11 @@ taps of a 3×3 kernel are found.
 
 Axes: b images, s positions of an input, p and q positions of all images, r maps of a group, g
 groups, t taps.
+
+Arguments that mean the same in every kernel: size_0 to size_2 and out_0 to out_2 are the spatial
+sizes before the stage and after it; KERNEL, STRIDE, PADDING (zeros in front) and DILATION have an
+entry for each dimension; TAPS is the number of taps, GROUPS the number of groups of channels and
+PADDED the number of maps in a group; BLOCK positions and COLUMNS maps make a tile.
 """
 
 from __future__ import annotations
@@ -116,28 +121,9 @@ def depthwise_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write Z2 (p, GROUPS · PADDED), a tile a program.
+    """Write z2 (p, GROUPS · PADDED) for all p < ``positions``; each program writes one tile.
 
-    Args:
-        z1: (b, *s, GROUPS · PADDED).
-        taps: (t, PADDED).
-        z2: written.
-        positions: number of positions p of all images.
-        size_0: first spatial size of z1.
-        size_1: second.
-        size_2: third.
-        out_0: first spatial size of z2.
-        out_1: second.
-        out_2: third.
-        KERNEL: taps along each dimension.
-        STRIDE: along each dimension.
-        PADDING: zeros in front, along each dimension.
-        DILATION: along each dimension.
-        TAPS: number of taps.
-        GROUPS: groups of channels.
-        PADDED: maps of a group.
-        BLOCK: positions of a program.
-        COLUMNS: maps of a program.
+    It is made from z1 (b, *s, GROUPS · PADDED) and taps (t, PADDED).
     """
     across: tl.constexpr = (PADDED + COLUMNS - 1) // COLUMNS
     g = tl.program_id(1)
@@ -212,35 +198,13 @@ def depthwise_backward_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write dZ1 and partial sums of dtaps, by the first programs, and Z2, by the others.
+    """Write d_z1 and partial sums of dtaps, by the first programs, and z2, by the others.
 
-    Args:
-        z1: (b, *s, GROUPS · PADDED).
-        d_z2: (p, GROUPS · PADDED).
-        taps: (t, PADDED).
-        d_z1: as ``z1``; written.
-        z2: as ``d_z2``; written where there are programs for it.
-        partial: (in_programs, GROUPS, t, PADDED) in float32; written where SUMMED.
-        in_positions: number of positions q of all images.
-        positions: number of positions p of all images.
-        share: positions that a program goes through, a multiple of BLOCK.
-        in_programs: how many programs there are for dZ1 and dtaps.
-        size_0: first spatial size of z1.
-        size_1: second.
-        size_2: third.
-        out_0: first spatial size of d_z2.
-        out_1: second.
-        out_2: third.
-        KERNEL: taps along each dimension.
-        STRIDE: along each dimension.
-        PADDING: zeros in front, along each dimension.
-        DILATION: along each dimension.
-        TAPS: number of taps.
-        GROUPS: groups of channels.
-        PADDED: maps of a group.
-        SUMMED: whether the taps' gradient is wanted.
-        BLOCK: positions at a time.
-        COLUMNS: maps of a program.
+    They are made from z1 (b, *s, GROUPS · PADDED), d_z2 (p, GROUPS · PADDED) and taps (t, PADDED).
+    The first ``in_programs`` programs write d_z1, shaped as z1, for all q < ``in_positions``, and
+    with SUMMED partial (in_programs, GROUPS, t, PADDED) in float32. The others, if there are any,
+    write z2, shaped as d_z2, for all p < ``positions``. Each program goes through ``share``
+    positions, a multiple of BLOCK, one tile after the other.
     """
     program, g = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -330,10 +294,10 @@ class Where(NamedTuple):
     """A depthwise stage along three dimensions; fewer are lifted by ones in front.
 
     Args:
-        kernel: taps.
-        stride: step.
+        kernel: number of taps.
+        stride: step of the kernel.
         padding: zeros in front; those behind follow from the sizes.
-        dilation: distance of taps.
+        dilation: distance between neighbouring taps.
     """
 
     kernel: Three
@@ -354,7 +318,7 @@ def _columns(padded: int) -> int:
 
 
 def forward_constants(where: Where, groups: int, padded: int) -> tuple[Any, ...]:
-    """Constants of the forward's kernel."""
+    """Return the constants of the forward's kernel."""
     columns = _columns(padded)
     # The addresses of many taps take registers: the compiler spills some of a whole tile's.
     tile = TILE if where.taps <= MOST_SUMS else TILE // 2
@@ -369,7 +333,7 @@ def forward_warps(where: Where) -> int:
 def depthwise(
     z1: Tensor, taps: Tensor, where: Where, size: Three, out: Three, groups: int
 ) -> Tensor:
-    """Z2 (b·s', g·r) of Z1 (b·s, g·r), in one launch; arguments as of ``depthwise_backward``."""
+    """Return Z2 (b·s', g·r) of Z1 (b·s, g·r); see ``depthwise_backward`` for the arguments."""
     images = z1.shape[0] // (size[0] * size[1] * size[2])
     positions = images * out[0] * out[1] * out[2]
     z2 = z1.new_empty((positions, z1.shape[1]))
@@ -387,7 +351,7 @@ def depthwise(
 
 
 def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
-    """Constants of the backward's kernel."""
+    """Return the constants of the backward's kernel."""
     taps = where.taps
     # The sums take most of the registers, so that without them a tile can be larger.
     tile = 2 * TILE
@@ -409,9 +373,9 @@ def depthwise_backward(
     wrt_taps: bool,
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dZ1, the gradient of the taps where it is wanted, and Z2 where it is wanted again.
+    """Return dZ1, the gradient of the taps if it is wanted, and Z2 if it is wanted again.
 
-    One launch, and one more for the taps.
+    It takes one launch, and one more for the taps.
 
     Args:
         z1: (b·s, g·r), contiguous.

@@ -185,7 +185,7 @@ def scatter_kernel(
         share: indices to a split, a multiple of BLOCK.
         padding: the index that sends no gradient.
         MODES: of the in factors, in a tuple of this one group.
-        RIGHT: how far a step in each moves, in a tuple of this one group.
+        RIGHT: by how many rows of the table a step in each moves, in a tuple of this one group.
         FIRST: the first program of each factor, and the number of programs.
         BASE: the first row of each factor in ``partial``, and the number of rows.
         TABLE: rows of the table.
@@ -253,9 +253,10 @@ def _rows_are_aligned(rank: int, dtype: torch.dtype) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def lookup_tile(count: int, width: int, rank: int, dtype: torch.dtype) -> _Tile:
-    """The tile of a lookup: wide, as z is made again for each, where that leaves enough programs.
+    """Return the tile of a lookup, which is wide where that leaves enough programs.
 
-    Wider ones do not fit into the registers, nor float32 or rows read entry by entry in these.
+    Every tile makes z again, so that few wide tiles do less work. Wider tiles would not fit into
+    the registers, and these would not in float32, or if rows are read entry by entry.
     """
     if dtype == torch.float32:
         return _Tile(32, 64, max(16, min(32, up_to_power_of_two(rank))), 4)
@@ -274,7 +275,7 @@ def _sizes(in_factors: Sequence[Tensor], out_factors: Sequence[Tensor]) -> tuple
 
 @functools.lru_cache(maxsize=4096)
 def sides(modes: tuple[Modes, Modes], rank: int) -> tuple[Any, ...]:
-    """Modes of both sides and how far a step in each moves; rows and width of the table; rank."""
+    """Return the modes of both sides, how far a step in each moves, the table's sizes, the rank."""
     ins, outs = modes
     return modes, (right_of(ins), right_of(outs)), math.prod(ins), math.prod(outs), rank
 
@@ -288,7 +289,7 @@ def lookup(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows y (b, e) of the table, and z (b, padded) where it is to be kept.
+    """Return rows y (b, e) of the table, and z (b, padded) if it is to be kept.
 
     Rows of the padding index, and of indices outside the table, are zero.
 
@@ -335,7 +336,7 @@ def rows(
     padding_idx: int | None,
     padded: int,
 ) -> tuple[Tensor, Tensor]:
-    """Z (b, padded) and KC (e, padded), columns from R on zero; arguments as of ``lookup``."""
+    """Return Z (b, padded) and KC (e, padded), zero from column R on; see ``lookup``."""
     leader, count = in_factors[0], indices.shape[0]
     sizes = _sizes(in_factors, out_factors)
     width = sizes[-2]
@@ -365,10 +366,11 @@ class _Scatter(NamedTuple):
 def scatter_form(
     modes: Modes, rank: int, padded: int, dtype: torch.dtype, warpgroups: bool
 ) -> _Scatter:
-    """What the scatter into factors of these modes is started with.
+    """Return the grid and the constants with which the scatter into such factors is started.
 
-    ``warpgroups`` says that a tensor-core product is of four warps at once, as on Hopper. Elsewhere
-    each warp computes the terms of all for itself, for which large tiles lack the registers.
+    ``warpgroups`` says that four warps make a tensor-core product together, as on Hopper. Elsewhere
+    each warp computes all terms for itself, and large tiles would need more registers than there
+    are.
     """
     columns = max(16, min(64 if warpgroups else 32, up_to_power_of_two(rank)))
     first = (0, *itertools.accumulate([-(-mode // OWNED_ROWS) for mode in modes]))
@@ -389,7 +391,7 @@ def _has_warpgroups(device: torch.device) -> bool:
 def scatter(
     g: Tensor, indices: Tensor, in_factors: Sequence[Tensor], padding_idx: int | None
 ) -> list[Tensor]:
-    """Gradients of the in factors, each in its dtype, from G = dY KC; two launches.
+    """Return the gradients of the in factors, in their dtype, from G = dY KC, by two launches.
 
     Args:
         g: (b, at least R), contiguous, in the factors' dtype.

@@ -80,7 +80,7 @@ class _Form(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def form_of(modes: Modes, rank: int, padded: int) -> _Form:
-    """Grid, rows of each matrix and the constants of the kernel for sizes."""
+    """Return the grid, the rows of each matrix and the constants of the kernel for such sizes."""
     rows = tuple(map(math.prod, modes))
     first = [0]
     for count in rows:
@@ -102,7 +102,7 @@ def form_of(modes: Modes, rank: int, padded: int) -> _Form:
 def khatri_rao_matrices(
     groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int
 ) -> list[Tensor]:
-    """K (Π m_d, padded) of each group of factors, columns beyond the rank zero.
+    """Return K (Π m_d, padded) of each group of factors, zero in the columns beyond the rank.
 
     Args:
         groups: factors (m_d, R) of each matrix, contiguous, of one dtype and device; the last mode

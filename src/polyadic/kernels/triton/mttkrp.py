@@ -146,7 +146,7 @@ def form_of(
     splits: tuple[int, ...],
     split_strides: tuple[int, ...],
 ) -> _Form:
-    """Grid and the constants of the kernel for sizes."""
+    """Return the grid and the constants of the kernel for such sizes."""
     program = 0
     first, blocks, widths = [], [], []
     for group in modes:
@@ -177,7 +177,7 @@ def form_of(
 
 
 def mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """Gradient of every factor of every group, in the factors' dtype.
+    """Return the gradient of every factor of every group, in the factors' dtype.
 
     Args:
         d_matrices: for each group dK (Π m_d, at least R), or pieces (s, Π m_d, at least R) that

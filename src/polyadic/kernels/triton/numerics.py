@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def right_of(modes: Sequence[int]) -> tuple[int, ...]:
-    """By how many rows of a Khatri-Rao product a step in each mode moves."""
+    """Return by how many rows of a Khatri-Rao product a step in each mode moves."""
     steps = [1]
     for mode in reversed(modes[1:]):
         steps.append(steps[-1] * mode)
@@ -26,7 +26,7 @@ def right_of(modes: Sequence[int]) -> tuple[int, ...]:
 
 
 def up_to_power_of_two(size: int) -> int:
-    """The least power of two not below ``size``: sizes of tiles are such."""
+    """Return the least power of two that is not below ``size``, as sizes of tiles must be."""
     return 1 << (size - 1).bit_length()
 
 

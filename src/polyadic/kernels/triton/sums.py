@@ -67,7 +67,7 @@ class _Form(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def form_of(heights: tuple[int, ...], width: int) -> _Form:
-    """Grid and constants for matrices of these heights and this width."""
+    """Return the grid and the constants for matrices of these heights and this width."""
     base = (0, *itertools.accumulate(heights))
     columns = min(MOST_COLUMNS, up_to_power_of_two(width))
     return _Form((-(-width // columns), base[-1], 1), (heights, base, width, BLOCK, columns))

@@ -1,0 +1,1 @@
+"""What training says between processes: counted, and by formula."""

@@ -1,0 +1,353 @@
+"""Write what the stored records of the study say: ``training.md`` and the README's first figure.
+
+Nothing is measured here; the same records give the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.pages import between, markdown_rows
+from benchmarks.records import Record
+from benchmarks.study.store import read
+from benchmarks.training.results import Contestant, Score, contestants, title
+
+MARK = "training"
+# What counts as equal, as a fraction, and as the same loss, in nats.
+EQUAL = 0.2
+WITHIN = 0.02
+TASKS = {"language": "Language model", "digits": "Digits"}
+README_LAYER = "cp:o3:r64"
+
+
+def runs_file(device: str, task: str) -> str:
+    """Name of the file that holds the runs of a task."""
+    return f"training-{device}-{task}.jsonl"
+
+
+def steps_file(task: str) -> str:
+    """Name of the file that holds what steps of a task cost."""
+    return f"training-steps-{task}.jsonl"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The stored records of one task on one device.
+
+    Attributes:
+        name: ``"language"`` or ``"digits"``.
+        environment: the record of machine, versions and settings.
+        records: of the runs.
+        contestants: gathered from them, the dense model whose layers are replaced first.
+    """
+
+    name: str
+    environment: Record
+    records: list[Record]
+    contestants: list[Contestant]
+
+    @property
+    def dense(self) -> Contestant:
+        """The model whose layers are replaced."""
+        return self.contestants[0]
+
+    def named(self, contestant: Contestant) -> str:
+        """Title of a contestant; width and blocks where they are not the dense model's."""
+        usual = self.dense.width, self.dense.blocks
+        return title(contestant.layer, contestant.width, contestant.blocks, usual)
+
+    def of(self, layer: str) -> Contestant | None:
+        """The contestant of a layer in a model of the usual size."""
+        usual = self.dense.width, self.dense.blocks
+        return next(
+            (c for c in self.contestants if c.layer == layer and (c.width, c.blocks) == usual), None
+        )
+
+
+def load(results: Path, name: str, device: str = "cpu") -> Task:
+    """A task's stored records.
+
+    Raises:
+        ValueError: it is not stored, or no sweep of its dense model is complete.
+    """
+    path = results / runs_file(device, name)
+    if not path.exists():
+        raise ValueError(f"{path.name} is not stored in {results.name}; run the study first")
+    environment, records = read(path)
+    steps = results / steps_file(name)
+    costs = read(steps)[1] if device == "cpu" and steps.exists() else []
+    found = contestants(records, costs)
+    if not found or found[0].kind != "dense":
+        raise ValueError(f"{path.name} lacks a complete sweep of the dense model; run on")
+    return Task(name, environment, records, found)
+
+
+def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[Path]:
+    """Bring ``docs/training.md`` between its markers, and its figures, up to date.
+
+    Args:
+        results: folder of the records.
+        docs: folder of the page and of ``figures``.
+        readme: a page that gets the summary between such markers.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: records are not stored, or a page lacks its markers.
+        FileNotFoundError: there is no page.
+    """
+    from benchmarks.training.plots import save_figures
+
+    tasks = [load(results, name) for name in TASKS]
+    figures = save_figures(tasks, docs / "figures")
+    page = docs / "training.md"
+    text = between(
+        page.read_text(encoding="utf-8"), MARK, section(tasks, load(results, "language", "cuda"))
+    )
+    page.write_text(text, encoding="utf-8")
+    if readme is None:
+        return [*figures, page]
+    text = between(readme.read_text(encoding="utf-8"), MARK, summary(tasks[0]))
+    readme.write_text(text, encoding="utf-8")
+    return [*figures, page, readme]
+
+
+def section(tasks: Sequence[Task], larger: Task) -> str:
+    """All that stands between the page's markers."""
+    parts = []
+    for task in tasks:
+        parts += [f"## {TASKS[task.name]}", where(task), table(task)]
+        parts.append(
+            f"![Held-out loss over what a contestant costs](figures/training-{task.name}.svg)"
+        )
+        parts += ["### Does the dense recipe hold?", recipe_table(task), recipe_finding(task)]
+        parts += ["### At equal cost", equal_table(task)]
+        parts.append("\n".join(f"- {line}" for line in findings(task)))
+    parts += ["## Larger, on a GPU", where(larger), larger_table(larger)]
+    return "\n\n".join(parts)
+
+
+def where(task: Task) -> str:
+    """Machine, versions, sizes and commits."""
+    env, settings = task.environment, task.environment["settings"]
+    machine = settings["gpu"] or f"{env['cpu']}, one thread"
+    sizes = f"{settings['steps']} steps"
+    if task.name == "language":
+        sizes += (
+            f" of {settings['sequences']}×{settings['length']} bytes, "
+            f"{task.dense.blocks} blocks of width {task.dense.width}"
+        )
+    commits = ", ".join(sorted({str(record["commit"]) for record in task.records}))
+    return (
+        f"{sizes}. {machine}, torch {env['torch']}, Python {env['python']}, "
+        f"{env['date'][:10]}, commit {commits}."
+    )
+
+
+def table(task: Task) -> str:
+    """A row per contestant, what a step costs beside its loss."""
+    head = ["contestant", "block parameters", "step, ms", "MFLOP a step", "state, MB", "best rate",
+            "held-out loss, nats", "behind dense"]  # fmt: skip
+    rows = [head]
+    for found in task.contestants:
+        best, step = found.best, found.step
+        rows.append(
+            [
+                task.named(found),
+                f"{found.block_parameters:,}",
+                "-" if step is None else f"{step['seconds'] * 1e3:.1f}",
+                "-" if step is None else f"{step['flops'] / 1e6:,.0f}",
+                "-" if step is None else f"{step['state_bytes'] / 1e6:.2f}",
+                rate(best),
+                losses(best),
+                "-" if found is task.dense else f"{best.mean - task.dense.best.mean:+.3f}",
+            ]
+        )
+    return markdown_rows(rows, "l" + "r" * (len(head) - 1))
+
+
+def rate(score: Score) -> str:
+    """A learning rate, and whether it is that of ``param_groups``."""
+    return f"{score.lr:g}{', groups' if score.grouped else ''}"
+
+
+def losses(score: Score) -> str:
+    """Mean over the seeds and its spread, or the loss of the only one."""
+    if len(score.losses) == 1:
+        return f"{score.mean:.3f} (one seed)"
+    return f"{score.mean:.3f} ± {score.spread:.3f}"
+
+
+def recipe_rows(task: Task) -> list[tuple[Contestant, Score]]:
+    """The contestants run with param_groups at the dense model's best rate."""
+    lr = task.dense.best.lr
+    return [(c, score) for c in task.contestants if (score := c.recipe(lr)) is not None]
+
+
+def recipe_table(task: Task) -> str:
+    """With param_groups at the dense model's best rate, beside the contestant's own best."""
+    rows = [["contestant", "with param_groups at dense's rate", "its own best", "at rate",
+             "behind its best"]]  # fmt: skip
+    for found, score in recipe_rows(task):
+        best = found.best
+        rows.append([task.named(found), losses(score), losses(best), rate(best),
+                     f"{score.mean - best.mean:.3f}"])  # fmt: skip
+    return markdown_rows(rows, "lrrrr")
+
+
+def recipe_finding(task: Task) -> str:
+    """Whether the dense recipe holds."""
+    rows = [(task.named(c), score.mean - c.best.mean) for c, score in recipe_rows(task)]
+    near = "; ".join(f"{name} ({behind:.3f})" for name, behind in rows if behind <= WITHIN)
+    far = "; ".join(f"{name} ({behind:.3f})" for name, behind in rows if behind > WITHIN)
+    return (
+        f"At {task.dense.best.lr:g}, the dense model's best rate, with `polyadic.param_groups`. "
+        f"Within {WITHIN:g} nats of their own best: {near or 'none'}. Not: {far or 'none'}."
+    )
+
+
+# Costs that contestants can be equal in: how they are named, and read.
+COSTS: dict[str, Callable[[Contestant], float | None]] = {
+    "block parameters": lambda c: c.block_parameters,
+    "step time": lambda c: None if c.step is None else c.step["seconds"],
+    "FLOPs": lambda c: None if c.step is None else c.step["flops"],
+    "state": lambda c: None if c.step is None else c.step["state_bytes"],
+}
+
+
+def equals(task: Task, one: Contestant, cost: str) -> list[Contestant]:
+    """The other contestants whose cost is within a fifth of this one's, the best first."""
+    own = COSTS[cost](one)
+    found = [
+        other
+        for other in task.contestants
+        if other is not one
+        and own is not None
+        and (its := COSTS[cost](other)) is not None
+        and own / (1 + EQUAL) <= its <= own * (1 + EQUAL)
+    ]
+    return sorted(found, key=lambda c: c.best.mean)
+
+
+def equal_table(task: Task) -> str:
+    """Who costs what the CP contestants cost, and by how much its loss differs."""
+    rows = [["of", "equal in", "beside it, and the difference of its loss in nats"]]
+    for one in task.contestants:
+        if one.kind != "cp":
+            continue
+        for cost in COSTS:
+            others = [c for c in equals(task, one, cost) if c.kind != "cp"]
+            if others:
+                listed = "; ".join(
+                    f"{task.named(c)} {c.best.mean - one.best.mean:+.3f}" for c in others
+                )
+                rows.append([f"{task.named(one)} ({one.best.mean:.3f})", cost, listed])
+    return markdown_rows(rows, "lll") if len(rows) > 1 else "No other layer costs as much as CP."
+
+
+def findings(task: Task) -> list[str]:
+    """What the numbers support, whichever way they fall."""
+    dense = task.dense
+    found = []
+    for cost in COSTS:
+        won: list[float] = []
+        lost: list[float] = []
+        for one in task.contestants:
+            if one.kind != "cp":
+                continue
+            for other in equals(task, one, cost):
+                if other.kind != "cp":
+                    behind = other.best.mean - one.best.mean
+                    (won if behind > 0 else lost).append(behind)
+        if won or lost:
+            found.append(
+                f"Of equal {cost} CP is better in {len(won)} of {len(won) + len(lost)} comparisons "
+                f"with other layers (differences of {min(won + lost):+.3f} to "
+                f"{max(won + lost):+.3f} nats)."
+            )
+    cps = [c for c in task.contestants if c.kind == "cp"]
+    if cps:
+        best = min(cps, key=lambda c: c.best.mean)
+        found.append(
+            f"The best CP contestant of all, {task.named(best)}, is "
+            f"{apart(best.best.mean, dense.best.mean)} the dense model, with "
+            f"{times(dense.block_parameters, best.block_parameters)} fewer block parameters"
+            f"{timed(best, dense)}."
+        )
+    return found
+
+
+def apart(loss: float, other: float) -> str:
+    """``0.120 nats behind``, or ahead of."""
+    return f"{abs(loss - other):.3f} nats {'behind' if loss > other else 'ahead of'}"
+
+
+def times(more: float, less: float) -> str:
+    """A ratio to be read before "fewer"."""
+    ratio = more / less
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
+
+
+def timed(one: Contestant, dense: Contestant) -> str:
+    """What a step takes beside the dense model's, where both were timed."""
+    if one.step is None or dense.step is None:
+        return ""
+    return f" at {one.step['seconds'] / dense.step['seconds']:.2f} of its step time"
+
+
+def summary(task: Task) -> str:
+    """The README's: what CP buys from scratch, and where it loses."""
+    dense, one = task.dense, task.of(README_LAYER)
+    if one is None:
+        raise ValueError(f"the records lack {README_LAYER}; run on")
+    lines = [
+        f"Trained from scratch, a byte-level language model with {task.named(one)} in its blocks "
+        f"has {times(dense.block_parameters, one.block_parameters)} fewer parameters there than "
+        f"the dense one{timed(one, dense)}, and ends {apart(one.best.mean, dense.best.mean)} it "
+        f"({one.best.mean:.2f} against {dense.best.mean:.2f})."
+    ]
+    rivals = [c for c in equals(task, one, "block parameters") if c.kind in ("dense", "lowrank")]
+    if rivals:
+        lines.append(
+            "With as few parameters, "
+            + " and ".join(
+                f"{task.named(c)} is {apart(c.best.mean, one.best.mean)} CP" for c in rivals
+            )
+            + "."
+        )
+    cps = [c for c in task.contestants if c.kind == "cp"]
+    best = min(cps, key=lambda c: c.best.mean)
+    reached = best.best.mean <= dense.best.mean + WITHIN
+    lines.append(
+        ("A CP model reaches" if reached else "None of the CP models measured reaches")
+        + f" the dense loss; the best, {task.named(best)}, is "
+        f"{apart(best.best.mean, dense.best.mean)} it{timed(best, dense)}."
+    )
+    seeds = len(dense.best.losses)
+    lines.append(
+        f"{'One seed' if seeds == 1 else f'{seeds} seeds'}, each contestant with its "
+        "own best learning rate: [docs/training.md](docs/training.md)."
+    )
+    picture = "![Held-out loss over parameters and step time](docs/figures/training-readme.svg)"
+    return " ".join(lines) + "\n\n" + picture
+
+
+def larger_table(task: Task) -> str:
+    """The sweeps without groups of a larger model."""
+    rows = [["contestant", "block parameters", "best rate", "held-out loss, nats", "behind dense"]]
+    plain = [(c, min(by_rate, key=lambda s: s.mean)) for c in task.contestants
+             if (by_rate := [s for s in c.scores if not s.grouped])]  # fmt: skip
+    for found, best in plain:
+        rows.append(
+            [
+                task.named(found),
+                f"{found.block_parameters:,}",
+                rate(best),
+                losses(best),
+                "-" if found is task.dense else f"{best.mean - task.dense.best.mean:+.3f}",
+            ]
+        )
+    return markdown_rows(rows, "lrrrr")
