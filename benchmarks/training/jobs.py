@@ -13,7 +13,7 @@ SEEDS = (0, 1, 2)
 DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LOW_RANK_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FACTOR_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
-CONTINUED = 2
+CONTINUED = 4
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ def language_entries(width: int, blocks: int) -> list[Entry]:
         Entry("lowrank:r5", width, blocks, LOW_RANK_RATES),
         Entry("lowrank:r64", width, blocks, LOW_RANK_RATES),
         Entry("dense", width // 4, blocks, LOW_RANK_RATES),
+        Entry("dense", width // 2, blocks, LOW_RANK_RATES),
         Entry("cp:o3:r64", width, blocks, FACTOR_RATES),
         Entry("cp:o2:r64", width, blocks, FACTOR_RATES),
         Entry("cp:o3:r256", width, blocks, DENSE_RATES, groups=True),
         # Of about the dense model's step time.
         Entry("cp:o3:r64", wide, blocks, DENSE_RATES, groups=True),
         Entry("cp:o1:r64", width, blocks, DENSE_RATES, groups=True),
-        Entry("dense", width // 2, blocks, LOW_RANK_RATES),
         Entry("paired:o2:r5", width, blocks, FACTOR_RATES),
         Entry("monarch:b32", width, blocks, FACTOR_RATES),
         Entry("tltorch-cp:o3:r64", width, blocks, FACTOR_RATES),

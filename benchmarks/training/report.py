@@ -5,6 +5,7 @@ Nothing is measured here; the same records give the same text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
 from benchmarks.study.store import read
+from benchmarks.training.layers import parsed
 from benchmarks.training.results import Contestant, Score, contestants, title
 
 MARK = "training"
@@ -127,6 +129,11 @@ def section(tasks: Sequence[Task], larger: Task) -> str:
         parts += ["### At equal cost", equal_table(task)]
         parts.append("\n".join(f"- {line}" for line in findings(task)))
     parts += ["## Larger, on a GPU", where(larger), larger_table(larger)]
+    parts += [
+        "With `polyadic.param_groups`, in rates of today: these runs were made when its rates were "
+        "divided by √K.",
+        larger_recipe_table(larger),
+    ]
     return "\n\n".join(parts)
 
 
@@ -268,6 +275,11 @@ def findings(task: Task) -> list[str]:
                 f"with other layers (differences of {min(won + lost):+.3f} to "
                 f"{max(won + lost):+.3f} nats)."
             )
+    found += [
+        f"By {cost}, nothing cheaper has a smaller loss than: {'; '.join(names)}."
+        for cost in COSTS
+        if (names := [task.named(c) for c in front(task, cost)])
+    ]
     cps = [c for c in task.contestants if c.kind == "cp"]
     if cps:
         best = min(cps, key=lambda c: c.best.mean)
@@ -277,6 +289,16 @@ def findings(task: Task) -> list[str]:
             f"{times(dense.block_parameters, best.block_parameters)} fewer block parameters"
             f"{timed(best, dense)}."
         )
+    return found
+
+
+def front(task: Task, cost: str) -> list[Contestant]:
+    """Those that no contestant of less cost beats, the cheapest first."""
+    priced = [(its, c) for c in task.contestants if (its := COSTS[cost](c)) is not None]
+    found: list[Contestant] = []
+    for _, contestant in sorted(priced, key=lambda pair: (pair[0], pair[1].best.mean)):
+        if not found or contestant.best.mean < found[-1].best.mean:
+            found.append(contestant)
     return found
 
 
@@ -314,9 +336,23 @@ def summary(task: Task) -> str:
         lines.append(
             "With as few parameters, "
             + " and ".join(
-                f"{task.named(c)} is {apart(c.best.mean, one.best.mean)} CP" for c in rivals
+                f"{task.named(c)} is {apart(c.best.mean, one.best.mean)} CP{timed(c, one)}"
+                for c in rivals
             )
             + "."
+        )
+    quick = [
+        c
+        for c in task.contestants
+        if c.kind != "cp" and c is not dense and c.step and one.step
+        and c.step["seconds"] <= one.step["seconds"]
+    ]  # fmt: skip
+    if quick:
+        other = min(quick, key=lambda c: c.best.mean)
+        lines.append(
+            f"Of what is no slower, {task.named(other)} is "
+            f"{apart(other.best.mean, one.best.mean)} CP, with "
+            f"{other.block_parameters / one.block_parameters:.1f} times its parameters."
         )
     cps = [c for c in task.contestants if c.kind == "cp"]
     best = min(cps, key=lambda c: c.best.mean)
@@ -351,3 +387,25 @@ def larger_table(task: Task) -> str:
             ]
         )
     return markdown_rows(rows, "lrrrr")
+
+
+def larger_recipe_table(task: Task) -> str:
+    """Runs with groups of the rule that divided by √K, by the rates that give the same today."""
+    dense = task.dense.best
+    rows = [["contestant", "held-out loss at rate", "of these nearest to dense's best rate",
+             "behind its own best"]]  # fmt: skip
+    for found in task.contestants:
+        if not any(score.grouped for score in found.scores):
+            continue
+        factors = 2 * parsed(found.layer)[1]["o"]
+        today = {lr / math.sqrt(factors): by_seed[0] for lr, by_seed in found.grouped.items()}
+        nearest = min(today, key=lambda lr: abs(math.log(lr / dense.lr)))
+        rows.append(
+            [
+                task.named(found),
+                "; ".join(f"{loss:.3f} at {lr:.2g}" for lr, loss in today.items()),
+                f"{nearest:.2g}",
+                f"{today[nearest] - found.best.mean:.3f}",
+            ]
+        )
+    return markdown_rows(rows, "llrr")

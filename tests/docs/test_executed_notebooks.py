@@ -43,3 +43,10 @@ def test_every_notebook_is_on_the_site() -> None:
     site = (Path(__file__).parents[2] / "mkdocs.yml").read_text()
     assert NOTEBOOKS
     assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name}" not in site] == []
+
+
+def test_formulas_need_no_renderer() -> None:
+    """The site is read offline, where nothing turns LaTeX into formulas."""
+    for path in NOTEBOOKS:
+        words = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+        assert "$" not in "".join(words), path.name

@@ -22,7 +22,7 @@ def test_an_index_shows_no_link_into_the_repository() -> None:
     assert re.search(r"\]\((?!\w+://)", text)
     without = for_an_index(text)
     assert not re.search(r"\]\((?!\w+://)", without)
-    assert "a tour" in without
+    assert "A tour" in without
     assert for_an_index("[a](b.md) ![c](d.png) [e](https://doi.org/f)", "https://doi.org/x/") == (
         "[a](https://doi.org/x/blob/main/b.md) ![c](https://doi.org/x/raw/main/d.png) "
         "[e](https://doi.org/f)"
@@ -51,3 +51,9 @@ def test_workflow_and_templates_are_yaml() -> None:
     assert len(files) >= 4
     for path in files:
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path.name
+
+
+def test_the_torch_of_the_tests_is_named_on_the_page() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    (pinned,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert re.search(rf"^\| {re.escape(pinned)} \| the whole suite", page, re.MULTILINE)
