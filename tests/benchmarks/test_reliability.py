@@ -75,10 +75,10 @@ def test_many_hostile_calls(kind: str) -> None:
         (lambda: CPLinear(4, 4, rank=2, dtype="float32"), "dtype must be floating point"),
         (lambda: CPLinear(4, 4, rank=2, dtype=0), "dtype must be floating point"),
         (lambda: CPLinear(torch.ones(2), 4, rank=2), "must be a positive int"),
-        (lambda: CPLinear(4, 4, rank=2, order=2**31), "order must be at most 64"),
-        (lambda: CPLinear(2**61 - 1, 4, rank=2), "at most 2\\*\\*40"),
+        (lambda: CPLinear(4, 4, rank=2, order=2**31), "order must be a positive int of at most 64"),
+        (lambda: CPLinear(2**61 - 1, 4, rank=2), "in_features must be a positive int of at most"),
         (lambda: CPLinear(4, 4, rank=2**62, order=1), "is too large|at most"),
-        (lambda: CPLinear(4, 4, rank=2)(torch.eye(4).to_sparse()), "must be dense"),
+        (lambda: CPLinear(4, 4, rank=2)(torch.eye(4).to_sparse()), "must be a dense tensor"),
         (
             lambda: CPConv2d(4, 4, 3, rank=2, padding=2)(torch.ones(1, 4, 0, 8)),
             "must not be empty in a spatial dimension",

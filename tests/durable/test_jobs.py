@@ -124,7 +124,7 @@ OTHER = [
     ({"batches": [x + 1 for x in jobs.rows().split(8)]}, "of other batches"),
     ({"optimizer": torch.optim.SGD}, "optimizer='Adam'"),
     ({"optimizer": functools.partial(torch.optim.Adam, eps=1e-3)}, "optimizer"),
-    ({"lr": 0.5}, "lr=0.001, this one has 0.5"),
+    ({"lr": 0.5}, ", this one has 0.5"),
     ({"seed": 5}, "seed=0, this one has 5"),
 ]
 
