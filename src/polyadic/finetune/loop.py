@@ -259,12 +259,12 @@ class Loop:
 
 
 def _options(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Name an optimizer's class and its options as they are at the start."""
+    """Name an optimizer's class and its options at the start; rates are stored, not compared."""
     found = {"optimizer class": type(optimizer).__qualname__}
     for number, group in enumerate(optimizer.param_groups):
         of = f" of group {number}" if number else ""
         for name, value in group.items():
-            if name != "params":
+            if name not in ("params", "lr"):
                 found[f"optimizer's {name}{of}"] = identity.in_words(value)
     return found
 
