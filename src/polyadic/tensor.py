@@ -15,7 +15,6 @@ from polyadic._torch import whole
 from polyadic.formats import is_int, positive_int, split_modes, tensorized_groups
 from polyadic.init import Factors, cp_orthonormal_
 from polyadic.interop.exchange import Exchanged, owned
-from polyadic.kernels.backend import is_computed
 from polyadic.kernels.multilinear import accumulate_dtype, khatri_rao
 
 Parts = tuple[tuple[tuple[Tensor, ...], ...], Tensor | None]
@@ -100,9 +99,7 @@ class CPTensor(Exchanged):
         self._pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
         self._names = tuple(map(str, range(ends[-1])))
         self.rank = positive_int(rank, "rank")
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not is_computed(dtype):
-            raise TypeError(f"dtype must be floating point, complex64 or complex128, got {dtype!r}")
+        dtype = torch.get_default_dtype() if dtype is None else checks.check_dtype(dtype)
         check_fits_memory(max(map(max, self.tensorized_shape)), self.rank)
         self.factors = Factors(
             (
