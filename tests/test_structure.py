@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 460
 # What only some users have, or takes long to import.
 HEAVY = ["tltorch", "tensorly", "matplotlib", "sklearn", "typer", "rich", "triton", "pandas",
-         "transformers", "neuralop"]  # fmt: skip
+         "transformers", "peft", "neuralop"]  # fmt: skip
 COMPILER = ["torch._dynamo", "torch._inductor"]
 
 

@@ -36,7 +36,9 @@ def verify(
         int | None, typer.Option(help="Modes on each side, 3 (linear) or 2 (conv).")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Rows, 32 (linear) or 1 (conv).")] = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
+    dtype: Annotated[
+        str, typer.Option(help="float64, float32, bfloat16, complex128 or complex64.")
+    ] = "float64",
     seed: Annotated[int, typer.Option(help="Of the random numbers.", min=0)] = 0,
     weights: Annotated[bool, typer.Option("--weights", help="Weigh the components.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,

@@ -75,6 +75,24 @@ def test_a_ratio_is_met_by_the_model_itself(ratio: float, calibration: Any) -> N
     assert report.model_parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_complex_model(calibrated: bool) -> None:
+    """Both parts of weights and outputs count."""
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 20, dtype=torch.complex64)
+    with torch.no_grad():
+        left, right = (torch.randn(n, 3, dtype=torch.complex64) for n in (20, 24))
+        layer.weight.copy_(left @ right.t())
+    x = torch.randn(60, 24, dtype=torch.complex64)
+    small, _ = polyadic.compress(
+        nn.Sequential(layer), max_error=1e-3, calibration=[x] if calibrated else None, orders=(1,)
+    )
+    assert small[0].cp.factors[0].dtype == torch.complex64
+    assert small[0].rank == 3
+    with torch.no_grad():
+        assert float((small(x) - layer(x)).norm() / layer(x).norm()) < 1e-3
+
+
 def test_the_model_given_is_left_alone_and_the_copy_has_cp_layers() -> None:
     model = mlp()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -117,7 +117,7 @@ def test_readme_has_no_typed_measurements() -> None:
 
 MODULES = ["polyadic", "polyadic.nn", "polyadic.functional", "polyadic.reference",
            "polyadic.init", "polyadic.testing", "polyadic.finetune",
-           "polyadic.distributed"]  # fmt: skip
+           "polyadic.adapters", "polyadic.distributed"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -197,7 +197,8 @@ def resolves(dotted: str) -> bool:
     if head == "polyadic":
         value: Any = polyadic
     else:
-        value = getattr(polyadic, head, None) or getattr(polyadic.nn, head, None)
+        places = polyadic, polyadic.nn, importlib.import_module("polyadic.adapters")
+        value = next((getattr(m, head) for m in places if hasattr(m, head)), None)
     for i, name in enumerate(rest):
         if not hasattr(value, name) and isinstance(value, type(polyadic)):
             try:

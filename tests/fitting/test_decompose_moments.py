@@ -53,6 +53,19 @@ def test_convolution_moment_gives_the_mean_squared_output(
     assert mean_square(layer.weight.flatten(1).detach(), sigma) == pytest.approx(expected, rel=1e-5)
 
 
+def test_complex_inputs() -> None:
+    """Of complex rows X it is XᴴX, with which the fit's error is that of the outputs."""
+    layers = nn.Linear(6, 4, dtype=torch.complex64), nn.Conv1d(2, 3, 3, dtype=torch.complex64)
+    for layer, shape in zip(layers, ((5, 6), (4, 2, 7)), strict=True):
+        x = torch.randn(shape, dtype=torch.complex64)
+        sigma = second_moments(nn.Sequential(layer), [x], ["0"])["0"]
+        weight = layer.weight.detach().flatten(1)
+        y = (layer(x) - layer.bias.view(-1, *[1] * (x.dim() - 2))).detach()
+        expected = y.abs().square().sum(-1 if x.dim() == 2 else 1).mean()
+        found = torch.einsum("nm,mk,nk->", weight.conj(), sigma, weight).real
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_groups_and_transposed_convolutions() -> None:
     layer, x = nn.Conv2d(6, 4, 3, groups=2, padding=1, bias=False), torch.randn(2, 6, 5, 4)
     found = second_moments(nn.Sequential(layer), [x], ["0"])["0"]

@@ -48,7 +48,8 @@ class Shared:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            exact = torch.promote_types(dtype, torch.float64)
+            drawn = torch.randn(*shape, generator=generator, dtype=exact)
             return drawn.to(dtype).requires_grad_()
 
         features = 1
@@ -124,8 +125,9 @@ def as_function(leaves: list[Any], call: Callable[..., Any]) -> Callable[..., An
 
 
 @each
-def test_values_and_gradients(row: Shared) -> None:
-    leaves = row.leaves()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+def test_values_and_gradients(row: Shared, dtype: torch.dtype) -> None:
+    leaves = row.leaves(dtype)
     got, want = shared(*leaves), dense(*leaves)
     grads = [torch.randn_like(y) for y in want]
     for i, (g, w) in enumerate(zip(got, want, strict=True)):

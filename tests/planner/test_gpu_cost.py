@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polyadic
 from polyadic import ConvPlan, ConvRoute, LinearFormat, LinearPlan, LinearRoute, functional
-from polyadic.kernels import pairs
+from polyadic.kernels import backend, pairs
 from polyadic.kernels.linear import LinearMap
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
 from polyadic.planner import choice, linear
@@ -88,6 +88,14 @@ def test_what_is_predicted_for_a_gpu_does_not_depend_on_the_host(
     monkeypatch.setattr("platform.processor", lambda: "another")
     monkeypatch.setattr("polyadic.kernels.cpu.in_onednn", lambda dtype: False)
     assert reports() == before
+
+
+@pytest.mark.parametrize("kind", backend.KINDS)
+def test_the_librarys_kernels_are_not_taken_for_complex_numbers(kind: str) -> None:
+    for dtype in (torch.complex64, torch.complex128):
+        assert "not in torch.complex" in str(backend.never(kind, "cuda", dtype))
+    assert backend.never(kind, "cuda", torch.float32) is None
+    assert torch.complex64 not in backend.DTYPES
 
 
 def test_plans_that_write_large_maps_lose_on_a_gpu() -> None:

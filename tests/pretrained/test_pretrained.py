@@ -183,15 +183,29 @@ LAYERS: list[Any] = [
 NOT_SAVED = {"device", "dtype", "order", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"}
 
 
-# A module around layers, which are saved by themselves.
-AROUND = {"CPSharedInput"}
+# What a skeleton holds already: a module around layers, which are saved by themselves, and the
+# layers that stand in for none of torch's.
+IN_SKELETONS = {"CPSharedInput", "CPSpectralConv1d", "CPSpectralConv2d", "CPSpectralConv3d"}
 
 
-@pytest.mark.parametrize("name", sorted(set(polyadic.nn.__all__) - {"CPTiedLinear"} - AROUND))
+@pytest.mark.parametrize("name", sorted(set(polyadic.nn.__all__) - {"CPTiedLinear"} - IN_SKELETONS))
 def test_every_argument_of_every_layer_is_saved(name: str) -> None:
     arguments = set(inspect.signature(getattr(polyadic.nn, name)).parameters)
     assert set(BY_NAME[name].arguments) == arguments - NOT_SAVED
-    assert set(BY_NAME) == set(polyadic.nn.__all__) - AROUND
+    assert set(BY_NAME) == set(polyadic.nn.__all__) - IN_SKELETONS
+
+
+def test_a_spectral_layer_of_the_skeleton_gets_its_values(tmp_path: Path) -> None:
+    def made() -> Any:
+        spectral = polyadic.nn.CPSpectralConv1d(4, 4, 4, rank=2)
+        return nn.ModuleList([spectral, polyadic.nn.CPLinear(4, 4, rank=2)])
+
+    torch.manual_seed(0)
+    model, skeleton = made(), made()
+    polyadic.save_pretrained(model, tmp_path)
+    polyadic.from_pretrained(tmp_path, skeleton)
+    x = torch.randn(2, 4, 16)
+    assert torch.equal(skeleton[0](x), model[0](x))
 
 
 def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_notebooks_checks_agree() -> None:
     assert implementations(conv) == dict.fromkeys(every, CONV_QUANTITIES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", verify.DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "arguments",
@@ -71,7 +71,7 @@ def test_linear_problems_agree(arguments: Any, dtype: torch.dtype, seed: int) ->
     assert [check for check in result.checks if not check.ok] == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", verify.DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "arguments",

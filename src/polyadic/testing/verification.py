@@ -4,7 +4,8 @@
     result = verify(problem)                        each quantity, implementation by implementation
 
 The yardstick is the dense weight, applied by PyTorch and differentiated by autograd, in float64 on
-exactly the numbers the implementations get. In float64 an error may be 1e-10. In a lower precision
+exactly the numbers the implementations get; of complex ones in complex128. There an error may be
+1e-10. In a lower precision
 it may be twice the error of that same dense computation carried out in the lower precision, plus a
 rounding for each factor: where few numbers are summed, or they cancel, PyTorch may be exact by
 chance. A quantity is a sum of products, and independent roundings of its terms t add up to about
@@ -41,8 +42,8 @@ from polyadic.tensor import CPTensor
 __all__ = ["Check", "Problem", "Result", "conv_problem", "linear_problem", "verify"]
 
 GROUPS = {2: ("in", "out"), 3: ("out", "in", "kernel")}
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-FLOAT64_TOLERANCE = 1e-10
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.complex128, torch.complex64)
+EXACT_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,12 @@ def linear_problem(
         rank: R.
         order: modes in each group.
         batch: rows of x; may be 0.
-        dtype: float64, float32 or bfloat16.
+        dtype: float64, float32, bfloat16, complex128 or complex64.
         seed: seed of the random numbers.
         weights: whether the components get weights of their own.
 
     Raises:
-        ValueError: a size is out of range, or the dtype is none of the three.
+        ValueError: a size is out of range, or the dtype is none of these.
     """
     shape = tensorize(in_features, out_features, order)
     return _draw(shape, rank, (batch, in_features), (batch, out_features), dtype, seed, weights)
@@ -195,12 +196,12 @@ def conv_problem(
         rank: R.
         order: modes in the out group, and in the in group.
         batch: images in x; may be 0.
-        dtype: float64, float32 or bfloat16.
+        dtype: float64, float32, bfloat16, complex128 or complex64.
         seed: seed of the random numbers.
         weights: whether the components get weights of their own.
 
     Raises:
-        ValueError: a size is out of range, or the dtype is none of the three.
+        ValueError: a size is out of range, or the dtype is none of these.
     """
     kernel_size, size = _two_ints(kernel_size, "kernel_size"), _two_ints(size, "size")
     shape = (*tensorize(out_channels, in_channels, order), kernel_size)
@@ -209,12 +210,18 @@ def conv_problem(
 
 
 def verify(problem: Problem) -> Result:
-    """Compare every quantity of every implementation with dense autograd in float64."""
+    """Compare every quantity of every implementation with dense autograd in float64.
+
+    Raises:
+        TypeError: ``problem`` is not a problem that ``problem`` of this package has made.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
     dtype = problem.x.dtype
-    exact = _run(_dense, problem.map(Tensor.double))
-    tolerance = dict.fromkeys(exact, FLOAT64_TOLERANCE)
+    exact = _run(_dense, problem.map(_wide))
+    tolerance = dict.fromkeys(exact, EXACT_TOLERANCE)
     torch_error: dict[str, float] = {}
-    if dtype != torch.float64:
+    if dtype not in (torch.float64, torch.complex128):
         own = _run(_dense, problem)
         torch_error = {name: relative_error(own[name], exact[name]) for name in exact}
         rounding = _rounding(problem, exact)
@@ -253,7 +260,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """
     if got.shape != want.shape:
         return math.inf
-    return _largest(got.double() - want.double()) / (_largest(want) or 1.0)
+    return _largest(_wide(got) - _wide(want)) / (_largest(want) or 1.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, of complex numbers in complex128."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def _rounding(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
@@ -262,7 +274,7 @@ def _rounding(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
     A factor's step rounds its results to the dtype, and its sums, which are float32 at least, a
     few times more.
     """
-    squares = _run(_dense, problem.map(lambda t: t.double().square()))
+    squares = _run(_dense, problem.map(lambda t: _wide(t).abs().square()))
     eps = torch.finfo(problem.x.dtype).eps + 4 * torch.finfo(torch.float32).eps
     rounding = problem.tensor.order * eps
     return {
@@ -404,8 +416,8 @@ def _draw(
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
-        return drawn.to(dtype)
+        exact = torch.promote_types(dtype, torch.float64)
+        return torch.randn(size, generator=generator, dtype=exact, device="cpu").to(dtype)
 
     shape = tuple(shape)
     tensor = CPTensor.from_factors(

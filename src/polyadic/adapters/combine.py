@@ -1,0 +1,152 @@
+"""The weighted sum of adapters, as one adapter whose components are theirs side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyadic.adapters.config import CPConfig, exact_pattern
+from polyadic.adapters.layer import AdaptedLayer
+from polyadic.formats import Shape
+from polyadic.tensor import CPTensor
+
+# Factors in the order of a CPTensor, and λ where layers share them.
+Values = tuple[list[Tensor], Tensor | None]
+Key = tuple[type[AdaptedLayer], tuple[Shape, ...]]
+
+
+@torch.no_grad()
+def combined(
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str
+) -> tuple[CPConfig, dict[str, Values]]:
+    """The configuration of Σ w_i ΔW_i and the values of its factors by the name of a layer.
+
+    Where every adapter shares its factors over layers, with one tensor for each kind and shape, so
+    does the sum: its factors are theirs, and λ of a layer that one of them leaves out has zeros in
+    its place. Otherwise each layer gets factors of its own.
+
+    Args:
+        tuner: the ``CPModel``.
+        adapters: names.
+        weights: w_i, one for each.
+        name: of the sum.
+
+    Raises:
+        ValueError: see ``CPModel.add_weighted_adapter``.
+    """
+    _check(tuner, adapters, weights, name)
+    layers = {
+        key: module for key, module in tuner.model.named_modules()
+        if isinstance(module, AdaptedLayer) and any(a in module.polyadic_cp for a in adapters)
+    }  # fmt: skip
+    modes = {key: _modes(layer, adapters, key) for key, layer in layers.items()}
+    shared = _shared(tuner, layers.values(), adapters)
+    values = {
+        key: _own(layer, adapters, weights) if shared is None
+        else _of_shared(layer, shared[type(layer), modes[key]], adapters, weights)
+        for key, layer in layers.items()
+    }  # fmt: skip
+    ranks = {exact_pattern(key): factors[0].shape[1] for key, (factors, _) in values.items()}
+    config: CPConfig = replace(
+        tuner.peft_config[adapters[0]],
+        r=max(ranks.values()),
+        share="none" if shared is None else "layers",
+        target_modules=names_pattern(layers),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),
+        in_shape_pattern={exact_pattern(k): _side(layers[k], modes[k], "in") for k in layers},
+        out_shape_pattern={exact_pattern(k): _side(layers[k], modes[k], "out") for k in layers},
+        init_weights=True,
+    )
+    return config, values
+
+
+def names_pattern(names: Iterable[str]) -> str:
+    """A regular expression that matches these names of modules and no other."""
+    return "|".join(map(re.escape, names))
+
+
+def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
+    if name in tuner.peft_config:
+        raise ValueError(f"there is an adapter {name!r} already; delete it or choose another name")
+    if not adapters or len(weights) != len(adapters):
+        raise ValueError(
+            f"give one weight for each adapter, got {len(weights)} for {len(adapters)} adapters"
+        )
+    for adapter in adapters:
+        if adapter not in tuner.peft_config:
+            raise ValueError(f"Adapter {adapter} does not exist")
+        config = tuner.peft_config[adapter]
+        for option, off in (("modules_to_save", None), ("bias", "none")):
+            if getattr(config, option) != off:
+                raise ValueError(
+                    f"adapters with {option} cannot be added up, as whole modules or biases have "
+                    f"no sum of components; {adapter!r} has {option}={getattr(config, option)!r}"
+                )
+
+
+def _modes(layer: AdaptedLayer, adapters: Sequence[str], name: str) -> tuple[Shape, ...]:
+    found = {layer.cp(a).tensorized_shape for a in adapters if a in layer.polyadic_cp}
+    if len(found) > 1:
+        raise ValueError(
+            f"adapters can be added up where their factors have the same modes, but those of "
+            f"{name} have {' and '.join(map(str, sorted(found)))}"
+        )
+    (modes,) = found
+    return tuple(modes)
+
+
+def _side(layer: AdaptedLayer, modes: tuple[Shape, ...], side: str) -> list[int]:
+    return list(modes[layer.in_groups[0] if side == "in" else layer.out_group])
+
+
+def _shared(
+    tuner: Any, layers: Iterable[AdaptedLayer], adapters: Sequence[str]
+) -> dict[Key, dict[str, CPTensor]] | None:
+    """The shared factors of each kind and shape by adapter; None where they are not all shared."""
+    if any(tuner.peft_config[adapter].share != "layers" for adapter in adapters):
+        return None
+    found: dict[Key, dict[str, CPTensor]] = {}
+    for layer in layers:
+        for adapter in adapters:
+            if adapter in layer.polyadic_cp:
+                cp = layer.cp(adapter)
+                tensors = found.setdefault((type(layer), cp.tensorized_shape), {})
+                if tensors.setdefault(adapter, cp) is not cp:
+                    return None
+    return found
+
+
+def _own(layer: AdaptedLayer, adapters: Sequence[str], weights: Sequence[float]) -> Values:
+    parts = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter in layer.polyadic_cp:
+            groups, rows = layer.parts(adapter)
+            first, *rest = [factor for group in groups for factor in group]
+            parts.append([first * weight if rows is None else first * rows * weight, *rest])
+    return [torch.cat(factors, 1) for factors in zip(*parts, strict=True)], None
+
+
+def _of_shared(
+    layer: AdaptedLayer,
+    tensors: dict[str, CPTensor],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+) -> Values:
+    every, rows = [], []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        cp = tensors.get(adapter)
+        if cp is None:
+            continue
+        every.append(list(cp.factors))
+        own = layer.parts(adapter)[1] if adapter in layer.polyadic_cp else None
+        rows.append(cp.factors[0].new_zeros(cp.rank) if own is None else own * weight)
+    return [torch.cat(factors, 1) for factors in zip(*every, strict=True)], torch.cat(rows)
