@@ -1,1 +1,1 @@
-"""What training says between processes: counted, and by formula."""
+"""Volumes of communication in a step of training: counted, and by formula."""

@@ -10,11 +10,14 @@ import contextlib
 import copy
 import os
 import socket
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -256,6 +259,7 @@ def pipelined(layer: Layer, rank: int) -> None:
             assert_close(out.detach(), y.detach(), "y")
 
 
+A_MODEL = "a model"
 SHARDED = "RankParallel (DTensor, factors sharded over components)"
 FEATURES = "FeatureParallel"
 CHECKS: dict[str, Callable[[Layer, int], None]] = {
@@ -272,7 +276,15 @@ CHECKS: dict[str, Callable[[Layer, int], None]] = {
 }
 
 
-def _process(rank: int, size: int, port: int, found: Any, checks: Mapping[str, Any]) -> None:
+def _process(
+    rank: int,
+    size: int,
+    port: int,
+    found: Any,
+    checks: Mapping[str, Any],
+    models: Mapping[str, Any],
+    folder: Path,
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -286,22 +298,36 @@ def _process(rank: int, size: int, port: int, found: Any, checks: Mapping[str, A
                 outcome = traceback.format_exc()
             found[name, feature, rank] = outcome
             dist.barrier()
+    for name, check in models.items():
+        try:
+            check(rank, folder)
+            outcome = ""
+        except Exception:
+            outcome = traceback.format_exc()
+        found[A_MODEL, name, rank] = outcome
+        dist.barrier()
     dist.destroy_process_group()
 
 
 def outcomes(
-    processes: int = 2, checks: Mapping[str, Callable[[Layer, int], None]] = CHECKS
+    processes: int = 2,
+    checks: Mapping[str, Callable[[Layer, int], None]] = CHECKS,
+    models: Mapping[str, Callable[[int, Path], None]] = MappingProxyType({}),
 ) -> dict[tuple[str, str], str]:
-    """By layer and feature what went wrong in a process; empty where nothing did."""
+    """By layer and feature what went wrong in a process; empty where nothing did.
+
+    Checks of models have the name of no layer.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with mp.Manager() as manager:
+    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         found = manager.dict()
-        mp.spawn(_process, (processes, port, found, checks), nprocs=processes)
+        arguments = (processes, port, found, checks, models, Path(folder))
+        mp.spawn(_process, arguments, nprocs=processes)
         every = dict(found)
+    cells = [(layer, feature) for feature in checks for layer in LAYERS]
     return {
-        (layer, feature): "".join(every[layer, feature, rank] for rank in range(processes))
-        for feature in checks
-        for layer in LAYERS
+        cell: "".join(every[(*cell, rank)] for rank in range(processes))
+        for cell in [*cells, *((A_MODEL, name) for name in models)]
     }

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import distributed_models
 import matrix
 import matrix_distributed
 import pytest
@@ -47,10 +48,26 @@ def test_cell(layer: str, feature: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes() -> None:
-    outcomes = matrix_distributed.outcomes()
-    assert len(outcomes) == len(LAYERS) * len(matrix_distributed.CHECKS)
+    """Layers in every way in which torch spreads modules, and models of several layers."""
+    models = distributed_models.CHECKS
+    outcomes = matrix_distributed.outcomes(models=models)
+    assert len(outcomes) == len(LAYERS) * len(matrix_distributed.CHECKS) + len(models)
     for (layer, feature), error in outcomes.items():
+        if layer == matrix_distributed.A_MODEL:
+            assert not error, feature
+            continue
         assert matrix.outcome(layer, feature, error) == claimed(layer, feature)
+
+
+@pytest.mark.long
+def test_four_processes() -> None:
+    """Meshes of two by two, four shares of a rank, and compiled code."""
+    models = distributed_models.CHECKS | distributed_models.LONG
+    for (layer, feature), error in matrix_distributed.outcomes(4, models=models).items():
+        if layer == matrix_distributed.A_MODEL:
+            assert not error, feature
+        else:
+            assert matrix.outcome(layer, feature, error) == claimed(layer, feature)
 
 
 def test_the_page_shows_the_table() -> None:
@@ -215,6 +232,8 @@ SPOILT = {
     "layer.weight can be read, differentiably": detached_weight,
     "layer.weight tells shape and dtype without being built": plain_weight,
     "writing to layer.weight is refused": plain_weight,
+    "layer.weight in torch.compile and torch.export: read, writing refused": plain_weight,
+    "layer.weight in torch.func: read, writing refused": plain_weight,
     "fuse_conv_bn_eval is refused": silent_fusion,
     "PEFT: LoRA over it, merging refused": plain_weight,
     "accelerate.cpu_offload": uncalled,

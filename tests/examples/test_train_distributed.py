@@ -1,0 +1,55 @@
+"""The example of several processes, by torchrun: a worker is killed, and training goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
+
+
+def run(*options: str) -> str:
+    """What two workers print, who may be started anew once."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "1", str(EXAMPLE), *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_GLOO_LAZY_INIT": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def right(printed: str) -> float:
+    found = re.search(r"([\d.]+)% right", printed)
+    assert found, printed
+    return float(found.group(1))
+
+
+@pytest.mark.slow
+def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
+    options = ["--layout", "sharded", "--rank-processes", "2", "--folder", str(tmp_path)]
+    printed = run(*options, "--kill-at", "34")
+    assert "goes on after step 30" in printed
+    assert right(printed) > 85
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000050", "step-000060"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["data", "sharded"])
+@pytest.mark.parametrize("rank_processes", ["1", "2"])
+def test_it_ends_as_if_nothing_had_happened(
+    layout: str, rank_processes: str, tmp_path: Path
+) -> None:
+    """Bit for bit: what is printed in the end holds all digits of a sum of all outputs."""
+    options = ["--layout", layout, "--rank-processes", rank_processes]
+    killed = run(*options, "--folder", str(tmp_path), "--kill-at", "47")
+    assert "goes on after step 40" in killed
+    assert killed.splitlines()[-1] == run(*options).splitlines()[-1]
