@@ -44,7 +44,7 @@ def test_to_tensor_and_to_matrix(case: Case) -> None:
 @over(lambda case: len(case.leaves().factors) == len(case.modes))
 def test_to_matrix_is_differentiable(case: Case) -> None:
     cp, leaves = tensor(case), case.leaves().map(Tensor.requires_grad_)
-    grad = torch.randn(*cp.shape, dtype=torch.float64)
+    grad = torch.randn(*cp.shape, dtype=case.exact)
     cp.to_matrix().backward(grad)
     matrix = case.matrix(leaves).reshape(cp.shape)
     named = {name: leaf for name, leaf in leaves.named().items() if name not in ("x", "bias")}

@@ -1,7 +1,7 @@
 """Every private word of torch that this library uses, and what else it asks about torch's state.
 
 No other module names anything of torch's that begins with an underscore; a test holds that. All of
-these words were seen to exist and to mean the same in torch 2.11 to 2.13. Questions that code asks
+these words were seen to exist and to mean the same in torch 2.11 to 2.14. Questions that code asks
 while a compiler traces it are put in words that the compilers of those versions understand.
 """
 
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function, forward_ad, profiler
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -36,6 +37,11 @@ def not_traced(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def keep_whole(function: Callable[..., Any]) -> None:
+    """Have compilers put calls of a function into their graphs as they are; imports a compiler."""
+    torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
 @not_traced
@@ -70,6 +76,18 @@ any_autocast = torch._C._is_any_autocast_enabled
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """The tensor inside all wrappers that transforms of torch.func have put around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def shares_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that are no wrappers lie in the same memory, even of no entries."""
+    return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
 def in_transform() -> bool:
     """Whether a transform of torch.func is active, or a level of forward mode."""
     return transforms_active() or forward_mode_level() >= 0
@@ -85,6 +103,11 @@ def observed() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or is_traced()
 
 
+def in_function_mode() -> bool:
+    """Whether a mode wants to see each call of a function of torch."""
+    return torch._C._len_torch_function_stack() > 0
+
+
 def is_traced() -> bool:
     """Whether torch.jit.trace is running."""
     return torch._C._get_tracing_state() is not None
@@ -92,6 +115,8 @@ def is_traced() -> bool:
 
 # A context in which a subclass of Tensor is a plain tensor to functions of torch.
 as_plain_tensor = torch._C.DisableTorchFunctionSubclass
+# The ``__torch_function__`` of a subclass that wants to see operations below autograd alone.
+no_torch_function = torch._C._disabled_torch_function_impl
 # An older way to ask for a tensor's memory.
 typed_storage = Tensor._typed_storage
 

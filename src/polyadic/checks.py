@@ -77,6 +77,13 @@ def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
     return group
 
 
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raise a TypeError where a tensor is sparse, nested or in a layout of oneDNN."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; pass to_dense() or values()")
+
+
 def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[Shape, ...]:
     """Check that all factors belong together, and return each group's modes and then (rank,).
 
@@ -90,6 +97,9 @@ def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[S
     """
     if weights is not None and not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+    for name, group in groups.items():
+        for i, factor in enumerate(group):
+            check_dense(factor, f"{name}[{i}]")
     seen = tuple(
         [
             (name, tuple([(tuple(f.shape), f.dtype, f.device) for f in group]))
@@ -168,6 +178,7 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
             "CP layers do not support torch.jit.trace, which torch has deprecated; use "
             "torch.export or torch.compile, or polyadic.freeze a linear layer first"
         )
+    check_dense(tensor, name)
     if tensor.device != like.device:
         raise ValueError(
             f"{name} is on {tensor.device}, the factors on {like.device}; move one of them"
@@ -251,7 +262,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
     Raises:
         TypeError: it is neither floating point of two bytes or more, nor complex64 or complex128.
     """
-    if isinstance(dtype, torch.dtype) and is_computed(dtype) and dtype.itemsize >= 2:
+    if isinstance(dtype, torch.dtype) and is_computed(dtype):
         return dtype
     raise TypeError(
         f"dtype must be floating point of two bytes or more, complex64 or complex128, got {dtype!r}"
@@ -284,17 +295,17 @@ def check_geometry(kernel_size: Shape, stride: Any, padding: Any, dilation: Any)
     dims = len(kernel_size)
     strides = _per_dimension(stride, dims, "stride", 1)
     dilations = _per_dimension(dilation, dims, "dilation", 1)
-    if padding == "valid":
+    if not isinstance(padding, str):
+        pairs = tuple((p, p) for p in _per_dimension(padding, dims, "padding", 0))
+    elif padding == "valid":
         pairs = ((0, 0),) * dims
     elif padding == "same":
         if any(s != 1 for s in strides):
             raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         pairs = tuple((total // 2, total - total // 2) for total in totals)
-    elif isinstance(padding, str):
-        raise ValueError(f"padding must be an int, a tuple, 'same' or 'valid', got {padding!r}")
     else:
-        pairs = tuple((p, p) for p in _per_dimension(padding, dims, "padding", 0))
+        raise ValueError(f"padding must be an int, a tuple, 'same' or 'valid', got {padding!r}")
     return Geometry(kernel_size, strides, pairs, dilations)
 
 
@@ -391,6 +402,7 @@ def check_indices(value: Any, like: Tensor) -> None:
     """Check that ``value`` is a tensor of indices on the factors' device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"indices must be a tensor, got {type(value).__name__}")
+    check_dense(value, "indices")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32, got {value.dtype}; cast them")
     if value.device != like.device:

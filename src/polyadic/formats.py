@@ -11,26 +11,28 @@ Shape = tuple[int, ...]
 Rank = int | float | Literal["break-even", "faster"]
 # Ranks beyond the largest that any tensor needs are let through up to here, as they cost little.
 _HARMLESS_RANK = 4096
+_MOST_MODES = 64  # No size has so many prime factors.
 
 
 def is_int(value: Any) -> bool:
-    """Return whether a value is an integer; bool and float are not."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """Return whether a value is an integer; bool, float, tensors and arrays are not."""
+    whole = hasattr(value, "__index__") and not hasattr(value, "__iter__")
+    return whole and not isinstance(value, bool)
 
 
-def positive_int(value: Any, name: str) -> int:
-    """Return ``value`` as a plain int, or say which argument was not a positive integer.
+def positive_int(value: Any, name: str, most: int | None = None) -> int:
+    """Return ``value`` as a plain int.
 
     Raises:
         TypeError: ``value`` is not an integer (bool and float are refused).
-        ValueError: ``value`` is below 1.
+        ValueError: ``value`` is below 1, or above ``most``.
     """
     if not is_int(value):
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
-    number = value.__index__()
-    if number < 1:
-        raise ValueError(f"{name} must be a positive int, got {number}")
-    return int(number)
+    if value < 1 or (most is not None and value > most):
+        bound = f" of at most {most}" if value > 0 else ""
+        raise ValueError(f"{name} must be a positive int{bound}, got {value}")
+    return int(value)
 
 
 def mode_sizes(value: Any, name: str) -> Shape:
@@ -133,15 +135,13 @@ def tensorize(in_features: int, out_features: int, order: int = 3) -> tuple[Shap
     >>> tensorize(7, 12, order=3)
     ((1, 1, 7), (2, 2, 3))
     """
-    in_features = positive_int(in_features, "in_features")
-    out_features = positive_int(out_features, "out_features")
-    order = positive_int(order, "order")
-    in_parts, out_parts = _prime_factors(in_features), _prime_factors(out_features)
+    in_parts = _prime_factors(positive_int(in_features, "in_features"))
+    out_parts = _prime_factors(positive_int(out_features, "out_features"))
+    order = positive_int(order, "order", _MOST_MODES)
     # tltorch stops splitting the out side early if it has many more primes than the in side.
     kept = max(len(in_parts), order - 1)
-    out_parts = (
-        [*out_parts[:kept], math.prod(out_parts[kept:])] if kept < len(out_parts) else out_parts
-    )
+    if kept < len(out_parts):
+        out_parts = [*out_parts[:kept], math.prod(out_parts[kept:])]
     return _merge_smallest(in_parts, order), _merge_smallest(out_parts, order)
 
 
@@ -164,7 +164,7 @@ def padded_shape(size: int, order: int = 3) -> Shape:
     >>> padded_shape(30522)
     (31, 31, 32)
     """
-    size, order = positive_int(size, "size"), positive_int(order, "order")
+    size, order = positive_int(size, "size"), positive_int(order, "order", _MOST_MODES)
     total = order * max(1, math.floor(size ** (1 / order)) - 1)
     while True:
         low, more = divmod(total, order)

@@ -51,3 +51,9 @@ def test_workflow_and_templates_are_yaml() -> None:
     assert len(files) >= 4
     for path in files:
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path.name
+
+
+def test_the_torch_of_the_tests_is_named_on_the_page() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    (pinned,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert re.search(rf"^\| {re.escape(pinned)} \| the whole suite", page, re.MULTILINE)

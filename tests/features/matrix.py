@@ -16,6 +16,7 @@ import matrix_distributed
 import matrix_features as features
 import matrix_inplace
 import matrix_modules as modules
+import matrix_traced
 import torch
 from matrix_features import Check
 from matrix_layers import LAYERS
@@ -139,6 +140,10 @@ FEATURES = {
     "layer.weight can be read, differentiably": Feature(modules.read),
     "layer.weight tells shape and dtype without being built": Feature(modules.metadata),
     "writing to layer.weight is refused": Feature(modules.writes),
+    "layer.weight in torch.compile and torch.export: read, writing refused": Feature(
+        matrix_traced.traced_writes, slow=True
+    ),
+    "layer.weight in torch.func: read, writing refused": Feature(matrix_traced.transformed_writes),
     "fuse_conv_bn_eval is refused": Feature(modules.fused, NO_FUSION),
     "PEFT: LoRA over it, merging refused": Feature(modules.merged, NO_LORA),
     "accelerate.cpu_offload": Feature(partial(modules.offloaded, how="cpu")),

@@ -133,6 +133,18 @@ ASSIGNED: dict[str, Callable[[Any], Any]] = {
     "None": _assigned(lambda m: None),
     "prune": lambda m: prune.l1_unstructured(m, "weight", 0.5),
     "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "weight_norm, hooks": nn.utils.weight_norm,
+    "spectral_norm, hooks": nn.utils.spectral_norm,
+    "custom_from_mask": lambda m: prune.custom_from_mask(m, "weight", torch.ones(m.weight.shape)),
+    "global_unstructured": lambda m: prune.global_unstructured(
+        [(m, "weight")], prune.L1Unstructured, amount=0.5
+    ),
+    "functional_call": lambda m: torch.func.functional_call(
+        m, {"weight": torch.zeros(m.weight.shape)}, (torch.zeros(1),)
+    ),
+    "swap_tensors": lambda m: torch.utils.swap_tensors(m.weight, torch.zeros(m.weight.shape)),
     "an optimizer": lambda m: torch.optim.SGD([m.weight], 0.1),
     "a hook": lambda m: m.weight.register_hook(print),
     "memory": lambda m: m.weight.data_ptr(),
@@ -162,7 +174,9 @@ def writes(layer: Layer) -> None:
             with mode(), refused(name, RuntimeError, match=REFUSED):
                 write(module)
     for name, write in ASSIGNED.items():
-        with refused(name, TypeError, ValueError, match="weight|leaf|read-only"):
+        with refused(
+            name, TypeError, ValueError, RuntimeError, match="weight|leaf|read-only|slots"
+        ):
             write(module)
     assert_same(results(module, module, x), before)
     assert type(module.weight.clone()) is Tensor

@@ -232,6 +232,8 @@ SPOILT = {
     "layer.weight can be read, differentiably": detached_weight,
     "layer.weight tells shape and dtype without being built": plain_weight,
     "writing to layer.weight is refused": plain_weight,
+    "layer.weight in torch.compile and torch.export: read, writing refused": plain_weight,
+    "layer.weight in torch.func: read, writing refused": plain_weight,
     "fuse_conv_bn_eval is refused": silent_fusion,
     "PEFT: LoRA over it, merging refused": plain_weight,
     "accelerate.cpu_offload": uncalled,

@@ -57,6 +57,23 @@ def test_complex_layer(case: Case) -> None:
         check_explicit_pair(complex_case)
 
 
+@over(lambda case: case.exact.is_complex)
+def test_conjugates_that_are_not_written_out(case: Case) -> None:
+    """torch marks conj() of a tensor by a bit; input, parameters and gradient may have it."""
+
+    def lazily(t: Tensor) -> Tensor:
+        return t.conj().resolve_conj().conj()
+
+    leaves = case.leaves().map(Tensor.requires_grad_)
+    want, want_grads = truth(case)
+    y = case.cp(leaves.map(lazily))
+    assert_close(y, want, "y")
+    assert_all_close(gradients(y, leaves, lazily(case.grad_y())), want_grads)
+    layer = case.filled(case.build(dtype=case.exact), case.leaves().map(lazily))
+    assert not any(p.is_conj() for p in layer.parameters())
+    assert_close(layer(case.leaves().x), want, "y of the layer")
+
+
 @every_case
 def test_weight(case: Case) -> None:
     """``layer.weight`` is the dense one in torch's layout, which computes what the layer does."""

@@ -52,7 +52,8 @@ def second_moments(
         ``metric`` of ``polyadic.decompose``.
 
     Raises:
-        TypeError: a name belongs to a module of another type, or the weights are no tensor.
+        TypeError: the model is no module, a name belongs to a module of another type, or the
+            weights are no tensor.
         ValueError: a name is not in the model, a layer was never called or saw no position, or
             the weights do not fit a layer's input, are negative or not finite.
     """
@@ -80,6 +81,8 @@ def second_moments(
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, nn.Module] = {}
     for name in [names] if isinstance(names, str) else names:

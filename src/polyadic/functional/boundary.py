@@ -217,7 +217,8 @@ def settled(
             torch.is_grad_enabled(),
         )
         found: Settled | None = known_calls.get(key)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):
+        # Sparse tensors have no strides, which is a RuntimeError.
         return settle(x, groups, bias, weights, *options)
     if found is None:
         found, groups = settle(x, groups, bias, weights, *options)

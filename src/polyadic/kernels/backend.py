@@ -24,11 +24,12 @@ _LOG = logging.getLogger("polyadic")
 
 
 def is_computed(dtype: torch.dtype) -> bool:
-    """Whether factors may be of a dtype: floating point, complex64 or complex128.
+    """Whether factors may be of a dtype: floating point of two bytes or more, or complex.
 
-    torch has no products in complex32 on a CPU.
+    torch has no products in complex32 on a CPU, and in eight bits of scaled operands alone.
     """
-    return dtype.is_floating_point or dtype in (torch.complex64, torch.complex128)
+    wide = dtype.is_floating_point and dtype.itemsize >= 2
+    return wide or dtype in (torch.complex64, torch.complex128)
 
 
 @not_traced

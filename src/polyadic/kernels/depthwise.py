@@ -99,7 +99,7 @@ class Stage:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
         if x.is_complex():
-            parts = None if bias is None else torch.view_as_real(bias).reshape(-1)
+            parts = None if bias is None else torch.view_as_real(bias.resolve_conj()).reshape(-1)
             block = _as_real_kernel(weight, self.transposed)
             return _as_complex(self.forward(_as_real(x), block, parts, groups))
         if _in_float32(x, weight, groups):

@@ -47,7 +47,7 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
             DataParallel, FSDP) or sharded, or a size is below 1.
     """
     check_unwrapped(model, "freeze")
-    positive_int(batch, "batch")
+    batch = positive_int(batch, "batch")
     sizes = mode_sizes(size if isinstance(size, tuple) else (size,), "size")
     layers = _freezable(model)
     formed = [(layer, _form(layer, batch, sizes)) for layer in layers if layer.frozen is None]

@@ -14,6 +14,9 @@ Nothing that is written to the built tensor would reach the factors. Three nets 
 3. a result that shares memory with the built tensor (``w.t()``, ``w[0]``, ``w.data``) is a
    ``DenseWeight`` itself, so that writing to a view is refused like writing to the whole.
 
+Two kinds of readers need the built tensor itself: those that make a graph of what they see
+(``polyadic.nn.traced_weight``), and transforms of torch.func (``TransformedWeight``).
+
 Gradients take either of two ways. An operation on a ``DenseWeight`` is recorded by autograd as an
 operation on the built tensor. An ``autograd.Function`` that is given one never asks for its
 entries in a way that autograd sees; for it the tensor is the output of ``_Built``, whose backward
@@ -34,10 +37,15 @@ from torch.autograd.function import once_differentiable
 from polyadic._torch import (
     as_plain_tensor,
     in_transform,
+    innermost,
     no_autocast,
+    shares_memory,
+    tree_leaves,
     typed_storage,
     without_memory,
 )
+from polyadic.nn.parameters import NamedParameters, refuse_parameter
+from polyadic.nn.traced_weight import TracedWeight, refuse_write
 from polyadic.tensor import CPTensor
 
 T = TypeVar("T")
@@ -111,13 +119,16 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
     a torch layer does. ``clone()`` makes a plain tensor, which keeps the values and can be written.
     """
 
+    # With slots of its own, as torch.utils.swap_tensors asks of the other tensor too.
+    __slots__ = ("_is_hf_initialized", "_source")
     _source: Source
     _is_hf_initialized: bool
 
     @staticmethod
     def of(source: Source) -> DenseWeight:
         """The tensor that is built from a source when it is used."""
-        if source.trained and torch.is_grad_enabled():
+        # What records a graph sees each operation on the built tensor, and has no use for another.
+        if source.trained and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             made: DenseWeight = _Built.apply(source, *source.inputs)  # type: ignore[no-untyped-call]
             return made
         return DenseWeight._empty(source)
@@ -147,13 +158,13 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
             return _ANSWERS[func](first)
         written = _written(func)
         if written and (held := _weights_in(first)):
-            _refuse(held[0], written)
+            refuse_write(held[0]._source.owner, written)
         built: list[_Use] = []
         dense_args, dense_kwargs = _dense(args, built), _dense(kwargs, built)
         result = func(*dense_args, **dense_kwargs)
         for weight, dense, version in built:
             if _version(dense) != version:
-                _refuse(weight, f"what {getattr(func, '__name__', func)} writes to it")
+                refuse_write(weight._source.owner, _writes_of(func))
         if func in _ARRAYS:
             result.flags.writeable = False
         return _views_guarded(result, built)
@@ -168,6 +179,47 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
             f"{func} cannot see the weight of a {weight._source.owner}, which is built from the CP "
             f"factors when it is used; give it a copy: layer.weight.clone()"
         )
+
+
+class TransformedWeight(Tensor):
+    """The dense weight inside a transform of torch.func, which refuses to be written to.
+
+    Transforms wrap tensors in tensors of their own, so that it has to be the built tensor itself.
+    """
+
+    owner: str
+
+    @staticmethod
+    def of(dense: Tensor, owner: str) -> TransformedWeight:
+        """A weight that was built, or a view of one."""
+        made = dense.as_subclass(TransformedWeight)
+        made.owner = owner
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse a write, and guard the views."""
+        kwargs = kwargs or {}
+        weights = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, cls)]
+        written = _written(func)
+        if written and any(leaf is weights[0] for leaf in tree_leaves(args[:1])):
+            refuse_write(weights[0].owner, written)
+        with as_plain_tensor():
+            inside = [innermost(weight) for weight in weights]
+            versions = [_version(dense) for dense in inside]
+            result = func(*args, **kwargs)
+            for weight, dense, version in zip(weights, inside, versions, strict=True):
+                if _version(dense) != version:
+                    refuse_write(weight.owner, _writes_of(func))
+
+            def change(given: Tensor) -> Tensor:
+                if any(shares_memory(innermost(given), dense) for dense in inside):
+                    return cls.of(given, weights[0].owner)
+                return given
+
+            return _mapped(result, change)
 
 
 class _Built(torch.autograd.Function):
@@ -189,16 +241,6 @@ class _Built(torch.autograd.Function):
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
-def _refuse(weight: DenseWeight, what: str) -> NoReturn:
-    # A TypeError of an operator such as += would send Python on to +, which loses the write.
-    raise RuntimeError(
-        f"the weight of a {weight._source.owner} is computed from its CP factors, so that {what} "
-        f"would be lost; change the factors (layer.cp.factors), draw them anew "
-        f"(layer.reset_parameters()), or convert to the torch layer and change that; "
-        f"layer.weight.clone() is a plain copy"
-    )
-
-
 def _written(func: Any) -> str:
     """How an operation that writes to its first argument is called, or nothing."""
     name: str = getattr(func, "__name__", "")
@@ -207,6 +249,10 @@ def _written(func: Any) -> str:
     if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
         return f"{name}()"
     return ""
+
+
+def _writes_of(func: Any) -> str:
+    return f"what {getattr(func, '__name__', func)} writes to it"
 
 
 def _weights_in(tree: Any) -> list[DenseWeight]:
@@ -339,17 +385,23 @@ class Weighted(nn.Module):
 
     cp: CPTensor
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parameters = NamedParameters(type(self).__name__)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight in torch's layout, a ``DenseWeight``, which is read-only.
 
         It is built when an operation uses it; asking for shape, dtype or device builds nothing.
         Writing to it is refused with a RuntimeError and setting the attribute with a TypeError, for
-        the values would be lost. Compiled code and transforms of torch.func get the dense tensor
-        itself.
+        the values would be lost. Where a graph is made of it, and in a transform of torch.func, it
+        is the built tensor, which refuses to be written to as well.
         """
-        if torch.compiler.is_compiling() or in_transform():
-            return self._built_weight()
+        if torch.compiler.is_dynamo_compiling():
+            return TracedWeight.of(self._built_weight(), type(self).__name__)
+        if in_transform():
+            return TransformedWeight.of(self._built_weight(), type(self).__name__)
         shape = self._weight_shape()
         strides = [*itertools.accumulate(shape[:0:-1], operator.mul, initial=1)][::-1]
         inputs = list(self.cp.parameters())
@@ -358,7 +410,7 @@ class Weighted(nn.Module):
 
     @weight.setter
     def weight(self, value: object) -> NoReturn:
-        self._refuse_parameter("weight")
+        refuse_parameter(type(self).__name__, "weight")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter, as every module does; but none in the place of the weight.
@@ -368,7 +420,7 @@ class Weighted(nn.Module):
                 a weight is computed from.
         """
         if name.startswith("weight"):
-            self._refuse_parameter(name)
+            refuse_parameter(type(self).__name__, name)
         super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -376,12 +428,6 @@ class Weighted(nn.Module):
         raise RuntimeError(
             f"a {type(self).__name__} does not support torch.jit.script, which torch has "
             f"deprecated; use torch.export or torch.compile"
-        )
-
-    def _refuse_parameter(self, name: str) -> NoReturn:
-        raise TypeError(
-            f"{name} of a {type(self).__name__} cannot be set: its weight is computed from CP "
-            f"factors; set those (layer.cp), or convert to the torch layer first"
         )
 
     def _weight_shape(self) -> tuple[int, ...]:

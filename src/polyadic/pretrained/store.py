@@ -268,7 +268,12 @@ def attach(model: nn.Module) -> None:
     """Make transformers' own ``save_pretrained`` save the CP layers of a model, or of its parts.
 
     Code that puts CP layers into a model calls it; it does nothing for other models.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(map(_is_transformers, model.modules())):
         _bridge().attach(model)
 

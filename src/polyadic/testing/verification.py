@@ -210,7 +210,13 @@ def conv_problem(
 
 
 def verify(problem: Problem) -> Result:
-    """Compare every quantity of every implementation with dense autograd in float64."""
+    """Compare every quantity of every implementation with dense autograd in float64.
+
+    Raises:
+        TypeError: ``problem`` is not a problem that ``problem`` of this package has made.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
     dtype = problem.x.dtype
     exact = _run(_dense, problem.map(_wide))
     tolerance = dict.fromkeys(exact, EXACT_TOLERANCE)
