@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -390,16 +394,7 @@ def test_the_planner_mirrors_the_kernels(outs: Shape) -> None:
         with Flops() as counter:
             y = ours(case, named, plan=plan)
             torch.autograd.grad(y, list(named.values()), torch.ones_like(y))
-        assert listed == real_flops(plan, case, counter.total), plan
-
-
-def real_flops(plan: SpectralPlan, case: Case, counted: int) -> int:
-    """Four for each multiply-add of complex numbers; products of the last dimension are real."""
-    n, k = case.size[-1], case.modes[-1]
-    rows = 2 * math.prod(case.size[:-1]) * (math.prod(case.ins) + math.prod(case.outs or case.ins))
-    ways = (plan.forward.transforms[-1], plan.backward.transforms[-1])
-    real = sum(2 * rows * n * 2 * k for way in ways if way == "dft")
-    return 4 * (counted - real) + real
+        assert listed == counter.total, plan
 
 
 def test_the_choice() -> None:
@@ -472,3 +467,24 @@ def test_transforms_are_adjoint(ways: Any) -> None:
             left = torch.vdot(spectrum.flatten(), into(x).flatten()).real
             assert_close((back(spectrum) * x).sum(), left, "adjoint")
             assert back.adjoint() == into
+
+
+def test_tools_of_torch(tmp_path: Path) -> None:
+    """Copies, files, a leaf of torch.fx, and a graph with any batch."""
+    layer = CPSpectralConv2d(3, 4, 4, rank=2)
+    x = torch.randn(2, 3, 8, 9)
+    want = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = CPSpectralConv2d(3, 4, 4, rank=2)
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(other(x), want)
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
+    assert torch.equal(traced(x), want)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},), strict=False)
+    more = torch.randn(5, 3, 8, 9)
+    assert_close(program.module()(more), layer(more), "exported", 1e-6)
+    checkpointed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert torch.equal(checkpointed, want)

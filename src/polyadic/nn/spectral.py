@@ -21,6 +21,7 @@ from polyadic.formats import (
 )
 from polyadic.functional.spectral import NORMS, REAL, Norm, Precision, kept_modes
 from polyadic.kernels.dft import COMPLEX
+from polyadic.nn.inputs import call_recorded
 from polyadic.nn.layer import CPLayer
 from polyadic.planner.request import Request, request
 from polyadic.planner.search import WORD_IMAGES
@@ -200,6 +201,8 @@ class _CPSpectralConv(CPLayer):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S), or on a grid of ``output_size`` in the place of S."""
+        if not isinstance(x, Tensor) and (recorded := call_recorded(self, x)) is not None:
+            return recorded
         (ins, *outs, modes), scale = self.cp.parts()
         if output_size is None and self.resolution_scaling is not None:
             each = zip(x.shape[-self._dims :], self.resolution_scaling, strict=True)

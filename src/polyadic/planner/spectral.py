@@ -19,6 +19,8 @@ from polyadic.planner.steps import Step, gemm, stream, transpose
 from polyadic.plans import SpectralPlan, SpectralRoute, Transform
 
 TRANSFORMS: tuple[Transform, ...] = ("dft", "fft")
+# Complex numbers of single precision in a vector of 64 bytes.
+LANES_OF_COMPLEX = 8
 # The Z of a piece and, backward, the H beside it take this share of a cache each.
 SHARE_OF_CACHE = 0.5
 
@@ -169,8 +171,17 @@ def _one_dimension(request: Request, end: End, d: int, way: Transform) -> list[S
         padded = 2 * lead * n * request.padded(2 * k)
         return [Step(label, "gemm", flops, nbytes, views=2, elements=lead * k, padded_flops=padded)]
     if way == "dft":
-        product = gemm(request, label, lead * k, n, trail, views=2)
-        return [product]
+        # One product (k, n) @ (n, trail) for each of the lead; columns are padded to vectors.
+        lanes = LANES_OF_COMPLEX if request.on_cpu else 1
+        flops = 2 * lead * k * n * request.multiply_adds
+        nbytes = item * (lead * (n + k) * trail + n * k)
+        padded = flops * (-(-trail // lanes) * lanes)
+        return [
+            Step(
+                label, "gemm", flops * trail, nbytes, views=2, elements=lead * k * trail,
+                padded_flops=padded,
+            )
+        ]  # fmt: skip
     # A radix-2 transform of n complex numbers is about 5 n log n operations; of real ones half.
     passes = math.log2(max(2, n))
     if last:
