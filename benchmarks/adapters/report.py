@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adapters import layers, reviews
+from benchmarks.adapters.contestants import FINE_TUNED
 from benchmarks.adapters.reviews import best_rate
 from benchmarks.pages import between, markdown_rows
 from benchmarks.study import store
@@ -127,10 +128,15 @@ def _reviews(environment: Record, records: Sequence[Record]) -> str:
         f"layers are adapted, and nothing else trains but the classifier. One standard deviation "
         f"of an accuracy is {noise:.1f} points by the number of test reviews alone, so that "
         f"differences of one or two points are none. Rates at an edge of what was tried are "
-        f"marked. Steps are the thread's processor time. {_where(environment)}.\n\nThis is a "
+        f"marked. Steps are the thread's processor time, of runs one after the other on a busy "
+        f"machine: compare times in the table above. {_where(environment)}.\n\nThis is a "
         f"small study: one task, one encoder, few reviews. It shows that the adapters train "
         f"and what they cost, and ranks none."
     )
+    there = {r["contestant"] for r in records}
+    absent = [contestant.label for contestant in FINE_TUNED if contestant.key not in there]
+    if absent:
+        text += f" Not run yet, though the program has them: {', '.join(absent)}."
     if unfinished:
         text += f" Fewer seeds than planned were run for {', '.join(unfinished)}."
     return text

@@ -14,7 +14,7 @@ from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
 from benchmarks.study.store import read
 from benchmarks.training.layers import parsed
-from benchmarks.training.results import Contestant, Score, contestants, title
+from benchmarks.training.results import LEAST_RATES, Contestant, Score, contestants, title
 
 MARK = "training"
 # What counts as equal, as a fraction, and as the same loss, in nats.
@@ -206,13 +206,24 @@ def recipe_table(task: Task) -> str:
 
 
 def recipe_finding(task: Task) -> str:
-    """Whether the dense recipe holds."""
-    rows = [(task.named(c), score.mean - c.best.mean) for c, score in recipe_rows(task)]
-    near = "; ".join(f"{name} ({behind:.3f})" for name, behind in rows if behind <= WITHIN)
-    far = "; ".join(f"{name} ({behind:.3f})" for name, behind in rows if behind > WITHIN)
+    """Whether the dense recipe holds, against the best with groups and with one rate for all."""
+    near: list[str] = []
+    far: list[str] = []
+    open_: list[str] = []
+    for found, score in recipe_rows(task):
+        behind = score.mean - found.best.mean
+        name = f"{task.named(found)} ({behind:.3f})"
+        if behind > WITHIN:
+            far.append(name)
+        elif len(found.runs) < LEAST_RATES:
+            open_.append(name)
+        else:
+            near.append(name)
     return (
         f"At {task.dense.best.lr:g}, the dense model's best rate, with `polyadic.param_groups`. "
-        f"Within {WITHIN:g} nats of their own best: {near or 'none'}. Not: {far or 'none'}."
+        f"Within {WITHIN:g} nats of their own best: {'; '.join(near) or 'none'}. "
+        f"Not: {'; '.join(far) or 'none'}. "
+        f"Within it, but swept with groups alone: {'; '.join(open_) or 'none'}."
     )
 
 

@@ -72,6 +72,21 @@ forward_mode_level: Callable[[], int] = functools.partial(getattr, forward_ad, "
 is_profiled: Callable[[], bool] = functools.partial(getattr, profiler, "_is_profiler_enabled")
 # Whether autocast is on for any device.
 any_autocast = torch._C._is_any_autocast_enabled
+# Each large product asks how many modes want to see each operation, for the state of
+# torch.jit.trace if that is running, and whether torch may use oneDNN.
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+tracing_state = torch._C._get_tracing_state
+onednn_is_enabled = torch._C._get_mkldnn_enabled
+# X Wᵀ + bias of x (n, k), weight (m, k), bias (m,) or None, all in float32, made by oneDNN where
+# this torch can be asked for that.
+has_onednn_product: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+onednn_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.nn.functional.linear
+if has_onednn_product:
+    onednn_product = functools.partial(
+        torch.ops.mkldnn._linear_pointwise, attr="none", scalars=[], algorithm=""
+    )
 # The tensor inside a wrapper that an ended transform of torch.func has left behind.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
@@ -100,7 +115,7 @@ def transformed() -> bool:
 
 def observed() -> bool:
     """Whether a mode or a tracer wants to see each operation that runs now."""
-    return torch._C._len_torch_dispatch_stack() > 0 or is_traced()
+    return count_dispatch_modes() > 0 or is_traced()
 
 
 def in_function_mode() -> bool:
@@ -110,7 +125,7 @@ def in_function_mode() -> bool:
 
 def is_traced() -> bool:
     """Whether torch.jit.trace is running."""
-    return torch._C._get_tracing_state() is not None
+    return tracing_state() is not None
 
 
 # A context in which a subclass of Tensor is a plain tensor to functions of torch.
@@ -137,24 +152,6 @@ def onednn_has_bfloat16() -> bool:
 def onednn_has_float16() -> bool:
     """Whether oneDNN computes in float16 on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
-def has_onednn_product() -> bool:
-    """Whether this torch can be asked for a matrix product of oneDNN's."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + bias of x (n, k), weight (m, k), bias (m,), all in float32, made by oneDNN."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
-
-
-def uses_onednn() -> bool:
-    """Whether torch has not been told to leave oneDNN alone, as ``mkldnn.flags`` can."""
-    return torch._C._get_mkldnn_enabled()
 
 
 def direct_apply(function: type[Function]) -> Callable[..., Any]:

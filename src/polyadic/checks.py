@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyadic._torch import is_traced, memoized
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
@@ -55,6 +55,12 @@ def a_number(
         bound += "" if above is None else f" and above {above:g}"
         raise ValueError(f"{name} must be finite{bound}, got {value}")
     return float(value)
+
+
+def check_module(model: object, argument: str = "model") -> None:
+    """Raise a TypeError for what is no torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:

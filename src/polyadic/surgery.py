@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from polyadic.checks import check_module
 from polyadic.nn.kinds import BY_DENSE, family_of
 from polyadic.nn.source import attached
-from polyadic.nn.wrapped import check_module
 
 Value = TypeVar("Value")
 

@@ -203,7 +203,7 @@ def test_a_lora_is_saved_for_plain_peft_and_fitted_back(share: str, tmp_path: Pa
     save_as_lora(tmp_path / "lora", model)
     lora = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "lora")).eval()
     torch.testing.assert_close(lora(x), y)
-    back = from_lora(tmp_path / "lora", rank=12)
+    back = from_lora(tmp_path / "lora", rank=12, iterations=60)
     assert set(back.errors) == set(ALL)
     assert max(back.errors.values()) < 0.02
     again = get_peft_model(copy.deepcopy(base), back.config).eval()
@@ -225,7 +225,7 @@ def test_a_fit_of_a_lora_says_how_far_it_is_off() -> None:
     delta = lora.base_model.model[0].get_delta_weight("default")
     errors = []
     for rank in (1, 4, 16):
-        fit = from_lora(given, rank, order=2)
+        fit = from_lora(given, rank, order=2, iterations=60)
         model = get_peft_model(nn.Sequential(nn.Linear(24, 36)), fit.config)
         set_peft_model_state_dict(model, fit.state_dict)
         found = model.base_model.model[0].get_delta_weight("default")

@@ -256,7 +256,8 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "| dense, width 4 | 90 | - | - | - | 0.25 | 1.500 ± 0.000 | +0.250 |",
         "| CP, order 3, R=64 | 1.750 ± 0.250 | 1.625 ± 0.125 | 8 | 0.125 |",
         "At 0.25, the dense model's best rate, with `polyadic.param_groups`. Within 0.02 nats of "
-        "their own best: CP, order 2, R=4 (0.000). Not: CP, order 3, R=64 (0.125).",
+        "their own best: none. Not: CP, order 3, R=64 (0.125). Within it, but swept with groups "
+        "alone: CP, order 2, R=4 (0.000).",
         "| CP, order 3, R=64 (1.625) | block parameters | dense, width 4 -0.125; low rank, R=4 "
         "+0.875 |",
         "| CP, order 2, R=4 (1.500) | step time | dense -0.250 |",

@@ -138,6 +138,19 @@ def test_layers_called_together_that_share_factors_share_their_product(mesh: Any
     assert count.total() == {ALL: [3, WORD * B * (8 + 8 + 8)]}
 
 
+def test_calls_as_of_any_layer(mesh: Any) -> None:
+    """By keyword, with an output that is changed in place, and nothing nested."""
+    layer = parallelize_module(linear(), mesh, RankParallel())
+    y = layer(x=rows())
+    y += 1
+    y.mul_(2).sum().backward()
+    nested = torch.nested.nested_tensor([rows()], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"got a nested tensor.*x\.values"):
+        layer(nested)
+    kept = parallelize_module(linear(), mesh, RankParallel(use_local_output=False))
+    assert kept(rows()).placements == (Replicate(),)
+
+
 def frozen() -> nn.Module:
     return polyadic.freeze(nn.Sequential(linear()), batch=4096)
 

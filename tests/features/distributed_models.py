@@ -192,6 +192,24 @@ def sequences(rank: int, folder: Path) -> None:
     assert_all_close(got, {name: p.grad for name, p in alone.named_parameters()})
 
 
+def second_derivatives(rank: int, folder: Path) -> None:
+    """A penalty on the gradient of the input, which sums it in the backward of a backward."""
+    found = []
+    for style in (None, RankParallel(), FeatureParallel()):
+        torch.manual_seed(0)
+        layer = CPLinear(12, 8, rank=5, in_shape=(2, 6), out_shape=(2, 4)).double()
+        if style is not None:
+            parallelize_module(layer, mesh(dist.get_world_size() // 2, 2)["rank"], style)
+        x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in layer.parameters()]
+        found.append(dict(enumerate([x.grad, *grads])))
+    alone, *others = found
+    for other in others:
+        assert_all_close(other, alone)
+
+
 def weights(rank: int, folder: Path) -> None:
     """Read, differentiated, and put into a torch layer, from shards as from whole factors."""
     for spread in (sharded, by_rank):
@@ -244,6 +262,7 @@ CHECKS: dict[str, Callable[[int, Path], None]] = {
     "gradients of every layout": gradients,
     "checkpoints across layouts": checkpoints,
     "a sequence that is cut": sequences,
+    "second derivatives": second_derivatives,
     "weights from shards": weights,
     "recovery with one file of checkpoints": recovery,
 }

@@ -19,6 +19,7 @@ from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.functional import linear as linear_module
 from polyadic.functional.boundary import known_calls
+from polyadic.kernels import cpu
 from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
 from polyadic.planner import choice
 from polyadic.testing import LiveBytes, launches
@@ -97,10 +98,12 @@ def test_a_small_layer_makes_few_calls(
     assert launches(call) <= forward[0]
     assert python_calls(call) <= forward[1]
     assert launches(back(call())) <= backward[0]
-    assert python_calls(back(call())) <= backward[1]
+    # On AMD's processors each product asks whether oneDNN should make it, which takes two calls.
+    asked = 2 * cpu.ONEDNN_IS_FASTER
+    assert python_calls(back(call())) <= backward[1] + 2 * asked
     with torch.no_grad():
         layer(x)
-        assert python_calls(lambda: layer(x)) <= 35
+        assert python_calls(lambda: layer(x)) <= 35 + 2 * asked
 
 
 PACKAGE = str(Path(polyadic.__file__).parent)
@@ -145,8 +148,14 @@ WARM = {
 
 
 @pytest.mark.parametrize("name", WARM)
-def test_a_second_call_takes_the_short_way(name: str) -> None:
+@pytest.mark.parametrize("onednn", [False, True])
+def test_a_second_call_takes_the_short_way(
+    name: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On AMD's processors each large product asks one question more, in one file more."""
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", onednn)
     made, (calls, files) = WARM[name]
+    calls, files = calls + 2 * onednn, files + onednn
     choice.forget()
     layer, x = made()
     assert own_calls(lambda: layer(x))[0] > 3 * calls

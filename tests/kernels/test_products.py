@@ -29,10 +29,10 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """oneDNN taken for everything it may take, whatever the processor."""
-    if not _torch.has_onednn_product():
+    if not _torch.has_onednn_product:
         pytest.skip("this torch has no product of oneDNN's")
     counted = Calls()
-    monkeypatch.setattr(cpu, "multiplies_faster_in_onednn", lambda: True)
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(cpu, "ONEDNN_FROM_MULTIPLICATIONS", 0)
     monkeypatch.setattr(products, "onednn_product", counted)
     return counted
@@ -125,9 +125,5 @@ def test_what_looks_on_sees_every_product(calls: Calls) -> None:
 def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
     """MKL is slower than oneDNN on AMD's processors."""
     monkeypatch.setattr(cpu, "vendor", lambda: vendor)
-    cpu.multiplies_faster_in_onednn.cache_clear()
-    both = torch.backends.mkl.is_available() and _torch.has_onednn_product()  # type: ignore[no-untyped-call]
-    try:
-        assert cpu.multiplies_faster_in_onednn() == (both and vendor == "AuthenticAMD")
-    finally:
-        cpu.multiplies_faster_in_onednn.cache_clear()
+    both = torch.backends.mkl.is_available() and _torch.has_onednn_product  # type: ignore[no-untyped-call]
+    assert cpu.onednn_is_faster() == (both and vendor == "AuthenticAMD")

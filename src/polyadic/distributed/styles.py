@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.nn.utils import parametrize
 
 from polyadic._torch import check_before_style
+from polyadic.functional.spread import summed
 from polyadic.nn import CPSharedInput
 from polyadic.nn.kinds import is_cp, is_of_family
 from polyadic.tensor import CPTensor
@@ -66,7 +68,8 @@ class _Spread(ParallelStyle):
         for layer in layers:
             self._check(layer, device_mesh)
         for layer in layers:
-            distribute_module(layer, device_mesh, self._place, self._take_input, self._give_output)
+            distribute_module(layer, device_mesh, self._place)
+            self._hook(layer, device_mesh)
         return module
 
     def _check(self, layer: nn.Module, mesh: DeviceMesh) -> None:
@@ -118,17 +121,58 @@ class _Spread(ParallelStyle):
         made = nn.Parameter(spread, requires_grad=parameter.requires_grad)
         holder.register_parameter(name, made)
 
-    def _take_input(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-        x, *rest = inputs
-        if isinstance(x, Tensor) and not isinstance(x, DTensor):
-            x = DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
-        return (x, *rest)
+    def _hook(self, layer: nn.Module, mesh: DeviceMesh) -> None:
+        """Have the input of a layer made a DTensor, and its output what the style hands out."""
 
-    def _give_output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-        if isinstance(output, tuple):
-            return tuple([self._give_output(module, y, mesh) for y in output])
-        y = output.redistribute(placements=[self.output_layouts])
-        return y.to_local() if self.use_local_output else y
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (self._spread_input(args[0], mesh), *args[1:]), kwargs
+            name, x = next(iter(kwargs.items()))
+            return args, {**kwargs, name: self._spread_input(x, mesh)}
+
+        def give(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return tuple(map(self._give_output, output))
+            return self._give_output(output)
+
+        layer.register_forward_pre_hook(take, with_kwargs=True)
+        layer.register_forward_hook(give)
+
+    def _spread_input(self, x: Any, mesh: DeviceMesh) -> Any:
+        if not isinstance(x, Tensor) or isinstance(x, DTensor):
+            return x
+        if x.is_nested:
+            raise TypeError(
+                f"{type(self).__name__} expects a dense input, got a nested tensor, which cannot "
+                f"be a DTensor; give the layer x.values() and nest the result again"
+            )
+        return DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
+
+    def _give_output(self, y: Any) -> Any:
+        if not isinstance(y, DTensor):
+            return y
+        if y.placements[0].is_partial() and self.output_layouts.is_replicate():
+            # torch's own way to this sum has no right second derivative.
+            (whole,) = summed(y.device_mesh, 0, True, False, y.to_local())
+            if self.use_local_output:
+                return whole
+            return DTensor.from_local(whole, y.device_mesh, [Replicate()], run_check=False)
+        y = y.redistribute(placements=[self.output_layouts])
+        if not self.use_local_output:
+            return y
+        return _Own.apply(y.to_local())  # type: ignore[no-untyped-call]
+
+
+class _Own(Function):
+    """The tensor of this process as one that is no view, so that it can be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:

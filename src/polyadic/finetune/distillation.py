@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic.batches import keeping_modes, moved
+from polyadic.checks import check_module
 from polyadic.durable import identity
 from polyadic.finetune import models
 from polyadic.finetune.checkpoint import FileKeeper
@@ -27,7 +28,7 @@ from polyadic.finetune.settings import (
     total_steps,
 )
 from polyadic.finetune.walk import first
-from polyadic.nn.wrapped import check_module, check_unwrapped
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.training.rates import param_groups
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]

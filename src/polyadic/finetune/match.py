@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, moved
+from polyadic.checks import check_module
 from polyadic.durable.identity import of_module
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
@@ -27,7 +28,7 @@ from polyadic.finetune.settings import (
     optional_function,
     total_steps,
 )
-from polyadic.nn.wrapped import check_module, check_unwrapped
+from polyadic.nn.wrapped import check_unwrapped
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,17 @@ class Layout:
         """
         from torch.distributed.tensor import Partial
 
+        # Where x was whole, its gradient is summed here, as torch does not differentiate the sum
+        # that from_local would take; where it was sharded, by the backward of its gathering.
+        mine = [dim for dim in self.components if x.placements[dim].is_replicate()]
         if x.placements != self.x:
             x = x.redistribute(placements=self.x)
-        grad = [Partial() if i in self.components else p for i, p in enumerate(self.x)]
+        gathered = set(self.components).difference(mine)
+        grad = [Partial() if dim in gathered else p for dim, p in enumerate(self.x)]
         x = x.to_local(grad_placements=grad)
+        if x.requires_grad and torch.is_grad_enabled():
+            for dim in mine:
+                (x,) = self.summed(dim, False, True, x)
         half = len(groups) // 2
         # By the side that a parameter is of, along which dimensions its gradient is a sum: what is
         # whole on the in side sees the in features, and where no all_reduce makes G whole (a
@@ -130,8 +137,7 @@ class Layout:
 
     def summed(self, dim: int, here: bool, back: bool, *tensors: Any) -> tuple[Tensor, ...]:
         """Tensors summed over a dimension of the mesh, and their gradients too, as is asked."""
-        found: tuple[Tensor, ...] = _Summed.apply(self.mesh, dim, here, back, *tensors)  # type: ignore[no-untyped-call]
-        return found
+        return summed(self.mesh, dim, here, back, *tensors)
 
     def between(self, z: Tensor) -> Tensor:
         """Z summed where processes hold in features, G where they hold out features."""
@@ -210,6 +216,12 @@ class _Summed(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mesh, dim, here, back = ctx.where
         return None, None, None, None, *_Summed.apply(mesh, dim, back, here, *grads)  # type: ignore[no-untyped-call]
+
+
+def summed(mesh: Any, dim: int, here: bool, back: bool, *tensors: Any) -> tuple[Tensor, ...]:
+    """Tensors summed over a dimension of a mesh (``here``), and their gradients (``back``)."""
+    found: tuple[Tensor, ...] = _Summed.apply(mesh, dim, here, back, *tensors)  # type: ignore[no-untyped-call]
+    return found
 
 
 def all_reduced(mesh: Any, dim: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from torch import nn
 
-from polyadic.nn.wrapped import check_module
+from polyadic.checks import check_module
 
 
 class Patch:

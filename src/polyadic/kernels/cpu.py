@@ -5,22 +5,23 @@ Each constant names its unit, and the machine and the day of the measurement tha
 
 from __future__ import annotations
 
-import functools
 import platform
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 from polyadic._torch import (
+    count_dispatch_modes,
+    forward_mode_level,
     has_onednn_product,
     not_traced,
-    observed,
     onednn_has_bfloat16,
     onednn_has_float16,
-    transformed,
-    uses_onednn,
+    onednn_is_enabled,
+    tracing_state,
+    transforms_active,
 )
 
 # ``addmm`` first spreads the bias over the whole output, which is one more pass over it. Adding the
@@ -35,6 +36,25 @@ BLOCKED_BELOW_COLUMNS, BLOCK_ROWS = 4, 256
 # thread, November 2026). Longer sums than these stay with MKL: oneDNN adds all terms in one chain,
 # and of 4096 terms its rounding error is 2.2 times MKL's.
 ONEDNN_FROM_MULTIPLICATIONS, ONEDNN_UP_TO_TERMS = 2**22, 1024
+
+
+def vendor() -> str:
+    """Return the vendor of the processor, as it names itself, or an empty text."""
+    listed = Path("/proc/cpuinfo")
+    if not listed.exists():
+        return platform.processor().rpartition(" ")[2]
+    with listed.open() as lines:
+        named = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+        return next(named, "")
+
+
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies large float32 matrices faster here than torch's BLAS does."""
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return mkl and has_onednn_product and vendor() == "AuthenticAMD"
+
+
+ONEDNN_IS_FASTER = onednn_is_faster()
 
 
 def sums_in_blocks(x: Tensor) -> bool:
@@ -57,40 +77,27 @@ def matmul_tn_in_blocks(x: Tensor, z: Tensor) -> Tensor:
 def product_in_onednn(x: Tensor, matrix: Tensor, columns: int) -> bool:
     """Whether oneDNN makes the product of x (n, k) and a matrix with so many columns.
 
-    Its operation has no rule for graphs, transforms, modes and subclasses, and with an operand
-    whose rows are not dense it takes a thousand times as long.
+    To be asked on a CPU where ``ONEDNN_IS_FASTER``. oneDNN's operation has no rule for graphs,
+    transforms, modes and subclasses, and with an operand whose rows are not dense it takes a
+    thousand times as long.
     """
+    # All questions but the first are answered in C, since a call of a Python function would show.
     return (
-        not is_compiling()
+        not is_dynamo_compiling()
         and x.numel() * columns >= ONEDNN_FROM_MULTIPLICATIONS
         and x.shape[1] <= ONEDNN_UP_TO_TERMS
-        and multiplies_faster_in_onednn()
         and x.dtype == matrix.dtype == torch.float32
         and x.is_contiguous()
         and (matrix.is_contiguous() or matrix.t().is_contiguous())
         and type(x) is Tensor
         and type(matrix) in (Tensor, torch.nn.Parameter)
-        and not transformed()
-        and not observed()
-        and uses_onednn()
+        and not torch.is_grad_enabled()
+        and not transforms_active()
+        and forward_mode_level() < 0
+        and not count_dispatch_modes()
+        and tracing_state() is None
+        and onednn_is_enabled()
     )
-
-
-@functools.cache
-def multiplies_faster_in_onednn() -> bool:
-    """Whether oneDNN multiplies large float32 matrices faster here than torch's BLAS does."""
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    return mkl and has_onednn_product() and vendor() == "AuthenticAMD"
-
-
-def vendor() -> str:
-    """Return the vendor of the processor, as it names itself, or an empty text."""
-    listed = Path("/proc/cpuinfo")
-    if listed.exists():
-        for line in listed.read_text().splitlines():
-            if line.startswith("vendor_id"):
-                return line.partition(":")[2].strip()
-    return platform.processor().rpartition(" ")[2]
 
 
 @not_traced

@@ -23,7 +23,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return X K + bias (n, m) of x (n, k), matrix (k, m) and bias (m,)."""
     if x.is_cpu:
-        if cpu.product_in_onednn(x, matrix, matrix.shape[1]):
+        if cpu.ONEDNN_IS_FASTER and cpu.product_in_onednn(x, matrix, matrix.shape[1]):
             return onednn_product(x, matrix.t(), bias)
         return plus_bias(x @ matrix, bias)
     return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
@@ -31,7 +31,7 @@ def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul_nt(z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return Z Kᵀ + bias (n, m) of z (n, r), matrix (m, r) and bias (m,)."""
-    if z.is_cpu and cpu.product_in_onednn(z, matrix, matrix.shape[0]):
+    if z.is_cpu and cpu.ONEDNN_IS_FASTER and cpu.product_in_onednn(z, matrix, matrix.shape[0]):
         return onednn_product(z, matrix, bias)
     if (
         bias is not None

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import evaluating
+from polyadic.checks import check_module
 from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
-from polyadic.nn.wrapped import check_module
 from polyadic.planner import choice, tuned
 from polyadic.planner.choice import Plan
 from polyadic.planner.request import Request

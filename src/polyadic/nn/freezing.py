@@ -7,12 +7,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from polyadic.checks import check_module
 from polyadic.formats import Shape, mode_sizes, positive_int
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.nn.frozen import Frozen, FrozenKernel, FrozenPair, FrozenWeight
 from polyadic.nn.kinds import is_of_family
 from polyadic.nn.layer import CPLayer
-from polyadic.nn.wrapped import check_module, check_unwrapped
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.planner import choice
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.steps import gemm

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-
-def check_module(model: object, argument: str = "model") -> None:
-    """Raise a TypeError for what is no torch.nn.Module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
+from polyadic.checks import check_module
 
 
 def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic.nn.wrapped import check_module, check_unwrapped
+from polyadic.checks import check_module
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.pretrained import files
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 
 from polyadic import checks
 from polyadic._torch import whole
+from polyadic.checks import check_module
 from polyadic.fitting.normal import gram
 from polyadic.fitting.problem import wide
-from polyadic.nn.wrapped import check_module
 from polyadic.tensor import CPTensor
 
 Optimizer = Literal["adamw", "sgd"]
