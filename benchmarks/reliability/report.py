@@ -103,7 +103,11 @@ def _sums(found: list[Record]) -> str:
     lost = total(killed, "ends") - total(killed, "equal")
     faults = sum(sum(r["faults"].values()) for r in found if r["kind"] == "hostile")
     unequal = total(("determinism",), "compared") - total(("determinism",), "equal")
-    mended = ", each of which is refused by name since" if faults else ""
+    mended = (
+        ", of kinds that are refused by name since; these calls themselves were not repeated"
+        if faults
+        else ""
+    )
     return (
         f"Runs killed: {_count(total(killed, 'kills'))}, results lost or changed: {lost}. Inputs "
         f"tried: {_count(total(('hostile',), 'calls'))}, faults: {faults}{mended}. Configurations "
