@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor.parallel import parallelize_module
 
 import polyadic
@@ -141,6 +142,18 @@ def train(options: argparse.Namespace, device: torch.device) -> float:
     return right
 
 
+def join(backend: str) -> None:
+    """Meet the other processes of this start.
+
+    torchrun may keep one store for all starts, where a process would find the address of one that
+    was killed before its successor has written its own: each start has keys of its own here.
+    """
+    store, rank, size = next(iter(rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    start = dist.PrefixStore(f"start {attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=start, rank=rank, world_size=size)
+
+
 def main(arguments: Sequence[str] = ()) -> float:
     """Read the options, join the other processes where torchrun has started some, and train."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,7 +169,7 @@ def main(arguments: Sequence[str] = ()) -> float:
     if "RANK" in os.environ:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
+        join(backend)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
