@@ -14,7 +14,7 @@ from data import device, error_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from polyadic import checks
+from polyadic.checks import arguments
 from polyadic.kernels import embedding, fused, pairs, products, projections
 from polyadic.kernels.triton.launch import Launcher
 
@@ -30,7 +30,7 @@ def fused_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if device() == "cpu":
             stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
-            stack.enter_context(mock.patch.object(checks, "why_not", return_value=None))
+            stack.enter_context(mock.patch.object(arguments, "why_not", return_value=None))
             for module in (pairs, fused):
                 stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
             for module in (embedding, projections):
