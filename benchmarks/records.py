@@ -117,9 +117,12 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     What a process that was killed left of a line is removed.
     """
     line = (json.dumps(rounded(record), ensure_ascii=False) + "\n").encode()
-    if path.exists() and not (whole := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, whole.rfind(b"\n") + 1)
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        if size and file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
