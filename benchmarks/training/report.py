@@ -55,6 +55,12 @@ class Task:
         """The model whose layers are replaced."""
         return self.contestants[0]
 
+    @property
+    def best_cp(self) -> Contestant | None:
+        """The CP contestant of the smallest loss, if there is any."""
+        cps = [c for c in self.contestants if c.kind == "cp"]
+        return min(cps, key=lambda c: c.best.mean, default=None)
+
     def named(self, contestant: Contestant) -> str:
         """Title of a contestant; width and blocks where they are not the dense model's."""
         usual = self.dense.width, self.dense.blocks
@@ -291,9 +297,7 @@ def findings(task: Task) -> list[str]:
         for cost in COSTS
         if (names := [task.named(c) for c in front(task, cost)])
     ]
-    cps = [c for c in task.contestants if c.kind == "cp"]
-    if cps:
-        best = min(cps, key=lambda c: c.best.mean)
+    if (best := task.best_cp) is not None:
         found.append(
             f"The best CP contestant of all, {task.named(best)}, is "
             f"{apart(best.best.mean, dense.best.mean)} the dense model, with "
@@ -333,8 +337,8 @@ def timed(one: Contestant, dense: Contestant) -> str:
 
 def summary(task: Task) -> str:
     """The README's: what CP buys from scratch, and where it loses."""
-    dense, one = task.dense, task.of(README_LAYER)
-    if one is None:
+    dense, one, best = task.dense, task.of(README_LAYER), task.best_cp
+    if one is None or best is None:
         raise ValueError(f"the records lack {README_LAYER}; run on")
     lines = [
         f"Trained from scratch, a byte-level language model with {task.named(one)} in its blocks "
@@ -365,8 +369,6 @@ def summary(task: Task) -> str:
             f"{apart(other.best.mean, one.best.mean)} CP, with "
             f"{other.block_parameters / one.block_parameters:.1f} times its parameters."
         )
-    cps = [c for c in task.contestants if c.kind == "cp"]
-    best = min(cps, key=lambda c: c.best.mean)
     reached = best.best.mean <= dense.best.mean + WITHIN
     lines.append(
         ("A CP model reaches" if reached else "None of the CP models measured reaches")

@@ -27,12 +27,15 @@ def complete(origin: Path, out: Path, verdict: Sequence[str], model_class: str) 
     Raises:
         OSError: a file cannot be read or written.
     """
+    # Here, because the command line is to answer --help without loading torch.
+    from polyadic.durable.files import write_text
+
     for name in _others(origin):
         if not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(origin / name, out / name)
     text = _card(origin.resolve().name, verdict, model_class, (out / "modules.json").is_file())
-    (out / _CARD).write_text(text, encoding="utf-8")
+    write_text(out / _CARD, text)
 
 
 def _others(origin: Path) -> Iterator[Path]:

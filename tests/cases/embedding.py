@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cases.linear import linear_plans
+from cases.linear import FeaturesCase, linear_plans
 from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape
 from cases.weights import without_row
 from polyadic import functional as PF
@@ -95,7 +95,7 @@ class EmbeddingCase(Case):
 
 
 @dataclass(frozen=True)
-class HeadCase(Case):
+class HeadCase(FeaturesCase):
     """An output head tied to an embedding, whose groups of modes it has."""
 
     num_embeddings: int = 0
@@ -106,30 +106,11 @@ class HeadCase(Case):
 
     @property
     def in_features(self) -> int:
-        """Entries of a row."""
         return math.prod(self.tensorized_shape[1])
 
     @property
     def out_features(self) -> int:
         return self.num_embeddings
-
-    @property
-    def fan_in(self) -> int:
-        return self.in_features
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features, "out_features": self.out_features, "bias": self.bias
-        }  # fmt: skip
-
-    @property
-    def x_shape(self) -> Shape:
-        return (*self.lead, self.in_features)
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.lead)
 
     def build(self, **kwargs: Any) -> Any:
         embedding = CPEmbedding(

@@ -44,21 +44,18 @@ def linear_plans(in_modes: int, out_modes: int) -> Iterator[Forced]:
 
 
 @dataclass(frozen=True)
-class LinearCase(Case):
-    """A linear layer; its groups of modes are those of the input and of the output."""
-
-    @property
-    def cls(self) -> type[nn.Module]:
-        return CPLinear
+class FeaturesCase(Case):
+    """A layer that maps rows of in features to rows of out features."""
 
     @property
     def in_features(self) -> int:
-        """M."""
-        return math.prod(self.tensorized_shape[0])
+        """Entries of a row of the input."""
+        raise NotImplementedError
 
     @property
     def out_features(self) -> int:
-        return math.prod(self.tensorized_shape[1])
+        """Entries of a row of the output."""
+        raise NotImplementedError
 
     @property
     def fan_in(self) -> int:
@@ -77,6 +74,23 @@ class LinearCase(Case):
     @property
     def rows(self) -> int:
         return math.prod(self.lead)
+
+
+@dataclass(frozen=True)
+class LinearCase(FeaturesCase):
+    """A linear layer; its groups of modes are those of the input and of the output."""
+
+    @property
+    def cls(self) -> type[nn.Module]:
+        return CPLinear
+
+    @property
+    def in_features(self) -> int:
+        return math.prod(self.tensorized_shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return math.prod(self.tensorized_shape[1])
 
     @property
     def explicit(self) -> bool:

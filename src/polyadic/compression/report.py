@@ -72,6 +72,16 @@ class Report:
         return sum(layer.parameters for layer in self.weighed)
 
     @property
+    def model_parameters_after(self) -> int:
+        """Parameters of the whole model, after the conversion."""
+        return self.model_parameters - self.dense_parameters + self.parameters
+
+    @property
+    def model_ratio(self) -> float:
+        """How many times fewer parameters the whole model has."""
+        return self.model_parameters / max(1, self.model_parameters_after)
+
+    @property
     def ratio(self) -> float:
         """How many times fewer parameters the layers weighed have."""
         return self.dense_parameters / self.parameters
@@ -138,9 +148,8 @@ class Report:
     @property
     def verdict(self) -> str:
         """What came of it, and what to do about it, in plain words."""
-        after = self.model_parameters - self.dense_parameters + self.parameters
         would = "would become" if self.dry_run else "is"
-        said = f"the model {would} {self.model_parameters / max(1, after):.2f} times smaller"
+        said = f"the model {would} {self.model_ratio:.2f} times smaller"
         advice: list[str] = []
         if self.speed_ratio is not None:
             faster = f"{self.speed_ratio:.2f} times as fast"
@@ -171,10 +180,9 @@ class Report:
             f"{self.parameters:,} parameters of {self.dense_parameters:,} in the layers weighed: "
             f"{self.ratio:.2f} times fewer ({len(self.converted)} of {len(self.weighed)} converted)"
         ]
-        after = self.model_parameters - self.dense_parameters + self.parameters
         lines.append(
-            f"{after:,} of {self.model_parameters:,} in the whole model: "
-            f"{self.model_parameters / max(1, after):.2f} times fewer"
+            f"{self.model_parameters_after:,} of {self.model_parameters:,} in the whole model: "
+            f"{self.model_ratio:.2f} times fewer"
         )
         if self.flops_ratio is not None:
             less = self.flops_ratio >= 1

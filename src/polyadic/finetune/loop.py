@@ -111,7 +111,7 @@ class Loop:
                 self._restore(state)
             elif self._validate is not None:
                 self._judge()
-            with Meter("training") as self._meter:
+            with self._meter:
                 self._steps()
         if self._validate is not None:
             self._copy(self._kept)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,18 @@ class Patch:
     def remove(self) -> None:
         """Put back what the library has there."""
         raise NotImplementedError
+
+
+def reasons_by_class(
+    model: nn.Module, why_not: Mapping[type[nn.Module], Callable[[Any], str | None]]
+) -> dict[str, str | None]:
+    """Ask of each layer of some classes in a model why it is left, which is None if it is not."""
+    found: dict[str, str | None] = {}
+    for name, layer in model.named_modules():
+        for cls, ask in why_not.items():
+            if isinstance(layer, cls):
+                found[name] = ask(layer)
+    return found
 
 
 class Switch:

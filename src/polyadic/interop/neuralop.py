@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.functional.spectral import cp_spectral_conv, cp_spectral_product
-from polyadic.interop.acceleration import Acceleration, Patch, PatchedForward, Switch
+from polyadic.interop.acceleration import (
+    Acceleration,
+    Patch,
+    PatchedForward,
+    Switch,
+    reasons_by_class,
+)
 
 # Where classes of spectral convolutions stand in neuraloperator, and their functions.
 _MAIN = "neuralop.layers.spectral_convolution"
@@ -175,12 +181,7 @@ class _ContractionPatch(Patch):
 
     def reasons(self, model: nn.Module) -> dict[str, str | None]:
         """Say of each spectral convolution in a model who runs it."""
-        found: dict[str, str | None] = {}
-        for name, layer in model.named_modules():
-            for cls, contraction in self._replaced.items():
-                if isinstance(layer, cls):
-                    found[name] = contraction.why_not(layer)
-        return found
+        return reasons_by_class(model, {cls: made.why_not for cls, made in self._replaced.items()})
 
     def contraction_of(self, layer: nn.Module) -> _Contraction:
         """Return the descriptor that a layer has."""

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from polyadic.interop.acceleration import Acceleration, Patch, PatchedForward, Switch
+from polyadic.interop.acceleration import (
+    Acceleration,
+    Patch,
+    PatchedForward,
+    Switch,
+    reasons_by_class,
+)
 from polyadic.interop.tltorch_layers import ConvRule, EmbeddingRule, LayerRule, LinearRule
 
 
@@ -53,12 +59,7 @@ class _Patch(Patch):
 
     def reasons(self, model: nn.Module) -> dict[str, str | None]:
         """Say of each tltorch layer in a model who runs it."""
-        found: dict[str, str | None] = {}
-        for name, layer in model.named_modules():
-            for cls, rule in self._rules.items():
-                if isinstance(layer, cls):
-                    found[name] = rule.why_not(layer)
-        return found
+        return reasons_by_class(model, {cls: rule.why_not for cls, rule in self._rules.items()})
 
     def remove(self) -> None:
         """Put tltorch's methods back."""
