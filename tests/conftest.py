@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -47,6 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seeded(pytestconfig: pytest.Config) -> Iterator[None]:
     """Seed torch, and see that a test changed neither the default dtype nor the grad mode."""
     torch.manual_seed(pytestconfig.getoption("--torch-seed"))
+    # neuraloperator, wherever it is imported, has tensorly contract by opt_einsum from then on, by
+    # which tltorch's own layers fail under autocast.
+    if (plugins := sys.modules.get("tensorly.plugins")) is not None:
+        plugins.use_default_einsum()
     yield
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()

@@ -28,9 +28,8 @@ TOLERANCE = 3e-6
 
 @pytest.fixture(scope="module")
 def neuralop() -> Iterator[Any]:
-    """Their classes; importing them changes tensorly's settings for the whole process."""
+    """Their classes; importing them changes tensorly's backend for the whole process."""
     import tensorly
-    import tensorly.plugins
 
     backend = tensorly.get_backend()
     layers = importlib.import_module("neuralop.layers.spectral_convolution")
@@ -41,7 +40,6 @@ def neuralop() -> Iterator[Any]:
         contract_dense=layers._contract_dense,
     )  # fmt: skip
     tensorly.set_backend(backend)
-    tensorly.plugins.use_default_einsum()
 
 
 @pytest.fixture
