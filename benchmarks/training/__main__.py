@@ -16,7 +16,7 @@ from benchmarks.training.results import title
 from benchmarks.training.run import run_all
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = {"language": 500, "digits": 300}
+STEPS = {"language": 2000, "digits": 300}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--seconds", type=float, help="start no run after so long")
     parser.add_argument("--steps", type=int, help="of each run")
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--length", type=int, default=64, help="bytes of a sequence")
-    parser.add_argument("--sequences", type=int, default=12, help="sequences of a step")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences of a step")
     parser.add_argument("--task", choices=tuple(STEPS), default="language")
     parser.add_argument("--contestants", type=int, help="so many of them, the most telling first")
     given = parser.parse_args(arguments)

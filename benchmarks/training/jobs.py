@@ -7,10 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from polyadic import tensorize
+
 SEEDS = (0, 1, 2)
 # Peak learning rates that contestants choose from. A best one at the end of its list is no best:
 # the list is then continued by factors of two, so often at most.
 DENSE_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+# Of the best of them: rates of what no contestant makes.
+REST_FACTORS = (2, 4, 8)
 LOW_RANK_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FACTOR_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 CONTINUED = 4
@@ -31,6 +35,8 @@ class Job:
         steps: of the optimizer.
         length: bytes of a sequence.
         sequences: of a step.
+        rest: the peak learning rate of what no contestant makes, which is all outside
+            ``model.blocks``; ``lr`` where it is None.
     """
 
     task: str
@@ -43,6 +49,7 @@ class Job:
     steps: int
     length: int = 128
     sequences: int = 16
+    rest: float | None = None
 
     @property
     def contestant(self) -> tuple[str, int, int, bool]:
@@ -64,18 +71,22 @@ class Entry:
 def language_entries(width: int, blocks: int) -> list[Entry]:
     """The contestants of the language model, the most telling first."""
     wide, deep = width * 5 // 4, blocks * 3 // 2
+    # Low rank, and a narrower dense model, of about the parameters of CP with order 3 and R=64.
+    thin, narrow = matched(width, order=3, rank=64)
     return [
         Entry("dense", width, blocks, DENSE_RATES),
         Entry("cp:o3:r64", width, blocks, DENSE_RATES, groups=True),
-        Entry("cp:o2:r64", width, blocks, DENSE_RATES, groups=True),
-        Entry("lowrank:r5", width, blocks, LOW_RANK_RATES),
-        Entry("lowrank:r64", width, blocks, LOW_RANK_RATES),
-        Entry("dense", width // 4, blocks, LOW_RANK_RATES),
-        Entry("dense", width // 2, blocks, LOW_RANK_RATES),
         Entry("cp:o3:r64", width, blocks, FACTOR_RATES),
+        Entry("lowrank:r64", width, blocks, LOW_RANK_RATES),
+        Entry(f"lowrank:r{thin}", width, blocks, LOW_RANK_RATES),
+        Entry("dense", narrow, blocks, LOW_RANK_RATES),
+        # Of about the step time of CP with R=64.
+        Entry("dense", width * 5 // 8, blocks, LOW_RANK_RATES),
+        Entry("cp:o2:r64", width, blocks, DENSE_RATES, groups=True),
         Entry("cp:o2:r64", width, blocks, FACTOR_RATES),
-        Entry("cp:o3:r256", width, blocks, DENSE_RATES, groups=True),
         # Of about the dense model's step time.
+        Entry("cp:o3:r64", 2 * width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o3:r256", width, blocks, DENSE_RATES, groups=True),
         Entry("cp:o3:r64", wide, blocks, DENSE_RATES, groups=True),
         Entry("cp:o1:r64", width, blocks, DENSE_RATES, groups=True),
         Entry("paired:o2:r5", width, blocks, FACTOR_RATES),
@@ -90,6 +101,20 @@ def language_entries(width: int, blocks: int) -> list[Entry]:
         Entry("cp:o3:r128", width, blocks, DENSE_RATES, groups=True),
         Entry("lowrank:r16", width, blocks, LOW_RANK_RATES),
     ]
+
+
+def matched(width: int, order: int, rank: int) -> tuple[int, int]:
+    """A low rank, and a dense model's width, of about as many parameters as CP layers have.
+
+    Counted are the four linear layers of a block. The width is a multiple of 4, as four heads ask
+    for.
+    """
+    shapes = [(1, 3), (1, 1), (1, 4), (4, 1)]
+    modes = [tensorize(m * width, n * width, order) for m, n in shapes]
+    count = rank * sum(sum(ins) + sum(outs) for ins, outs in modes)
+    thin = round(count / (width * sum(m + n for m, n in shapes)))
+    narrow = 4 * math.ceil(math.sqrt(count / sum(m * n for m, n in shapes)) / 4)
+    return max(1, thin), narrow
 
 
 def digits_entries(width: int) -> list[Entry]:
@@ -114,22 +139,24 @@ def common(task: str, steps: int, length: int, sequences: int) -> Job:
 def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> list[Job]:
     """The runs that are to be made now, the most telling first, among them those made already.
 
-    A contestant runs at each of its rates with the first seed, on while the best is the last of
-    them, and then with the other seeds at the best. With param_groups it also runs with every seed
-    at the best rate of the first entry, the dense model: does its recipe hold?
+    The dense model alone chooses the rate of what no contestant makes, such as the embedding: at
+    its best rate for all it tries higher ones. Then each contestant, dense too, runs at each of
+    its rates with the first seed, on while the best is the last of them, and with the other seeds
+    at the best. With param_groups it also runs with every seed at the best rate of the first
+    entry, the dense model: does its recipe hold?
 
     Args:
         entries: the contestants, dense first.
         shared: as ``common`` makes it.
         losses: of the runs made.
     """
-    found: list[Job] = []
+    found = _rests(entries[0], shared, losses)
+    if not all(job in losses for job in found):
+        return found
+    shared = dataclasses.replace(shared, rest=min(found, key=lambda job: losses[job]).rest)
     dense: Job | None = None
     for entry in entries:
-        own = dataclasses.replace(
-            shared, layer=entry.layer, width=entry.width, blocks=entry.blocks, groups=entry.groups,
-            seed=SEEDS[0],
-        )  # fmt: skip
+        own = _of(entry, shared)
         swept = _swept([dataclasses.replace(own, lr=lr) for lr in entry.rates], losses)
         found += swept
         chosen = {}
@@ -146,6 +173,24 @@ def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> l
             for seed in SEEDS
         ]
     return list(dict.fromkeys(found))
+
+
+def _of(entry: Entry, shared: Job) -> Job:
+    """A contestant's run whose rate is yet to be set, with the first seed."""
+    return dataclasses.replace(
+        shared, layer=entry.layer, width=entry.width, blocks=entry.blocks, groups=entry.groups,
+        seed=SEEDS[0],
+    )  # fmt: skip
+
+
+def _rests(dense: Entry, shared: Job, losses: Mapping[Job, float]) -> list[Job]:
+    """The dense model at one rate for all, and at the best with higher ones for the rest."""
+    swept = _swept([dataclasses.replace(_of(dense, shared), lr=lr) for lr in dense.rates], losses)
+    if not all(job in losses for job in swept):
+        return swept
+    best = min(swept, key=lambda job: losses[job])
+    rests = [dataclasses.replace(best, rest=best.lr * factor) for factor in REST_FACTORS]
+    return swept + rests
 
 
 def _swept(jobs: list[Job], losses: Mapping[Job, float]) -> list[Job]:

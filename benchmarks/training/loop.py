@@ -32,12 +32,14 @@ class Recipe:
         steps: of the optimizer.
         weight_decay: AdamW's.
         groups: whether factors get the rates of ``polyadic.param_groups``.
+        rest: the peak of the rate of all parameters outside ``model.blocks``; ``lr`` where None.
     """
 
     lr: float
     steps: int
     weight_decay: float = 0.1
     groups: bool = False
+    rest: float | None = None
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -132,6 +134,14 @@ def optimizer_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torc
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if recipe.groups:
         groups = polyadic.param_groups(model, recipe.lr, recipe.weight_decay)
+    if recipe.rest is not None:
+        inside = {id(parameter) for parameter in model.get_submodule("blocks").parameters()}
+        groups = [
+            {**group, "params": chosen, **({} if within else {"lr": recipe.rest})}
+            for group in groups
+            for within in (True, False)
+            if (chosen := [p for p in group["params"] if (id(p) in inside) is within])
+        ]
     for group in groups:
         rate = float(group.get("lr", recipe.lr))
         # A captured step reads the rate of the day from memory.

@@ -14,7 +14,7 @@ from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
 from benchmarks.study.store import read
 from benchmarks.training.layers import parsed
-from benchmarks.training.results import LEAST_RATES, Contestant, Score, contestants, title
+from benchmarks.training.results import LEAST_RATES, Contestant, Score, contestants, resting, title
 
 MARK = "training"
 # What counts as equal, as a fraction, and as the same loss, in nats.
@@ -41,7 +41,7 @@ class Task:
     Attributes:
         name: ``"language"`` or ``"digits"``.
         environment: the record of machine, versions and settings.
-        records: of the runs.
+        records: of the runs, at the rate of the rest that suits the dense model best.
         contestants: gathered from them, the dense model whose layers are replaced first.
     """
 
@@ -86,6 +86,7 @@ def load(results: Path, name: str, device: str = "cpu") -> Task:
     environment, records = read(path)
     steps = results / steps_file(name)
     costs = read(steps)[1] if device == "cpu" and steps.exists() else []
+    records = resting(records)
     found = contestants(records, costs)
     if not found or found[0].kind != "dense":
         raise ValueError(f"{path.name} lacks a complete sweep of the dense model; run on")
@@ -154,9 +155,11 @@ def where(task: Task) -> str:
             f"{task.dense.blocks} blocks of width {task.dense.width}"
         )
     commits = ", ".join(sorted({str(record["commit"]) for record in task.records}))
+    rest = task.records[0].get("rest")
+    rates = "" if rest is None else f" What no contestant makes learns at {rest:g} in all of them."
     return (
         f"{sizes}. {machine}, torch {env['torch']}, Python {env['python']}, "
-        f"{env['date'][:10]}, commit {commits}."
+        f"{env['date'][:10]}, commit {commits}.{rates}"
     )
 
 

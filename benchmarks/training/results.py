@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -108,6 +109,19 @@ def contestants(runs: Iterable[Record], steps: Iterable[Record] = ()) -> list[Co
         for name, records in by_name.items()
     ]  # fmt: skip
     return [contestant for contestant in found if contestant.scores]
+
+
+def resting(runs: Iterable[Record]) -> list[Record]:
+    """The runs at the rate of the rest that suits the dense model best, the first one's.
+
+    What no contestant makes learns at that rate in all of them. Records of before it had one of its
+    own are of a single rate for all parameters.
+    """
+    made = list(runs)
+    model = operator.itemgetter("layer", "width", "blocks", "seed")
+    own = [r for r in made if model(r) == model(made[0]) and r["loss"] is not None]
+    rest = min(own, key=lambda r: r["loss"]).get("rest") if own else None
+    return [record for record in made if record.get("rest") == rest]
 
 
 def _losses(records: Sequence[Record], grouped: bool) -> dict[float, dict[int, float]]:

@@ -36,7 +36,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
     file = _file(job, checkpoints)
     found = train(
         model,
-        Recipe(job.lr, job.steps, groups=job.groups),
+        Recipe(job.lr, job.steps, groups=job.groups, rest=job.rest),
         batch,
         loss,
         validate,
@@ -176,7 +176,8 @@ def run_all(
                     durable.remove(file)
                 tell(
                     f"{job.task} {job.layer} width {job.width} blocks {job.blocks} "
-                    f"lr {job.lr:g}{' groups' if job.groups else ''} seed {job.seed}: "
+                    f"lr {job.lr:g}{' groups' if job.groups else ''}"
+                    f"{'' if job.rest is None else f' rest {job.rest:g}'} seed {job.seed}: "
                     f"loss {record['loss']:.4f} after {record['seconds']:.0f} s; "
                     f"{len(ready[free:])} wait"
                 )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study.store import Store
-from benchmarks.training import costs, jobs, layers, report, results, texts
-from benchmarks.training.loop import Recipe, train
+from benchmarks.training import costs, jobs, language, layers, report, results, texts
+from benchmarks.training.loop import Recipe, optimizer_of, train
 from benchmarks.training.run import finished, run_all
 from polyadic.formats import tensorize
 from polyadic.nn import CPLinear
@@ -26,21 +26,78 @@ ENTRIES = [
 ]
 
 
-def ran(best: dict[bool, float], entries: list[jobs.Entry] = ENTRIES) -> list[jobs.Job]:
-    """All runs of a study where a loss is the distance, in octaves, of a rate to the best one."""
+def ran(
+    best: dict[bool, float], entries: list[jobs.Entry] = ENTRIES, rest: float | None = None
+) -> list[jobs.Job]:
+    """All runs of a study where a loss is the distance, in octaves, of a rate to the best one.
+
+    The rate of the rest counts in the same way where it has a best one; else one rate for all does.
+    """
     made: dict[jobs.Job, float] = {}
     while waiting := [job for job in jobs.due(entries, SHARED, made) if job not in made]:
-        made[waiting[0]] = abs(math.log2(waiting[0].lr / best[waiting[0].groups]))
+        job = waiting[0]
+        made[job] = abs(math.log2(job.lr / best[job.groups]))
+        if rest is not None:
+            made[job] += abs(math.log2((job.rest or job.lr) / rest))
+        elif job.rest is not None:
+            made[job] += 1
     return list(made)
 
 
 def test_a_sweep_comes_before_its_repeats_and_the_recipe_is_dense_s_best_rate() -> None:
     found = [(job.layer, job.groups, job.lr, job.seed) for job in ran({False: 2.0, True: 4.0})]
     dense = [("dense", False, lr, 0) for lr in (1.0, 2.0, 4.0, 8.0)]
+    dense += [("dense", False, 2.0, 0) for _ in jobs.REST_FACTORS]
     dense += [("dense", False, 2.0, seed) for seed in (1, 2)]
     cp = [("cp:o1:r2", True, lr, 0) for lr in (1.0, 2.0, 4.0, 8.0)]
     cp += [("cp:o1:r2", True, lr, seed) for lr in (4.0, 2.0) for seed in (1, 2)]
     assert found == dense + cp
+
+
+def test_what_no_contestant_makes_learns_at_the_rate_that_suits_dense_in_all() -> None:
+    found = ran({False: 2.0, True: 2.0}, rest=8.0)
+    assert [job.rest for job in found[4:7]] == [4.0, 8.0, 16.0]
+    repeated = [job for job in found[7:] if job.seed]
+    assert {job.layer for job in repeated} == {"dense", "cp:o1:r2"}
+    assert {job.rest for job in found[7:]} == {8.0}
+    records = [
+        {
+            **dataclasses.asdict(job),
+            "loss": abs(math.log2(job.lr / 2.0)) + ((job.rest or job.lr) != 8.0),
+        }
+        for job in found
+    ]
+    assert results.resting(records) == [record for record in records if record["rest"] == 8.0]
+    old = [{key: value for key, value in records[0].items() if key != "rest"}]
+    assert results.resting(old) == old
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_rest_of_a_model_has_a_rate_of_its_own(groups: bool) -> None:
+    model = nn.Module()
+    model.blocks, model.head = nn.ModuleList([CPLinear(6, 8, rank=3)]), nn.Linear(8, 2)
+    recipe = Recipe(1e-3, 1, groups=groups, rest=0.5)
+    optimizer = optimizer_of(model, recipe, torch.device("cpu"))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert {rates[id(p)] for p in model.head.parameters()} == {0.5}
+    own = {rates[id(p)] for p in model.blocks.parameters()}
+    assert 0.5 not in own
+    assert (own == {1e-3}) is not groups
+
+
+def test_contestants_of_equal_parameters_are_so() -> None:
+    for width in (128, 256):
+        thin, narrow = jobs.matched(width, order=3, rank=64)
+        counts = [
+            language.LanguageModel(
+                layers.maker(name), blocks=2, width=size, length=4
+            ).block_parameters()
+            for name, size in (
+                ("cp:o3:r64", width), (f"lowrank:r{thin}", width), ("dense", narrow),
+            )
+        ]  # fmt: skip
+        assert max(counts) < 1.2 * min(counts)
 
 
 @pytest.mark.parametrize(
