@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.study.store import Store
-from benchmarks.training import costs, jobs, report, texts
+from benchmarks.training import costs, jobs, report, tasks, texts
 from benchmarks.training.results import title
 from benchmarks.training.run import run_all
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(
     entries: list[jobs.Entry], common: jobs.Job, out: Path, settings: dict[str, Any], given: Any
 ) -> None:
-    store = Store(out / report.runs_file(given.device, common.task), settings)
+    store = Store(out / tasks.runs_file(given.device, common.task), settings)
     checkpoints = out / "training-checkpoints" if given.device == "cpu" else None
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _train(
 
 def _time(entries: list[jobs.Entry], common: jobs.Job, out: Path, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    path = out / report.steps_file(common.task)
+    path = out / tasks.steps_file(common.task)
     path.unlink(missing_ok=True)
     store = Store(path, settings)
     for record in costs.measure(entries, common):

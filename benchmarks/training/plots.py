@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks import pages
 from benchmarks.training.layers import parsed
-from benchmarks.training.report import COSTS, Task
 from benchmarks.training.results import KINDS, Contestant
+from benchmarks.training.tasks import COSTS, Task
 
 # Okabe and Ito's colours, told apart by colour-blind readers too. A family is a kind of layer, and
 # for CP an order, in a model of the usual size; what differs in size is a family besides.

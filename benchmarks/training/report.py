@@ -6,91 +6,19 @@ Nothing is measured here; the same records give the same text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pages import between, markdown_rows
-from benchmarks.records import Record
-from benchmarks.study.store import read
 from benchmarks.training.layers import parsed
-from benchmarks.training.results import LEAST_RATES, Contestant, Score, contestants, resting, title
+from benchmarks.training.plots import save_figures
+from benchmarks.training.results import LEAST_RATES, Contestant, Score
+from benchmarks.training.tasks import COSTS, TASKS, Task, equals, front, load
 
 MARK = "training"
-# What counts as equal, as a fraction, and as the same loss, in nats.
-EQUAL = 0.2
+# What counts as the same loss, in nats.
 WITHIN = 0.02
-TASKS = {"language": "Language model", "digits": "Digits"}
 README_LAYER = "cp:o3:r64"
-
-
-def runs_file(device: str, task: str) -> str:
-    """Name of the file that holds the runs of a task."""
-    return f"training-{device}-{task}.jsonl"
-
-
-def steps_file(task: str) -> str:
-    """Name of the file that holds what steps of a task cost."""
-    return f"training-steps-{task}.jsonl"
-
-
-@dataclass(frozen=True)
-class Task:
-    """The stored records of one task on one device.
-
-    Attributes:
-        name: ``"language"`` or ``"digits"``.
-        environment: the record of machine, versions and settings.
-        records: of the runs, at the rate of the rest that suits the dense model best.
-        contestants: gathered from them, the dense model whose layers are replaced first.
-    """
-
-    name: str
-    environment: Record
-    records: list[Record]
-    contestants: list[Contestant]
-
-    @property
-    def dense(self) -> Contestant:
-        """The model whose layers are replaced."""
-        return self.contestants[0]
-
-    @property
-    def best_cp(self) -> Contestant | None:
-        """The CP contestant of the smallest loss, if there is any."""
-        cps = [c for c in self.contestants if c.kind == "cp"]
-        return min(cps, key=lambda c: c.best.mean, default=None)
-
-    def named(self, contestant: Contestant) -> str:
-        """Title of a contestant; width and blocks where they are not the dense model's."""
-        usual = self.dense.width, self.dense.blocks
-        return title(contestant.layer, contestant.width, contestant.blocks, usual)
-
-    def of(self, layer: str) -> Contestant | None:
-        """The contestant of a layer in a model of the usual size."""
-        usual = self.dense.width, self.dense.blocks
-        return next(
-            (c for c in self.contestants if c.layer == layer and (c.width, c.blocks) == usual), None
-        )
-
-
-def load(results: Path, name: str, device: str = "cpu") -> Task:
-    """A task's stored records.
-
-    Raises:
-        ValueError: it is not stored, or no sweep of its dense model is complete.
-    """
-    path = results / runs_file(device, name)
-    if not path.exists():
-        raise ValueError(f"{path.name} is not stored in {results.name}; run the study first")
-    environment, records = read(path)
-    steps = results / steps_file(name)
-    costs = read(steps)[1] if device == "cpu" and steps.exists() else []
-    records = resting(records)
-    found = contestants(records, costs)
-    if not found or found[0].kind != "dense":
-        raise ValueError(f"{path.name} lacks a complete sweep of the dense model; run on")
-    return Task(name, environment, records, found)
 
 
 def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[Path]:
@@ -108,8 +36,6 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
         ValueError: records are not stored, or a page lacks its markers.
         FileNotFoundError: there is no page.
     """
-    from benchmarks.training.plots import save_figures
-
     tasks = [load(results, name) for name in TASKS]
     figures = save_figures(tasks, docs / "figures")
     page = docs / "training.md"
@@ -236,29 +162,6 @@ def recipe_finding(task: Task) -> str:
     )
 
 
-# Costs that contestants can be equal in: how they are named, and read.
-COSTS: dict[str, Callable[[Contestant], float | None]] = {
-    "block parameters": lambda c: c.block_parameters,
-    "step time": lambda c: None if c.step is None else c.step["seconds"],
-    "FLOPs": lambda c: None if c.step is None else c.step["flops"],
-    "state": lambda c: None if c.step is None else c.step["state_bytes"],
-}
-
-
-def equals(task: Task, one: Contestant, cost: str) -> list[Contestant]:
-    """The other contestants whose cost is within a fifth of this one's, the best first."""
-    own = COSTS[cost](one)
-    found = [
-        other
-        for other in task.contestants
-        if other is not one
-        and own is not None
-        and (its := COSTS[cost](other)) is not None
-        and own / (1 + EQUAL) <= its <= own * (1 + EQUAL)
-    ]
-    return sorted(found, key=lambda c: c.best.mean)
-
-
 def equal_table(task: Task) -> str:
     """Who costs what the CP contestants cost, and by how much its loss differs."""
     rows = [["of", "equal in", "beside it, and the difference of its loss in nats"]]
@@ -307,16 +210,6 @@ def findings(task: Task) -> list[str]:
             f"{times(dense.block_parameters, best.block_parameters)} fewer block parameters"
             f"{timed(best, dense)}."
         )
-    return found
-
-
-def front(task: Task, cost: str) -> list[Contestant]:
-    """Those that no contestant of less cost beats, the cheapest first."""
-    priced = [(its, c) for c in task.contestants if (its := COSTS[cost](c)) is not None]
-    found: list[Contestant] = []
-    for _, contestant in sorted(priced, key=lambda pair: (pair[0], pair[1].best.mean)):
-        if not found or contestant.best.mean < found[-1].best.mean:
-            found.append(contestant)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study.store import Store
-from benchmarks.training import costs, jobs, language, layers, report, results, texts
+from benchmarks.training import costs, jobs, language, layers, report, results, tasks, texts
 from benchmarks.training.loop import Recipe, optimizer_of, train
 from benchmarks.training.run import finished, run_all
 from polyadic.formats import tensorize
@@ -280,10 +280,10 @@ DIGITS = [
 def stored(folder: Path) -> None:
     folder.mkdir()
     for name, records in (
-        (report.runs_file("cpu", "language"), LANGUAGE),
-        (report.runs_file("cuda", "language"), LANGUAGE),
-        (report.runs_file("cpu", "digits"), DIGITS),
-        (report.steps_file("language"), STEPS),
+        (tasks.runs_file("cpu", "language"), LANGUAGE),
+        (tasks.runs_file("cuda", "language"), LANGUAGE),
+        (tasks.runs_file("cpu", "digits"), DIGITS),
+        (tasks.steps_file("language"), STEPS),
     ):
         lines = [json.dumps(record) for record in (ENVIRONMENT, *records)]
         (folder / name).write_text("\n".join(lines) + "\n")
@@ -365,9 +365,9 @@ def test_seeds_decide_between_the_bests_of_two_sweeps() -> None:
 def test_the_stored_page_is_made_of_the_stored_records() -> None:
     root = Path(__file__).parents[2]
     folder, docs = root / "benchmarks" / "results", root / "docs"
-    tasks = [report.load(folder, name) for name in report.TASKS]
-    text = report.section(tasks, report.load(folder, "language", "cuda"))
+    loaded = [tasks.load(folder, name) for name in tasks.TASKS]
+    text = report.section(loaded, tasks.load(folder, "language", "cuda"))
     assert text in (docs / "training.md").read_text(encoding="utf-8")
-    assert report.summary(tasks[0]) in (root / "README.md").read_text(encoding="utf-8")
-    for name in (*report.TASKS, "readme"):
+    assert report.summary(loaded[0]) in (root / "README.md").read_text(encoding="utf-8")
+    for name in (*tasks.TASKS, "readme"):
         assert (docs / "figures" / f"training-{name}.svg").exists()
