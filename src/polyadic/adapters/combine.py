@@ -129,7 +129,7 @@ def _own(layer: AdaptedLayer, adapters: Sequence[str], weights: Sequence[float])
     parts = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.polyadic_cp:
-            groups, rows = layer.parts(adapter)
+            groups, rows = layer.scaled_parts(adapter)
             first, *rest = [factor for group in groups for factor in group]
             parts.append([first * weight if rows is None else first * rows * weight, *rest])
     return [torch.cat(factors, 1) for factors in zip(*parts, strict=True)], None
@@ -148,5 +148,9 @@ def _of_shared(
             continue
         every.append(list(cp.factors))
         own = layer.parts(adapter)[1] if adapter in layer.polyadic_cp else None
-        rows.append(cp.factors[0].new_zeros(cp.rank) if own is None else own * weight)
+        rows.append(
+            cp.factors[0].new_zeros(cp.rank)
+            if own is None
+            else own * (weight * layer.scaling[adapter])
+        )
     return [torch.cat(factors, 1) for factors in zip(*every, strict=True)], torch.cat(rows)

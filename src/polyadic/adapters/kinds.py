@@ -34,7 +34,7 @@ class AdaptedLinear(AdaptedLayer):
         return self.in_features
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
-        """What an adapter adds to the output."""
+        """What an adapter adds to the output, but for its scaling."""
         ins, outs = groups
         return cp_linear(x, ins, outs, weights=weights)
 
@@ -47,7 +47,7 @@ class AdaptedLinear(AdaptedLayer):
 
     def lora(self, adapter: str, name: str) -> dict[str, Tensor]:
         """The two matrices of the LoRA that is this adapter."""
-        (ins, outs), weights = self.parts(adapter)
+        (ins, outs), weights = self.scaled_parts(adapter)
         return {
             "lora_A.weight": columns(ins, weights).t(),
             "lora_B.weight": columns(outs, None),
@@ -79,7 +79,7 @@ class AdaptedConv(AdaptedLayer):
         return math.prod(map(int, _conv(self.get_base_layer()).weight.shape[1:]))
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
-        """What an adapter adds to the output."""
+        """What an adapter adds to the output, but for its scaling."""
         base = _conv(self.get_base_layer())
         outs, ins, kernel = groups
         return cp_conv(
@@ -111,7 +111,7 @@ class AdaptedConv(AdaptedLayer):
                     f"{name} has {option}={value!r}, which PEFT's LoRA of convolutions leaves out "
                     f"of account; merge the adapter instead"
                 )
-        (outs, ins, kernel), weights = self.parts(adapter)
+        (outs, ins, kernel), weights = self.scaled_parts(adapter)
         down = columns((*ins, *kernel), weights).t()
         up = columns(outs, None)
         return {
@@ -147,7 +147,7 @@ class AdaptedEmbedding(AdaptedLayer):
         return 1
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
-        """What an adapter adds to the output."""
+        """What an adapter adds to the output, but for its scaling."""
         base = _table(self.get_base_layer())
         ins, outs = groups
         added = cp_embedding(
@@ -174,7 +174,7 @@ class AdaptedEmbedding(AdaptedLayer):
     def lora(self, adapter: str, name: str) -> dict[str, Tensor]:
         """The two matrices of the LoRA that is this adapter."""
         base = _table(self.get_base_layer())
-        (ins, outs), weights = self.parts(adapter)
+        (ins, outs), weights = self.scaled_parts(adapter)
         rows = columns(ins, weights)[: base.num_embeddings].clone()
         if base.padding_idx is not None:
             rows[base.padding_idx] = 0

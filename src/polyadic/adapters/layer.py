@@ -132,7 +132,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise NotImplementedError
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
-        """What an adapter adds to the output for the input x."""
+        """What an adapter adds to the output for the input x, but for its scaling."""
         raise NotImplementedError
 
     def dense(self, groups: Groups, weights: Tensor | None) -> Tensor:
@@ -205,18 +205,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return found  # type: ignore[no-any-return]
 
     def parts(self, name: str) -> tuple[Groups, Tensor | None]:
-        """The factors of an adapter by group, and λ or None; its scaling is in one of them."""
+        """The factors of an adapter by group, and λ or None; its scaling is in none of them."""
         groups, _ = self.cp(name).parts()
         rows = self.polyadic_rows[name] if name in self.polyadic_rows else None  # noqa: SIM401
-        scale = self.scaling[name]
-        if rows is not None:
-            return groups, rows * scale
-        if scale == 1:
-            return groups, None
-        # A factor has fewer entries than an output; the first mode is the smallest by default.
+        return groups, rows
+
+    def scaled_parts(self, name: str) -> tuple[Groups, Tensor | None]:
+        """The same with the scaling in the first out factor."""
+        groups, rows = self.parts(name)
         at = self.out_group
         first, *rest = groups[at]
-        return (*groups[:at], (first * scale, *rest), *groups[at + 1 :]), None
+        return (*groups[:at], (first * self.scaling[name], *rest), *groups[at + 1 :]), rows
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus what the active adapters add to it.
@@ -241,7 +240,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return self._mixed(x, result, names)
         for name in self.active_adapters:
             if name in self.polyadic_cp:
-                result = result + self._added(name, x)
+                # A scaled factor would be one more tensor to keep for the backward.
+                result = torch.add(result, self._added(name, x), alpha=self.scaling[name])
         return result.to(dtype)
 
     def _added(self, name: str, x: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 continue
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
             added = self._added(name, x.index_select(0, rows)).to(result.dtype)
-            result = result.index_add(0, rows, added)
+            result = result.index_add(0, rows, added, alpha=self.scaling[name])
         return result
 
     def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
@@ -286,7 +286,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Returns:
             ΔW in the factors' dtype, in float32 for half precisions.
         """
-        groups, weights = self.parts(adapter)
+        groups, weights = self.scaled_parts(adapter)
         wide = torch.promote_types(groups[0][0].dtype, torch.float32)
         groups = tuple(tuple(factor.to(wide) for factor in group) for group in groups)
         return self.dense(groups, None if weights is None else weights.to(wide))
