@@ -140,6 +140,24 @@ def test_a_combination_of_shared_and_own_factors_has_own_ones() -> None:
     assert model.peft_config["sum"].share == "none"
 
 
+@every_share
+def test_a_sum_is_fitted_to_a_rank(share: str) -> None:
+    """The errors that it names are those of ΔW, and a rank that suffices has none."""
+    _, model = words(share=share)
+    model.add_adapter("two", CPConfig(r=3, share=share, target_modules=ALL, init_weights=False))
+    add = model.base_model.add_weighted_adapter
+    assert not any(add(["default", "two"], [1.0, -0.5], "sum").values())
+    errors = add(["default", "two"], [1.0, -0.5], "two components", "fit", rank=2)
+    add(["default", "two"], [1.0, -0.5], "exact", "fit", rank=200)
+    for name, layer in layers(model).items():
+        want, got = change(layer, "sum"), change(layer, "two components")
+        error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
+        assert 0 < errors[name] < 1
+        torch.testing.assert_close(error.item(), errors[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(change(layer, "exact"), want, rtol=1e-4, atol=1e-4)
+    assert model.peft_config["two components"].r == 2
+
+
 def test_a_sum_is_saved_and_loaded(tmp_path: Path) -> None:
     base, model = words(share="layers", order=1)
     model.add_adapter(
@@ -157,7 +175,9 @@ def test_a_sum_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"combination_type": "svd"}, "combination_type must be 'cat'"),
+        ({"combination_type": "linear"}, "combination_type must be 'cat'"),
+        ({"combination_type": "fit"}, "'fit' needs a rank"),
+        ({"rank": 2}, "'cat' has the sum of ranks"),
         ({"adapters": ["default", "none"]}, "Adapter none does not exist"),
         ({"weights": [1.0]}, "one weight for each adapter"),
         ({"adapter_name": "two"}, "there is an adapter 'two' already"),

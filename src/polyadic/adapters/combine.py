@@ -1,7 +1,8 @@
-"""The weighted sum of adapters, as one adapter whose components are theirs side by side."""
+"""The weighted sum of adapters as one: its components are theirs side by side, or fewer, fitted."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from polyadic.adapters.config import CPConfig, exact_pattern
-from polyadic.adapters.layer import AdaptedLayer
+from polyadic.adapters.layer import AdaptedLayer, Groups, matrix
+from polyadic.fitting import decompose
 from polyadic.formats import Shape
 from polyadic.tensor import CPTensor
 
@@ -22,19 +24,24 @@ Key = tuple[type[AdaptedLayer], tuple[Shape, ...]]
 
 @torch.no_grad()
 def combined(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str
-) -> tuple[CPConfig, dict[str, Values]]:
-    """The configuration of Σ w_i ΔW_i and the values of its factors by the name of a layer.
+    tuner: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    rank: int | None,
+) -> tuple[CPConfig, dict[str, Values], dict[str, float]]:
+    """The configuration of Σ w_i ΔW_i; the values of its factors and its error, by layers' names.
 
     Where every adapter shares its factors over layers, with one tensor for each kind and shape, so
     does the sum: its factors are theirs, and λ of a layer that one of them leaves out has zeros in
-    its place. Otherwise each layer gets factors of its own.
+    its place. Otherwise, and where they are fitted, each layer gets factors of its own.
 
     Args:
         tuner: the ``CPModel``.
         adapters: names.
         weights: w_i, one for each.
         name: of the sum.
+        rank: to fit the sum in each layer; None for the sum of ranks, which is exact.
 
     Raises:
         ValueError: see ``CPModel.add_weighted_adapter``.
@@ -45,12 +52,17 @@ def combined(
         if isinstance(module, AdaptedLayer) and any(a in module.polyadic_cp for a in adapters)
     }  # fmt: skip
     modes = {key: _modes(layer, adapters, key) for key, layer in layers.items()}
-    shared = _shared(tuner, layers.values(), adapters)
+    shared = None if rank is not None else _shared(tuner, layers.values(), adapters)
     values = {
         key: _own(layer, adapters, weights) if shared is None
         else _of_shared(layer, shared[type(layer), modes[key]], adapters, weights)
         for key, layer in layers.items()
     }  # fmt: skip
+    errors = dict.fromkeys(values, 0.0)
+    if rank is not None:
+        for key, (factors, _) in values.items():
+            fit, errors[key] = _fitted(layers[key], factors, modes[key], rank)
+            values[key] = fit, None
     ranks = {exact_pattern(key): factors[0].shape[1] for key, (factors, _) in values.items()}
     config: CPConfig = replace(
         tuner.peft_config[adapters[0]],
@@ -66,7 +78,7 @@ def combined(
         out_shape_pattern={exact_pattern(k): _side(layers[k], modes[k], "out") for k in layers},
         init_weights=True,
     )
-    return config, values
+    return config, values, errors
 
 
 def names_pattern(names: Iterable[str]) -> str:
@@ -133,6 +145,25 @@ def _own(layer: AdaptedLayer, adapters: Sequence[str], weights: Sequence[float])
             first, *rest = [factor for group in groups for factor in group]
             parts.append([first * weight if rows is None else first * rows * weight, *rest])
     return [torch.cat(factors, 1) for factors in zip(*parts, strict=True)], None
+
+
+def _fitted(
+    layer: AdaptedLayer, factors: Sequence[Tensor], modes: tuple[Shape, ...], rank: int
+) -> tuple[list[Tensor], float]:
+    """Fewer components for the sum of many, and ‖ΔW − ΔŴ‖ / ‖ΔW‖, which is 0 where ΔW = 0."""
+    half = len(modes[0])
+    weight = matrix(factors[:half], factors[half:], None)
+    fit = decompose(weight.view([size for group in modes for size in group]), modes, rank)
+    made = [factor.detach() for factor in fit.cp.factors]
+    # A table has fewer rows than its modes, so that the fit's own error is of more than ΔW.
+    wanted, found = (layer.dense(_grouped(each, modes), None) for each in (factors, made))
+    size = torch.linalg.vector_norm(wanted).item()
+    return made, torch.linalg.vector_norm(found - wanted).item() / size if size else 0.0
+
+
+def _grouped(factors: Sequence[Tensor], modes: tuple[Shape, ...]) -> Groups:
+    given = iter(factors)
+    return tuple(tuple(itertools.islice(given, len(group))) for group in modes)
 
 
 def _of_shared(

@@ -19,6 +19,7 @@ from polyadic.adapters.combine import combined
 from polyadic.adapters.config import CPConfig
 from polyadic.adapters.kinds import check_called, kind_of
 from polyadic.adapters.layer import BASE, AdaptedLayer, Adapter, adapter_of_each_row
+from polyadic.formats import positive_int
 from polyadic.tensor import CPTensor
 
 StateDict = dict[str, Tensor]
@@ -107,27 +108,41 @@ class CPModel(BaseTuner):  # type: ignore[misc]
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "cat",
-    ) -> None:
-        """Add the adapter Σ w_i ΔW_i, exactly: its components are those of all, its rank their sum.
+        rank: int | None = None,
+    ) -> dict[str, float]:
+        """Add the adapter Σ w_i ΔW_i: exactly, of the sum of ranks, or fitted to a rank.
 
         Args:
             adapters: names of adapters whose factors have the same modes.
             weights: w_i, one for each.
             adapter_name: of the new adapter; it is frozen and not active.
-            combination_type: ``"cat"``. Other ways of PEFT's LoRA average factors, or prune and
+            combination_type: ``"cat"`` is exact: the components of the sum are those of all.
+                ``"fit"`` forms the sum in each layer, and fits factors of that layer's own to it
+                by ``polyadic.decompose``. Other ways of PEFT's LoRA average factors, or prune and
                 round ΔW, which has no exact CP format.
+            rank: for ``"fit"``.
+
+        Returns:
+            ‖ΔW − ΔŴ‖ / ‖ΔW‖ of each layer by its name, 0 for ``"cat"``.
 
         Raises:
+            TypeError: ``rank`` is no integer.
             ValueError: an adapter is unknown or the new one known, the number of weights differs,
-                modes differ, a module is saved by several of them, or ``combination_type`` is not
-                ``"cat"``.
+                modes differ, a module is saved by several of them, ``combination_type`` is another
+                one, or ``rank`` does not go with it.
         """
-        if combination_type != "cat":
+        if combination_type not in ("cat", "fit"):
             raise ValueError(
-                f"combination_type must be 'cat', which is exact for CP adapters, got "
+                f"combination_type must be 'cat', which is exact for CP adapters, or 'fit', got "
                 f"{combination_type!r}"
             )
-        config, values = combined(self, adapters, weights, adapter_name)
+        if (rank is None) == (combination_type == "fit"):
+            raise ValueError(
+                f"combination_type 'fit' needs a rank, and 'cat' has the sum of ranks; got "
+                f"{combination_type!r} with rank={rank!r}"
+            )
+        rank = None if rank is None else positive_int(rank, "rank")
+        config, values, errors = combined(self, adapters, weights, adapter_name, rank)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         self.set_requires_grad(adapter_name, False)
@@ -138,6 +153,7 @@ class CPModel(BaseTuner):  # type: ignore[misc]
                 own.data = value.to(own)
             if rows is not None:
                 layer.polyadic_rows[adapter_name].data = rows.to(cp.factors[0])
+        return errors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
