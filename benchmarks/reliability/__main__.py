@@ -20,13 +20,17 @@ from benchmarks.reliability.jobs import JOBS
 KILLS, READS = 100, 2000
 # Calls of each kind of hostile input; a million in all.
 CALLS = {
-    "constructors": 200_000,
-    "CP tensors": 200_000,
-    "forwards": 200_000,
-    "functions": 250_000,
-    "formats, plans, ranks": 100_000,
-    "files": 45_000,
-    "command lines": 5_000,
+    "constructors": 250_000,
+    "CP tensors": 350_000,
+    "forwards": 100_000,
+    "functions": 200_000,
+    "formats, plans, ranks": 60_000,
+    "whole models": 4_000,
+    "rates, ranks, fits, recovery": 6_000,
+    "adapters": 5_000,
+    "several processes": 5_000,
+    "files": 20_000,
+    "command lines": 10_000,
 }
 PARTS = ("kills", "files", "determinism", "hostile")
 

@@ -10,25 +10,34 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
+import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import polyadic
+from benchmarks.reliability import hostile_models
+from benchmarks.reliability.odd import (
+    changed,
+    damaged,
+    index,
+    odd,
+    options,
+    size,
+    sizes,
+    tensor,
+)
 from polyadic import formats, functional, plans
 from polyadic import nn as cp
 from polyadic.compression.report import Report
@@ -40,76 +49,6 @@ from polyadic.pretrained.config import ModelConfig
 Call = Callable[[], object]
 REFUSALS = (TypeError, ValueError, IndexError, FileNotFoundError)
 SECONDS = 30
-
-SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 30]
-ODD: list[Any] = [
-    -1, 0, 1, 2, 3, 6, 2**31, 2**62, 2**63, 10**30, -(2**63), 0.0, 1.0, 2.5, -1.5, math.nan,
-    math.inf, True, False, None, "", "x", "2", "same", "valid", "break-even", "fast", "least",
-    "reflect", b"x", (), (0,), (1,), (2,), (2, 3), (2, 2, 3), [2], [3, 2], [[2], [3]],
-    (2.0, 3), (True, 2), ("2", 3), {}, {"a": 1}, {2}, range(2), object, 1j,
-    torch.float32, torch.int64, torch.float8_e4m3fn, torch.complex64, "cuda", "meta", "float32",
-]  # fmt: skip
-
-
-def odd(draw: random.Random) -> Any:
-    """A value that fits nothing, or fits by chance."""
-    special = draw.randrange(12)
-    if special == 0:
-        return np.int64(draw.choice(SIZES))
-    if special == 1:
-        return torch.tensor(draw.choice(SIZES))
-    if special == 2:
-        return tensor(draw)
-    return draw.choice(ODD)
-
-
-def size(draw: random.Random) -> Any:
-    """Mostly a size."""
-    return draw.choice(SIZES) if draw.random() < 0.95 else odd(draw)
-
-
-def sizes(draw: random.Random) -> Any:
-    """Mostly a few sizes."""
-    if draw.random() < 0.1:
-        return odd(draw)
-    return tuple(size(draw) for _ in range(draw.randrange(4)))
-
-
-def tensor(draw: random.Random) -> Any:
-    """A tensor of any shape, dtype, layout and state."""
-    shape = [draw.choice([0, 1, 2, 3, 4, 8]) for _ in range(draw.randrange(5))]
-    dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-              torch.bool, torch.complex64, torch.uint8]  # fmt: skip
-    dtype = draw.choice(dtypes[:2] if draw.random() < 0.6 else dtypes)
-    made = torch.zeros(shape, dtype=dtype)
-    kind = draw.randrange(12)
-    if kind == 0 and made.dim() > 1:
-        return made.transpose(0, 1)
-    if kind == 1:
-        return made.to("meta")
-    if kind == 2 and made.dim() == 2 and dtype is torch.float32:
-        return made.to_sparse()
-    if kind == 3 and made.is_floating_point():
-        return (made + math.nan).requires_grad_()
-    if kind == 4:
-        return made.expand(2, *made.shape)
-    return made
-
-
-def index(draw: random.Random) -> Any:
-    """Indices, some of them out of range."""
-    values = [draw.choice([-1, 0, 1, 5, 11, 12, 2**31, -(2**40)]) for _ in range(draw.randrange(4))]
-    if draw.random() < 0.2:
-        return tensor(draw)
-    return torch.tensor(values).to(draw.choice([torch.int64, torch.int32, torch.int16]))
-
-
-def options(draw: random.Random, **known: Callable[[random.Random], Any]) -> dict[str, Any]:
-    """Some of the options, and now and then one that there is not."""
-    given = {name: make(draw) for name, make in known.items() if draw.random() < 0.12}
-    if draw.random() < 0.02:
-        given["unknown"] = odd(draw)
-    return given
 
 
 def constructor(draw: random.Random) -> Call:
@@ -145,7 +84,13 @@ LAYERS: dict[str, nn.Module] = {
     "conv2": cp.CPConv2d(4, 6, 3, rank=3, padding=1, groups=2),
     "transposed": cp.CPConvTranspose2d(4, 6, 3, rank=3, stride=2),
     "embedding": cp.CPEmbedding(12, 8, rank=3),
+    "head": cp.CPEmbedding(8, 12, rank=3).as_linear(True),
+    "joint": cp.CPLinear.joint(2, 12, 8, rank=3)[1],
+    "shared": cp.CPSharedInput([cp.CPLinear(12, 8, rank=3), cp.CPLinear(12, 4, rank=2)]),
+    "spectral1": cp.CPSpectralConv1d(4, 6, 3, rank=3),
+    "spectral2": cp.CPSpectralConv2d(4, 6, (4, 3), rank=3),
 }
+SPATIAL = {"conv1": 1, "spectral1": 1}
 
 
 def fitting(draw: random.Random, kind: str) -> Any:
@@ -153,9 +98,9 @@ def fitting(draw: random.Random, kind: str) -> Any:
     batch = [draw.choice([0, 1, 2, 3]) for _ in range(draw.randrange(1, 3))]
     if kind == "embedding":
         return torch.zeros(batch, dtype=torch.int64) + draw.randrange(12)
-    if kind == "linear":
+    if kind in ("linear", "head", "joint", "shared"):
         return torch.zeros(*batch, 12)
-    spatial = [draw.choice([0, 1, 2, 5, 8]) for _ in range(1 if kind == "conv1" else 2)]
+    spatial = [draw.choice([0, 1, 2, 5, 8]) for _ in range(SPATIAL.get(kind, 2))]
     return torch.zeros(*batch[:1], 4, *spatial)
 
 
@@ -167,13 +112,28 @@ def forward(draw: random.Random) -> Call:
     return lambda: LAYERS[kind](x)
 
 
+FUNCTIONS = {
+    "linear": ["cp_linear", "cp_linear_forward"],
+    "conv1": ["cp_conv"],
+    "conv2": ["cp_conv", "cp_conv_forward"],
+    "transposed": ["cp_conv_transpose"],
+    "embedding": ["cp_embedding"],
+    "shared": ["cp_linear_shared"],
+    "spectral1": ["cp_spectral_conv", "cp_spectral_product"],
+    "spectral2": ["cp_spectral_conv", "cp_spectral_product"],
+}
+
+
 def function(draw: random.Random) -> Call:
     """A function of ``polyadic.functional`` with factors that fit, some of them exchanged."""
-    kind = draw.choice(sorted(LAYERS))
-    names = {"linear": "cp_linear", "embedding": "cp_embedding", "transposed": "cp_conv_transpose"}
-    name = names.get(kind, "cp_conv")
+    kind = draw.choice(sorted(FUNCTIONS))
+    name = draw.choice(FUNCTIONS[kind])
     layer: Any = LAYERS[kind]
-    groups: list[Any] = [list(part) for part in layer.cp.parts()[0]]
+    if kind == "shared":
+        parts = [each.cp.parts()[0] for each in layer.layers]
+        groups: list[Any] = [[list(part[side]) for part in parts] for side in range(2)]
+    else:
+        groups = [list(part) for part in layer.cp.parts()[0]]
     x = fitting(draw, kind)
     while draw.random() < 0.4:
         if draw.random() < 0.3:
@@ -185,7 +145,9 @@ def function(draw: random.Random) -> Call:
             if isinstance(group, list) and group:
                 group[draw.randrange(len(group))] = draw.choice([tensor, odd])(draw)
     known = {"memory": odd, "plan": odd, "weights": tensor, "bias": tensor}
-    if "conv" in name:
+    if "spectral" in name:
+        known |= {"fft_norm": odd, "output_size": sizes, "precision": odd}
+    elif "conv" in name:
         known |= {"stride": sizes, "padding": sizes, "dilation": sizes, "groups": size}
     given = options(draw, **known)
     return lambda: getattr(functional, name)(x, *groups, **given)
@@ -204,59 +166,6 @@ def format_call(draw: random.Random) -> Call:
     if which == 3:
         return lambda: plans.LinearPlan(plans.LinearRoute(first, second, other), other)
     return lambda: polyadic.rank_for(LAYERS["linear"], other)  # type: ignore[call-arg, arg-type]
-
-
-def plain(draw: random.Random, depth: int = 0) -> Any:
-    """A JSON document."""
-    kind = draw.randrange(9 if depth < 3 else 6)
-    if kind < 6:
-        values = [None, True, 0, -1, 10**30, 0.5, "", "CPLinear", "float32", "x", 2**31, "polyadic"]
-        return draw.choice(values)
-    if kind < 7:
-        return [plain(draw, depth + 1) for _ in range(draw.randrange(4))]
-    words = [
-        "layers",
-        "format_version",
-        "class",
-        "arguments",
-        "rank",
-        "ties",
-        "saved",
-        "x",
-        "dtype",
-    ]
-    return {draw.choice(words): plain(draw, depth + 1) for _ in range(draw.randrange(4))}
-
-
-def changed(draw: random.Random, content: Any) -> Any:
-    """A document with one value replaced, somewhere."""
-    if draw.random() < 0.1 or not isinstance(content, (dict, list)) or not content:
-        return plain(draw)
-    found = content.copy()
-    keys: Sequence[Any] = list(found) if isinstance(found, dict) else range(len(found))
-    key = draw.choice(keys)
-    if isinstance(found, dict) and draw.random() < 0.1:
-        del found[key]
-    else:
-        found[key] = changed(draw, found[key])
-    return found
-
-
-def damaged(draw: random.Random, content: bytes) -> bytes:
-    """A file with some bytes changed, cut, doubled or added."""
-    found = bytearray(content)
-    for _ in range(draw.randrange(1, 4)):
-        at = draw.randrange(len(found) + 1)
-        kind = draw.randrange(4)
-        if kind == 0 and at < len(found):
-            found[at] = draw.randrange(256)
-        elif kind == 1:
-            del found[at : at + draw.randrange(1, 40)]
-        elif kind == 2:
-            found[at:at] = found[at : at + draw.randrange(1, 40)]
-        else:
-            found[at:at] = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 12)))
-    return bytes(found)
 
 
 def network() -> nn.Module:
@@ -312,32 +221,71 @@ class Files:
         return load
 
 
+WORDS: dict[str, list[str]] = {
+    "--in": ["64", "12", "1", "0", "-1", "x", str(2**70)],
+    "--out": ["64", "10", "1", "0", "2.5", ""],
+    "--rank": ["16", "1", "0.5", "break-even", "faster", "-1", "nan", "x", "0"],
+    "--batch": ["32", "1", "0", "1e3", str(2**40)],
+    "--order": ["1", "2", "3", "0", "99"],
+    "--kernel": ["3x3", "1x5", "3", "0x0", "ax b", str(2**65)],
+    "--size": ["8x8", "32", "0x4", "x", "-1x3"],
+    "--stride": ["1", "2", "0"],
+    "--padding": ["1", "same", "valid", "-1", "\u0661", "full"],
+    "--dtype": ["float32", "float64", "float33", "int8", "__doc__", ""],
+    "--memory": ["fast", "least", "x"],
+    "--threads": ["1", "0", "x"],
+    "--seed": ["1", "-1", str(2**70)],
+    "--ratio": ["2", "0.5", "nan", "inf", "-1"],
+    "--max-error": ["0.1", "1", "inf", "x"],
+    "--flops-ratio": ["2", "0"],
+    "--orders": ["1,2", "1,,2", "0", "\udcff"],
+    "--target": [".*", "(", "dense", ""],
+    "--exclude": ["nothing", "*"],
+    "--html": ["/nowhere/page", "/"],
+    "--iterations": ["2", "0"],
+    "--inference": [],
+    "--json": [],
+    "--dry-run": [],
+    "--weights": [],
+    "--help": [],
+}
+NEEDED = {
+    "plan": {"--in": "64", "--out": "32", "--rank": "8"},
+    "verify": {"--in": "8", "--out": "6", "--rank": "2", "--order": "2", "--batch": "3"},
+    "compress": {"/nowhere": "", "--ratio": "2"},
+}
+
+
 def command(draw: random.Random) -> Call:
-    """The command line."""
-    words = [
-        "plan", "compress", "verify", "--in", "--out", "8,8", "64", "4x4", "--rank", "16", "-1",
-        "--batch", "1e3", "--ratio", "nan", "2", "--dry-run", "/nowhere", "", "\udcff", "--help",
-        "--orders", "1,,2", "--json", "--max-error", "inf", "--speed", "--dtype", "float33",
-    ]  # fmt: skip
-    given = [draw.choice(words) for _ in range(draw.randrange(6))]
+    """The command line, in this process; a usage error is a refusal if it says something."""
+    name = draw.choice([*NEEDED, "plan", "plan", "x", ""])
+    given = {name: "", **{word: v for word, v in NEEDED.get(name, {}).items() if odds(draw)}}
+    for _ in range(draw.randrange(4)):
+        word = draw.choice(sorted(WORDS))
+        given[word] = draw.choice(WORDS[word] or [""])
+    words = [each for pair in given.items() for each in pair if each]
+    if draw.random() < 0.1:
+        words.insert(draw.randrange(len(words) + 1), draw.choice(["--", "-", "", "\udcff", "--no"]))
 
     def run() -> None:
         from polyadic_cli.main import main
 
-        kept, sys.argv = sys.argv, ["polyadic", *given]
+        said = io.StringIO()
         try:
-            with (
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
-                main()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                main(words)
         except SystemExit as error:
             if error.code not in (0, 1, 2):
-                raise RuntimeError(f"{given} ends with {error.code}") from error
-        finally:
-            sys.argv = kept
+                raise RuntimeError(f"{words} ends with {error.code}") from error
+            if error.code:
+                raise ValueError(said.getvalue()) from error
 
     return run
+
+
+def odds(draw: random.Random) -> bool:
+    """Mostly true."""
+    return draw.random() < 0.9
 
 
 KINDS: dict[str, Callable[[random.Random], Call]] = {
@@ -346,6 +294,10 @@ KINDS: dict[str, Callable[[random.Random], Call]] = {
     "forwards": forward,
     "functions": function,
     "formats, plans, ranks": format_call,
+    "whole models": hostile_models.changing,
+    "rates, ranks, fits, recovery": hostile_models.asking,
+    "adapters": hostile_models.adapting,
+    "several processes": hostile_models.spreading,
     "command lines": command,
 }
 
@@ -388,7 +340,8 @@ def run(kind: str, calls: int, seed: int) -> dict[str, Any]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**32, limits[1]))
-    kept = signal.signal(signal.SIGALRM, late)
+    kept, here = signal.signal(signal.SIGALRM, late), Path.cwd()
+    os.chdir(folder)  # names of files are among the arguments
     try:
         for number in range(calls):
             if number == calls // 10:
@@ -399,6 +352,7 @@ def run(kind: str, calls: int, seed: int) -> dict[str, Any]:
     finally:
         signal.signal(signal.SIGALRM, kept)
         resource.setrlimit(resource.RLIMIT_AS, limits)
+        os.chdir(here)
         shutil.rmtree(folder)
     done, refused = ends.pop("done", 0), ends.pop("refused", 0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -208,7 +208,7 @@ def test_dense_layers_keep_torchs_styles(mesh: Any) -> None:
 def test_arguments_of_a_style() -> None:
     with pytest.raises(TypeError, match="input_layouts must be a placement"):
         RankParallel(input_layouts="rows")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="features must be 'in', 'out' or 'both'"):
+    with pytest.raises(ValueError, match="features must be one of 'in', 'out', 'both'"):
         FeatureParallel(features="all")  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from polyadic.adapters.register import PolyadicType
+from polyadic.checks import a_number, an_int, check_word
 from polyadic.formats import Shape, mode_sizes, positive_int
 
 SHARES = ("none", "layers")
@@ -94,6 +95,8 @@ class CPConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = PolyadicType.POLYADIC
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            _check_names(getattr(self, name), name)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -107,20 +110,21 @@ class CPConfig(PeftConfig):  # type: ignore[misc]
         for pattern, rank in self.rank_pattern.items():
             positive_int(rank, f"rank_pattern[{pattern!r}]")
         for where, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise TypeError(f"alpha must be a number, got {alpha!r} for {where}")
+            a_number(alpha, where if where == "alpha" else f"alpha_pattern[{where!r}]: alpha")
         for name in ("in_shape_pattern", "out_shape_pattern"):
             shapes = getattr(self, name)
             # Lists, as JSON has them, so that a saved configuration equals the one that was saved.
             setattr(
                 self, name, {k: list(mode_sizes(v, f"{name}[{k!r}]")) for k, v in shapes.items()}
             )
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if a_number(self.dropout, "dropout", least=0) >= 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        indices = self.layers_to_transform
+        for index in indices if isinstance(indices, (list, tuple)) else [indices]:
+            if index is not None:
+                an_int(index, "layers_to_transform", least=0)
         for name, known in (("share", SHARES), ("bias", BIASES)):
-            if getattr(self, name) not in known:
-                said = ", ".join(map(repr, known))
-                raise ValueError(f"{name} must be one of {said}, got {getattr(self, name)!r}")
+            check_word(getattr(self, name), name, known)
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -171,7 +175,28 @@ def _patterns(value: Any, name: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict by names of modules, got {value!r}")
+    for expression in value:
+        _check_expression(expression, name)
     return dict(value)
+
+
+def _check_names(value: Any, name: str) -> None:
+    """Check what names modules: None, a regular expression, or a collection of names."""
+    if isinstance(value, str):
+        return _check_expression(value, name)
+    several = isinstance(value, (list, tuple, set)) and all(isinstance(n, str) for n in value)
+    if value is not None and not several:
+        raise TypeError(f"{name} must be names of modules, got {value!r}")
+    return None
+
+
+def _check_expression(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must hold regular expressions for names, got {value!r}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} has {value!r}, no regular expression: {error}") from None
 
 
 def _of(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from polyadic.adapters.combine import names_pattern
 from polyadic.adapters.config import CPConfig, exact_pattern
 from polyadic.adapters.model import layers_with
+from polyadic.durable.files import replacing
+from polyadic.durable.sealed import opened
 from polyadic.fitting import decompose
 from polyadic.formats import Shape, padded_shape, positive_int, tensorize
 
@@ -95,11 +97,9 @@ def save_as_lora(path: str | Path, model: nn.Module, adapter_name: str = "defaul
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(
-        {key: value.detach().cpu() for key, value in state.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as draft:
+        tensors = {key: value.detach().cpu() for key, value in state.items()}
+        save_file(tensors, draft, metadata={"format": "pt"})
 
 
 class FromLora(NamedTuple):
@@ -139,7 +139,8 @@ def from_lora(
 
     Raises:
         TypeError: ``adapter`` is no LoRA.
-        ValueError: the LoRA is of a variant that is more than two matrices.
+        ValueError: the LoRA is of a variant that is more than two matrices, or the folder lacks a
+            file or holds a damaged one.
     """
     config, given = _loaded(adapter)
     rank, order = positive_int(rank, "rank"), positive_int(order, "order")
@@ -177,15 +178,27 @@ def _loaded(
     adapter: str | Path | tuple[LoraConfig, Mapping[str, Tensor]],
 ) -> tuple[LoraConfig, Mapping[str, Tensor]]:
     if isinstance(adapter, (str, Path)):
+        # PEFT would look for what is missing in the hub, and read a pickle in its place.
+        for file in (Path(adapter) / CONFIG_NAME, Path(adapter) / SAFETENSORS_WEIGHTS_NAME):
+            if not file.is_file():
+                raise ValueError(
+                    f"{file} is no file; expected the folder of a LoRA that PEFT has saved with "
+                    f"safetensors, which is its default"
+                )
         config = PeftConfig.from_pretrained(str(adapter))
-        state = load_peft_weights(str(adapter), device="cpu")
-    else:
+        with opened(Path(adapter) / SAFETENSORS_WEIGHTS_NAME) as weights:
+            state: Any = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    elif isinstance(adapter, tuple) and len(adapter) == 2:
         config, state = adapter
+    else:
+        config = state = adapter
     if not isinstance(config, LoraConfig):
         raise TypeError(
             f"adapter must be a saved LoRA or its LoraConfig and state dict, got "
             f"{type(config).__name__}"
         )
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise TypeError("the state dict of a LoRA must hold tensors by name")
     for option in _VARIANTS:
         if getattr(config, option, None):
             raise ValueError(

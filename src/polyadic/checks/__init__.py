@@ -7,9 +7,11 @@ from polyadic.checks.arguments import (
     check_backend,
     check_device,
     check_dtype,
+    check_flag,
     check_memory,
     check_module,
     check_plan,
+    check_word,
 )
 from polyadic.checks.factors import (
     check_bias,
@@ -51,6 +53,7 @@ __all__ = [
     "check_dtype",
     "check_factor_group",
     "check_factors",
+    "check_flag",
     "check_geometry",
     "check_in_range",
     "check_indices",
@@ -66,4 +69,5 @@ __all__ = [
     "check_spatial_size",
     "check_table_rows",
     "check_transposed_geometry",
+    "check_word",
 ]

@@ -13,6 +13,7 @@ from polyadic.kernels.backend import is_computed, why_not
 from polyadic.plans import MEMORY, ConvPlan, LinearPlan, Memory, SpectralPlan
 
 Plan = TypeVar("Plan", LinearPlan, ConvPlan, SpectralPlan)
+Word = TypeVar("Word", bound=str)
 
 
 def an_int(value: Any, name: str, least: int | None = None) -> int:
@@ -59,12 +60,33 @@ def check_module(model: object, argument: str = "model") -> None:
         raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def check_flag(value: Any, name: str) -> bool:
+    """Return an option that is on or off; None is off, and 0 and 1 are known too.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is None or isinstance(value, bool) or type(value).__name__ == "bool_" or is_int(value):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def check_word(value: Any, name: str, known: tuple[Word, ...]) -> Word:
+    """Return an option if it is one of the words that are known.
+
+    Raises:
+        ValueError: it is another word, or none; what is no text is not compared, as tensors and
+            arrays compare to no truth.
+    """
+    for word in known if isinstance(value, str) else ():
+        if value == word:
+            return word
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
 def check_memory(value: Any) -> Memory:
     """Return ``memory=`` if it is a known level."""
-    for level in MEMORY:
-        if value == level:
-            return level
-    raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {value!r}")
+    return check_word(value, "memory", MEMORY)
 
 
 def check_plan(plan: Any, kind: type[Plan]) -> Plan:

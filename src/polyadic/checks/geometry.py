@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyadic.checks.arguments import check_word
 from polyadic.formats import ConvFormat, Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.depthwise import Geometry
 
@@ -109,10 +110,7 @@ def check_channel_groups(value: Any, **channels: int) -> int:
 
 def check_padding_mode(value: Any) -> str:
     """Return ``padding_mode`` if torch knows it."""
-    if value not in PADDING_MODES:
-        known = ", ".join(map(repr, PADDING_MODES))
-        raise ValueError(f"padding_mode must be one of {known}, got {value!r}")
-    return str(value)
+    return check_word(value, "padding_mode", PADDING_MODES)
 
 
 def check_padding_fits(x: Tensor, where: Geometry, mode: str) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from polyadic import surgery
 from polyadic.batches import Forward
+from polyadic.checks import check_flag
 from polyadic.compression.arguments import Callback, batches_of, check_options, pairs_of
 from polyadic.compression.assemble import report_of
 from polyadic.compression.budget import Budget, budget
@@ -181,9 +182,9 @@ def compress(
 
 def _folder(checkpoint: Any, resume: bool) -> Path | None:
     """The folder of the pieces, or None."""
+    if check_flag(resume, "resume") and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=, the folder to continue from")
     if checkpoint is None:
-        if resume:
-            raise ValueError("resume=True needs checkpoint=, the folder to continue from")
         return None
     if not isinstance(checkpoint, (str, PathLike)):
         raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.nn.utils import parametrize
 
 from polyadic._torch import check_before_style
+from polyadic.checks import check_flag, check_module, check_word
 from polyadic.functional.spread import summed
 from polyadic.nn import CPSharedInput
 from polyadic.nn.kinds import is_cp, is_of_family
@@ -50,9 +51,15 @@ class _Spread(ParallelStyle):
                 )
         self.input_layouts = Replicate() if input_layouts is None else input_layouts
         self.output_layouts = Replicate() if output_layouts is None else output_layouts
-        self.use_local_output = use_local_output
+        if self.output_layouts.is_partial():
+            raise ValueError(
+                "output_layouts must be Replicate() or Shard(dim), got a Partial(), of which torch "
+                "makes none of what is summed already"
+            )
+        self.use_local_output = check_flag(use_local_output, "use_local_output")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        check_module(module, "module")
         layers = list(_outermost(module))
         if not layers:
             raise ValueError(
@@ -146,7 +153,13 @@ class _Spread(ParallelStyle):
                 f"{type(self).__name__} expects a dense input, got a nested tensor, which cannot "
                 f"be a DTensor; give the layer x.values() and nest the result again"
             )
-        return DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
+        layout: Any = self.input_layouts
+        if layout.is_shard() and not -x.dim() <= layout.dim < x.dim():
+            raise ValueError(
+                f"input_layouts={layout} needs an input with that dimension, got shape "
+                f"{tuple(x.shape)}"
+            )
+        return DTensor.from_local(x, mesh, [layout], run_check=False)
 
     def _give_output(self, y: Any) -> Any:
         if not isinstance(y, DTensor):
@@ -267,9 +280,7 @@ class FeatureParallel(_Spread):
             output_layouts=output_layouts,
             use_local_output=use_local_output,
         )
-        if features not in ("in", "out", "both"):
-            raise ValueError(f"features must be 'in', 'out' or 'both', got {features!r}")
-        self.features = features
+        self.features = check_word(features, "features", ("in", "out", "both"))
 
     def _sides(self, layer: Any) -> list[int]:
         """The groups of modes whose first one is sharded."""

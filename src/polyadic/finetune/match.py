@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, moved
-from polyadic.checks import check_module
+from polyadic.checks import check_module, check_word
 from polyadic.durable.identity import of_module
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
@@ -113,8 +113,7 @@ def match_layers(
     check_unwrapped(student, "match_layers", "student")
     check_module(teacher, "teacher")
     models.require_batches(batches, "batches")
-    if mode not in ("sequential", "joint"):
-        raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
+    check_word(mode, "mode", ("sequential", "joint"))
     optional_function(callback, "callback")
     layers = _layers(student, teacher, names)
     trained = {

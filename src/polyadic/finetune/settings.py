@@ -71,6 +71,7 @@ class Settings:
             positive_int(getattr(self, name), name)
         if self.patience is not None:
             positive_int(self.patience, "patience")
+        checks.check_flag(self.resume, "resume")
         for name in ("warmup", "seed"):
             checks.an_int(getattr(self, name), name, least=0)
         if self.lr is not None:

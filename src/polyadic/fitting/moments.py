@@ -130,6 +130,8 @@ class _Moment:
         """Add the input of one call of the layer; it is a forward pre-hook."""
         x = args[0] if args else kwargs["input"]
         self.called = True
+        if not isinstance(x, Tensor):
+            return  # the layer refuses it in words of its own
         dims = self.reading.dims
         if self.reading.rows is None:
             self._add_indices(module, x)

@@ -22,6 +22,7 @@ from polyadic.plans import Memory, SpectralPlan
 Norm = Literal["forward", "backward", "ortho"]
 Precision = Literal["full", "mixed"]
 NORMS: tuple[Norm, ...] = ("forward", "backward", "ortho")
+PRECISIONS: tuple[Precision, ...] = ("full", "mixed")
 REAL = {wide: real for real, wide in COMPLEX.items()}
 
 
@@ -251,13 +252,9 @@ def _checked_options(
             f"x must have {dims} spatial dimensions, one for each of 1 to 3 mode factors, none of "
             f"size 0, got shape {tuple(x.shape)} and {dims} mode factors"
         )
-    if norm not in NORMS:
-        raise ValueError(f"fft_norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-    if precision not in ("full", "mixed"):
-        raise ValueError(
-            f"precision must be 'full' or 'mixed', got {precision!r}; 'half' needs Fourier "
-            f"transforms in half precision, which are not supported"
-        )
+    checks.check_word(norm, "fft_norm", NORMS)
+    # Fourier transforms in half precision, which another precision would need, are not supported.
+    checks.check_word(precision, "precision", PRECISIONS)
     sizes = tuple(x.shape[-dims:])
     if output_size is None:
         return modes, sizes, sizes

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from polyadic.checks import check_flag
 from polyadic.functional.spectral import cp_spectral_conv, cp_spectral_product
 from polyadic.interop.acceleration import (
     Acceleration,
@@ -68,8 +69,7 @@ def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
         ...     model(x).sum().backward()
         ...     print(acceleration.reasons(model))
     """
-    if not isinstance(transforms, bool):
-        raise TypeError(f"transforms must be True or False, got {transforms!r}")
+    transforms = check_flag(transforms, "transforms")
     return (_whole_layers if transforms else _contractions).on(
         _LayersPatch if transforms else _ContractionPatch
     )

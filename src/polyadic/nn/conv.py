@@ -24,7 +24,6 @@ from polyadic.functional.conv import padded, padded_size
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
-from polyadic.nn.layer import check_flag
 from polyadic.planner.request import Request
 from polyadic.planner.search import WORD_IMAGES, word_size
 from polyadic.plans import Memory
@@ -142,7 +141,7 @@ class _CPConv(CPConvBase):
         self._create(
             (self.out_shape, self.in_shape, self.kernel_size),
             rank,
-            self.out_channels if check_flag(bias, "bias") else None,
+            self.out_channels if checks.check_flag(bias, "bias") else None,
             device,
             dtype,
         )

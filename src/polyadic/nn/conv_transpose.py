@@ -15,7 +15,6 @@ from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
-from polyadic.nn.layer import check_flag
 from polyadic.plans import Memory
 
 Transposed = TypeVar("Transposed", bound="_CPConvTranspose")
@@ -76,7 +75,7 @@ class _CPConvTranspose(CPConvBase):
         self._create(
             (self.in_shape, self.out_shape, self.kernel_size),
             rank,
-            self.out_channels if check_flag(bias, "bias") else None,
+            self.out_channels if checks.check_flag(bias, "bias") else None,
             device,
             dtype,
         )

@@ -18,7 +18,6 @@ from polyadic.formats import (
     Rank,
     Shape,
     SpectralFormat,
-    is_int,
     positive_int,
     resolve_rank,
 )
@@ -30,17 +29,6 @@ from polyadic.planner.request import Request, request
 from polyadic.planner.search import WORD_ROWS, rank_of_word
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor, check_fits_memory
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """Return an option that is on or off; None is off, and 0 and 1 are known too.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if value is None or isinstance(value, bool) or type(value).__name__ == "bool_" or is_int(value):
-        return bool(value)
-    raise TypeError(f"{name} must be True or False, got {value!r:.80}")
 
 
 class CPLayer(Weighted):

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import functional
-from polyadic.checks import check_memory
+from polyadic.checks import check_flag, check_memory
 from polyadic.formats import LinearFormat, Rank, factored_shape, positive_int, tensorize
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import by_rows, call_recorded
-from polyadic.nn.layer import check_flag
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
 

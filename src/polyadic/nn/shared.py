@@ -54,7 +54,7 @@ class CPSharedInput(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., M) → (..., N_l) for each layer."""
         layers: list[Any] = list(self.layers)
-        if any(layer.frozen is not None for layer in layers) or x.is_nested:
+        if any(layer.frozen is not None for layer in layers) or getattr(x, "is_nested", False):
             return tuple(layer(x) for layer in layers)
         parts = [layer.cp.parts() for layer in layers]
         return functional.cp_linear_shared(

@@ -19,7 +19,7 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
-from polyadic.functional.spectral import NORMS, REAL, Norm, Precision, kept_modes
+from polyadic.functional.spectral import NORMS, PRECISIONS, REAL, Norm, Precision, kept_modes
 from polyadic.kernels.dft import COMPLEX
 from polyadic.nn.inputs import call_recorded
 from polyadic.nn.layer import CPLayer
@@ -70,16 +70,11 @@ class _CPSpectralConv(CPLayer):
         self.out_shape = () if separable else outs
         self.max_n_modes = checks.check_sizes(n_modes, self._dims, "n_modes")
         self._n_modes = self.max_n_modes
-        if fft_norm not in NORMS:
-            raise ValueError(
-                f"fft_norm must be one of {', '.join(map(repr, NORMS))}, got {fft_norm!r}"
-            )
-        if precision not in ("full", "mixed"):
-            raise ValueError(f"precision must be 'full' or 'mixed', got {precision!r}")
-        self.fft_norm, self.precision = fft_norm, precision
+        self.fft_norm = checks.check_word(fft_norm, "fft_norm", NORMS)
+        self.precision = checks.check_word(precision, "precision", PRECISIONS)
         self.resolution_scaling = _scaling(resolution_scaling, self._dims)
         self.memory = checks.check_memory(memory)
-        self._create_parameters(rank, bool(bias), device, dtype)
+        self._create_parameters(rank, checks.check_flag(bias, "bias"), device, dtype)
 
     def _create_parameters(
         self,
@@ -90,7 +85,7 @@ class _CPSpectralConv(CPLayer):
     ) -> None:
         """Create complex factors and a real bias, and fill them."""
         real = torch.get_default_dtype() if dtype is None else dtype
-        if real not in COMPLEX:
+        if not isinstance(real, torch.dtype) or real not in COMPLEX:
             raise TypeError(
                 f"dtype is that of the maps, torch.float32 or torch.float64, got {dtype!r}"
             )

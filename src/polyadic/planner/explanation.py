@@ -116,6 +116,7 @@ def explain(
         ValueError: a size is missing or does not fit, an option is given that is the layer's own,
             or the layer is frozen, which follows no plan; of a model, no CP layer is called.
     """
+    training = checks.check_flag(training, "training")
     if inputs:
         given = {"batch": batch, "size": size, "plan": plan}
         told = [name for name, value in given.items() if value is not None]
@@ -242,7 +243,7 @@ def _checked(fmt: Any) -> Any:
 def _refuse(options: dict[str, Any], layer: object) -> None:
     """Refuse options that a layer or format does not take, so that none is ignored."""
     for name, value in options.items():
-        if value != _DEFAULTS[name]:
+        if not (isinstance(value, (int, str)) and value == _DEFAULTS[name]):
             raise ValueError(
                 f"{name} is not an option of a {type(layer).__name__}, got {value!r}; a layer has "
                 f"its own, a ConvFormat is given it"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from polyadic.batches import evaluating
 from polyadic.formats import ConvFormat, EmbeddingFormat
@@ -212,6 +212,8 @@ def _dense_parameters(layer: Any) -> int:
 
 def _call_of(layer: Any, x: Any) -> tuple[int, tuple[int, ...] | None]:
     """Return batch and spatial size of a call, as ``request`` takes them."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a {type(layer).__name__} expects a tensor, got {type(x).__name__}")
     fmt = getattr(layer, "format", None)
     if isinstance(fmt, ConvFormat):
         dims = len(fmt.kernel_size)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from polyadic import checks
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, tensorize
 from polyadic.planner.explanation import Layer, requested
 from polyadic.planner.search import WORD_ROWS, NoRankError, largest
@@ -69,7 +70,7 @@ def rank_for(
             f"{' and '.join(given) or 'none'}"
         )
     ((name, value),) = given.items()
-    bound = _bound(name, value)
+    bound, training = _bound(name, value), checks.check_flag(training, "training")
     if isinstance(layer, tuple):
         if len(layer) != 2:
             raise ValueError(f"layer as a tuple must be (in_features, out_features), got {layer}")

@@ -154,10 +154,7 @@ def factor_rates(
 def _check_arguments(lr: Any, weight_decay: Any, optimizer: Any) -> None:
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         checks.a_number(value, name, least=0)
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}"
-        )
+    checks.check_word(optimizer, "optimizer", OPTIMIZERS)
 
 
 def _tensor_of(layer: Any) -> CPTensor:
