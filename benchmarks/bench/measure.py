@@ -162,15 +162,32 @@ def time_interleaved(
     steps: Mapping[str, Callable[[], Any]],
     patience: Patience,
     synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Time steps in turns, so that what disturbs the machine disturbs all alike.
 
     The order is drawn anew in every round. A turn is a block of calls behind one that is not
     counted, since the turn before has emptied the caches and given back other memory; calls so
     long that this cannot matter go without.
+
+    Args:
+        steps: by name.
+        patience: how long they are timed.
+        synchronize: waits for the device.
+        clock: seconds; those of the wall by default.
     """
     order = random.Random(0)
-    timings = {name: _prepare(step, patience, synchronize) for name, step in steps.items()}
+
+    def seconds(step: Callable[[], Any], calls: int) -> float:
+        now = clock or time.perf_counter
+        synchronize()
+        start = now()
+        for _ in range(calls):
+            step()
+        synchronize()
+        return (now() - start) / calls
+
+    timings = {name: _prepare(step, patience, seconds) for name, step in steps.items()}
     waiting = dict(steps)
     collecting = gc.isenabled()
     gc.collect()
@@ -183,7 +200,7 @@ def time_interleaved(
                 timing = timings[name]
                 if timing.warm:
                     step()
-                timing.samples.append(_clock(step, timing.calls, synchronize))
+                timing.samples.append(seconds(step, timing.calls))
             best = min(min(timing.samples) for timing in timings.values())
             done = {name for name in waiting if _enough(timings[name], best, patience)}
             close = {
@@ -198,23 +215,16 @@ def time_interleaved(
     return timings
 
 
-def _clock(step: Callable[[], Any], calls: int, synchronize: Callable[[], None]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    synchronize()
-    return (time.perf_counter() - start) / calls
-
-
 def _prepare(
-    step: Callable[[], Any], patience: Patience, synchronize: Callable[[], None]
+    step: Callable[[], Any],
+    patience: Patience,
+    seconds: Callable[[Callable[[], Any], int], float],
 ) -> Timing:
     """Settle how often a step is called in a turn, and whether a call goes ahead of it."""
-    first = _clock(step, 1, synchronize)
+    first = seconds(step, 1)
     if first >= 50 * patience.block:
         return Timing(warm=False)
-    best = min(_clock(step, 1, synchronize) for _ in range(3))
+    best = min(seconds(step, 1) for _ in range(3))
     return Timing(max(1, round(patience.block / best)))
 
 

@@ -259,7 +259,7 @@ def _steps(
     """List what is timed; plans that differ in the backward alone run forward once."""
     if mode == "training":
         return {
-            name: partial(built.train, like(problem.grad, built.infer()))
+            name: step_of(built, mode, problem)
             for name, (built, record) in ready.items()
             if not record["inference"]
         }
@@ -270,5 +270,12 @@ def _steps(
             if built.plan.forward in seen:
                 continue
             seen.add(built.plan.forward)
-        steps[name] = built.infer
+        steps[name] = step_of(built, mode, problem)
     return steps
+
+
+def step_of(built: Built, mode: Mode, problem: Problem) -> Callable[[], Any]:
+    """What is timed of one contestant."""
+    if mode == "forward":
+        return built.infer
+    return partial(built.train, like(problem.grad, built.infer()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Options, measure, run_bench
+from benchmarks.bench import Options, measure, run_bench, tuned
 from benchmarks.bench.cases import ConvCase, LinearCase, all_cases, select
 from benchmarks.bench.contestants import contestants
 from benchmarks.bench.machine import Rates, work
@@ -21,7 +21,8 @@ from benchmarks.bench.problem import Built, Contestant, NotApplicableError, Prob
 from benchmarks.bench.run import admit
 from benchmarks.bench.stored import Run
 from benchmarks.bench.summary import criteria
-from benchmarks.records import check
+from benchmarks.records import check, read
+from polyadic.measure import tuning
 from polyadic.testing import Flops, LiveBytes
 
 LINEAR = LinearCase((2, 3), (3, 2), 4, 5)
@@ -299,3 +300,23 @@ def test_a_malformed_record_is_refused() -> None:
         check(measurement)
     with pytest.raises(ValueError, match="no environment line"):
         Run([])
+
+
+def test_a_tuned_layer_beside_its_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The mode runs, leaves out what it has, and what it says follows from the records."""
+    monkeypatch.setattr(tuned, "CLOSELY", HASTE)
+    monkeypatch.setattr(tuned, "QUICK", HASTE)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(tuned, "select", lambda only: [LINEAR, CONV])
+    for _ in range(2):
+        tuned.main(["--out", str(tmp_path)])
+        records = read(tmp_path / tuned.FILE)
+        assert [r["kind"] for r in records] == ["environment", *["tuned"] * 4]
+    for record in records[1:]:
+        record["seconds"] = {"layer": 1.0, "best": 1.0, "plan": 1.0, "again": 1.02}
+    records[2]["seconds"]["layer"] = 1.25
+    text = tuned.section(records)
+    assert "in 3 of 4**" in text
+    assert f"the worst is {LINEAR.title}, training, with 1.250" in text
+    assert "up to 1.020" in text

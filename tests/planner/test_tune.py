@@ -82,6 +82,36 @@ def test_nothing_changes_where_the_choice_is_the_fastest(clock: Any) -> None:
     assert choice.choose(cp.request(7)) == before
 
 
+def test_noise_is_outlasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that is 4 % faster wins, though every round is slower or faster as a whole."""
+    cp = layer()
+    before = choice.choose(cp.request(7))
+    calls: dict[Any, int] = {}
+
+    def seconds(plan: Any, run: Any, device: str) -> float:
+        turn = calls[plan] = calls.get(plan, 0) + 1
+        if plan not in (WINNER, before):
+            return 2.0
+        disturbed = 1 + 0.2 * (turn % 3)
+        # Once the slower one is lucky, and its least time is the least of all.
+        lucky = 0.8 if plan == before and turn == 5 else 1.0
+        return disturbed * lucky * (1.0 if plan == WINNER else 1.04)
+
+    monkeypatch.setattr(tuning, "seconds_of", seconds)
+    polyadic.tune(cp, torch.randn(7, 24))
+    assert choice.choose(cp.request(7)) == WINNER
+    assert calls[WINNER] == calls[before] == tuning.MOST_ROUNDS
+    assert max(n for plan, n in calls.items() if plan not in (WINNER, before)) <= 2
+
+
+def test_a_plan_that_is_hardly_faster_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = layer()
+    before = choice.choose(cp.request(7))
+    times = {before: 1.005, WINNER: 1.0}
+    monkeypatch.setattr(tuning, "seconds_of", lambda plan, run, device: times.get(plan, 2.0))
+    assert not polyadic.tune(cp, torch.randn(7, 24)).layers[0].changed
+
+
 def test_stored_plans_hold_in_another_session(clock: Any, cache: Path) -> None:
     clock(WINNER)
     cp = layer()

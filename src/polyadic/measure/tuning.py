@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,13 @@ from polyadic.planner import choice, tuned
 from polyadic.planner.choice import Plan
 from polyadic.planner.request import Request
 
-# Rounds in which every plan is timed once. A plan this much slower than the best so far drops out.
+# Rounds in which every plan is timed once. A plan drops out whose least time is so many times the
+# least of all.
 ROUNDS, DROPPED_BEYOND = 7, 1.25
+# Plans whose medians are this close to the best go on, for up to so many rounds in all.
+CLOSE, MOST_ROUNDS = 1.06, 25
+# The plan that was followed stays where no other is faster by more than this.
+SAME = 1.01
 # Seconds that one sample should last at least.
 SAMPLE = 2e-3
 
@@ -204,28 +210,43 @@ def _tuned(name: str, request: Request, run: Callable[[], object]) -> TunedLayer
         _follow(request, None)
         raise
     after = min(times, key=times.__getitem__)
+    if times[before] <= SAME * times[after]:
+        after = before
     _follow(request, after)
     words = choice.kind_of(request).describe(request)
     return TunedLayer(name, words, before, after, times[before], times[after])
 
 
 def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> dict[Plan, float]:
-    """Return the least seconds of each plan, timed in turns; slow ones drop out."""
-    waiting = list(plans)
-    best: dict[Plan, float] = {}
-    for turn in range(ROUNDS):
+    """Return the median seconds of each plan that is not far off, timed in turns.
+
+    A machine is slower at one moment than at another, and so all plans that are still in question
+    are timed in every round. After ``ROUNDS`` only those go on that noise may have kept from being
+    the best. The first plan is always timed.
+    """
+    waiting, first = list(plans), plans[0]
+    samples: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    for turn in range(MOST_ROUNDS):
         for plan in waiting:
             _follow(request, plan)
             run()
-            seconds = seconds_of(plan, run, request.device)
-            best[plan] = min(seconds, best.get(plan, seconds))
-        least = min(best.values())
+            samples[plan].append(seconds_of(plan, run, request.device))
+        least = min(map(min, samples.values()))
         # Caches are cold in the first round, which therefore drops only plans that are far off.
         limit = least * (2 * DROPPED_BEYOND if turn == 0 else DROPPED_BEYOND)
-        waiting = [plan for plan in waiting if plan is plans[0] or best[plan] <= limit]
+        waiting = [plan for plan in waiting if plan is first or min(samples[plan]) <= limit]
+        if turn + 1 >= ROUNDS:
+            best = min(statistics.median(samples[plan]) for plan in waiting)
+            waiting = [
+                plan
+                for plan in waiting
+                if plan is first or statistics.median(samples[plan]) <= CLOSE * best
+            ]
         if len(waiting) == 1:
             break
-    return best
+    return {
+        plan: statistics.median(samples[plan]) for plan in {first: None, **dict.fromkeys(waiting)}
+    }
 
 
 def _follow(request: Request, plan: Plan | None) -> None:
@@ -234,17 +255,22 @@ def _follow(request: Request, plan: Plan | None) -> None:
 
 
 def seconds_of(plan: Plan, run: Callable[[], object], device: str) -> float:
-    """Return the seconds of a call; short calls are timed several in a row."""
+    """Return the seconds of a call; short calls are timed several in a row.
+
+    On a CPU with one thread they are those of the thread, to which other processes add nothing.
+    """
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
 
     def timed(calls: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     once = timed(1)
     calls = min(100, round(SAMPLE / max(once, 1e-9)))
