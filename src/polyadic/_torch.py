@@ -110,12 +110,12 @@ def in_transform() -> bool:
 
 def transformed() -> bool:
     """Whether derivatives, or a transform of torch.func, are asked for in what runs now."""
-    return torch.is_grad_enabled() or in_transform()
+    return torch.is_grad_enabled() or transforms_active() or forward_mode_level() >= 0
 
 
 def observed() -> bool:
     """Whether a mode or a tracer wants to see each operation that runs now."""
-    return count_dispatch_modes() > 0 or is_traced()
+    return count_dispatch_modes() > 0 or tracing_state() is not None
 
 
 def in_function_mode() -> bool:
@@ -162,6 +162,14 @@ def direct_apply(function: type[Function]) -> Callable[..., Any]:
     """
     apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
     return apply
+
+
+# The classes of tensors that hold their numbers and nothing else.
+OWN_CLASSES = frozenset((Tensor, torch.nn.Parameter))
+# The device that CUDA kernels are started on; to be asked where there is a CUDA tensor.
+current_cuda_device: Callable[[], int] = getattr(
+    torch._C, "_cuda_getDevice", torch.cuda.current_device
+)
 
 
 def is_plain(tensor: Tensor) -> bool:

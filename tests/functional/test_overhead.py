@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import polyadic
 from compare import assert_close
+from counted_calls import own_calls, python_calls
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.functional import linear as linear_module
@@ -23,29 +21,6 @@ from polyadic.kernels import cpu
 from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
 from polyadic.planner import choice
 from polyadic.testing import LiveBytes, launches
-
-
-def python_calls(run: Callable[[], Any]) -> int:
-    """Calls of Python functions; of what C calls into Python, too.
-
-    Without a garbage collection in between, of which others (hypothesis) ask to be told.
-    """
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    collecting = gc.isenabled()
-    gc.disable()
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-        if collecting:
-            gc.enable()
-    return count
 
 
 def test_a_garbage_collection_is_not_counted() -> None:
@@ -104,25 +79,6 @@ def test_a_small_layer_makes_few_calls(
     with torch.no_grad():
         layer(x)
         assert python_calls(lambda: layer(x)) <= 35 + 2 * asked
-
-
-PACKAGE = str(Path(polyadic.__file__).parent)
-
-
-def own_calls(run: Callable[[], Any]) -> tuple[int, int]:
-    """Calls of the package's own Python functions, and the files these stand in."""
-    files: list[str] = []
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            files.append(frame.f_code.co_filename)
-
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return len(files), len(set(files))
 
 
 WARM = {

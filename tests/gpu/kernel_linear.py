@@ -16,7 +16,7 @@ import torch
 from data import DTYPES, device, draw, draw_groups, error_of, short
 from torch import Tensor
 
-from polyadic.kernels import linear, multilinear, pairs
+from polyadic.kernels import fused, linear, multilinear, pairs
 from polyadic.kernels.linear import LinearMap
 from polyadic.plans import LinearPlan, LinearRoute
 
@@ -28,7 +28,7 @@ SHAPES = (
 )
 
 
-def _unrounded(x: Tensor, z: Tensor) -> Tensor:
+def _unrounded(x: Tensor, z: Tensor, numbers_alone: bool = False) -> Tensor:
     """Sum in float32 as a GPU does."""
     return x.t().float() @ z.float()
 
@@ -39,7 +39,8 @@ def on_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if device() == "cpu":
             stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
-            stack.enter_context(mock.patch.object(pairs, "triton_serves", return_value=True))
+            for module in (pairs, fused):
+                stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
             for module in (linear, multilinear):
                 stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
         yield

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+
+from counted_calls import own_calls
+from polyadic.functional.boundary import Call
+from polyadic.kernels.linear import LinearMap
+from polyadic.plans import LinearPlan, LinearRoute
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("polyadic.kernels.triton.launch")
@@ -71,7 +77,10 @@ class OnDevice:
     """A tensor on a CUDA device, as far as a launcher asks."""
 
     def __init__(self, index: int) -> None:
-        self.device = torch.device("cuda", index)
+        self.index = index
+
+    def get_device(self) -> int:
+        return self.index
 
     def data_ptr(self) -> int:
         return 256
@@ -81,16 +90,24 @@ def test_each_device_has_its_own_form_and_becomes_the_current_one() -> None:
     kernel = Kernel()
     launcher = launch.Launcher(kernel)
     entered: list[Any] = []
+    now = [0]
+
+    @contextlib.contextmanager
+    def on(index: int) -> Iterator[None]:
+        entered.append(index)
+        now.append(index)
+        yield
+        now.pop()
+
     with (
-        mock.patch("torch.cuda.current_device", return_value=0),
+        mock.patch.object(launch, "current_cuda_device", side_effect=lambda: now[-1]),
         mock.patch("torch.cuda.is_current_stream_capturing", return_value=False),
-        mock.patch("torch.cuda.device") as current,
+        mock.patch("torch.cuda.device", on),
     ):
-        current.side_effect = lambda device: entered.append(device) or mock.MagicMock()
         for index in (0, 1, 0, 1):
             start(launcher, OnDevice(index))
     assert kernel.calls == ["triton 4", "triton 4", "compiled", "compiled"]
-    assert entered == [torch.device("cuda", 1)] * 2
+    assert entered == [1, 1]
 
 
 def test_a_form_that_never_ran_cannot_be_captured() -> None:
@@ -98,7 +115,7 @@ def test_a_form_that_never_ran_cannot_be_captured() -> None:
     launcher = launch.Launcher(kernel)
     tensor: Any = OnDevice(0)
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
-    with mock.patch("torch.cuda.current_device", return_value=0):
+    with mock.patch.object(launch, "current_cuda_device", return_value=0):
         with capturing, pytest.raises(RuntimeError, match="once with inputs of the same shapes"):
             start(launcher, tensor)
         with mock.patch("torch.cuda.is_current_stream_capturing", return_value=False):
@@ -106,3 +123,56 @@ def test_a_form_that_never_ran_cannot_be_captured() -> None:
         with capturing:
             start(launcher, tensor)
     assert kernel.calls == ["triton 4", "compiled"]
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tensors that seem to be on a GPU, and a driver that launches nothing; the kernels' names."""
+    from polyadic.kernels import fused
+    from polyadic.kernels.triton import khatri_rao, mttkrp
+
+    started: list[str] = []
+    for module in (khatri_rao, mttkrp):
+        kernel = Kernel()
+        kernel.calls = started
+        monkeypatch.setattr(module.LAUNCHER, "kernel", kernel)
+        monkeypatch.setattr(module.LAUNCHER, "forms", {})
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    monkeypatch.setattr(fused, "triton_serves", lambda index: True)
+    return started
+
+
+def test_a_warm_step_makes_few_calls(stubbed: list[str]) -> None:
+    """Of the library's functions, each of which costs a slow processor a microsecond."""
+    ins, outs = [torch.randn(4, 8) for _ in range(3)], [torch.randn(5, 8) for _ in range(3)]
+    route = LinearRoute((3,), (3,), by="triton")
+    layer_map = LinearMap(LinearPlan(route, route, "x and z"), 3)
+    x = torch.randn(7, 64, requires_grad=True)
+    factors = [factor.requires_grad_() for factor in (*ins, *outs)]
+    call, grad_y = Call(layer_map, 0), torch.ones(7, 125)
+
+    def forward() -> Tensor:
+        return call.run(x, (factors,), None, None)
+
+    def backward(y: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(y, [x, *factors], grad_y)
+
+    backward(forward())()
+    stubbed.clear()
+    assert own_calls(forward)[0] <= 28
+    assert own_calls(backward(forward()))[0] <= 44
+    assert stubbed == ["compiled"] * 4
+
+
+def test_gradients_share_memory_only_where_each_begins_aligned() -> None:
+    from polyadic.kernels.triton import mttkrp
+
+    modes = ((3, 5), (2,))
+    for rank, apart, pieces in ((8, False, 1), (8, True, 3), (5, False, 3)):
+        groups = [[torch.zeros(mode, rank) for mode in group] for group in modes]
+        found = mttkrp._new(groups, modes, apart)
+        assert [[f.shape for f in g] for g in found] == [[f.shape for f in g] for g in groups]
+        flat = [f for group in found for f in group]
+        assert all(f.is_contiguous() and f.data_ptr() % 16 == 0 for f in flat)
+        assert len({f.untyped_storage().data_ptr() for f in flat}) == pieces

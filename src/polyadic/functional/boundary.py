@@ -28,8 +28,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
+from torch.compiler import is_dynamo_compiling
 
 from polyadic._torch import (
+    OWN_CLASSES,
     Memo,
     any_autocast,
     autocasts,
@@ -147,7 +149,6 @@ known_calls = Memo()
 choice.when_forgotten(known_calls.clear)
 
 _signature = attrgetter("shape", "dtype", "device")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def call(
@@ -199,7 +200,7 @@ def settled(
         sizes = tuple(map(len, groups))
         tensors = (x, *itertools.chain.from_iterable(groups))
         classes = tuple(map(type, tensors))
-        plain = _PLAIN.issuperset(classes)
+        plain = OWN_CLASSES.issuperset(classes)
         if not plain and any(map(is_spread, tensors)):
             return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
         key = (
@@ -369,7 +370,8 @@ def _differentiated(inputs: Sequence[Tensor]) -> bool:
     """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
     if torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling() or forward_mode_level() < 0:
+    # Dynamo cannot ask for the level, and is told here that it need not.
+    if is_dynamo_compiling() or forward_mode_level() < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic._torch import is_fake, is_plain, observed, transformed
+from polyadic._torch import OWN_CLASSES, observed, transformed
 from polyadic.kernels.backend import DTYPES, triton_serves
 
 # Sizes and numbers of rows are 32-bit integers in the kernels.
@@ -27,20 +27,22 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
         x: the input, or indices.
         factors: all of one dtype.
     """
+    # A layer asks this at each pass, so that as little as possible of it is in Python.
     return (
         x.is_cuda
+        and not torch.compiler.is_compiling()
         and factors[0].dtype in DTYPES
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
+        and type(x) in OWN_CLASSES
+        and OWN_CLASSES.issuperset(map(type, factors))
         and not transformed()
         and not observed()
-        and is_plain(x)
-        and all(map(is_plain, factors))
-        and not is_fake(x)
-        and triton_serves(x.device.index)
+        and triton_serves(x.get_device())
     )
 
 
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors, those that are not contiguous as copies that are."""
-    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    if all(map(Tensor.is_contiguous, tensors)):
+        return list(tensors)
+    return [t.contiguous() for t in tensors]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from polyadic.kernels.backend import DTYPES
 from polyadic.kernels.fused import contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     contract,
@@ -40,6 +41,11 @@ def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
     """
     whole = len(route.in_groups) == 1 and len(route.out_groups) == 1
     return x.is_cuda and route.kind == "factorized" and whole
+
+
+def _numbers_alone(x: Tensor, tensors: Sequence[Tensor], route: LinearRoute) -> bool:
+    """Whether Triton kernels may do the work of a pass on x and these tensors, factors first."""
+    return route.by == "triton" and may_fuse(x, tensors) and x.dtype in DTYPES
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,10 @@ class LinearMap:
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             return matmul_nt(x, matmul_nt(kc, ka), bias), ()
         if _in_pairs(x, route):
-            if route.by == "triton" and self._decodes(x, factors):
+            alone = _numbers_alone(x, factors, route)
+            if alone and self.plan.keep == "x" and x.shape[0] <= MOST_DECODED_ROWS:
                 return self._decoded(x, bias, factors), ()
-            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by, alone)
             z = matmul_nn(x, ka)
             y = matmul_nt(z, kc, bias)
         else:
@@ -81,13 +88,8 @@ class LinearMap:
             y = expand(z, out_factors, route.out_groups, bias)
         return y, () if self.plan.keep == "x" else (z,)
 
-    def _decodes(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
-        """Whether two kernels compute few rows, without Z or a matrix in memory."""
-        few = 0 < x.shape[0] <= MOST_DECODED_ROWS
-        return few and self.plan.keep == "x" and may_fuse(x, factors)
-
     def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
-        """Return y (B, N) for a few rows x, from the factors alone."""
+        """Return y (B, N) for a few rows x by two kernels, without Z or a matrix in memory."""
         from polyadic.kernels.triton.decode import decode
 
         x, *factors = contiguous((x, *factors))
@@ -171,13 +173,14 @@ class LinearMap:
         KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
         """
         by = self.plan.backward.by
+        alone = _numbers_alone(x, (*in_factors, *out_factors, grad_y, *kept), self.plan.backward)
         wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
         wanted: list[Sequence[Tensor]] = []
         if wants_ka:
             wanted.append(in_factors)
         if wants_g:
             wanted.append(out_factors)
-        matrices = khatri_rao_pair(wanted, x.dtype, by) if wanted else []
+        matrices = khatri_rao_pair(wanted, x.dtype, by, alone) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []
         groups: list[Sequence[Tensor]] = []
@@ -186,13 +189,13 @@ class LinearMap:
             if wrt_x:
                 d_x = matmul_nt(g, matrices[0])
             if wrt_in:
-                d_matrices.append(matmul_tn_unrounded(x, g))
+                d_matrices.append(matmul_tn_unrounded(x, g, alone))
                 groups.append(in_factors)
         if wrt_out:
             z = kept[0] if kept else matmul_nn(x, matrices[0])
-            d_matrices.append(matmul_tn_unrounded(grad_y, z))
+            d_matrices.append(matmul_tn_unrounded(grad_y, z, alone))
             groups.append(out_factors)
-        gradients = mttkrp_pair(d_matrices, groups, by) if groups else []
+        gradients = mttkrp_pair(d_matrices, groups, by, alone) if groups else []
         d_in = gradients[0] if wrt_in else [None] * len(in_factors)
         d_out = gradients[-1] if wrt_out else [None] * len(out_factors)
         return d_x, [*d_in, *d_out]

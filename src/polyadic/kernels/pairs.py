@@ -22,11 +22,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
-from polyadic._torch import exporting, is_fake, is_plain, observed, transformed
+from polyadic._torch import exporting, is_plain, transformed
 from polyadic.kernels.backend import DTYPES, triton_serves
-from polyadic.kernels.fused import contiguous
+from polyadic.kernels.fused import contiguous, may_fuse
 from polyadic.kernels.multilinear import khatri_rao, khatri_rao_backward
 from polyadic.plans import Backend
 
@@ -46,7 +45,10 @@ def unpadded(matrix: Tensor, rank: int) -> Tensor:
 
 
 def khatri_rao_pair(
-    groups: Sequence[Group], dtype: torch.dtype, by: Backend = "triton"
+    groups: Sequence[Group],
+    dtype: torch.dtype,
+    by: Backend = "triton",
+    numbers_alone: bool = False,
 ) -> list[Tensor]:
     """Make the Khatri-Rao matrix of each group of factors.
 
@@ -56,26 +58,33 @@ def khatri_rao_pair(
         dtype: dtype of the matrices.
         by: ``"torch"`` keeps to torch's operations; with ``"triton"`` the kernel makes them where
             nothing but numbers is wanted.
+        numbers_alone: that it is known already that ``fused.may_fuse`` holds.
 
     Returns:
         (Π m_d, R) for each group; on a GPU (Π m_d, R rounded up to a multiple of 8) with zeros in
         the columns added.
     """
+    if numbers_alone:
+        return _launch_khatri_raos(groups, dtype, padded_rank(groups[0][0].shape[1]))
     factors = [factor for group in groups for factor in group]
+    if by == "triton" and dtype in DTYPES and may_fuse(factors[0], factors):
+        return _launch_khatri_raos(groups, dtype, padded_rank(factors[0].shape[1]))
     if not (factors[0].is_cuda and all(map(is_plain, factors))):
         return [khatri_rao(group, dtype) for group in groups]
     padded = padded_rank(factors[0].shape[1])
     if by != "triton" or not _may_launch(factors, dtype):
         return _khatri_raos(groups, dtype, padded)
-    if _through_operator(factors):
-        lengths = [len(group) for group in groups]
-        matrices: list[Tensor] = torch.ops.polyadic.khatri_rao(factors, lengths, dtype, padded)
-        return matrices
-    return _launch_khatri_raos(groups, dtype, padded)
+    # A direct call takes a tenth of the time, but neither a compiler nor a mode would see it.
+    lengths = [len(group) for group in groups]
+    matrices: list[Tensor] = torch.ops.polyadic.khatri_rao(factors, lengths, dtype, padded)
+    return matrices
 
 
 def mttkrp_pair(
-    d_matrices: Sequence[Tensor], groups: Sequence[Group], by: Backend = "triton"
+    d_matrices: Sequence[Tensor],
+    groups: Sequence[Group],
+    by: Backend = "triton",
+    numbers_alone: bool = False,
 ) -> list[list[Tensor]]:
     """Make the gradient of every factor of every group from those of the Khatri-Rao matrices.
 
@@ -84,12 +93,21 @@ def mttkrp_pair(
             (s, Π m_d, R or more) that add up to it; in the factors' dtype or float32.
         groups: factors (m_d, R) of each matrix.
         by: as in ``khatri_rao_pair``.
+        numbers_alone: as in ``khatri_rao_pair``.
 
     Returns:
         For each group the gradients (m_d, R) of its factors, in their dtype.
     """
+    if numbers_alone:
+        return _launch_mttkrps(d_matrices, groups)
     factors = [factor for group in groups for factor in group]
     tensors = [*d_matrices, *factors]
+    if (
+        by == "triton"
+        and may_fuse(factors[0], tensors)
+        and all(tensor.dtype in DTYPES for tensor in tensors)
+    ):
+        return _launch_mttkrps(d_matrices, groups)
     if not (
         by == "triton"
         and factors[0].is_cuda
@@ -97,11 +115,9 @@ def mttkrp_pair(
         and _may_launch(factors, *[d_matrix.dtype for d_matrix in d_matrices])
     ):
         return _mttkrps(d_matrices, groups)
-    if _through_operator(tensors):
-        lengths = [len(group) for group in groups]
-        flat: list[Tensor] = torch.ops.polyadic.mttkrp(list(d_matrices), factors, lengths)
-        return _regrouped(flat, lengths)
-    return _launch_mttkrps(d_matrices, groups)
+    lengths = [len(group) for group in groups]
+    flat: list[Tensor] = torch.ops.polyadic.mttkrp(list(d_matrices), factors, lengths)
+    return _regrouped(flat, lengths)
 
 
 def _may_launch(factors: Sequence[Tensor], *dtypes: torch.dtype) -> bool:
@@ -110,14 +126,6 @@ def _may_launch(factors: Sequence[Tensor], *dtypes: torch.dtype) -> bool:
     if leader.dtype not in DTYPES or any(dtype not in DTYPES for dtype in dtypes):
         return False
     return not transformed() and not exporting() and triton_serves(leader.device.index)
-
-
-def _through_operator(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel must be called as an operation that torch knows.
-
-    A direct call takes a tenth of the time, but neither a compiler nor a mode sees it.
-    """
-    return is_dynamo_compiling() or observed() or any(map(is_fake, tensors))
 
 
 def _regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
@@ -149,14 +157,16 @@ def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list
 def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
     from polyadic.kernels.triton.khatri_rao import khatri_rao_matrices
 
-    return khatri_rao_matrices([contiguous(group) for group in groups], dtype, padded)
+    return khatri_rao_matrices(list(map(contiguous, groups)), dtype, padded)
 
 
-def _launch_mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
+def _launch_mttkrps(
+    d_matrices: Sequence[Tensor], groups: Sequence[Group], apart: bool = False
+) -> list[list[Tensor]]:
     from polyadic.kernels.triton.mttkrp import mttkrps
 
     d_matrices = [d if d.stride(-1) == 1 else d.contiguous() for d in d_matrices]
-    return mttkrps(d_matrices, [contiguous(group) for group in groups])
+    return mttkrps(d_matrices, list(map(contiguous, groups)), apart)
 
 
 def _khatri_rao_on_cuda(
@@ -188,7 +198,8 @@ def _khatri_rao_shapes(
 def _mttkrp_on_cuda(
     d_matrices: list[Tensor], factors: list[Tensor], lengths: list[int]
 ) -> list[Tensor]:
-    groups = _launch_mttkrps(d_matrices, _regrouped(factors, lengths))
+    # The results of an operator must not share memory.
+    groups = _launch_mttkrps(d_matrices, _regrouped(factors, lengths), apart=True)
     return [gradient for group in groups for gradient in group]
 
 

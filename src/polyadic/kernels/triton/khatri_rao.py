@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -72,7 +73,10 @@ LAUNCHER = Launcher(khatri_rao_kernel)
 Modes = tuple[tuple[int, ...], ...]
 
 
-class _Form(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """What is made once for such sizes; compared and looked up as itself."""
+
     grid: tuple[int, int, int]
     rows: tuple[int, ...]
     constants: tuple[Any, ...]
@@ -117,7 +121,7 @@ def khatri_rao_matrices(
     matrices = [leader.new_empty((rows, padded), dtype=dtype) for rows in form.rows]
     factors = tuple(map(tuple, groups))
     LAUNCHER(
-        (form.constants, leader.dtype, dtype),
+        (form, leader.dtype, dtype),
         form.grid,
         [factor for group in groups for factor in group] + matrices,
         (factors, tuple(matrices), *form.constants),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyadic._torch import current_cuda_device
 from polyadic.kernels.triton.numerics import INTERPRETED
 
 ALIGNMENT_BYTES = 16
@@ -60,33 +61,22 @@ class Launcher:
             RuntimeError: a CUDA graph is being captured and this form has never run, as no code
                 may be loaded then.
         """
-        device = tensors[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Negative on a CPU, where kernels are interpreted.
+        index = tensors[0].get_device()
+        if index >= 0 and index != current_cuda_device():
             # Triton starts kernels on the current device, wherever the tensors are.
-            with torch.cuda.device(device):
-                self._start((device.index, key), grid, tensors, arguments, warps, stages)
-        else:
-            self._start((device.index, key), grid, tensors, arguments, warps, stages)
-
-    def _start(
-        self,
-        key: Hashable,
-        grid: tuple[int, int, int],
-        tensors: Sequence[Tensor],
-        arguments: tuple[Any, ...],
-        warps: int,
-        stages: int,
-    ) -> None:
+            with torch.cuda.device(index):
+                self(key, grid, tensors, arguments, warps=warps, stages=stages)
+            return
         bits = 0
         for tensor in tensors:
             bits |= tensor.data_ptr()
         aligned = bits % ALIGNMENT_BYTES == 0
-        form = self.forms.get(key) if aligned else None
+        form = self.forms.get((index, key)) if aligned else None
         if form is not None:
             form[grid](*arguments)
             return
-        on_cuda = tensors[0].device.type == "cuda"
-        if aligned and on_cuda and torch.cuda.is_current_stream_capturing():
+        if aligned and index >= 0 and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a kernel of this layer has not run before, and its code cannot be loaded while a "
                 "CUDA graph is captured; run the layer (forward and backward) once with inputs of "
@@ -97,4 +87,4 @@ class Launcher:
         )
         # The interpreter compiles nothing.
         if aligned and form is not None and not INTERPRETED.value:
-            self.forms[key] = form
+            self.forms[index, key] = form

@@ -13,9 +13,11 @@ of which there are more, and longer blocks of rows.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from polyadic.kernels.triton.khatri_rao import Modes
-from polyadic.kernels.triton.launch import Launcher
+from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
 from polyadic.kernels.triton.numerics import (
     khatri_rao_rows,
     right_of,
@@ -133,7 +135,10 @@ def factor_gradient(
 LAUNCHER = Launcher(mttkrp_kernel)
 
 
-class _Form(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """What is made once for such sizes; compared and looked up as itself."""
+
     grid: tuple[int, int, int]
     constants: tuple[Any, ...]
 
@@ -176,7 +181,23 @@ def form_of(
     return _Form((program, 1, 1), constants)
 
 
-def mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def _new(groups: Sequence[Sequence[Tensor]], modes: Modes, apart: bool) -> list[list[Tensor]]:
+    """Memory for the gradient of every factor: in one piece, as each piece costs its allocation.
+
+    With ``apart``, and where some would not begin at a multiple of 16 bytes, each has its own.
+    """
+    leader = groups[0][0]
+    rank = leader.shape[1]
+    if apart or rank * leader.dtype.itemsize % ALIGNMENT_BYTES:
+        return [list(map(torch.empty_like, group)) for group in groups]
+    rows = [mode for group in modes for mode in group]
+    pieces = iter(leader.new_empty((sum(rows), rank)).split(rows))
+    return [list(itertools.islice(pieces, len(group))) for group in groups]
+
+
+def mttkrps(
+    d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], apart: bool = False
+) -> list[list[Tensor]]:
     """Return the gradient of every factor of every group, in the factors' dtype.
 
     Args:
@@ -184,6 +205,7 @@ def mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) ->
             are to be added, in the factors' dtype or float32; columns are adjacent in memory and
             those beyond R are not read.
         groups: factors (m_d, R) of each matrix, contiguous, of one dtype and device.
+        apart: whether no two gradients may lie in one piece of memory.
     """
     leader = groups[0][0]
     modes = tuple([tuple([factor.shape[0] for factor in group]) for group in groups])
@@ -194,10 +216,10 @@ def mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) ->
         splits.append(d_matrix.shape[0] if pieces else 1)
         split_strides.append(d_matrix.stride(0) if pieces else 0)
     form = form_of(modes, leader.shape[1], tuple(strides), tuple(splits), tuple(split_strides))
-    gradients = [list(map(torch.empty_like, group)) for group in groups]
+    gradients = _new(groups, modes, apart)
     flat = [tensor for group in (*groups, *gradients) for tensor in group]
     LAUNCHER(
-        (form.constants, leader.dtype, *[d_matrix.dtype for d_matrix in d_matrices]),
+        (form, leader.dtype, *[d_matrix.dtype for d_matrix in d_matrices]),
         form.grid,
         [*d_matrices, *flat],
         (
