@@ -41,6 +41,7 @@ class Form:
         wide_loads: whether rows start at multiples of 16 bytes, so that loads take 16 at a time.
         tensor_cores: whether it has a product of tiles, for which a GPU has instructions.
         capabilities: the compute capabilities it is for.
+        asserts: whether it asserts something.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Form:
     wide_loads: bool = True
     tensor_cores: bool = False
     capabilities: tuple[int, ...] = (80, 90, 100)
+    asserts: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def compiled(form: Form, capability: int) -> Code:
             "num_warps": form.warps,
             "num_stages": form.stages,
             "enable_fp_fusion": True,
+            **({"debug": True, "sanitize_overflow": False} if form.asserts else {}),
         },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -138,4 +141,6 @@ def faults(form: Form, code: Code, capability: int) -> list[str]:
         found.append("no instruction of tensor cores")
     if form.wide_loads and not code.count(r"\b(LDG|LDGSTS)\S*\.128"):
         found.append("no load of 16 bytes")
+    if form.asserts and "__assertfail" not in code.assembly:
+        found.append("no assertion")
     return found

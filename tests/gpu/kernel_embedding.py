@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from compiled import Form, pointers_to
 from data import DTYPES, device, draw, draw_groups, judge, poisoned, short
-from pretend import counted, fused_kernels, judge_together
+from pretend import assertions, counted, fused_kernels, judge_together
 from torch import Tensor
 
+from polyadic.functional import cp_embedding
+from polyadic.functional import embedding as planned
 from polyadic.functional.boundary import Call
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
 from polyadic.kernels.multilinear import khatri_rao
@@ -83,8 +86,9 @@ def _check_one(
     g = draw((count, padded), dtype, integers)
     g[:, rank:] = float("nan")
     with poisoned():
-        y, z = subject.lookup(indices, ins, outs, padding, padded, keep=True)
-        alone, nothing = subject.lookup(indices, ins, outs, padding, padded, keep=False)
+        size = math.prod(in_modes)
+        y, z = subject.lookup(indices, ins, outs, padding, size, padded, keep=True)
+        alone, nothing = subject.lookup(indices, ins, outs, padding, size, padded, keep=False)
         again, kc = subject.rows(indices, ins, outs, padding, padded)
         gradients = subject.scatter(g, indices, ins, padding)
         repeated = gradients if integers else subject.scatter(g, indices, ins, padding)
@@ -123,12 +127,24 @@ def _wide_tile() -> str:
 
 
 def _outside() -> str:
-    """An index outside the table reads nothing: its row is zero, and it sends no gradient."""
+    """An index outside the table fails loudly, reads nothing, and sends no gradient."""
     ins, outs = draw_groups(((3, 4), (5,)), 8, torch.float32, False)
     indices = torch.tensor([-1, 2, 12, 2**30], device=device())
-    y, _ = subject.lookup(indices, ins, outs, None, 8, keep=False)
-    assert not y[[0, 2, 3]].any()
-    assert y[1].all()
+    # On a GPU what follows a failed assertion cannot be computed; see ``benchmarks.gpu``.
+    if device() == "cpu":
+        y, _ = subject.lookup(indices, ins, outs, None, 12, 8, keep=False)
+        assert not y[[0, 2, 3]].any()
+        assert y[1].all()
+        with assertions():
+            subject.lookup(indices[1:2].clone(), ins, outs, None, 12, 8, keep=False)
+            for wrong, size in ((-1, 12), (12, 12), (9, 9), (2**30, 12)):
+                index = torch.tensor([1, wrong])
+                said = "nothing"
+                try:
+                    subject.lookup(index, ins, outs, None, size, 8, keep=False)
+                except Exception as error:
+                    said = f"{error!r} {error.__cause__!r}"
+                assert "outside the table" in said, f"index {wrong} of {size}: {said}"
     g = draw((4, 8), torch.float32, False)
     once = subject.scatter(g, indices, ins, None)
     alone = subject.scatter(g[1:2].clone(), indices[1:2].clone(), ins, None)
@@ -168,19 +184,24 @@ def _layers() -> Iterator[str]:
 
 
 def _launches() -> str:
-    """A training step launches nine kernels at most, two of which check the indices elsewhere."""
+    """A training step launches seven kernels, a lookup one: the check of the indices is in it."""
     ins, outs = draw_groups(((1, 5, 6), (4, 3)), 8, torch.bfloat16, False)
     leaves = [factor.requires_grad_() for factor in (*ins, *outs)]
     # More of them than a factor may have rows.
     indices = torch.randint(30, (MOST_SCATTERED_ROWS + 1,), device=device())
     route = LinearRoute((1, 1, 1), (2,), by="triton")
-    layer_map = EmbeddingMap(LinearPlan(route, route, "x"), 3, 3)
+    plan = LinearPlan(route, route, "x")
+    layer_map = EmbeddingMap(plan, 3, 3)
     with torch.enable_grad(), counted() as launches:
         y = Call(layer_map, 0).run(indices, (leaves,), None, None)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
-    # The gradient of y is made here; the function that users call launches two more, as a check.
+    # The gradient of y is made here.
     names = [name for name in launches.names if name != "ones_like"]
     assert len(names) <= 7, names
+    groups = [leaf.detach() for leaf in leaves[:3]], [leaf.detach() for leaf in leaves[3:]]
+    with counted() as launches, mock.patch.object(planned, "plan_embedding", return_value=plan):
+        cp_embedding(indices, *groups)
+    assert launches.names == ["lookup_kernel"], launches.names
     return f"{len(names)} launches"
 
 
@@ -227,9 +248,10 @@ def _forms(
         yield Form(
             f"lookup of {count} {name}",
             subject.lookup_kernel,
-            ("*i64", ins, outs, pointer, pointer, "i32", "i32"),
+            ("*i64", ins, outs, pointer, pointer, "i32", "i32", "i32"),
             (*sides, padded, keep, *tile[:3]),
             warps=tile.warps,
+            asserts=True,
             tensor_cores=dtype != torch.float32,
             **common,
         )

@@ -38,6 +38,16 @@ def fused_kernels() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def assertions() -> Iterator[None]:
+    """Have Triton's interpreter hold what kernels assert, which it passes over otherwise."""
+    from triton.runtime import interpreter
+
+    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+    with mock.patch.object(interpreter.interpreter_builder, "options", options):
+        yield
+
+
 def judge_together(
     name: str,
     found: Sequence[Tensor | None],

@@ -159,7 +159,7 @@ def _embedding() -> None:
 
     indices = meta(10**7, dtype=torch.int64)
     ins, outs = [meta(64, 8)] * 3, [meta(64, 8)] * 2
-    lookup(indices, ins, outs, None, 8, keep=False)
+    lookup(indices, ins, outs, None, 64**3, 8, keep=False)
     rows(indices, ins, outs, None, 8)
     scatter(meta(10**7, 8), indices, [meta(4096, 8)] * 2, None)
 

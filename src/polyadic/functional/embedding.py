@@ -13,7 +13,7 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
-from polyadic.functional.boundary import Call, Groups, as_batch, settled
+from polyadic.functional.boundary import Call, Groups, as_batch, joined, settled
 from polyadic.functional.spread import Layout, SpreadCall, spread_call
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
@@ -63,6 +63,7 @@ class _Lookup(Call):
         dtype: dtype of the factors.
     """
 
+    map: EmbeddingMap
     size: int = 0
     dtype: torch.dtype = torch.float32
 
@@ -90,8 +91,13 @@ def _settle(
     if weights is not None:
         # Called on the class, as torch.compile traces no method of a plan that is a constant to it.
         plan, n_in = LinearPlan.with_weights(plan), n_in + 1
-    layer_map = EmbeddingMap(plan, n_in, padding_idx)
+    layer_map = EmbeddingMap(plan, n_in, padding_idx, size)
     return _Lookup(layer_map, 0, as_batch(indices, 0), None, size, first.dtype), (ins, outs)
+
+
+def _asserted_on_gpu(found: _Lookup, flat: Tensor, groups: Groups, weights: Tensor | None) -> bool:
+    """Whether the kernel that looks the indices up asserts their range, at no further launch."""
+    return flat.is_cuda and found.map.asserts_range(flat, joined(groups, weights, found.weights_at))
 
 
 def cp_embedding(
@@ -144,7 +150,9 @@ def cp_embedding(
     if isinstance(found, SpreadCall):
         return _spread(indices, tuple(map(tuple, groups)), weights, unique, options)
     flat = found.batched(indices)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (
+        unique or not _asserted_on_gpu(found, flat, groups, weights)
+    ):
         checks.check_in_range(flat, found.size)
     distinct = None
     # torch cannot differentiate F.embedding twice if there is no index.

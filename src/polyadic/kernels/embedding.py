@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import is_plain, no_autocast
-from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
+from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse, will_fuse
 from polyadic.kernels.multilinear import (
     accumulate_dtype,
     expand,
@@ -91,11 +91,13 @@ class EmbeddingMap:
             the out factors are applied, ``keep`` whether Z is kept.
         n_in: number of in factors, λ counted.
         padding_idx: the index whose row is zero and sends no gradient, or None.
+        size: V, the rows of the table; None for all Π m_d.
     """
 
     plan: LinearPlan
     n_in: int
     padding_idx: int | None = None
+    size: int | None = None
 
     output_channels_last = False
     autograd_backward = False
@@ -114,10 +116,16 @@ class EmbeddingMap:
 
     def _is_fused(self, x: Tensor, factors: Sequence[Tensor], route: LinearRoute) -> bool:
         """Whether Triton kernels compute one direction."""
-        if route.by == "torch" or not may_fuse(x, factors):
-            return False
+        return route.by == "triton" and may_fuse(x, factors) and self._fits(factors)
+
+    def _fits(self, factors: Sequence[Tensor]) -> bool:
+        """Whether the kernels can count the rows of the table and of each factor."""
         modes = [factor.shape[0] for factor in factors[: self.n_in]]
         return math.prod(modes) <= MOST_ROWS and max(modes) <= MOST_SCATTERED_ROWS
+
+    def asserts_range(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
+        """Whether an eager forward finds out by itself that an index is outside the table."""
+        return self.plan.forward.by == "triton" and will_fuse(x, factors) and self._fits(factors)
 
     def _forward_fused(
         self, x: Tensor, factors: Sequence[Tensor]
@@ -127,7 +135,8 @@ class EmbeddingMap:
         x, *factors = contiguous((x, *factors))
         ins, outs = factors[: self.n_in], factors[self.n_in :]
         padded, keep = padded_rank(ins[0].shape[1]), self.plan.keep != "x"
-        y, z = lookup(x, ins, outs, self.padding_idx, padded, keep=keep)
+        size = self.size or math.prod([factor.shape[0] for factor in ins])
+        y, z = lookup(x, ins, outs, self.padding_idx, size, padded, keep=keep)
         return y, () if z is None else (z,)
 
     def _gather(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:

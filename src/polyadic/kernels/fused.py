@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic._torch import OWN_CLASSES, observed, transformed
+from polyadic._torch import OWN_CLASSES, forward_mode_level, observed, transforms_active
 from polyadic.kernels.backend import DTYPES, triton_serves
 
 # Sizes and numbers of rows are 32-bit integers in the kernels.
@@ -27,6 +27,11 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
         x: the input, or indices.
         factors: all of one dtype.
     """
+    return not torch.is_grad_enabled() and will_fuse(x, factors)
+
+
+def will_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
+    """What ``may_fuse`` says in the forward of an eager call, where no gradients are recorded."""
     # A layer asks this at each pass, so that as little as possible of it is in Python.
     return (
         x.is_cuda
@@ -35,7 +40,8 @@ def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
         and x.numel() > 0
         and type(x) in OWN_CLASSES
         and OWN_CLASSES.issuperset(map(type, factors))
-        and not transformed()
+        and not transforms_active()
+        and forward_mode_level() < 0
         and not observed()
         and triton_serves(x.get_device())
     )

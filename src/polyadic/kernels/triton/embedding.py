@@ -57,7 +57,7 @@ def looked_up(indices, b, count, table_rows, padding):
     return tl.where(real, index, 0).to(tl.int32), real
 
 
-@triton.jit(do_not_specialize=["count", "padding"])
+@triton.jit(do_not_specialize=["count", "padding", "size"])
 def lookup_kernel(
     indices,
     in_factors,
@@ -66,6 +66,7 @@ def lookup_kernel(
     kept,
     count,
     padding,
+    size,
     MODES: tl.constexpr,
     RIGHT: tl.constexpr,
     TABLE: tl.constexpr,
@@ -79,7 +80,9 @@ def lookup_kernel(
 ):
     """Write BLOCK rows and COLUMNS columns of y (b, WIDTH), TERMS columns of z at a time.
 
-    With KEEP the programs of the first columns write z (b, PADDED) as well.
+    With KEEP the programs of the first columns write z (b, PADDED) as well. An index outside
+    [0, size) ends the kernel with an error, which CUDA reports as torch's own lookups have it
+    reported: at a later call.
     """
     # All programs are on one axis, because the other axes have room for 65,535 programs only.
     # Neighbouring programs have the same indices.
@@ -87,6 +90,8 @@ def lookup_kernel(
     program, strip = tl.program_id(0) // across, tl.program_id(0) % across
     b = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     e = strip * COLUMNS + tl.arange(0, COLUMNS)
+    given = tl.load(indices + b, mask=b < count, other=0)
+    tl.device_assert((given >= 0) & (given < size), "an index is outside the table of an embedding")
     index, real = looked_up(indices, b, count, TABLE, padding)
     dtype: tl.constexpr = in_factors[0].dtype.element_ty
     total = tl.zeros((BLOCK, COLUMNS), tl.float32)
@@ -225,7 +230,7 @@ def scatter_kernel(
             tl.store(at, total, mask=(a < MODES[0][d])[:, None] & ranked)
 
 
-LOOKUP = Launcher(lookup_kernel)
+LOOKUP = Launcher(lookup_kernel, asserts=True)
 ROWS = Launcher(rows_kernel)
 SCATTER = Launcher(scatter_kernel)
 # An index that no row has, for tables without a padding index.
@@ -285,19 +290,21 @@ def lookup(
     in_factors: Sequence[Tensor],
     out_factors: Sequence[Tensor],
     padding_idx: int | None,
+    size: int,
     padded: int,
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return rows y (b, e) of the table, and z (b, padded) if it is to be kept.
 
-    Rows of the padding index, and of indices outside the table, are zero.
+    Rows of the padding index are zero. An index outside the table is an error on the device.
 
     Args:
         indices: at least one, contiguous, int64 or int32.
         in_factors: contiguous (m_d, R), of one dtype, which is that of y and z.
         out_factors: contiguous (n_d, R), whose modes multiply to e.
         padding_idx: the index whose row is zero, or None.
+        size: V, the rows of the table that may be looked up.
         padded: columns of z, at least R; those from R on are zero.
         keep: whether z is wanted.
     """
@@ -314,7 +321,7 @@ def lookup(
         (constants, tile.warps, leader.dtype, indices.dtype),
         (-(-width // tile.columns) * -(-count // tile.rows), 1, 1),
         (indices, *in_factors, *out_factors, y, kept),
-        (*pointers, y, kept, count, _padding(padding_idx), *constants),
+        (*pointers, y, kept, count, _padding(padding_idx), size, *constants),
         warps=tile.warps,
     )
     return y, z

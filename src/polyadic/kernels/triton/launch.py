@@ -28,10 +28,11 @@ class Launcher:
 
     Args:
         kernel: what ``triton.jit`` made.
+        asserts: whether the kernel asserts something, which is compiled into it then.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, asserts: bool = False) -> None:
+        self.kernel, self.asserts = kernel, asserts
         self.forms: dict[Hashable, Any] = {}
 
     def __call__(
@@ -82,8 +83,10 @@ class Launcher:
                 "CUDA graph is captured; run the layer (forward and backward) once with inputs of "
                 "the same shapes before the capture"
             )
+        # What Triton calls debugging is its assertions alone, without those of integer overflow.
+        assertions = {"debug": True, "sanitize_overflow": False} if self.asserts else {}
         form = self.kernel[grid](
-            *arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True
+            *arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **assertions
         )
         # The interpreter compiles nothing.
         if aligned and form is not None and not INTERPRETED.value:
