@@ -73,7 +73,7 @@ def judge_together(
 
 # What torch calls views, and memory without contents: nothing is launched for them.
 NO_LAUNCH = re.compile(
-    "_?(unsafe_)?view|t|transpose|permute|(un)?squeeze|expand|slice|select|split|as_strided|alias"
+    "_?(unsafe_)?view|t|transpose|permute|(un)?squeeze|expand|slice|select|split(_with_sizes)?|as_strided|alias"
     "|detach|_?reshape(_alias)?|movedim|(new_)?empty(_strided|_like)?"
 )
 
