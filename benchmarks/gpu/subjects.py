@@ -114,7 +114,7 @@ class Subject:
                 continue
             t = leaf.to(device, dtype)
             if name == "x" and self.layout == "channels_last":
-                t = t.contiguous(memory_format=torch.channels_last)
+                t = t.movedim(1, -1).contiguous().movedim(-1, 1)
             elif name == "x" and self.layout == "transposed":
                 t = t.t().contiguous().t()
             moved[name] = t.requires_grad_()
@@ -180,6 +180,10 @@ def subjects(dry: bool) -> list[Subject]:
         Subject("conv 12→15 3×3 R=27 stride 2, channels_last, bias", "conv",
                 ((3, 5), (3, 4), (3, 3)), 27, (2, 12, 9, 11), True,
                 options={"padding": 1, "stride": 2}, layout="channels_last"),
+        Subject("conv 6→8 3×3×3 R=5, channels_last", "conv", ((2, 4), (2, 3), (3, 3, 3)), 5,
+                (2, 6, 4, 5, 6), options={"padding": 1}, layout="channels_last"),
+        Subject("conv 6→8 5×5 R=11, channels_last", "conv", ((2, 4), (2, 3), (5, 5)), 11,
+                (2, 6, 9, 8), options={"padding": 2}, layout="channels_last"),
         Subject("conv 8→8 k5 1-d R=9", "conv", ((2, 4), (2, 4), (5,)), 9, (3, 8, 31),
                 options={"padding": 2}),
         Subject("transposed conv 6→10 3×3 R=7 stride 2", "transposed", ((2, 3), (2, 5), (3, 3)), 7,

@@ -7,11 +7,14 @@
 - *graph*: the replay of a captured step gives the bits of the eager step.
 - *no waiting*: the host waits for the GPU nowhere in a step.
 - *opcheck*, *export*, *compile*: operators and layers in torch's other modes.
+- *index outside*: a lookup outside the table is an error, though no operation checks it.
 """
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +63,35 @@ def compiled(bench: Bench) -> None:
     """Apart from the rest, as compiling takes long."""
     with bench.guarded("compile"):
         _check(bench, "a linear layer", bench.dtype, "compile", partial(_compile, bench))
+
+
+LOOKUP_OUTSIDE = """
+import sys
+import torch
+from polyadic.nn import CPEmbedding
+layer = CPEmbedding(500, 48, rank=8, device=sys.argv[1])
+with torch.no_grad():
+    y = layer(torch.tensor([3, 499, 0], device=sys.argv[1]))
+    assert y.isfinite().all()
+    layer(torch.tensor([3, 500, 0], device=sys.argv[1]))
+    if sys.argv[1] == "cuda":
+        torch.cuda.synchronize()
+"""
+
+
+def outside(bench: Bench) -> None:
+    """An index outside a table ends in an error; in a process of its own, as it ends the GPU's."""
+    with bench.guarded("outside"):
+        _check(bench, "an embedding", bench.dtype, "index outside", partial(_outside, bench))
+
+
+def _outside(bench: Bench) -> str:
+    given = [sys.executable, "-c", LOOKUP_OUTSIDE, bench.device.type]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=60, check=False)
+    wanted = "device-side assert" if bench.device.type == "cuda" else "IndexError"
+    if done.returncode == 0:
+        return "nothing was said"
+    return "" if wanted in done.stderr else f"another error: {done.stderr[-200:]}"
 
 
 def _check(
