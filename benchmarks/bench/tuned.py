@@ -52,6 +52,8 @@ def compare(case: Case, mode: Mode) -> Record:
     assert isinstance(ours.forward, torch.nn.Module)
     report = polyadic.tune(ours.forward, ours.x.detach(), training=mode == "training")
     (found,) = report.layers
+    before: Any = found.before
+    after: Any = found.after
     plans = {c.name: c for c in every if c.family == "plan"}
     forced = {name: _built(c, problem, gate) for name, c in plans.items()}
     searched = time_interleaved(
@@ -62,7 +64,7 @@ def compare(case: Case, mode: Mode) -> Record:
     medians = {name: statistics.median(timing.samples) for name, timing in searched.items()}
     best = min(medians, key=medians.__getitem__)
     forced_on = next(iter(plans.values())).build.func  # type: ignore[attr-defined]
-    own = partial(forced_on, problem, plan=found.after)
+    own = partial(forced_on, problem, plan=after)
     closely = {LAYER: ours, BEST: forced[best], PLAN: own(), AGAIN: own()}
     times = time_interleaved(
         {name: step_of(built, mode, problem) for name, built in closely.items()},
@@ -73,7 +75,7 @@ def compare(case: Case, mode: Mode) -> Record:
     polyadic.untune(stored=False)
     return {
         "kind": "tuned", "cell": case.name, "title": case.title, "mode": mode, "threads": 1,
-        "before": plan_name(found.before), "after": plan_name(found.after),
+        "before": plan_name(before), "after": plan_name(after),
         "best": short_name(best), "plans": len(forced), "seconds": seconds,
         "repeats": len(times[LAYER].samples),
     }  # fmt: skip

@@ -291,13 +291,13 @@ def _forms(
         yield Form(
             f"backward without taps {name}",
             depthwise.depthwise_backward_kernel,
-            (*pointers[:5], "*fp32", *("i32",) * 10),
+            (*pointers[:5], "*fp32", *("i32",) * 11),
             depthwise.backward_constants(where, groups, padded, False),
         )
     yield Form(
         f"backward {name}",
         depthwise.depthwise_backward_kernel,
-        (*pointers[:5], "*fp32", *("i32",) * 10),
+        (*pointers[:5], "*fp32", *("i32",) * 11),
         depthwise.backward_constants(where, groups, padded, True),
         wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
         # Many taps take the compiler long.

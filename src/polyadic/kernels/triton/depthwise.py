@@ -43,8 +43,11 @@ from polyadic.kernels.triton.sums import add_up
 MANY_PROGRAMS = 512
 # TILE is the number of entries of a tile of the backward. A program keeps a sum in registers for
 # each tap and entry: for a whole tile up to MOST_SUMS taps, for half a tile up to MOST_TAPS taps.
-# It goes through at least LEAST_TILES tiles.
+# It goes through at least LEAST_TILES tiles. A program that makes Z2 again keeps no sums: it takes
+# OUT_TILES where that gives no more than MOST_OUT_PROGRAMS, which fill the GPU up where the others
+# leave room.
 TILE, MOST_SUMS, MOST_TAPS, LEAST_TILES = 1024, 9, 27, 8
+OUT_TILES, MOST_OUT_PROGRAMS = 2, 16384
 
 
 @triton.jit
@@ -161,6 +164,7 @@ def depthwise_kernel(
         "in_positions",
         "positions",
         "share",
+        "out_share",
         "in_programs",
         "size_0",
         "size_1",
@@ -180,6 +184,7 @@ def depthwise_backward_kernel(
     in_positions,
     positions,
     share,
+    out_share,
     in_programs,
     size_0,
     size_1,
@@ -203,8 +208,9 @@ def depthwise_backward_kernel(
     They are made from z1 (b, *s, GROUPS · PADDED), d_z2 (p, GROUPS · PADDED) and taps (t, PADDED).
     The first ``in_programs`` programs write d_z1, shaped as z1, for all q < ``in_positions``, and
     with SUMMED partial (in_programs, GROUPS, t, PADDED) in float32. The others, if there are any,
-    write z2, shaped as d_z2, for all p < ``positions``. Each program goes through ``share``
-    positions, a multiple of BLOCK, one tile after the other.
+    write z2, shaped as d_z2, for all p < ``positions``. Each of the first goes through ``share``
+    positions one tile after the other, and each of the others through ``out_share``; both are
+    multiples of BLOCK.
     """
     program, g = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -254,8 +260,8 @@ def depthwise_backward_kernel(
                 row = (program * GROUPS + g).to(tl.int64) * TAPS + t
                 tl.store(partial + row * PADDED + r, tl.sum(sums[t], 0), mask=ranked)
     else:
-        first = (program - in_programs) * share
-        last = tl.minimum(first + share, positions)
+        first = (program - in_programs) * out_share
+        last = tl.minimum(first + out_share, positions)
         for start in range(first, last, BLOCK):
             p = start + tl.arange(0, BLOCK)
             inside = p < last
@@ -399,7 +405,8 @@ def depthwise_backward(
     share = -(-in_positions * across * groups // (MANY_PROGRAMS * block))
     share = max(LEAST_TILES, share) * block
     in_programs = -(-in_positions // share)
-    out_programs = -(-positions // share) if again else 0
+    out_share = max(OUT_TILES, -(-positions // (MOST_OUT_PROGRAMS * block))) * block
+    out_programs = -(-positions // out_share) if again else 0
     d_z1 = z1.new_empty(z1.shape)
     z2 = z1.new_empty(d_z2.shape) if again else None
     partial = taps.new_empty(
@@ -410,7 +417,7 @@ def depthwise_backward(
         (constants, z1.dtype),
         (across, in_programs + out_programs, groups),
         tensors,
-        (*tensors, in_positions, positions, share, in_programs, *size, *out, *constants),
+        (*tensors, in_positions, positions, share, out_share, in_programs, *size, *out, *constants),
     )
     d_taps = add_up(partial, (taps.shape[0],), torch.float32)[0] if wrt_taps else None
     return d_z1, d_taps, z2

@@ -191,7 +191,7 @@ def _new(groups: Sequence[Sequence[Tensor]], modes: Modes, apart: bool) -> list[
     if apart or rank * leader.dtype.itemsize % ALIGNMENT_BYTES:
         return [list(map(torch.empty_like, group)) for group in groups]
     rows = [mode for group in modes for mode in group]
-    pieces = iter(leader.new_empty((sum(rows), rank)).split(rows))
+    pieces = iter(torch.split(leader.new_empty((sum(rows), rank)), rows))
     return [list(itertools.islice(pieces, len(group))) for group in groups]
 
 
