@@ -25,6 +25,15 @@ def by_bitsandbytes(layer: nn.Linear) -> nn.Module:
     return made.to("cpu")
 
 
+def by_bitsandbytes_to_four_bits(layer: nn.Linear) -> nn.Module:
+    bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    made = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    made.load_state_dict(layer.state_dict())
+    return made.to("cpu")
+
+
 def torchao_config() -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -63,3 +72,19 @@ def test_a_quantized_layer_is_adapted(
     torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
+
+
+def test_four_bits_are_merged_after_an_evaluation() -> None:
+    """bitsandbytes may reorder a weight at its first evaluation, and then its bytes read wrong."""
+    model = get_peft_model(
+        nn.Sequential(by_bitsandbytes_to_four_bits(nn.Linear(64, 96))),
+        CPConfig(r=4, alpha=2, target_modules=["0"], init_weights=False),
+    ).eval()
+    layer, x = model.base_model.model[0], torch.randn(6, 64)
+    weight = layer.get_base_weight()
+    want = layer.base_layer.bias + x @ (weight + change(layer)).t()
+    torch.testing.assert_close(model(x), want, rtol=0.02, atol=0.02)
+    model.merge_adapter()
+    changed = layer.get_base_weight() - weight
+    # NF4 has 16 values from -s to s, of which the farthest neighbours are 0.304 s apart.
+    assert (changed - change(layer)).abs().max() < 0.16 * (weight + change(layer)).abs().max()

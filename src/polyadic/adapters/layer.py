@@ -323,6 +323,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 self.set_base_weight(self._shifted(name, -1))
 
     def _shifted(self, name: str, sign: int) -> Tensor:
+        if self.quantization_backend is not None:
+            # As it first evaluates four-bit weights on a processor with AVX512-BF16, bitsandbytes
+            # reorders them, of which PEFT's dequantization does not know; a state dict undoes it.
+            self.get_base_layer().state_dict()
         weight = self.get_base_weight()
         delta = self.get_delta_weight(name).to(weight.device)
         shifted: Tensor = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
