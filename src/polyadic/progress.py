@@ -10,13 +10,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 LOGGER = logging.getLogger("polyadic")
 # Seconds after which work counts as long, between two moves of a bar, and between two lines.
 LONG, MOVE, LINE = 2.0, 0.1, 10.0
+
+
+def now() -> float:
+    """Return the seconds of a clock that only moves forward."""
+    return time.monotonic()
 
 
 class Meter:
@@ -32,7 +37,9 @@ class Meter:
         self._bar: Any = None
         self._stages: dict[str, tuple[float, int]] = {}
         self._tasks: dict[str, Any] = {}
-        self._moved = self._said = self._began = time.monotonic()
+        self._plans: dict[str, list[float]] = {}
+        self._done: dict[str, int] = {}
+        self._moved = self._said = self._began = now()
 
     def __enter__(self) -> Meter:
         return self
@@ -55,23 +62,51 @@ class Meter:
             total: pieces of this stage in all.
             note: what the last piece was, or what it gave.
         """
-        now = time.monotonic()
-        began, before = self._stages.setdefault(stage, (now, done))
-        if now - self._began < LONG or (now - self._moved < MOVE and done < total):
+        time = now()
+        self._stages.setdefault(stage, (time, done))
+        self._done[stage] = done
+        if time - self._began < LONG or (time - self._moved < MOVE and done < total):
             return
-        self._moved = now
+        self._moved = time
         if sys.stderr.isatty() and self._show(stage, done, total, note):
             return
-        if now - self._said >= LINE:
-            self._said = now
+        if time - self._said >= LINE:
+            self._said = time
             words = [self._what, *([stage] if stage else []), f"{done} of {total}"]
             words += [note] if note else []
-            words.append(f"{_clock(now - self._began)} so far")
-            if done > before:
-                words.append(
-                    f"about {_clock((now - began) * (total - done) / (done - before))} left"
-                )
+            words.append(f"{clock(time - self._began)} so far")
+            left = self._left(stage, done, total, time)
+            if left is not None:
+                words.append(f"about {clock(left)} left")
             self._line(", ".join(words))
+
+    def plan(self, stage: str, seconds: Sequence[float]) -> None:
+        """Say how long the pieces of a stage are expected to take, before or while it goes on.
+
+        Times left then count all planned stages, and are corrected by how far the pieces that are
+        done missed their expectations.
+        """
+        self._plans[stage] = list(seconds)
+
+    def announce(self, text: str) -> None:
+        """Say something at once."""
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            self._line(f"{self._what}, {text}")
+
+    def _left(self, stage: str, done: int, total: int, time: float) -> float | None:
+        """Predict the seconds that are left; None as long as nothing is known."""
+        began, before = self._stages[stage]
+        if stage not in self._plans:
+            return (time - began) * (total - done) / (done - before) if done > before else None
+        expected = sum(sum(p[self._done.get(name, 0) :]) for name, p in self._plans.items())
+        begun = {name: self._stages[name] for name in self._plans if name in self._stages}
+        taken = time - min(when for when, _ in begun.values())
+        planned = sum(
+            sum(self._plans[name][first : self._done[name]]) for name, (_, first) in begun.items()
+        )
+        return expected * (taken / planned if planned > 0 else 1.0)
 
     def _show(self, stage: str, done: int, total: int, note: str) -> bool:
         """Move the bar, and return whether there is one."""
@@ -90,7 +125,8 @@ class Meter:
         return True
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Write seconds as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyadic_cli import folder
+from polyadic_cli import folder, held_out
 from polyadic_cli.app import app
+from polyadic_cli.held_out import HeldOut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,10 +46,12 @@ def compress(
     orders: Annotated[
         str | None, typer.Option(help="Modes per side to weigh, as in 1,2; 1 is low rank.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Most lines of the text.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Most lines to calibrate on.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Lines in a batch.")] = 16,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a line, the rest is cut.")] = 128,
-    iterations: Annotated[int, typer.Option(min=1, help="Most sweeps of a fit.")] = 60,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Most sweeps of a fit; 16 to 64 by its size.")
+    ] = None,
     recover: Annotated[
         int, typer.Option(min=0, help="Steps of training towards the original's outputs.")
     ] = 0,
@@ -60,9 +66,10 @@ def compress(
     """Convert a trained model of transformers to CP format within one budget.
 
     One of --ratio, --flops-ratio, --max-error and --speed is the budget; --speed may be added to
-    another. The model is loaded as the class its configuration names, from local files alone, and
-    saved so that transformers loads it after polyadic.register_transformers(), with the other files
-    of its directory and a card that says how.
+    another. Of the text, up to 64 lines are not calibrated on but held out to compare the outputs.
+    The model is loaded as the class its configuration names, from local files alone, and saved so
+    that transformers loads it after polyadic.register_transformers(), with the other files of its
+    directory and a card that says how.
 
     --recover trains the converted model on the texts of --calibration, without labels, to put out
     what the original puts out; its best state is kept. A step takes about as long as three forward
@@ -71,7 +78,6 @@ def compress(
     import copy
 
     import polyadic
-    from polyadic.progress import Meter
 
     _check_paths(model_dir, calibration, out, dry_run)
     _check_files(html=html, json=json)
@@ -89,21 +95,28 @@ def compress(
         "orders": _orders(orders),
         "dry_run": dry_run,
         "seed": seed,
-        "iterations": iterations,
         "checkpoint": checkpoint,
         "resume": resume,
     }
+    if iterations is not None:
+        options["iterations"] = iterations
+    found: list[str] = []
+    held: HeldOut | None = None
     try:
         model, tokenizer = _load(model_dir)
         if calibration is not None:
-            lines = _lines(calibration, samples)
+            lines, others = held_out.divide(_lines(calibration), samples)
             options |= _calibration(model, tokenizer, model_dir, lines, batch, length)
+            if others and not dry_run:
+                more = _calibration(model, tokenizer, model_dir, others, batch, length)
+                held = HeldOut(model, more["calibration"], _output)
         original = copy.deepcopy(model) if recover else None
-        with Meter("compress", _say) as meter:
-            made, report = polyadic.compress(model, inplace=True, callback=meter.tell, **options)
-        recovered = ""
-        if original is not None and report.converted:
-            recovered = _recovered(made, original, options, recover, seed)
+        with _lines_of_progress():
+            made, report = polyadic.compress(model, inplace=True, **options)
+            if original is not None and report.converted:
+                found.append(_recovered(made, original, options, recover, seed))
+        if held is not None and report.converted:
+            found.append(held.sentence(made))
     except ImportError as error:
         if error.name is not None:
             raise
@@ -112,8 +125,8 @@ def compress(
     except (OSError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     print(report)
-    if recovered:
-        print(recovered)
+    for sentence in found:
+        print(sentence)
     try:
         _write(report, html, json)
         if dry_run or out is None:
@@ -124,8 +137,7 @@ def compress(
         polyadic.save_pretrained(made, out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
-        sentences = [report.verdict, *([recovered] if recovered else [])]
-        folder.complete(model_dir, out, sentences, type(made).__name__)
+        folder.complete(model_dir, out, [report.verdict, *found], type(made).__name__)
     except (ImportError, OSError) as error:
         print(f"polyadic: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -197,8 +209,8 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
-def _lines(path: Path, most: int) -> list[str]:
-    """Read the first lines that are not empty.
+def _lines(path: Path) -> list[str]:
+    """Read the lines that are not empty.
 
     Raises:
         ValueError: there is none, or the file is not UTF-8.
@@ -210,7 +222,7 @@ def _lines(path: Path, most: int) -> list[str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} has no line with text")
-    return lines[:most]
+    return lines
 
 
 def _calibration(
@@ -261,9 +273,19 @@ def _output(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return found
 
 
-def _say(line: str) -> None:
-    """Print a line about the progress where a program or a file reads it."""
-    print(f"polyadic: {line}", file=sys.stderr, flush=True)
+@contextmanager
+def _lines_of_progress() -> Iterator[None]:
+    """Print what polyadic logs about its progress, for a program or a file that reads it."""
+    logger, handler = logging.getLogger("polyadic"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("polyadic: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _recovered(

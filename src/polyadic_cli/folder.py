@@ -70,8 +70,7 @@ Converted from {name} by `polyadic compress`.
 
 ## Load it
 
-Register the layers first. Without that transformers does not know them: it warns of missing
-weights, and leaves them at random values.
+Register the layers first. Without that transformers does not know them, and refuses the model.
 
 ```python
 import polyadic

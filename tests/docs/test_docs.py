@@ -156,6 +156,20 @@ def test_the_reference_shows_every_public_name() -> None:
     assert all(inspect.getdoc(operator.attrgetter(n)(namespace())) for n in shown)
 
 
+def test_the_reference_has_an_example_for_every_public_name() -> None:
+    """The first block of code behind a name uses it; blocks are run as those of any page."""
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for shown in re.finditer(r"^::: (?:\w+\.)+(\w+)$", text, re.MULTILINE):
+            code = re.search(r"^```python\n(.*?)^```$", text[shown.end() :], re.DOTALL | re.M)
+            used = set()
+            if code is not None:
+                nodes = list(ast.walk(ast.parse(code[1])))
+                used = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+                used |= {n.id for n in nodes if isinstance(n, ast.Name)}
+            assert shown[1] in used, f"{page.name}: no example uses {shown[1]}"
+
+
 def namespace() -> Any:
     """Where dotted names begin."""
     for module in MODULES:

@@ -11,7 +11,8 @@ from torch import nn
 
 import polyadic
 from polyadic import ModelExplanation, explain
-from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
+from polyadic.nn import CPConv2d, CPConvTranspose2d, CPEmbedding, CPLinear
+from polyadic.testing import LiveBytes
 
 X = torch.randn(8, 64, 12, 12)
 
@@ -98,3 +99,45 @@ def test_repeated_tied_joint_and_frozen_layers() -> None:
 def test_mistakes_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def measured(layer: nn.Module, x: torch.Tensor) -> int:
+    """The most bytes alive at once in a real call with its backward, besides parameters."""
+    own = list(layer.parameters())
+    with LiveBytes([x, *own]) as live:
+        y = layer(x)
+        wanted = [value for value in (x, *own) if value.requires_grad]
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+    return live.peak - sum(value.nbytes for value in own)
+
+
+def test_the_peak_of_memory_is_that_of_a_call() -> None:
+    table = CPEmbedding(50, 12, rank=4)
+    rows = torch.randn(7, 96, requires_grad=True)
+    image = torch.randn(2, 64, 9, 9, requires_grad=True)
+    head = torch.randn(5, 12, requires_grad=True)
+    pairs: list[tuple[Any, nn.Module, torch.Tensor]] = [
+        (CPLinear(96, 64, rank=5), nn.Linear(96, 64), rows),
+        (CPConv2d(64, 32, 3, rank=5), nn.Conv2d(64, 32, 3), image),
+        (CPConvTranspose2d(64, 32, 3, rank=5), nn.ConvTranspose2d(64, 32, 3), image),
+        (table, nn.Embedding(50, 12), torch.arange(6)),
+        (table.as_linear(True), nn.Linear(12, 50), head),
+    ]
+    for layer, dense, x in pairs:
+        before = layer(x)
+        found = explain(layer, x)
+        (row,) = found.layers
+        assert row.peak_bytes == measured(layer, x) == found.peak_bytes, type(layer)
+        assert row.dense_peak_bytes == measured(dense, x) == found.dense_peak_bytes, type(layer)
+        # Nothing without values is left in what layers remember.
+        assert torch.equal(layer(x), before)
+
+
+def test_the_peak_of_a_model_is_what_is_kept_and_the_most_on_top() -> None:
+    found = explain(model(), X)
+    kept = [row.found.chosen.kept_bytes for row in found.layers if row.found is not None]
+    peaks = [row.peak_bytes or 0 for row in found.layers]
+    assert found.peak_bytes == sum(kept) + max(p - k for p, k in zip(peaks, kept, strict=True))
+    assert "peak, B" in str(found)
+    # With other options than the layers' own there is no call to count.
+    assert explain(model(), X, memory="least").layers[0].peak_bytes is None

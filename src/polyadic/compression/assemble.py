@@ -158,8 +158,9 @@ def _notes(every: Sequence[Options], evidence: Evidence) -> tuple[str, ...]:
     if not short:
         return ()
     rows, features, name = min(short)
+    layers = "1 layer has" if len(short) == 1 else f"{len(short)} layers have"
     return (
-        f"{len(short)} layers have more features than the calibration batches have rows, such "
+        f"{layers} more features than the calibration batches have rows, such "
         f"as {name} with {features} features and about {rows} rows: errors on other inputs "
         f"will be larger than these, give more batches",
     )

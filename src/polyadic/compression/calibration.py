@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyadic import progress
 from polyadic.batches import Forward, call, evaluating, misfit
 from polyadic.compression.arguments import Callback
 from polyadic.compression.costs import Call, Calls
@@ -24,6 +25,8 @@ Weights = Callable[[Any], Tensor]
 
 # Rows that a linear layer or an embedding is taken to be called with, without calibration.
 ROWS = 32
+# Batches on which the effect of a single layer is measured.
+EFFECT_BATCHES = 4
 
 
 class _CalledByUser(nn.Module):
@@ -91,6 +94,7 @@ class Calibration:
     Attributes:
         calls: by the name of a layer, its calls in the first batch; filled by ``watch``.
         outputs: the floating-point outputs of the unchanged model, by batch; filled by ``watch``.
+        seconds: how long ``watch`` ran the model.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Calibration:
         self.forward = forward or call
         self.calls: dict[str, list[Call]] = {}
         self.outputs: list[list[Tensor]] = []
+        self.seconds = 0.0
         self._leading: dict[str, tuple[int, ...]] = {}
 
     def watch(self, layers: Mapping[str, nn.Module]) -> None:
@@ -117,6 +122,7 @@ class Calibration:
             layer.register_forward_pre_hook(self._recorder(name), with_kwargs=True)
             for name, layer in layers.items()
         ]
+        began = progress.now()
         try:
             with evaluating(self.model):
                 for i, batch in enumerate(self.batches):
@@ -128,6 +134,7 @@ class Calibration:
         finally:
             for hook in hooks:
                 hook.remove()
+        self.seconds = progress.now() - began
         if not any(self.outputs):
             raise ValueError(
                 f"{type(self.model).__name__} puts out no floating-point tensor, so that nothing "
@@ -202,16 +209,22 @@ class Calibration:
                 found.update({n.removeprefix("model."): m for n, m in gathered.items()})
         return found
 
-    def changed(self, model: nn.Module) -> float:
+    def changed(self, model: nn.Module, most: int | None = None) -> float:
         """Squared relative change of a model's outputs against the recorded ones.
 
         It is added up over the batches, relative to the output's own power, and then averaged over
         the outputs of the model.
+
+        Args:
+            model: the changed model.
+            most: how many batches are run, spread evenly over all; None for all.
         """
+        step = 1 if most is None else max(1, len(self.batches) // most)
+        chosen = list(zip(self.batches, self.outputs, strict=True))[::step][:most]
         lost: dict[int, float] = {}
         size: dict[int, float] = {}
         with evaluating(model):
-            for batch, before in zip(self.batches, self.outputs, strict=True):
+            for batch, before in chosen:
                 interrupts.check()
                 after = _floating(self.forward(model, batch))
                 for i, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -220,14 +233,22 @@ class Calibration:
         shares = [lost[i] / size[i] for i in lost if size[i] > 0]
         return sum(shares) / len(shares) if shares else 0.0
 
+    def seconds_of(self, most: int) -> float:
+        """Predict the seconds of a run of so many batches, or of all if there are fewer."""
+        return self.seconds * min(1.0, most / len(self.batches))
+
     def effect(self, layer: nn.Module, weight: Tensor) -> float:
-        """``changed`` of the model with another weight in one layer, which is put back after."""
+        """``changed`` of the model with another weight in one layer, which is put back after.
+
+        A few batches tell it: how much a layer counts varies less between batches than between
+        layers, and the model is run on them once for each layer.
+        """
         own = layer._parameters["weight"]
         assert own is not None
         kept = own.detach().clone()
         try:
             _overwrite(own, weight)
-            return self.changed(self.model)
+            return self.changed(self.model, EFFECT_BATCHES)
         finally:
             _overwrite(own, kept)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from polyadic.compression.allocate import UnreachableError, allocate
 from polyadic.compression.budget import Budget
 from polyadic.compression.costs import Cost
-from polyadic.compression.curves import Curve
 from polyadic.compression.weigh import Option, Options
 
 
@@ -83,7 +82,7 @@ def reason(options: Options, option: Option, budget: Budget) -> str:
             f"the budget is better spent so: its importance is {options.importance:.3g}, and fewer "
             f"parameters are saved elsewhere at less error"
         )
-    chosen = _in_words(option.curve)
+    chosen = option.curve.candidate.in_words
     if options.fixed:
         return f"{chosen}; the rank was asked for"
     if budget.never_slower:
@@ -96,17 +95,13 @@ def reason(options: Options, option: Option, budget: Budget) -> str:
         # A component has equally many FLOPs in every format.
         equal = option.rank if by_flops else option.cost.parameters // curve.candidate.per_rank
         if curve.given_up:
-            rivals.append(f"{_in_words(curve)} has {curve.given_up}")
+            rivals.append(f"{curve.candidate.in_words} has {curve.given_up}")
         elif 1 <= equal <= curve.ranks[-1]:
-            rivals.append(f"{_in_words(curve)} {curve.error(equal):.3g}")
+            rivals.append(f"{curve.candidate.in_words} {curve.error(equal):.3g}")
     if not rivals:
         return chosen
     equally = "with as many FLOPs" if by_flops else "at equal size"
     return f"{chosen}: error {option.error:.3g}, {equally} {', '.join(rivals)}"
-
-
-def _in_words(curve: Curve) -> str:
-    return "plain low rank" if curve.candidate.is_low_rank else f"order {curve.candidate.order}"
 
 
 def predicted_error(every: Sequence[Options], chosen: Sequence[Option]) -> float:

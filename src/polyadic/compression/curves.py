@@ -29,6 +29,7 @@ from polyadic.compression.targets import Candidate, Target
 from polyadic.durable import interrupts
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.problem import Problem, make_problem, wide
+from polyadic.fitting.work import sweep_work
 from polyadic.formats import (
     Rank,
 )
@@ -47,8 +48,8 @@ MARGIN = 1.02
 FRACTIONS = (1 / 16, 1 / 4, 1 / 2)
 # Where the budget leaves a fraction on average, these multiples of it are fitted.
 AROUND = (0.5, 1.5)
-# Multiply-adds of the normal equations of one sweep beyond which a rank is not fitted.
-LARGEST_SYSTEMS = 4e9
+# Multiply-adds of one sweep beyond which a rank is not fitted: about a second.
+LARGEST_SWEEP = 2e10
 DAMPING = 1e-4
 ROUNDING = 1e-6
 
@@ -179,9 +180,7 @@ def curves(
     for candidate in sorted(
         target.candidates, key=lambda candidate: (not candidate.is_low_rank, candidate.order)
     ):
-        fixed = None
-        if wanted is not None:
-            fixed = candidate.probe._resolved(wanted, "meta", target.weight.dtype)
+        fixed = fixed_rank(target, candidate, wanted)
         most = (target.dense_parameters - 1) // candidate.per_rank if fixed is None else fixed
         if most < 1:
             continue
@@ -193,15 +192,38 @@ def curves(
             values = tuple(errors[min(r, len(errors) - 1)] for r in ranks)
             found.append(Curve(candidate, tuple(ranks), values))
         else:
-            ranks = [fixed] if fixed is not None else _ranks(target, candidate, most, fraction)
+            ranks = ranks_to_fit(target, candidate, metric, fraction, fixed)
             found.append(_fit(target, candidate, metric, ranks, found, fixed, seed))
             if found[-1].given_up and candidate.order > 1:
                 break
     return [curve for curve in found if curve.ranks]
 
 
-def _ranks(target: Target, candidate: Candidate, most: int, fraction: float | None) -> list[int]:
-    """The ranks to be fitted, near the budget's fraction where it has one."""
+def fixed_rank(target: Target, candidate: Candidate, wanted: Rank | None) -> int | None:
+    """Return the rank that is asked for as a number, or None if all may be had."""
+    if wanted is None:
+        return None
+    return candidate.probe._resolved(wanted, "meta", target.weight.dtype)
+
+
+def ranks_to_fit(
+    target: Target,
+    candidate: Candidate,
+    metric: Tensor | None,
+    fraction: float | None,
+    fixed: int | None,
+) -> list[int]:
+    """Return the ranks that are fitted: the one asked for, or some near the budget's fraction.
+
+    A rank whose sweeps would take more than ``LARGEST_SWEEP`` is replaced by the largest that stays
+    below. What a sweep takes depends on the metric: a diagonal one, of an embedding, has a system
+    of R unknowns for each row of a factor.
+    """
+    if fixed is not None:
+        return [fixed]
+    most = (target.dense_parameters - 1) // candidate.per_rank
+    if most < 1:
+        return []
     fractions: Sequence[float] = FRACTIONS
     if fraction is not None:
         fractions = [AROUND[0] * fraction, AROUND[1] * fraction]
@@ -209,9 +231,19 @@ def _ranks(target: Target, candidate: Candidate, most: int, fraction: float | No
         min(most, max(1, round(f * target.dense_parameters / candidate.per_rank)))
         for f in fractions
     }
-    modes = sum(mode > 1 for group in candidate.modes for mode in group)
-    largest = int((LARGEST_SYSTEMS / modes) ** (1 / 3))
+
+    def too_large(rank: int) -> bool:
+        return work_of_sweep(candidate, metric, rank) > LARGEST_SWEEP
+
+    largest = max(1, bisect.bisect_left(range(1, most + 1), True, key=too_large))
     return sorted({min(rank, largest) for rank in wanted})
+
+
+def work_of_sweep(candidate: Candidate, metric: Tensor | None, rank: int) -> float:
+    """Return the multiply-adds of one sweep of a fit."""
+    inside = None if metric is None else candidate.probe._fit_metric(metric)
+    dims = None if inside is None else inside.dim()
+    return sweep_work(candidate.modes, rank, dims, candidate.probe._metric_groups)
 
 
 def _fit(
@@ -223,13 +255,12 @@ def _fit(
     fixed: int | None,
     seed: int,
 ) -> Curve:
-    """Fit ascending ranks, and stop where the format proves worse than plain low rank."""
-    rivals = [c for c in others if c.candidate.is_low_rank] if fixed is None else []
+    """Fit ascending ranks, and stop where the format proves worse than those before it."""
+    rivals = [curve for curve in others if curve.ranks] if fixed is None else []
     done: list[Decomposition] = []
     for rank in ranks:
         start: object = done[-1] if done else "orthogonal"
-        equal = [rank * candidate.per_rank // rival.candidate.per_rank for rival in rivals]
-        best = min([r.error(e) for r, e in zip(rivals, equal, strict=True) if e > 0], default=1.0)
+        best, rival = _best_of_size(rivals, rank * candidate.per_rank)
         fit = fitted(
             target,
             candidate,
@@ -244,11 +275,21 @@ def _fit(
         done.append(fit)
         if rivals and promised(fit) > MARGIN * best:
             reason = (
-                f"{promised(fit):.3g} at rank {rank}, where plain low rank of as many parameters "
-                f"has {best:.3g}"
+                f"{promised(fit):.3g} at rank {rank}, where {rival} of as many parameters has "
+                f"{best:.3g}"
             )
             return _curve(candidate, done, reason)
     return _curve(candidate, done, "")
+
+
+def _best_of_size(curves: Sequence[Curve], parameters: int) -> tuple[float, str]:
+    """Return the least error of the curves with so many parameters, and the format in words."""
+    found = [
+        (curve.error(parameters // curve.candidate.per_rank), curve.candidate.in_words)
+        for curve in curves
+        if parameters >= curve.candidate.per_rank
+    ]
+    return min(found, default=(1.0, "nothing"))
 
 
 def _hopeless(limit: float) -> Callable[[int, float], bool]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from polyadic import surgery
 from polyadic.compression.arguments import Callback
 from polyadic.compression.budget import Budget
 from polyadic.compression.calibration import Evidence
 from polyadic.compression.choose import choose, fitted_error
-from polyadic.compression.curves import DAMPING, fitted
+from polyadic.compression.curves import DAMPING, fitted, work_of_sweep
 from polyadic.compression.kept import fit_from_plain, fit_to_plain
+from polyadic.compression.targets import Candidate
 from polyadic.compression.weigh import Option, Options
 from polyadic.durable.pieces import Pieces
 from polyadic.fitting import Decomposition
 from polyadic.pretrained import attach
 
-# Most sweeps of a final fit, where no other number is given; more of them would gain little.
+# Sweeps of a final fit, where no other number is given; more of them would gain little. A large
+# fit makes fewer, so that it takes no more than some multiply-adds: half a minute or less.
 FIT_SWEEPS = 64
+LEAST_FIT_SWEEPS = 16
+MOST_WORK = 5e11
 # Rounds in which a bound on the error is tightened until what is measured meets it.
 ROUNDS = 8
 
@@ -50,6 +54,7 @@ def fit_within(
     fit_options: Mapping[str, Any],
     seed: int,
     tell: Callback,
+    chose: Callable[[Sequence[Option]], object],
     pieces: Pieces,
 ) -> Outcome:
     """Choose, fit and exchange layers, in place.
@@ -65,6 +70,7 @@ def fit_within(
         fit_options: options of ``polyadic.decompose``.
         seed: seed of the fits.
         tell: told before each fit.
+        chose: told what was chosen, in each round.
         pieces: where fits are kept.
 
     Raises:
@@ -79,6 +85,7 @@ def fit_within(
     fitter = _Fitter(every, evidence, fit_options, seed, tell, pieces)
     for _ in range(ROUNDS):
         chosen = choose(every, budget, limit)
+        chose(chosen)
         fits = fitter.fit(chosen)
         converted: dict[str, nn.Module] = {}
         for options in every:
@@ -108,6 +115,12 @@ def fit_within(
     )
 
 
+def sweeps_of(candidate: Candidate, metric: Tensor | None, rank: int) -> int:
+    """Return the most sweeps of a final fit, of which a large one makes fewer."""
+    affordable = int(MOST_WORK / work_of_sweep(candidate, metric, rank))
+    return min(FIT_SWEEPS, max(LEAST_FIT_SWEEPS, affordable))
+
+
 def _restore(model: nn.Module, names: Iterable[str], originals: Mapping[str, nn.Module]) -> None:
     for name in names:
         surgery.replace(model, name, originals[name])
@@ -126,12 +139,7 @@ class _Fitter:
         pieces: Pieces,
     ) -> None:
         self.every, self.evidence, self.tell, self.pieces = every, evidence, tell, pieces
-        self.fit_options = {
-            "damping": DAMPING,
-            "iterations": FIT_SWEEPS,
-            "seed": seed,
-            **fit_options,
-        }
+        self.fit_options = {"damping": DAMPING, "seed": seed, **fit_options}
         # By the index of the target, the index of its curve, and the rank.
         self._known: dict[tuple[int, int, int], Decomposition] = {}
 
@@ -156,6 +164,8 @@ class _Fitter:
             if near is not None:
                 fit_options.setdefault("start", [near, "orthogonal"])
             metric = self.evidence.metrics.get(target.name)
+            sweeps = sweeps_of(curve.candidate, metric, option.rank)
+            fit_options.setdefault("iterations", sweeps)
 
             def make() -> dict[str, Any]:
                 return fit_to_plain(

@@ -1,10 +1,10 @@
 """``compress``, from the arguments to the report.
 
 Layers are found and arranged into targets (``targets``); calibration batches are run and recorded
-(``calibration``); each target's options are listed with their errors and costs (``weigh``, by
-``curves`` and ``costs``); one option each is chosen within the budget (``choose``, by
-``allocate``); what was chosen is fitted and exchanged (``fits``); the report is put together
-(``assemble``).
+(``calibration``); how long it will take is said (``estimate``); each target's options are listed
+with their errors and costs (``weigh``, by ``curves`` and ``costs``); one option each is chosen
+within the budget (``choose``, by ``allocate``); what was chosen is fitted and exchanged
+(``fits``); the report is put together (``assemble``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from polyadic.compression.budget import Budget, budget
 from polyadic.compression.calibration import Weights, gather
 from polyadic.compression.choose import choose
 from polyadic.compression.costs import Calls
+from polyadic.compression.estimate import Estimate
 from polyadic.compression.fits import Outcome, fit_within
 from polyadic.compression.report import Report
 from polyadic.compression.targets import Target, find_targets
-from polyadic.compression.weigh import weigh
+from polyadic.compression.weigh import Option, weigh
 from polyadic.durable import interrupts
 from polyadic.durable.identity import in_words, named, of_batches, of_module
 from polyadic.durable.pieces import Pieces
@@ -169,11 +170,18 @@ def compress(
     with interrupts.deferred(), meter:
         evidence = gather(work, targets, batches, forward, weights, tell)
         _check_calls_known(targets, evidence.calls, wanted)
+        estimate = Estimate(targets, evidence, wanted)
+        if callback is None:
+            estimate.announce(meter, ranks, dry_run)
         every = weigh(targets, evidence, wanted, ranks, seed, tell, pieces)
         if dry_run:
             outcome = Outcome(choose(every, wanted), {}, None)
         else:
-            outcome = fit_within(work, every, evidence, wanted, fit, seed, tell, pieces)
+
+            def chose(chosen: Sequence[Option]) -> None:
+                meter.plan("fits", estimate.of_fits(chosen))
+
+            outcome = fit_within(work, every, evidence, wanted, fit, seed, tell, chose, pieces)
     report = report_of(
         model, every, refused, outcome, evidence, wanted, size=size, seed=seed, dry_run=dry_run
     )

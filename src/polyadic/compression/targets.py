@@ -48,6 +48,11 @@ class Candidate:
             sides[i in self.probe._metric_groups] += sum(mode > 1 for mode in group)
         return max(sides.values()) <= 1
 
+    @property
+    def in_words(self) -> str:
+        """The format in words."""
+        return "plain low rank" if self.is_low_rank else f"order {self.order}"
+
     def at(self, rank: int) -> LinearFormat | ConvFormat:
         """Return the format at a rank."""
         return cast(LinearFormat | ConvFormat, dataclasses.replace(self.probe.format, rank=rank))

@@ -15,6 +15,7 @@ from polyadic.fitting.arguments import Start
 from polyadic.fitting.fit import Callback
 from polyadic.formats import Rank, Shape
 from polyadic.nn.layer import CPLayer
+from polyadic.nn.peak import peak_bytes
 from polyadic.nn.source import weight_of
 from polyadic.tensor import CPTensor
 
@@ -38,6 +39,20 @@ class FitOptions(TypedDict, total=False):
 
 class Exchangeable(CPLayer):
     """A CP layer that can take the place of a torch layer, and the other way round."""
+
+    def peak_bytes(self, x: Tensor, training: bool = True) -> tuple[int, int]:
+        """Return the most bytes of a call that are alive at once, here and in the dense layer.
+
+        Parameters are left out; the input, gradients and all that is made on the way count.
+
+        Args:
+            x: an input, whose values do not matter.
+            training: count forward and backward, or the forward pass alone.
+        """
+        arguments = _arguments(type(self), self)
+        dtype = self.cp.factors[0].dtype
+        dense = self._torch_class(**arguments, device="meta", dtype=dtype)
+        return peak_bytes(self, x, training), peak_bytes(dense, x, training)
 
     @classmethod
     def joint_from(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from polyadic.formats import (
 )
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, dense, revert
 from polyadic.nn.inputs import by_rows, call_recorded
+from polyadic.nn.peak import peak_bytes
 from polyadic.nn.weight import Weighted
 from polyadic.planner.request import Request, request
 from polyadic.plans import Memory
@@ -422,12 +423,17 @@ class CPTiedLinear(Weighted):
         Its weight requires a gradient if a factor does.
         """
         trained = any(parameter.requires_grad for parameter in self.cp.parameters())
-        arguments = {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-        }
-        return cast(nn.Linear, dense(nn.Linear, arguments, self, trained, self.bias))
+        made = dense(nn.Linear, self._arguments(), self, trained, self.bias)
+        return cast(nn.Linear, made)
+
+    def peak_bytes(self, x: Tensor, training: bool = True) -> tuple[int, int]:
+        """Return the most bytes of a call that are alive at once, here and in a dense head."""
+        twin = nn.Linear(**self._arguments(), device="meta", dtype=self.cp.factors[0].dtype)
+        return peak_bytes(self, x, training), peak_bytes(twin, x, training)
+
+    def _arguments(self) -> dict[str, Any]:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        return {**sizes, "bias": self.bias is not None}
 
     def extra_repr(self) -> str:
         """Say shapes and rank; the parameters are the embedding's."""

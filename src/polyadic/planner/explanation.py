@@ -126,7 +126,8 @@ def explain(
                 f"explain(model, *inputs) takes the batch from them"
             )
         places = {"memory": memory, "dtype": dtype, "device": device}
-        return explained_model(layer, inputs, functools.partial(explain, **places), training)
+        own = all(value is None for value in places.values())
+        return explained_model(layer, inputs, functools.partial(explain, **places), training, own)
     if batch is None:
         raise TypeError("explain expects batch=, or the inputs of a model: explain(model, x)")
     options = {"stride": stride, "padding": padding, "dilation": dilation}

@@ -25,6 +25,10 @@ class LayerExplanation:
             frozen and follows no plan.
         parameters: entries of its factors and λ; 0 if an earlier row counts them.
         dense_parameters: entries of the dense weight; 0 if an earlier row counts them.
+        peak_bytes: most bytes of this call that are alive at once, parameters left out: the input,
+            gradients and all that is made on the way; None where ``found`` is, and of a layer that
+            stands in for none of torch's.
+        dense_peak_bytes: those of the dense layer.
     """
 
     name: str
@@ -32,6 +36,8 @@ class LayerExplanation:
     found: Explanation | None
     parameters: int
     dense_parameters: int
+    peak_bytes: int | None = None
+    dense_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,26 @@ class ModelExplanation:
         return sum(found.dense.seconds for found in self._explained())
 
     @property
+    def peak_bytes(self) -> int:
+        """What all CP layers keep, and the most that one of them needs on top in its call."""
+        on_top = [
+            row.peak_bytes - row.found.chosen.kept_bytes
+            for row in self.layers
+            if row.found is not None and row.peak_bytes is not None
+        ]
+        return sum(f.chosen.kept_bytes for f in self._explained()) + max(on_top, default=0)
+
+    @property
+    def dense_peak_bytes(self) -> int:
+        """What the dense layers would keep, and the most that one of them needs on top."""
+        on_top = [
+            row.dense_peak_bytes - row.found.dense.kept_bytes
+            for row in self.layers
+            if row.found is not None and row.dense_peak_bytes is not None
+        ]
+        return sum(f.dense.kept_bytes for f in self._explained()) + max(on_top, default=0)
+
+    @property
     def slower(self) -> tuple[str, ...]:
         """Names of layers whose dense layer is predicted to be faster."""
         rows = [row for row in self.layers if row.found is not None and row.found.dense_is_faster]
@@ -86,6 +112,8 @@ class ModelExplanation:
             "training": self.training,
             "seconds": self.seconds,
             "dense_seconds": self.dense_seconds,
+            "peak_bytes": self.peak_bytes,
+            "dense_peak_bytes": self.dense_peak_bytes,
             "slower": list(self.slower),
             "layers": [
                 {
@@ -93,6 +121,8 @@ class ModelExplanation:
                     "kind": row.kind,
                     "parameters": row.parameters,
                     "dense_parameters": row.dense_parameters,
+                    "peak_bytes": row.peak_bytes,
+                    "dense_peak_bytes": row.dense_peak_bytes,
                     "explanation": None if row.found is None else row.found.to_dict(),
                 }
                 for row in self.layers
@@ -100,7 +130,7 @@ class ModelExplanation:
         }
 
     def __str__(self) -> str:
-        pairs = ("time", "FLOPs", "kept, B", "weights")
+        pairs = ("time", "FLOPs", "kept, B", "peak, B", "weights")
         head = ["layer", "rank", *(name for first in pairs for name in (first, "dense"))]
         rows = [head, *(_cells(row) for row in self.layers), self._sum()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -114,7 +144,11 @@ class ModelExplanation:
                 f"dense is faster for {', '.join(self.slower)}: keep them dense, or give "
                 f"them a lower rank (polyadic.rank_for)",
             ]
-        lines += ["", "Layers other than CP layers are not counted."]
+        lines += [
+            "",
+            "Peak: the most that is alive at once in a call; in the sum, what all layers keep and "
+            "the most that one needs on top. Layers other than CP layers are not counted.",
+        ]
         return "\n".join(lines)
 
     def _sum(self) -> list[str]:
@@ -124,6 +158,7 @@ class ModelExplanation:
             tuple(sum(getattr(costs, name) for costs in side) for side in sides)
             for name in ("flops", "kept_bytes")
         ]
+        pairs.append((self.peak_bytes, self.dense_peak_bytes))
         pairs.append(
             (sum(r.parameters for r in self.layers), sum(r.dense_parameters for r in self.layers))
         )
@@ -136,15 +171,18 @@ def _cells(row: LayerExplanation) -> list[str]:
     weights = [count_text(n) if n else "shared" for n in (row.parameters, row.dense_parameters)]
     name = row.name or row.kind
     if row.found is None:
-        return [name, "frozen", *("-",) * 6, *weights]
+        return [name, "frozen", *("-",) * 8, *weights]
     ours, dense = row.found.chosen, row.found.dense
     times = [seconds_text(ours.seconds), seconds_text(dense.seconds)]
     counts = [ours.flops, dense.flops, ours.kept_bytes, dense.kept_bytes]
-    return [name, str(row.found.rank), *times, *map(count_text, counts), *weights]
+    peaks = [
+        "-" if peak is None else count_text(peak) for peak in (row.peak_bytes, row.dense_peak_bytes)
+    ]
+    return [name, str(row.found.rank), *times, *map(count_text, counts), *peaks, *weights]
 
 
 def explained_model(
-    model: nn.Module, inputs: Sequence[Any], explain: Any, training: bool
+    model: nn.Module, inputs: Sequence[Any], explain: Any, training: bool, as_it_is: bool
 ) -> ModelExplanation:
     """Run the model once, without gradients and in evaluation mode, and explain what was called.
 
@@ -153,6 +191,8 @@ def explained_model(
         inputs: the positional arguments with which it is called.
         explain: explains a layer, called with ``batch``, ``size`` and ``training``.
         training: whether forward and backward are explained, or forward alone.
+        as_it_is: whether layers are explained with their own options, of which alone the peak of
+            memory can be counted.
 
     Raises:
         ValueError: the model has no CP layer, or none is called.
@@ -160,12 +200,12 @@ def explained_model(
     layers = {n: m for n, m in model.named_modules() if callable(getattr(m, "request", None))}
     if not layers:
         raise ValueError(f"explain expects a model with CP layers, {type(model).__name__} has none")
-    calls: list[tuple[str, int, tuple[int, ...] | None]] = []
+    calls: list[tuple[str, int, tuple[int, ...] | None, Tensor]] = []
 
     def recorded(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            calls.append((name, *_call_of(layers[name], x)))
+            calls.append((name, *_call_of(layers[name], x), x.new_empty(()).expand(x.shape)))
 
         return hook
 
@@ -181,25 +221,29 @@ def explained_model(
             handle.remove()
     if not calls:
         raise ValueError("the model called none of its CP layers on these inputs")
-    known: dict[Any, Explanation] = {}
+    known: dict[Any, tuple[Explanation, tuple[int | None, int | None]]] = {}
+    unknown: tuple[int | None, int | None] = (None, None)
     seen: set[int] = set()
     dense_seen: set[int] = set()
     rows = []
-    for name, batch, size in calls:
+    for name, batch, size, x in calls:
         layer: Any = layers[name]
-        found = None
+        found, peaks = None, unknown
         if getattr(layer, "frozen", None) is None:
             asked = layer.request(batch, size)
-            if asked not in known:
-                known[asked] = explain(layer, batch=batch, size=size, training=training)
-            found = known[asked]
+            key = asked, layer.bias is None
+            if key not in known:
+                found = explain(layer, batch=batch, size=size, training=training)
+                counted = as_it_is and hasattr(layer, "peak_bytes")
+                known[key] = found, layer.peak_bytes(x, training) if counted else unknown
+            found, peaks = known[key]
         new = [p for p in layer.cp.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         # A tied layer has the very tensor of another layer; a joint one has a slice of its own.
         dense = 0 if id(layer.cp) in dense_seen else _dense_parameters(layer)
         dense_seen.add(id(layer.cp))
         own = sum(p.numel() for p in new)
-        rows.append(LayerExplanation(name, type(layer).__name__, found, own, dense))
+        rows.append(LayerExplanation(name, type(layer).__name__, found, own, dense, *peaks))
     return ModelExplanation(tuple(rows), training)
 
 

@@ -24,6 +24,12 @@ TRANSFORMERS_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 METHOD = "polyadic"
+# Stands in ``config.json`` where transformers looks for the name of the file of tensors; it refuses
+# what is no such name with an error that quotes it. Once registered, our quantizer takes it away.
+UNREGISTERED = (
+    "none, because this model has CP layers of polyadic; call polyadic.register_transformers() "
+    "before from_pretrained"
+)
 _TRIES = 100
 
 
@@ -87,9 +93,13 @@ def write_by(directory: Path, save: Callable[[Path], None]) -> None:
 
 
 def _marked_config(file: Path, mark: str) -> str:
-    """Mark the description in a configuration of transformers, and return it as text."""
+    """Mark the description in a configuration of transformers, and return it as text.
+
+    The configuration is made one that transformers refuses without polyadic.
+    """
     content = json.loads(file.read_text(encoding="utf-8"))
     content["quantization_config"]["saved"] = mark
+    content["transformers_weights"] = UNREGISTERED
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return json.dumps(content["quantization_config"])
 

@@ -27,7 +27,7 @@ from polyadic.nn.kinds import is_torch_layer
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import prepare, refuse
-from polyadic.pretrained.files import METHOD
+from polyadic.pretrained.files import METHOD, UNREGISTERED
 from polyadic.pretrained.layers import (
     DTYPES,
     LayerConfig,
@@ -67,6 +67,12 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
     # Names of layers that the model has in another size than was saved, while it is loaded.
     resized: Sequence[str] = ()
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the configuration before files are looked for, to give them their names."""
+        if getattr(config, "transformers_weights", None) == UNREGISTERED:
+            del config.transformers_weights
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         content: ModelConfig = self.quantization_config.content
