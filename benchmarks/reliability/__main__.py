@@ -6,7 +6,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ CALLS = {
 PARTS = ("kills", "files", "determinism", "hostile")
 
 
-def works(part: str, share: float, seed: int, folder: Path) -> Iterator[Callable[[], Any]]:
+def works(
+    part: str, share: float, seed: int, folder: Path, inputs: Sequence[str]
+) -> Iterator[Callable[[], Any]]:
     """What is done in a part, each as a function that makes its record."""
     if part == "kills":
         few = max(2, round(KILLS * share))
@@ -55,8 +57,8 @@ def works(part: str, share: float, seed: int, folder: Path) -> Iterator[Callable
         yield determinism.two_threads
         yield determinism.calibrated
     else:
-        for kind, calls in CALLS.items():
-            yield functools.partial(hostile.run, kind, round(calls * share), seed)
+        for kind in inputs:
+            yield functools.partial(hostile.run, kind, round(CALLS[kind] * share), seed)
 
 
 def main() -> None:
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of all kills, calls and reads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", choices=PARTS, action="append", help="of the work; all of it")
+    parser.add_argument("--input", choices=CALLS, action="append", help="hostile; all of it")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the records")
     parser.add_argument("--pages", action="store_true", help="write the page from the records")
     given = parser.parse_args()
@@ -76,7 +79,8 @@ def main() -> None:
         environment = records.environment(torch.device("cpu"), torch.float32)
         records.append(file, {**environment, "share": given.share, "seed": given.seed})
         with tempfile.TemporaryDirectory() as folder:
-            for work in works(part, given.share, given.seed, Path(folder) / "work"):
+            inputs = given.input or list(CALLS)
+            for work in works(part, given.share, given.seed, Path(folder) / "work", inputs):
                 began = time.perf_counter()
                 record = {**work(), "seconds": time.perf_counter() - began}
                 records.append(file, record)
