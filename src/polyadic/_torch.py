@@ -225,6 +225,23 @@ def check_before_style(style: Any, check: Callable[[str, torch.nn.Module], None]
     style._apply = checked
 
 
+def check_before_sharding(check: Callable[[Any, Any], None]) -> None:
+    """Have ``fully_shard`` call a check with each parameter and the mesh it is to be cut over."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    make: Any = FSDPParam.__init__
+
+    @functools.wraps(make)
+    def checked(self: Any, param: Any, *args: Any, **kwargs: Any) -> None:
+        for given in (*args, *kwargs.values()):
+            if hasattr(given, "mesh"):
+                check(param, given.mesh)
+                break
+        make(self, param, *args, **kwargs)
+
+    FSDPParam.__init__ = checked  # type: ignore[method-assign]
+
+
 class Memo(dict[Any, Any]):
     """A dict that is emptied when it holds ``MOST_ENTRIES``, so that it cannot grow for ever."""
 

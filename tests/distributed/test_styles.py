@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -260,6 +261,15 @@ def test_functions_take_dtensors_or_say_what_is_wrong(mesh: Any) -> None:
     ]
     with pytest.raises(ValueError, match="either every factor is to be Shard"):
         cp_conv(image, *groups)
+
+
+def test_ties_over_two_groups_of_shards_are_refused(mesh: Any) -> None:
+    table = CPEmbedding(23, 8, rank=R)
+    first, second = CPLinear.joint(2, 8, 8, rank=R)
+    for one, other in ((table, table.as_linear(True)), (first, second)):
+        fully_shard(one, mesh=mesh)
+        with pytest.raises(ValueError, match=r"over this mesh already.*fully_shard\(\[one"):
+            fully_shard(other, mesh=mesh)
 
 
 def test_what_changes_parameters_refuses_spread_ones(mesh: Any) -> None:

@@ -193,21 +193,30 @@ def sequences(rank: int, folder: Path) -> None:
 
 
 def second_derivatives(rank: int, folder: Path) -> None:
-    """A penalty on the gradient of the input, which sums it in the backward of a backward."""
-    found = []
-    for style in (None, RankParallel(), FeatureParallel()):
-        torch.manual_seed(0)
-        layer = CPLinear(12, 8, rank=5, in_shape=(2, 6), out_shape=(2, 4)).double()
-        if style is not None:
-            parallelize_module(layer, mesh(dist.get_world_size() // 2, 2)["rank"], style)
-        x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
-        slope.square().sum().backward()
-        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in layer.parameters()]
-        found.append(dict(enumerate([x.grad, *grads])))
-    alone, *others = found
-    for other in others:
-        assert_all_close(other, alone)
+    """A penalty on the gradients of input and parameters, the bias of a tied head among them."""
+
+    def whole(tensor: Any) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    makes: list[Callable[[], Any]] = [
+        lambda: CPLinear(12, 8, rank=5, in_shape=(2, 6), out_shape=(2, 4)),
+        lambda: CPEmbedding(23, 12, rank=5, out_shape=(2, 6)).as_linear(True),
+    ]
+    for make in makes:
+        found = []
+        for style in (None, RankParallel(), FeatureParallel()):
+            torch.manual_seed(0)
+            layer = make().double()
+            if style is not None:
+                parallelize_module(layer, mesh(dist.get_world_size() // 2, 2)["rank"], style)
+            x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+            given = [x, *layer.parameters()]
+            slopes = torch.autograd.grad(layer(x).pow(3).sum(), given, create_graph=True)
+            sum(whole(slope).square().sum() for slope in slopes).backward()
+            found.append({i: whole(one.grad) for i, one in enumerate(given)})
+        alone, *others = found
+        for other in others:
+            assert_all_close(other, alone)
 
 
 def weights(rank: int, folder: Path) -> None:
@@ -243,6 +252,11 @@ def recovery(rank: int, folder: Path) -> None:
         student, teacher, batches, steps=8, checkpoint=folder / "distilled", checkpoint_every=1
     )
     assert (folder / "distilled").is_file()
+    spread = fully_shard(copy.deepcopy(teacher), mesh=mesh(dist.get_world_size()))
+    students = [copy.deepcopy(student) for _ in range(2)]
+    for one, known in zip(students, (teacher, spread), strict=True):
+        polyadic.finetune.distill(one, known, batches, steps=2)
+    assert_all_close(*(dict(one.named_parameters()) for one in students))
 
 
 def compiled(rank: int, folder: Path) -> None:

@@ -25,9 +25,9 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn.utils import parametrize
 
-from polyadic._torch import check_before_style
+from polyadic._torch import check_before_sharding, check_before_style
 from polyadic.checks import check_flag, check_module, check_word
-from polyadic.functional.spread import summed
+from polyadic.functional.spread import sums_taken
 from polyadic.nn import CPSharedInput
 from polyadic.nn.kinds import is_cp, is_of_family
 from polyadic.tensor import CPTensor
@@ -164,12 +164,8 @@ class _Spread(ParallelStyle):
     def _give_output(self, y: Any) -> Any:
         if not isinstance(y, DTensor):
             return y
-        if y.placements[0].is_partial() and self.output_layouts.is_replicate():
-            # torch's own way to this sum has no right second derivative.
-            (whole,) = summed(y.device_mesh, 0, True, False, y.to_local())
-            if self.use_local_output:
-                return whole
-            return DTensor.from_local(whole, y.device_mesh, [Replicate()], run_check=False)
+        if self.output_layouts.is_replicate():
+            y = sums_taken(y)
         y = y.redistribute(placements=[self.output_layouts])
         if not self.use_local_output:
             return y
@@ -339,6 +335,18 @@ def _refuse(style: str, module: nn.Module) -> None:
             f"FeatureParallel for shards of features"
         )
 
+
+def _refuse_twice(parameter: object, mesh: DeviceMesh) -> None:
+    if isinstance(parameter, DTensor) and parameter.device_mesh == mesh:
+        raise ValueError(
+            f"fully_shard meets a parameter of shape {tuple(parameter.shape)} that is sharded over "
+            f"this mesh already; give modules that share parameters, as a tied head and its "
+            f"embedding or layers of one joint weight do, to one call: fully_shard([one, other])"
+        )
+
+
+# What torch says there is an invariant of its own.
+check_before_sharding(_refuse_twice)
 
 # torch's own refusal says that nn.Linear is expected, and not what to do with a CP layer.
 for _style in (ColwiseParallel, RowwiseParallel):

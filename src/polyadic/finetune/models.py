@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyadic._torch import is_spread
 from polyadic.batches import call, keeping_modes, misfit
 from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
@@ -126,12 +127,18 @@ def _is_norm(module: nn.Module) -> bool:
     return any(norm in type(module).__name__ for norm in _NORMS)
 
 
+def _place(parameter: Any) -> int:
+    """Where a parameter lies in memory; of a DTensor, what this process holds."""
+    local = parameter.to_local() if is_spread(parameter) else parameter
+    return int(local.untyped_storage().data_ptr())
+
+
 def refuse_shared(trained: Mapping[str, nn.Parameter], teacher: nn.Module) -> None:
     """Raise a ValueError where training would change the teacher."""
-    held = {p.untyped_storage().data_ptr(): name for name, p in teacher.named_parameters()}
+    held = {_place(p): name for name, p in teacher.named_parameters()}
     held.pop(0, None)
     for name, parameter in trained.items():
-        other = held.get(parameter.untyped_storage().data_ptr())
+        other = held.get(_place(parameter))
         if other is not None:
             raise ValueError(
                 f"the teacher shares the memory of its {other!r} with the student's {name!r}, "

@@ -147,9 +147,8 @@ class Layout:
 
     def _once(self, bias: Tensor) -> Tensor:
         """The bias where a sum over the components is to contain it, and zeros elsewhere."""
-        mine: Tensor = _Once.apply(  # type: ignore[no-untyped-call]
-            bias, all(self.mesh.get_local_rank(dim) == 0 for dim in self.components)
-        )
+        first = all(self.mesh.get_local_rank(dim) == 0 for dim in self.components)
+        mine: Tensor = _Once.apply(bias, first, True)  # type: ignore[no-untyped-call]
         return mine
 
     def whole(self, y: Tensor, x: Any) -> Any:
@@ -185,15 +184,21 @@ def _strides_like(y: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Once(Function):
-    """A bias, or zeros in its place, with the gradient of the bias in either case."""
+    """A bias (``here``) or zeros in its place, and its gradient (``back``) or zeros in its place.
+
+    Every process has the whole gradient of a bias that one of them adds. What is differentiated of
+    that gradient is summed over the processes again, and is to stand in that sum once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, bias: Tensor, mine: bool) -> Tensor:
-        return bias.view_as(bias) if mine else torch.zeros_like(bias)
+    def forward(ctx: Any, bias: Tensor, here: bool, back: bool) -> Tensor:
+        ctx.where = here, back
+        return bias.view_as(bias) if here else torch.zeros_like(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        here, back = ctx.where
+        return _Once.apply(grad, back, here), None, None  # type: ignore[no-untyped-call]
 
 
 class _Summed(Function):
@@ -237,6 +242,22 @@ def all_reduced(mesh: Any, dim: int, tensors: Sequence[Tensor]) -> tuple[Tensor,
         return (flat,)
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
     return tuple([p.view(t.shape).to(t.dtype) for p, t in zip(pieces, tensors, strict=True)])
+
+
+def sums_taken(y: Any) -> Any:
+    """A DTensor with the sums that it stands for; torch's way has no right second derivative."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    partial = [dim for dim, placement in enumerate(y.placements) if placement.is_partial()]
+    if not partial:
+        return y
+    local, placements = y.to_local(), list(y.placements)
+    for dim in partial:
+        (local,) = summed(y.device_mesh, dim, True, False, local)
+        placements[dim] = Replicate()
+    return DTensor.from_local(
+        local, y.device_mesh, placements, run_check=False, shape=y.shape, stride=y.stride()
+    )
 
 
 def layout(x: Any, groups: Groups, biases: Sequence[Any], weights: Sequence[Any]) -> Layout:

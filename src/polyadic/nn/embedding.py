@@ -24,6 +24,7 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
+from polyadic.functional.spread import sums_taken
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, dense, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.peak import peak_bytes
@@ -415,7 +416,9 @@ class CPTiedLinear(Weighted):
         logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:
             logits = logits[..., : self.out_features]
-        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+        if self.bias is None:
+            return logits
+        return (sums_taken(logits) if is_spread(logits) else logits) + self.bias.to(logits.dtype)
 
     def to_linear(self) -> nn.Linear:
         """Make a ``torch.nn.Linear`` with the dense weight (V, E), not tied; its flags are kept.
