@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cases.linear import named_gradients
 from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape, paired
+from cases.weights import khatri_rao
 from polyadic import ConvPlan, ConvRoute
 from polyadic import functional as PF
 from polyadic.nn import CPConv1d, CPConv2d, CPConv3d
@@ -42,6 +45,11 @@ class ConvCase(Case):
     @property
     def cls(self) -> type[nn.Module]:
         return (CPConv1d, CPConv2d, CPConv3d)[len(self.size) - 1]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution, whose in modes come first."""
+        return False
 
     @property
     def channel_groups(self) -> int:
@@ -113,6 +121,33 @@ class ConvCase(Case):
     def cp_backward(self, grad_y: Tensor, saved: Any) -> dict[str, Tensor]:
         """The explicit backward, its results by the names of ``Leaves.named``."""
         return named_gradients(*PF.cp_conv_backward(grad_y, saved), weights=self.weights)
+
+    def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
+        """The kernel at once on the other layout of memory; then channels, taps, channels."""
+        x, weight = leaves.x, self.weight(leaves)
+        if len(self.size) > 1:
+            last = (torch.channels_last, torch.channels_last_3d)[len(self.size) - 2]
+            other = torch.contiguous_format if self.strides == "channels_last" else last
+            yield self.apply(
+                x.contiguous(memory_format=other), weight.contiguous(memory_format=other),
+                leaves.bias,
+            )  # fmt: skip
+        groups, all_of_them = self.channel_groups, self.channel_groups * self.rank
+        first, second, *taps = (khatri_rao(group) for group in self.groups(leaves.factors))
+        into, out = (first, second) if self.transposed else (second, first)
+        into = into.unflatten(0, (-1, self.in_features // groups)).expand(groups, -1, -1)
+        out = out.unflatten(0, (-1, self.out_features // groups)).expand(groups, -1, -1)
+        z = torch.einsum("bgc...,gcr->bgr...", x.unflatten(1, (groups, -1)), into).flatten(1, 2)
+        sizes = {"in_channels": all_of_them, "out_channels": all_of_them, "groups": all_of_them}
+        options = {**self.options, **sizes, "kernel_size": self.kernel, "bias": False}
+        stage = self.kind.dense(device="meta", **options)
+        kernel = taps[0].t().reshape(self.rank, 1, *self.kernel)
+        z = functional_call(stage, {"weight": kernel.repeat(groups, *[1] * (kernel.ndim - 1))}, z)
+        if leaves.weights is not None:
+            z = z * leaves.weights.repeat(groups).view(-1, *[1] * len(self.size))
+        y = torch.einsum("bgr...,gnr->bgn...", z.unflatten(1, (groups, -1)), out).flatten(1, 2)
+        bias = leaves.bias
+        yield y if bias is None else y + bias.view(-1, *[1] * len(self.size))
 
     def plans(self) -> Iterator[Forced]:
         yield from conv_plans()

@@ -23,6 +23,10 @@ class ConvTransposeCase(ConvCase):
         return (CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d)[len(self.size) - 1]
 
     @property
+    def transposed(self) -> bool:
+        return True
+
+    @property
     def in_features(self) -> int:
         return math.prod(self.tensorized_shape[0])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cases.linear import FeaturesCase, linear_plans
 from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape
-from cases.weights import without_row
+from cases.weights import expanded, without_row
 from polyadic import functional as PF
 from polyadic.nn import CPEmbedding, CPTiedLinear
 
@@ -87,6 +87,16 @@ class EmbeddingCase(Case):
             num_embeddings=self.num_embeddings, **forced,
         )  # fmt: skip
 
+    def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
+        """Every occurrence of an index looked up in the factors and added by itself."""
+        rows, columns = self.groups(leaves.factors)
+        places = torch.unravel_index(leaves.x.long(), [len(rows) for rows in rows])
+        z = math.prod(factor[place] for factor, place in zip(rows, places, strict=True))
+        z = z if leaves.weights is None else z * leaves.weights
+        if self.padding_idx is not None:
+            z = z * (leaves.x != self.padding_idx).unsqueeze(-1)
+        yield expanded(z.flatten(0, -2), columns).unflatten(0, self.lead)
+
     def plans(self) -> Iterator[Forced]:
         """Each distinct index looked up once or not, Z kept or not."""
         for unique in (True, False):
@@ -126,6 +136,10 @@ class HeadCase(FeaturesCase):
         y = PF.cp_linear(leaves.x, columns, rows, weights=leaves.weights, **forced)
         y = y[..., : self.num_embeddings]
         return y if leaves.bias is None else y + leaves.bias
+
+    def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
+        rows, columns = self.groups(leaves.factors)
+        yield self.one_by_one(leaves, columns, rows)
 
     def plans(self) -> Iterator[Forced]:
         yield from linear_plans(*map(len, reversed(self.tensorized_shape)))

@@ -110,6 +110,9 @@ class JointCase(Case):
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.inner.apply(x, weight, bias)
 
+    def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
+        return self.inner.in_other_orders(self.row(leaves))
+
     def plans(self) -> Iterator[Forced]:
         yield from self.inner.plans()
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape, paired
+from cases.weights import contracted, expanded
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.nn import CPLinear
@@ -75,6 +76,13 @@ class FeaturesCase(Case):
     def rows(self) -> int:
         return math.prod(self.lead)
 
+    def one_by_one(self, leaves: Leaves, into: list[Tensor], out: list[Tensor]) -> Tensor:
+        """The output by torch, one factor after the other."""
+        z = contracted(leaves.x.flatten(0, -2), into)
+        z = z if leaves.weights is None else z * leaves.weights
+        y = expanded(z, out)[:, : self.out_features].unflatten(0, self.lead)
+        return y if leaves.bias is None else y + leaves.bias
+
 
 @dataclass(frozen=True)
 class LinearCase(FeaturesCase):
@@ -102,6 +110,9 @@ class LinearCase(FeaturesCase):
     def cp(self, leaves: Leaves, **forced: Any) -> Tensor:
         groups = self.groups(leaves.factors)
         return PF.cp_linear(leaves.x, *groups, leaves.bias, weights=leaves.weights, **forced)
+
+    def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
+        yield self.one_by_one(leaves, *self.groups(leaves.factors))
 
     def cp_forward(self, leaves: Leaves, **forced: Any) -> tuple[Tensor, Any]:
         """The explicit forward, which has no bias."""

@@ -262,6 +262,10 @@ class Case(ABC):
         """Output of torch's layer, differentiable in every leaf."""
         return self.apply(leaves.x, self.weight(leaves), leaves.bias)
 
+    @abstractmethod
+    def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
+        """The output of a batch by torch's own operations, which add up in other orders."""
+
     def grad_y(self, dtype: torch.dtype | None = None, seed: int = 1) -> Tensor:
         """A random gradient of the output."""
         generator = torch.Generator().manual_seed(seed)

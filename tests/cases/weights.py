@@ -5,6 +5,7 @@ Nothing here calls the library's own products, so that it cannot share a fault w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,26 @@ def by_einsum(factors: Sequence[Tensor], *scales: Tensor) -> Tensor:
     # The search for the best order takes longer than any order of tensors this small.
     with torch.backends.opt_einsum.flags(enabled=False):
         return torch.einsum(f"{','.join(terms)}->{letters}", *factors, *scales)
+
+
+def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """The columns' outer products (i · j · …, R) of factors (i, R), (j, R), …."""
+    return functools.reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
+
+
+def contracted(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Σ x[n, i, j, …] A[i, r] B[j, r] … (n, R) of x (n, i · j · …), a factor after the other."""
+    z = x.unflatten(1, [len(factor) for factor in factors]) @ factors[-1]
+    for factor in reversed(factors[:-1]):
+        z = (z * factor).sum(-2)
+    return z
+
+
+def expanded(z: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Σ_r z[n, r] A[i, r] B[j, r] … (n, i · j · …) of z (n, R), a factor after the other."""
+    for factor in factors[:-1]:
+        z = z.unsqueeze(-2) * factor
+    return (z @ factors[-1].t()).flatten(1)
 
 
 def cp_by_einsum(cp: CPTensor) -> Tensor:
