@@ -52,6 +52,19 @@ def test_the_form_is_the_cheaper_one() -> None:
     assert low.frozen is None
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+def test_one_size_stands_for_the_convolutions_of_a_whole_model(mode: str) -> None:
+    """As those of a vision transformer, whose first kernel may be wider than the size given."""
+    model = nn.Sequential(
+        CPConv2d(3, 8, 16, stride=16, rank=2),
+        CPConv2d(8, 8, (1, 3), padding=(0, 5), dilation=(1, 3), rank=2, padding_mode=mode),
+    ).eval()
+    x = torch.randn(1, 3, 96, 112)
+    before = model(x)
+    polyadic.freeze(model, size=1)
+    torch.testing.assert_close(model(x), before)
+
+
 def test_weights_are_contracted_too() -> None:
     layer = CPLinear(2048, 2048, rank=4, dtype=torch.float64)
     layer.cp.weights = nn.Parameter(torch.rand(4, dtype=torch.float64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +37,8 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
     Args:
         model: a module that holds CP layers, or is one.
         batch: rows of linear layers, images of convolutions, that the choice is made for.
-        size: spatial size of convolutions' inputs that the choice is made for.
+        size: spatial size of convolutions' inputs that the choice is made for. A convolution whose
+            kernel does not fit into it is judged at the smallest size that it takes.
 
     Returns:
         The same model.
@@ -126,8 +127,22 @@ def _frozen_linear(layer: CPLayer, rows: int) -> Frozen | None:
     return FrozenPair(layer, ka=ka.contiguous(), kc=khatri_rao(out_factors))
 
 
+def _least_size(layer: Any) -> Shape:
+    """Return the smallest spatial size that a convolution takes."""
+    where = layer.geometry
+    # Padding of the entries themselves needs more of them than it adds.
+    entries = 0 if layer.padding_mode == "zeros" else 1
+    each = zip(where.kernel_size, where.dilation, where.padding, strict=True)
+    return tuple([max(d * (k - 1) + 1 - sum(p), entries * (max(p) + 1), 1) for k, d, p in each])
+
+
 def _kernel_is_cheaper(layer: CPLayer, batch: int, size: Shape) -> bool:
     """Whether a dense convolution is predicted to take no longer than the layer's plan."""
-    asked = layer.request(batch, size if len(size) > 1 else size[0])
+    least = _least_size(layer)
+    if len(size) == 1:
+        size = size * len(least)
+    if len(size) == len(least):
+        size = tuple(map(max, size, least))
+    asked = layer.request(batch, size)
     plan = choice.choose(asked)
     return choice.predict_inference(asked, None) <= choice.predict_inference(asked, plan)
