@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -240,6 +243,27 @@ def check_before_sharding(check: Callable[[Any, Any], None]) -> None:
         make(self, param, *args, **kwargs)
 
     FSDPParam.__init__ = checked  # type: ignore[method-assign]
+
+
+def run_of_group(job: str) -> str | None:
+    """Name the run of a job that all processes of the default group begin, without any waiting.
+
+    The first of them to begin the job, for the first time, the second and so on, finds the name;
+    the others read it. None in a process by itself.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    _begun[job] += 1
+    # torchrun keeps what is stored when it starts the processes anew.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.distributed_c10d._get_default_store()
+    name: bytes = store.compare_set(f"polyadic/{start}/{job}/{_begun[job]}", "", uuid4().hex)
+    return name.decode()
+
+
+_begun: Counter[str] = Counter()
 
 
 class Memo(dict[Any, Any]):

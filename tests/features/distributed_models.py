@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -245,17 +246,24 @@ def recovery(rank: int, folder: Path) -> None:
     """Both processes recover a model with one file of checkpoints."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
-    student = polyadic.compress(copy.deepcopy(teacher), ratio=1.5)[0]
+    # One process begins when the other has finished, or is far ahead.
+    if rank:
+        dist.barrier()
+    student = polyadic.compress(copy.deepcopy(teacher), ratio=1.5, checkpoint=folder / "pieces")[0]
     batches = [torch.randn(4, 12) for _ in range(8)]
-    dist.barrier()
-    polyadic.finetune.distill(
-        student, teacher, batches, steps=8, checkpoint=folder / "distilled", checkpoint_every=1
-    )
+    state = {"checkpoint": folder / "distilled", "checkpoint_every": 1}
+    polyadic.finetune.distill(student, teacher, batches, steps=8, **state)
     assert (folder / "distilled").is_file()
+    if not rank:
+        dist.barrier()
+    with pytest.raises(ValueError, match="pass resume=True"):
+        polyadic.finetune.distill(student, teacher, batches, steps=8, **state)
+    dist.barrier()
     spread = fully_shard(copy.deepcopy(teacher), mesh=mesh(dist.get_world_size()))
     students = [copy.deepcopy(student) for _ in range(2)]
     for one, known in zip(students, (teacher, spread), strict=True):
-        polyadic.finetune.distill(one, known, batches, steps=2)
+        path = folder / f"with {type(known).__name__}"
+        polyadic.finetune.distill(one, known, batches, steps=2, checkpoint=path)
     assert_all_close(*(dict(one.named_parameters()) for one in students))
 
 

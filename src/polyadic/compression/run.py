@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from polyadic import surgery
+from polyadic._torch import run_of_group
 from polyadic.batches import Forward
 from polyadic.checks import check_flag
 from polyadic.compression.arguments import Callback, batches_of, check_options, pairs_of
@@ -165,7 +166,8 @@ def compress(
             "seed": seed,
             "options of the fits": in_words(fit),
         }
-    pieces = Pieces(folder, "polyadic.compress", identity, resume)
+    run = None if folder is None else run_of_group(str(folder.absolute()))
+    pieces = Pieces(folder, "polyadic.compress", identity, resume, run)
 
     with interrupts.deferred(), meter:
         evidence = gather(work, targets, batches, forward, weights, tell)

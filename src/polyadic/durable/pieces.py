@@ -22,6 +22,8 @@ class Pieces:
         kind: the kind of job, such as ``"polyadic.compress"``.
         identity: what the results depend on, by name; plain values.
         resume: whether pieces that are there may be used.
+        run: names what several processes do together with one folder: what another of them has
+            begun is not refused, and pieces that it has finished are used.
 
     Raises:
         ValueError: there are pieces and ``resume`` is false, or they are of another job.
@@ -29,25 +31,33 @@ class Pieces:
     """
 
     def __init__(
-        self, folder: Path | None, kind: str, identity: Mapping[str, Any], resume: bool
+        self,
+        folder: Path | None,
+        kind: str,
+        identity: Mapping[str, Any],
+        resume: bool,
+        run: str | None = None,
     ) -> None:
         self._folder, self._kind = folder, kind
         if folder is None:
             return
         job = folder / _JOB
         if checkpoint.exists(job):
-            if not resume:
+            saved = checkpoint.load(job, kind)
+            of = saved.pop("run", None)
+            if not resume and (run is None or of != run):
                 raise ValueError(
                     f"checkpoint {folder.name} exists; pass resume=True to continue from it, or "
                     f"remove it"
                 )
-            checkpoint.same(folder.name, checkpoint.load(job, kind), identity)
+            checkpoint.same(folder.name, saved, identity)
             return
-        # A process that was killed may have left drafts.
-        if folder.exists() and not (folder.is_dir() and all(map(is_draft, os.listdir(folder)))):
+        # A process that was killed may have left drafts, and another may begin in this moment.
+        there = os.listdir(folder) if folder.is_dir() else []
+        if folder.exists() and not (folder.is_dir() and all(_own(name) for name in there)):
             raise ValueError(f"{folder} is no folder of a checkpoint, and not empty; name another")
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(job, kind, identity, generations=1)
+        checkpoint.save(job, kind, {**identity, "run": run}, generations=1)
 
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a piece, from its file or made now; a damaged one is made again, with a warning.
@@ -67,3 +77,7 @@ class Pieces:
         made = make()
         checkpoint.save(path, self._kind, made, generations=1)
         return made
+
+
+def _own(name: str) -> bool:
+    return name == _JOB or is_draft(name)

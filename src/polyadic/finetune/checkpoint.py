@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from polyadic._torch import run_of_group
 from polyadic.durable import checkpoint as durable
 
 FORMAT = "polyadic.finetune"
@@ -44,13 +46,20 @@ class Keeper(Protocol):
         """Keep a state in the place of the last one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileKeeper:
-    """A checkpoint file, which a training may only go on from if that is asked for."""
+    """A checkpoint file, which a training may only go on from if that is asked for.
+
+    Processes of one group may begin a training with one file: each of them trains, and what another
+    of them wrote meanwhile is no checkpoint of another training. Where they must take the same
+    steps (``together``), because the teacher is sharded, none writes before all have read.
+    """
 
     path: Path
     resume: bool
     kind: str = FORMAT
+    together: bool = False
+    _run: str | None = field(default=None, init=False)
 
     def load(self) -> dict[str, Any] | None:
         """Return the state in the file; None where there is none.
@@ -58,18 +67,22 @@ class FileKeeper:
         Raises:
             ValueError: there is a file and ``resume`` is false, or it is no checkpoint.
         """
-        if not durable.exists(self.path):
-            return None
-        if not self.resume:
-            raise ValueError(
-                f"checkpoint {self.path.name} exists; pass resume=True to continue from it, or "
-                f"remove it"
-            )
-        return durable.load(self.path, self.kind)
+        self._run = run_of_group(str(self.path.absolute()))
+        state = durable.load(self.path, self.kind) if durable.exists(self.path) else None
+        if state is not None and not self.resume:
+            if self._run is None or state.get("run") != self._run:
+                raise ValueError(
+                    f"checkpoint {self.path.name} exists; pass resume=True to continue from it, or "
+                    f"remove it"
+                )
+            state = None
+        if self.together:
+            torch.distributed.barrier()
+        return state
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the file; a crash leaves the old one or the new one, no half."""
-        durable.save(self.path, self.kind, state)
+        durable.save(self.path, self.kind, {**state, "run": self._run})
 
 
 def check(

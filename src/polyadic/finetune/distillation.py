@@ -201,7 +201,7 @@ def distill(
     buffers = dict(student.named_buffers()) if train_mode else {}
     keeper = None
     if settings.checkpoint is not None:
-        keeper = FileKeeper(settings.checkpoint, resume)
+        keeper = FileKeeper(settings.checkpoint, resume, together=models.is_sharded(teacher))
         changed = {*trained, *buffers}
         record |= {
             "forward": identity.named(forward),

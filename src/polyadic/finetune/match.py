@@ -151,7 +151,8 @@ def match_layers(
         identity["the student's other tensors"] = of_module(student, trained)
     with models.prepared(student, teacher, trained, False):
         called = _order(teacher, layers, batches, device)
-        job = Job(file, resume, identity, trained, batches, device)
+        together = models.is_sharded(teacher)
+        job = Job(file, resume, identity, trained, batches, device, together)
         if mode == "joint":
             return _joint(teacher, layers, called, batches, settings(""), job, device)
         for name in called:

@@ -42,6 +42,7 @@ class Job:
         trained: the parameters of all layers, by name; those of a checkpoint are copied into them.
         batches: the batches.
         device: device of the training.
+        together: whether processes must take the same steps, as of ``FileKeeper``.
 
     Attributes:
         found: the result of each layer that is done, by its name.
@@ -55,8 +56,9 @@ class Job:
         trained: dict[str, nn.Parameter],
         batches: Iterable[Any],
         device: torch.device,
+        together: bool,
     ) -> None:
-        self._file = None if path is None else FileKeeper(path, resume, FORMAT)
+        self._file = None if path is None else FileKeeper(path, resume, FORMAT, together)
         self._identity, self._trained = identity, trained
         self._batches, self._device = batches, device
         self.found: dict[str, LayerMatch] = {}

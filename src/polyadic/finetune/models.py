@@ -127,6 +127,11 @@ def _is_norm(module: nn.Module) -> bool:
     return any(norm in type(module).__name__ for norm in _NORMS)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a call of the model needs all processes that hold a part of it."""
+    return any(is_spread(parameter) for parameter in model.parameters())
+
+
 def _place(parameter: Any) -> int:
     """Where a parameter lies in memory; of a DTensor, what this process holds."""
     local = parameter.to_local() if is_spread(parameter) else parameter
