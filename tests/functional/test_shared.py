@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,13 @@ from torch.func import functional_call, grad, jvp, vmap
 import polyadic
 from cases.weights import by_einsum
 from compare import assert_close
+from counted_calls import own_calls
 from polyadic.functional import cp_linear, cp_linear_shared
-from polyadic.kernels import pairs
+from polyadic.functional.boundary import known_calls
+from polyadic.kernels import cpu, pairs
 from polyadic.nn import CPLinear, CPSharedInput
+from polyadic.planner import choice
+from polyadic.plans import LinearPlan, LinearRoute
 from polyadic.testing import Flops, Operations, kept_bytes
 
 Shape = tuple[int, ...]
@@ -78,6 +82,17 @@ ROWS = [
     Shared("vector", (((2, 3), (4,), 3), ((2, 3), (2,), 2)), ()),
     Shared("no-rows", (((2, 3), (4,), 3), ((2, 3), (2,), 2)), (0,)),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Layers are called together, however small x is."""
+    known_calls.clear()
+    monkeypatch.setattr(cpu, "better_apart", lambda elements: False)
+    yield monkeypatch
+    known_calls.clear()
+
+
 each = pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS])
 not_empty = pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.id) for row in ROWS if row.lead != (0,)]
@@ -319,8 +334,71 @@ def test_flops_and_products_of_the_size_of_x(joint: bool) -> None:
     columns = rank if joint else 3 * rank
     assert counter.total == 3 * 2 * rows * (m * columns + n * 3 * rank)
     # Z, dX and dKA once, and three products of each layer's out half.
-    products = [name for name in seen.names if name.split(".")[1] in ("mm", "addmm", "bmm")]
-    assert len(products) == 3 + 3 * 3
+    names = [name for name in seen.names if name.split(".")[1] in ("mm", "addmm", "bmm")]
+    assert len(names) == 3 + 3 * 3
+
+
+def products(call: Callable[[], Any]) -> int:
+    with Operations() as seen:
+        call()
+    return sum(name.split(".")[1] in ("mm", "addmm", "bmm") for name in seen.names)
+
+
+@each
+def test_layers_are_called_one_after_the_other_where_that_is_faster(
+    row: Shared, together: pytest.MonkeyPatch
+) -> None:
+    leaves = row.leaves()
+    once = products(lambda: shared(*leaves))
+    want = shared(*leaves)
+    together.undo()
+    known_calls.clear()
+    for found in (shared(*leaves), shared(*leaves)):
+        for g, w in zip(found, want, strict=True):
+            assert_close(g, w, "y")
+    siblings = len(row.layers) > 1 and not row.same
+    assert (products(lambda: shared(*leaves)) > once) == (siblings and row.id != "mixed-modes")
+    if siblings:
+        together.setattr(cpu, "TOGETHER_FROM_ELEMENTS", 0)
+        known_calls.clear()
+        assert products(lambda: shared(*leaves)) == once
+        with torch.no_grad():
+            shared(*leaves)
+            assert products(lambda: shared(*leaves)) >= once
+
+
+def test_a_second_call_takes_the_short_way() -> None:
+    shared_input = module()
+    x = torch.randn(7, 24, dtype=torch.float64)
+    choice.forget()
+    first = own_calls(lambda: shared_input(x))[0]
+    assert 3 * own_calls(lambda: shared_input(x))[0] < first
+
+
+def test_options_of_one_layer_are_refused_by_name() -> None:
+    layer = CPLinear(24, 20, rank=5)
+    x, groups = torch.randn(3, 24), ([layer.in_factors], [layer.out_factors])
+    with pytest.raises(ValueError, match="plan= is not supported"):
+        cp_linear_shared(
+            x, *groups, plan=LinearPlan(LinearRoute((3,), (3,)), LinearRoute((3,), (3,)))
+        )
+    with pytest.raises(ValueError, match=r'memory="least" is not supported'):
+        cp_linear_shared(x, *groups, memory="least")
+    with pytest.raises(ValueError, match="memory"):
+        cp_linear_shared(x, *groups, memory="most")
+    assert_close(
+        cp_linear_shared(x, *groups, memory="fast")[0],
+        cp_linear_shared(x, *groups)[0],
+        "y",
+    )
+
+
+def test_layers_that_keep_the_input_alone_still_do() -> None:
+    layers = [CPLinear(512, 384, rank=6, memory="least") for _ in range(2)]
+    shared_input = CPSharedInput(layers)
+    x = torch.randn(64, 512, requires_grad=True)
+    kept = kept_bytes(lambda: shared_input(x), leave_out=list(shared_input.parameters()))
+    assert kept == 4 * 64 * 512
 
 
 FACTOR = torch.randn(6, 3)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,58 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import is_spread
 from polyadic.formats import LinearFormat, Shape
-from polyadic.functional.boundary import Call, autocast
+from polyadic.functional.boundary import Call, Groups, autocast, settled
+from polyadic.functional.linear import cp_linear
 from polyadic.functional.spread import Layout, spread_call
+from polyadic.kernels import cpu
 from polyadic.kernels.shared import Half
 from polyadic.planner.ask import plan_linear
+from polyadic.plans import LinearPlan, Memory
 
 Factors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _InHalf:
+    """The in half of layers with the same in modes.
+
+    Args:
+        call: of factors that stand side by side.
+        groups: which groups of in factors these are, each once.
+        ranks: of each group.
+        members: the layers, and of each the place of its group among ``groups``.
+    """
+
+    call: Call
+    groups: tuple[int, ...]
+    ranks: tuple[int, ...]
+    members: tuple[tuple[int, int], ...]
+
+    def run(self, rows: Tensor, ins: Sequence[Factors]) -> Sequence[Tensor]:
+        """Return Z (B, R) of each group, by one product."""
+        if len(self.groups) == 1:
+            return (self.call.run(rows, (ins[self.groups[0]],), None, None),)
+        sides = zip(*[ins[i] for i in self.groups], strict=True)
+        factors = tuple([torch.cat(side, 1) for side in sides])
+        z = self.call.run(rows, (factors,), None, None)
+        return torch.split(z[:, : sum(self.ranks)], list(self.ranks), 1)
+
+
+@dataclass(frozen=True)
+class _Settled(Call):
+    """A call that has been checked.
+
+    Args:
+        in_halves: one for each kind of in modes.
+        out_halves: one for each layer.
+        lead: leading dimensions of x, None if that is one.
+        apart: whether each layer is called by itself, which is faster then.
+    """
+
+    in_halves: tuple[_InHalf, ...] = ()
+    out_halves: tuple[Call, ...] = ()
+    lead: Shape | None = None
+    apart: bool = False
 
 
 def cp_linear_shared(
@@ -27,6 +74,8 @@ def cp_linear_shared(
     biases: Sequence[Tensor | None] | None = None,
     *,
     weights: Sequence[Tensor | None] | None = None,
+    plan: LinearPlan | None = None,
+    memory: Memory = "balanced",
 ) -> tuple[Tensor, ...]:
     """Linear maps of one input by matrices in CP format, y_l = x W_l + bias_l, reading x once.
 
@@ -34,10 +83,10 @@ def cp_linear_shared(
     with the same in modes are put side by side, so that one product with ΣR columns makes every
     Z_l = x KA_l, and one product makes the gradient of x. Layers whose in factors are the very same
     tensors, as those of a joint weight, share their Z. The results are those of separate calls of
-    ``cp_linear``, up to rounding.
+    ``cp_linear``, up to rounding. Separate calls are also what is made where they are faster: for
+    one layer, and on a CPU for a small x or without gradients, if no in factors are shared.
 
-    Costs: the forward takes 2 B (M ΣR + Σ R_l N_l) FLOPs and the backward twice as many, as
-        separate
+    The forward takes 2 B (M ΣR + Σ R_l N_l) FLOPs and the backward twice as many, as separate
     layers do, where ΣR counts shared in factors once. x is read once and kept once, and its
     gradient is written once; separate layers read x and write a gradient of its size once for each
     layer, and add these up. Besides x and the factors one (B, ΣR) intermediate is kept for the
@@ -52,15 +101,27 @@ def cp_linear_shared(
         out_factors: for each layer E_l tensors (n_d, R_l) with Π n_d = N_l.
         biases: for each layer (N_l,) or None; None if no layer has a bias.
         weights: for each layer λ (R_l,) or None for ones; None if all layers have ones.
+        plan: None, as a plan is of one layer's format and the planner chooses for all together.
+        memory: ``"balanced"`` or ``"fast"``, which keep the same here; ``"least"`` is refused.
 
     Returns:
         For each layer (..., N_l), in x's dtype (under autocast in autocast's).
 
     Raises:
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
-        ValueError: there are no layers, sequences differ in length, or shapes, ranks or devices do
-            not fit together.
+        ValueError: there are no layers, sequences differ in length, shapes, ranks or devices do not
+            fit together, or an option is not supported.
     """
+    if plan is not None:
+        raise ValueError(
+            "plan= is not supported by cp_linear_shared, whose planner chooses for all layers "
+            "together; call cp_linear for each layer to give it a plan"
+        )
+    if checks.check_memory(memory) == "least":
+        raise ValueError(
+            'memory="least" is not supported by cp_linear_shared, which keeps the (B, ΣR) '
+            'intermediate of all layers; call cp_linear with memory="least" for each layer'
+        )
     ins, outs = _groups(in_factors, "in_factors"), _groups(out_factors, "out_factors")
     count = len(ins)
     bias, scale = _each(biases, count, "biases"), _each(weights, count, "weights")
@@ -72,31 +133,103 @@ def cp_linear_shared(
     if any(map(is_spread, (x, *ins[0]))):
         return spread_call(_spread, x, (*ins, *outs), bias, scale)
     x, _, cast = autocast(x, None)
-    formats = []
-    for i in range(count):
-        in_shape, out_shape, (rank,) = checks.check_factors(
-            scale[i], **{f"in_factors[{i}]": ins[i], f"out_factors[{i}]": outs[i]}
+    beside = [tuple([t for t in tensors if t is not None]) for tensors in (bias, scale)]
+    which = [tuple([t is not None for t in tensors]) for tensors in (bias, scale)]
+    firsts = tuple([next(j for j in range(count) if _same(ins[i], ins[j])) for i in range(count)])
+    found, _ = settled(_settle, x, (*ins, *outs, *beside), None, None, cast, count, firsts, *which)
+    if found.apart:
+        return tuple(
+            [cp_linear(x, ins[i], outs[i], bias[i], weights=scale[i]) for i in range(count)]
         )
-        formats.append(LinearFormat(in_shape, out_shape, rank))
-        checks.check_like_factors(x, ins[i][0], "x", cast=cast)
-        checks.check_last_dimension(x, formats[i].in_features, "x")
-        checks.check_bias(bias[i], formats[i].out_features, ins[i][0], cast=cast)
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    projected = _projected(rows, ins, formats)
+    rows = x if found.lead is None else x.reshape(math.prod(found.lead), x.shape[-1])
+    projected: list[Any] = [None] * count
+    for half in found.in_halves:
+        z = half.run(rows, ins)
+        for i, place in half.members:
+            projected[i] = z[place]
     results = []
-    for i, fmt in enumerate(formats):
+    for i, out_half in enumerate(found.out_halves):
         own = bias[i]
         if own is not None and cast:
             own = own.to(x.dtype)
+        y = out_half.run(projected[i], (outs[i],), own, scale[i])
+        results.append(y if found.lead is None else y.view(*found.lead, y.shape[1]))
+    return tuple(results)
+
+
+def better_apart(x: Tensor) -> bool:
+    """Whether layers of x with factors of their own are faster when each is called by itself."""
+    return x.is_cpu and not torch.compiler.is_compiling() and cpu.better_apart(x.numel())
+
+
+def _settle(
+    x: Tensor,
+    groups: Groups,
+    bias: None,
+    weights: None,
+    cast: bool,
+    count: int,
+    firsts: tuple[int, ...],
+    biased: tuple[bool, ...],
+    scaled: tuple[bool, ...],
+) -> tuple[_Settled, Groups]:
+    """Check and plan a call.
+
+    Args:
+        x: the input.
+        groups: in factors of each layer, out factors of each, and all biases and all λ there are.
+        bias: None.
+        weights: None.
+        cast: whether autocast has cast x.
+        count: number of layers.
+        firsts: for each layer the first one with the very same in factors.
+        biased: which layers have a bias.
+        scaled: which have a λ.
+    """
+    ins, outs = groups[:count], groups[count : 2 * count]
+    biases, scales = map(iter, groups[2 * count :])
+    formats, out_halves = [], []
+    for i in range(count):
+        scale = next(scales) if scaled[i] else None
+        in_shape, out_shape, (rank,) = checks.check_factors(
+            scale, **{f"in_factors[{i}]": ins[i], f"out_factors[{i}]": outs[i]}
+        )
+        fmt = LinearFormat(in_shape, out_shape, rank)
+        formats.append(fmt)
+        checks.check_like_factors(x, ins[i][0], "x", cast=cast)
+        checks.check_last_dimension(x, fmt.in_features, "x")
+        own = next(biases) if biased[i] else None
+        checks.check_bias(own, fmt.out_features, ins[i][0], cast=cast)
+    lead = None if x.dim() == 2 else tuple(x.shape[:-1])
+    rows = x if lead is None else x.reshape(math.prod(lead), x.shape[-1])
+    for i, fmt in enumerate(formats):
         plan = plan_linear(fmt, rows, "balanced", False)
         forward, backward = plan.forward.out_groups, plan.backward.out_groups
-        if scale[i] is not None:
+        if scaled[i]:
             # λ is one more factor, in front, with a mode of size 1.
             forward, backward = ((first + 1, *rest) for first, *rest in (forward, backward))
-        half = Call(Half(True, forward, backward), 0)
-        y = half.run(projected[i], (outs[i],), own, scale[i])
-        results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], fmt.out_features))
-    return tuple(results)
+        out_halves.append(Call(Half(True, forward, backward), 0))
+    in_halves = tuple(_in_halves(rows, formats, firsts))
+    apart = count == 1 or (len(set(firsts)) == count and better_apart(x))
+    calls = in_halves, tuple(out_halves)
+    return _Settled(out_halves[0].map, 0, None, None, *calls, lead, apart), groups
+
+
+def _in_halves(
+    rows: Tensor, formats: Sequence[LinearFormat], firsts: Sequence[int]
+) -> Iterator[_InHalf]:
+    """Put the layers with the same in modes together; factors that several have are used once."""
+    by_modes: dict[Shape, list[int]] = {}
+    for i, fmt in enumerate(formats):
+        by_modes.setdefault(fmt.in_shape, []).append(i)
+    for modes, members in by_modes.items():
+        groups = list(dict.fromkeys([firsts[i] for i in members]))
+        ranks = [formats[i].rank for i in groups]
+        fmt = LinearFormat(modes, formats[members[0]].out_shape, sum(ranks))
+        plan = plan_linear(fmt, rows, "balanced", False)
+        call = Call(Half(False, plan.forward.in_groups, plan.backward.in_groups), 0)
+        places = tuple([(i, groups.index(firsts[i])) for i in members])
+        yield _InHalf(call, tuple(groups), tuple(ranks), places)
 
 
 def _spread(found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any) -> tuple[Tensor, ...]:
@@ -108,36 +241,6 @@ def _spread(found: Layout, x: Tensor, groups: Any, biases: Any, weights: Any) ->
         )
     half = len(groups) // 2
     return cp_linear_shared(x, groups[:half], groups[half:], biases, weights=weights)
-
-
-def _projected(rows: Tensor, ins: Sequence[Factors], formats: Sequence[LinearFormat]) -> list[Any]:
-    """Return Z_l (B, R_l) of each layer, by one product for all layers with the same in modes."""
-    found: list[Any] = [None] * len(ins)
-    by_modes: dict[Shape, list[int]] = {}
-    for i, fmt in enumerate(formats):
-        by_modes.setdefault(fmt.in_shape, []).append(i)
-    for modes, members in by_modes.items():
-        # Factors that are the very same tensors are used once.
-        places: list[int] = []
-        place_of = {}
-        for i in members:
-            same = [p for p, j in enumerate(places) if _same(ins[i], ins[j])]
-            place_of[i] = same[0] if same else len(places)
-            if not same:
-                places.append(i)
-        groups = [ins[i] for i in places]
-        ranks = [formats[i].rank for i in places]
-        factors = groups[0]
-        if len(groups) > 1:
-            factors = tuple([torch.cat(side, 1) for side in zip(*groups, strict=True)])
-        fmt = LinearFormat(modes, formats[members[0]].out_shape, sum(ranks))
-        plan = plan_linear(fmt, rows, "balanced", False)
-        half = Call(Half(False, plan.forward.in_groups, plan.backward.in_groups), 0)
-        z = half.run(rows, (factors,), None, None)
-        columns = [z] if len(ranks) == 1 else torch.split(z[:, : fmt.rank], ranks, 1)
-        for i in members:
-            found[i] = columns[place_of[i]]
-    return found
 
 
 def _same(left: Factors, right: Factors) -> bool:

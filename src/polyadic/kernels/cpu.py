@@ -57,6 +57,18 @@ def onednn_is_faster() -> bool:
 ONEDNN_IS_FASTER = onednn_is_faster()
 
 
+# Layers of one input that are called together read it once, and pay for it with more operations. A
+# training step of three layers takes 1.03 to 1.5 times as long together as one after the other if x
+# has fewer elements than these, and 0.67 to 0.97 times if it has more. A forward takes 0.87 to 1.4
+# times as long (EPYC with AVX-512, one thread, November 2026).
+TOGETHER_FROM_ELEMENTS = 2**17
+
+
+def better_apart(elements: int) -> bool:
+    """Whether layers with factors of their own are faster one after the other, for such an x."""
+    return not torch.is_grad_enabled() or elements < TOGETHER_FROM_ELEMENTS
+
+
 def sums_in_blocks(x: Tensor) -> bool:
     """Whether Xᵀ Z is a long sum with few columns, for x (n, w)."""
     if is_dynamo_compiling():

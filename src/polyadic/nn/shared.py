@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyadic import functional
+from polyadic.functional.shared import better_apart
 from polyadic.nn.linear import CPLinear
+from polyadic.tensor import CPTensor
 
 
 class CPSharedInput(nn.Module):
@@ -17,9 +19,10 @@ class CPSharedInput(nn.Module):
     It calls ``polyadic.functional.cp_linear_shared``, which reads the input once and makes its
     gradient once. The layers stay what they are, with parameters and biases of their own, or with
     those of a joint weight (``CPLinear.joint``), whose shared in factors are then contracted once
-    for all. Each layer may also be called by itself. When they are called together, their own
-    ``forward`` and hooks on them do not run. If a layer is frozen for inference, each layer is
-    called by itself.
+    for all. Each layer may also be called by itself. When they are called together, hooks on them
+    do not run. If a layer is frozen for inference, or may keep the input alone
+    (``memory="least"``), each layer is called by itself; so it is where that is faster (see
+    ``cp_linear_shared``).
 
     Args:
         layers: ``CPLinear`` layers with the same ``in_features``, dtype and device.
@@ -54,8 +57,15 @@ class CPSharedInput(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., M) → (..., N_l) for each layer."""
         layers: list[Any] = list(self.layers)
-        if any(layer.frozen is not None for layer in layers) or getattr(x, "is_nested", False):
+        apart = any(layer.frozen is not None or layer.memory == "least" for layer in layers)
+        if apart or getattr(x, "is_nested", False):
             return tuple(layer(x) for layer in layers)
+        if (
+            isinstance(x, Tensor)
+            and all(type(layer.cp) is CPTensor for layer in layers)
+            and better_apart(x)
+        ):
+            return tuple([layer.forward(x) for layer in layers])
         parts = [layer.cp.parts() for layer in layers]
         return functional.cp_linear_shared(
             x,
