@@ -1,9 +1,9 @@
-"""Writes what stored GPU records say into ``docs/benchmarks.md``; nothing is measured here.
+"""Writes what stored GPU records say into two pages; nothing is measured here.
 
-    python -m benchmarks.gpu.report [RESULTS [PAGE]]
+    python -m benchmarks.gpu.report [RESULTS [DOCS]]
 
 reads the newest ``gpu-*.jsonl`` of each GPU in a folder, ``benchmarks/results`` by default, and
-replaces what stands between the markers ``gpu:begin`` and ``gpu:end`` of the page.
+replaces what stands between markers in ``benchmarks.md`` and ``how/gpu.md`` of another, ``docs``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.gpu.table import PAIR
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
 
-MARK = "gpu"
+MARK, HOW = "gpu", "gpu-how"
 NOTHING = (
     "No run on a GPU is stored yet. `benchmarks/gpu.sh --out benchmarks/results` makes one, and "
     "`python -m benchmarks.gpu.report` writes it here."
@@ -43,14 +43,53 @@ def pages(runs: Sequence[Run]) -> str:
     return "\n\n".join(map(section, runs)) if runs else NOTHING
 
 
-def write_report(results: Path, page: Path) -> None:
-    """Bring the page up to date.
+def write_report(results: Path, docs: Path) -> None:
+    """Bring the pages up to date.
 
     Raises:
-        ValueError: it lacks the markers.
+        ValueError: one lacks the markers.
     """
-    text = page.read_text(encoding="utf-8")
-    page.write_text(between(text, MARK, pages(stored_runs(results))), encoding="utf-8")
+    runs = stored_runs(results)
+    for page, mark, made in (
+        (docs / "benchmarks.md", MARK, pages(runs)),
+        (docs / "how" / "gpu.md", HOW, gains(runs)),
+    ):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(between(text, mark, made), encoding="utf-8")
+
+
+def gains(runs: Sequence[Run]) -> str:
+    """The dense layer's time over ours, for every stored cell but those of other ranks."""
+    rows = [["layer", "GPU", "forward, graph", "step, graph", "step, eager"]]
+    for run in runs:
+        for group in ("linear", "embedding", "conv", "decode"):
+            for cell in _cells(run, group):
+                # One rank of each linear layer is enough to see when it wins.
+                if group in ("linear", "decode") and cell["rank"] != 64:
+                    continue
+                if group == "decode" and cell["x_shape"][0] > 1:
+                    continue
+                ratios = [
+                    _ratio(timed.get(DENSE), timed.get(OURS))
+                    for mode, launch in (
+                        ("forward", "graph"), ("training", "graph"), ("training", "eager")
+                    )
+                    for timed in [run.timed(cell["cell"], mode, launch)]
+                ]  # fmt: skip
+                gpu = str(run.environment.get("gpu", "GPU"))
+                kind = "" if group in ("linear", "decode") else f"{group} "
+                if any(ratio != "-" for ratio in ratios):
+                    rows.append([f"{kind}{cell['title']}", gpu, *ratios])
+    if len(rows) == 1:
+        return NOTHING
+    costs = [
+        f"An eager operation took the processor beside the {run.environment.get('gpu', 'GPU')} "
+        f"{1e6 * cost:.1f} µs, on which the last column depends."
+        for run in runs
+        for cost in [run.rate("multiplication, eager")]
+        if cost is not None
+    ]
+    return "\n\n".join([markdown_rows(rows, "llrrr"), *costs])
 
 
 def section(run: Run) -> str:
@@ -276,5 +315,5 @@ def _mebibytes(record: Record | None) -> str:
 
 if __name__ == "__main__":
     given = [Path(argument) for argument in sys.argv[1:3]]
-    defaults = [ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"]
+    defaults = [ROOT / "benchmarks" / "results", ROOT / "docs"]
     write_report(*[*given, *defaults[len(given) :]])

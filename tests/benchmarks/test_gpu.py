@@ -22,7 +22,7 @@ from benchmarks.gpu.goals import goals
 from benchmarks.gpu.linears import Makers, cell
 from benchmarks.gpu.phases import PHASES
 from benchmarks.gpu.records import Run, Writer
-from benchmarks.gpu.report import pages, section, stored_runs
+from benchmarks.gpu.report import gains, pages, section, stored_runs
 from benchmarks.gpu.table import short_table
 from benchmarks.gpu.timer import Patience, Timer
 from benchmarks.pages import between
@@ -72,9 +72,14 @@ def test_the_table_is_last_and_short(dry: tuple[Path, str]) -> None:
         assert word in table
 
 
-def test_the_page_is_made_from_the_records() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert between(page, "gpu", pages(stored_runs(ROOT / "benchmarks" / "results"))) == page
+def test_the_pages_are_made_from_the_records() -> None:
+    runs = stored_runs(ROOT / "benchmarks" / "results")
+    for name, mark, made in (
+        ("benchmarks.md", "gpu", pages(runs)),
+        ("how/gpu.md", "gpu-how", gains(runs)),
+    ):
+        page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert between(page, mark, made) == page
 
 
 def test_a_page_of_a_run(dry: tuple[Path, str]) -> None:
