@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from polyadic._torch import check_before_sharding, check_before_style
 from polyadic.checks import check_flag, check_module, check_word
-from polyadic.functional.spread import sums_taken
+from polyadic.functional.sums import sums_taken
 from polyadic.nn import CPSharedInput
 from polyadic.nn.kinds import is_cp, is_of_family
 from polyadic.tensor import CPTensor

@@ -37,9 +37,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from polyadic._torch import is_spread
+from polyadic.functional.sums import once, summed
 
 # Factors by group.
 Groups = tuple[tuple[Any, ...], ...]
@@ -148,8 +148,7 @@ class Layout:
     def _once(self, bias: Tensor) -> Tensor:
         """The bias where a sum over the components is to contain it, and zeros elsewhere."""
         first = all(self.mesh.get_local_rank(dim) == 0 for dim in self.components)
-        mine: Tensor = _Once.apply(bias, first, True)  # type: ignore[no-untyped-call]
-        return mine
+        return once(bias, first)
 
     def whole(self, y: Tensor, x: Any) -> Any:
         """The DTensor of an output, of which this process has computed a part."""
@@ -181,83 +180,6 @@ def _strides_like(y: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     for dim in sorted(range(y.dim()), key=lambda d: (y.stride(d), -d)):
         strides[dim], step = step, step * max(1, shape[dim])
     return tuple(strides)
-
-
-class _Once(Function):
-    """A bias (``here``) or zeros in its place, and its gradient (``back``) or zeros in its place.
-
-    Every process has the whole gradient of a bias that one of them adds. What is differentiated of
-    that gradient is summed over the processes again, and is to stand in that sum once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, here: bool, back: bool) -> Tensor:
-        ctx.where = here, back
-        return bias.view_as(bias) if here else torch.zeros_like(bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        here, back = ctx.where
-        return _Once.apply(grad, back, here), None, None  # type: ignore[no-untyped-call]
-
-
-class _Summed(Function):
-    """Tensors summed over a dimension of a mesh (``here``), and their gradients (``back``).
-
-    A sum that every process uses on its own has a gradient that is the sum of theirs; one that all
-    use alike has the gradient that each of them has already.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, mesh: Any, dim: int, here: bool, back: bool, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.where = mesh, dim, here, back
-        if not here:
-            return tuple([tensor.view_as(tensor) for tensor in tensors])
-        return all_reduced(mesh, dim, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        mesh, dim, here, back = ctx.where
-        return None, None, None, None, *_Summed.apply(mesh, dim, back, here, *grads)  # type: ignore[no-untyped-call]
-
-
-def summed(mesh: Any, dim: int, here: bool, back: bool, *tensors: Any) -> tuple[Tensor, ...]:
-    """Tensors summed over a dimension of a mesh (``here``), and their gradients (``back``)."""
-    found: tuple[Tensor, ...] = _Summed.apply(mesh, dim, here, back, *tensors)  # type: ignore[no-untyped-call]
-    return found
-
-
-def all_reduced(mesh: Any, dim: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Sums of tensors over a dimension of a mesh, by one all_reduce."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    flat = tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-    whole = [Replicate()] * mesh.ndim
-    parts = [Partial() if i == dim else Replicate() for i in range(mesh.ndim)]
-    flat = DTensor.from_local(flat.contiguous(), mesh, parts, run_check=False)
-    flat = flat.redistribute(placements=whole).to_local()
-    if len(tensors) == 1:
-        return (flat,)
-    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return tuple([p.view(t.shape).to(t.dtype) for p, t in zip(pieces, tensors, strict=True)])
-
-
-def sums_taken(y: Any) -> Any:
-    """A DTensor with the sums that it stands for; torch's way has no right second derivative."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    partial = [dim for dim, placement in enumerate(y.placements) if placement.is_partial()]
-    if not partial:
-        return y
-    local, placements = y.to_local(), list(y.placements)
-    for dim in partial:
-        (local,) = summed(y.device_mesh, dim, True, False, local)
-        placements[dim] = Replicate()
-    return DTensor.from_local(
-        local, y.device_mesh, placements, run_check=False, shape=y.shape, stride=y.stride()
-    )
 
 
 def layout(x: Any, groups: Groups, biases: Sequence[Any], weights: Sequence[Any]) -> Layout:

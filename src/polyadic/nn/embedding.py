@@ -24,7 +24,7 @@ from polyadic.formats import (
     positive_int,
     tensorize,
 )
-from polyadic.functional.spread import sums_taken
+from polyadic.functional.sums import sums_taken
 from polyadic.nn.convert import Exchangeable, FitOptions, Fitted, convert, dense, revert
 from polyadic.nn.inputs import by_rows, call_recorded
 from polyadic.nn.peak import peak_bytes
