@@ -12,7 +12,7 @@ NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(
 .PHONY: demo test test-isa matrix lint docs bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m examples.digits
+	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2

@@ -123,7 +123,7 @@ def cells(model: Any) -> Iterator[Cell]:
     yield of_ratio("feed-forward 384x1536", wide, 2, 10)
 
 
-def by_polyadic(cell: Cell, seed: int, limit: float, start: str) -> tuple[list[Tensor], Curve]:
+def by_polyadic(cell: Cell, seed: int, limit: float, start: Any) -> tuple[list[Tensor], Curve]:
     began, curve = time.perf_counter(), []
 
     def callback(iteration: int, error: float) -> bool:

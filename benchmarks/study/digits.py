@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.study import fits
 from benchmarks.study.store import Store
-from examples.digits import models, training
+from examples.demo import models, training
 from polyadic import init
 from polyadic.fitting import second_moments
 from polyadic.nn import CPConv2d, CPLinear

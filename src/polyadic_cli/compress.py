@@ -128,7 +128,7 @@ def compress(
     for sentence in found:
         print(sentence)
     try:
-        _write(report, html, json)
+        _write(report, html, json, model_dir.resolve().name)
         if dry_run or out is None:
             return
         if not report.converted:
@@ -310,8 +310,8 @@ def _recovered(
     )
 
 
-def _write(report: Any, html: Path | None, json: Path | None) -> None:
+def _write(report: Any, html: Path | None, json: Path | None, model: str) -> None:
     if json is not None:
         report.to_json(json)
     if html is not None:
-        report.to_html(html)
+        report.to_html(html, model)

@@ -565,10 +565,12 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     model = mlp()
     model.add_module("<b>odd</b>", nn.Linear(7, 7))
     _, report = polyadic.compress(model, ratio=3)
-    report.to_html(tmp_path / "report.html")
+    report.to_html(tmp_path / "report.html", "a <small> model")
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")
     assert page.count('<img alt="') == page.count("data:image/png;base64,") == 2
+    assert "<h1>Compression of a &lt;small&gt; model</h1>" in page
+    assert f"polyadic {polyadic.__version__}, 20" in page
     assert "<b>odd" not in page
     assert "http" not in page
     for layer in report.layers:

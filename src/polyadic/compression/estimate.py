@@ -14,6 +14,7 @@ from polyadic.compression.calibration import EFFECT_BATCHES, Evidence
 from polyadic.compression.curves import (
     LARGEST_SWEEP,
     SWEEPS,
+    SWEEPS_BEFORE_GIVING_UP,
     fixed_rank,
     ranks_to_fit,
     work_of_sweep,
@@ -21,6 +22,7 @@ from polyadic.compression.curves import (
 from polyadic.compression.fits import sweeps_of
 from polyadic.compression.targets import Candidate, Target
 from polyadic.compression.weigh import PROBED, Option
+from polyadic.durable.pieces import Pieces
 from polyadic.formats import Rank
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.request import place_now
@@ -38,10 +40,14 @@ class Estimate:
         targets: what is converted.
         evidence: what is known of the layers' inputs.
         budget: the budget, which says at which ranks errors matter.
+        pieces: what is kept of an earlier run, which takes no time.
     """
 
-    def __init__(self, targets: Sequence[Target], evidence: Evidence, budget: Budget) -> None:
+    def __init__(
+        self, targets: Sequence[Target], evidence: Evidence, budget: Budget, pieces: Pieces
+    ) -> None:
         self._targets, self._evidence, self._budget = targets, evidence, budget
+        self._pieces = pieces
         weight = targets[0].weight
         machine = machine_at(place_now(weight.device.type, weight.dtype))
         self._rate = SHARE_OF_GEMM * machine.gemm / 2
@@ -64,16 +70,22 @@ class Estimate:
     def of_curves(self, ranks: Mapping[str, Rank]) -> list[float]:
         """Predict the seconds of each target's error curves and of its importance."""
         found = []
-        for target in self._targets:
+        for i, target in enumerate(self._targets):
+            if f"curves-{i}" in self._pieces:
+                found.append(0.0)
+                continue
             metric = self._evidence.metrics.get(target.name)
             asked = next((ranks[name] for name in target.names if name in ranks), None)
             work = 0.0
-            for candidate in target.candidates:
-                if not candidate.is_low_rank:
-                    fixed = fixed_rank(target, candidate, asked)
-                    fraction = self._budget.fraction
-                    for rank in ranks_to_fit(target, candidate, metric, fraction, fixed):
-                        work += SWEEPS * work_of_sweep(candidate, metric, rank)
+            fitted = [each for each in target.candidates if not each.is_low_rank]
+            for candidate in fitted:
+                fixed = fixed_rank(target, candidate, asked)
+                weighed = ranks_to_fit(target, candidate, metric, self._budget.fraction, fixed)
+                sweeps = SWEEPS
+                if candidate is not fitted[0] and fixed is None:
+                    # Where a lower order is better, which is the rule, a higher one ends so soon.
+                    weighed, sweeps = weighed[:1], SWEEPS_BEFORE_GIVING_UP
+                work += sweeps * sum(work_of_sweep(candidate, metric, rank) for rank in weighed)
             seconds = work / self._rate
             if self._evidence.calibration is not None:
                 seconds += self._evidence.calibration.seconds_of(EFFECT_BATCHES)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from polyadic.compression.html import document, figure, new_figure, png, style
 from polyadic.compression.layer_report import LayerReport, modes_text
+from polyadic.planner.report import count_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +25,11 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> str:
+def html(title: str, lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> str:
     """Write the page.
 
     Args:
+        title: its title.
         lead: a sentence on what the page is about.
         summary: sums over all layers, one sentence each.
         layers: the layers in the order of the table.
@@ -76,14 +78,14 @@ def html(lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> st
                 f"Crosses: what was chosen.{more}",
             )
         )
-    body = f"""<h1>Compression</h1>
+    body = f"""<h1>{escape(title)}</h1>
 <p class="lead">{escape(lead)}</p>
 <ul>{sums}</ul>
 <h2>Layers</h2>
 <div class="scroll"><table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table></div>
 <h2>Plots</h2>
 {"".join(pictures)}"""
-    return document("polyadic: compression of a model", body)
+    return document(title, body)
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
+    return "" if value is None else count_text(value)
 
 
 def _milliseconds(value: float | None) -> str:

@@ -8,6 +8,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +136,22 @@ class Report:
         """Write ``to_dict`` as JSON."""
         write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
+    def to_html(self, path: str | os.PathLike[str], model: str = "a model") -> None:
         """Write a page with tables and plots that refers to nothing outside itself.
+
+        Args:
+            path: the file.
+            model: what the model is called in the title.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         how = "weighed by calibration batches" if self.calibrated else "of the weights alone"
         state = "plan of a dry run" if self.dry_run else "done"
+        made = f"polyadic {version('polyadic')}, {date.today().isoformat()}"
         lead = f"{self.verdict} Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
-        write_text(Path(path), html(lead, self.summary(), self.layers))
+        title = f"Compression of {model}"
+        write_text(Path(path), html(title, f"{lead} {made}.", self.summary(), self.layers))
 
     @property
     def verdict(self) -> str:

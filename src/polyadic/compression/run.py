@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
@@ -39,6 +39,11 @@ from polyadic.formats import Rank
 from polyadic.nn.wrapped import check_unwrapped
 from polyadic.progress import Meter
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from polyadic.fitting.arguments import SweepOptions
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -48,7 +53,7 @@ def compress(
     ratio: float | None = None,
     flops_ratio: float | None = None,
     max_error: float | None = None,
-    speed: str | None = None,
+    speed: Literal["never-slower"] | None = None,
     calibration: Iterable[Any] | None = None,
     forward: Forward | None = None,
     weights: Weights | None = None,
@@ -63,7 +68,7 @@ def compress(
     checkpoint: str | PathLike[str] | None = None,
     resume: bool = False,
     callback: Callback | None = None,
-    **fit: Any,
+    **fit: Unpack[SweepOptions],
 ) -> tuple[Model, Report]:
     """Convert the layers of a trained model to CP format within one budget.
 
@@ -172,7 +177,7 @@ def compress(
     with interrupts.deferred(), meter:
         evidence = gather(work, targets, batches, forward, weights, tell)
         _check_calls_known(targets, evidence.calls, wanted)
-        estimate = Estimate(targets, evidence, wanted)
+        estimate = Estimate(targets, evidence, wanted, pieces)
         if callback is None:
             estimate.announce(meter, ranks, dry_run)
         every = weigh(targets, evidence, wanted, ranks, seed, tell, pieces)

@@ -59,6 +59,10 @@ class Pieces:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(job, kind, {**identity, "run": run}, generations=1)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a piece is kept already, which may still turn out to be damaged."""
+        return self._folder is not None and (self._folder / name).exists()
+
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a piece, from its file or made now; a damaged one is made again, with a warning.
 

@@ -31,7 +31,7 @@ from polyadic.finetune.walk import first
 from polyadic.nn.wrapped import check_unwrapped
 from polyadic.training.rates import param_groups
 
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+Loss = Literal["mse", "cosine", "kl"] | Callable[[Tensor, Tensor], Tensor]
 # The rate of a dense weight that factors follow by default, and the batches that judge by default.
 # Among rates from 3e-5 to 1e-3 none was best both for fits that were nearly exact (lower ones) and
 # for poor ones (higher ones); with this one every network tried ended below the loss it began with,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from polyadic import checks
 from polyadic.durable.identity import named
 from polyadic.formats import positive_int
 
-Schedule = str | Callable[[float], float]
+Schedule = Literal["constant", "cosine", "linear"] | Callable[[float], float]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

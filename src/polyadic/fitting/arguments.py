@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,8 +16,21 @@ from polyadic.formats import Shape, is_int, mode_sizes, positive_int
 from polyadic.kernels.backend import is_computed
 from polyadic.tensor import CPTensor
 
-Start: TypeAlias = "str | CPTensor | Decomposition"
-STARTS = ("orthogonal", "random")
+Start: TypeAlias = Literal["auto", "orthogonal", "random"] | CPTensor | Decomposition
+
+
+class SweepOptions(TypedDict, total=False):
+    """Options of ``polyadic.decompose`` that are handed to it by name, so that typos are seen."""
+
+    damping: float
+    start: Start | Sequence[Start]
+    iterations: int
+    tolerance: float
+    regularization: float
+    max_growth: float | None
+
+
+STARTS: tuple[Literal["orthogonal", "random"], ...] = ("orthogonal", "random")
 
 
 def groups(value: Any) -> tuple[Shape, ...]:
@@ -183,7 +196,7 @@ def starts(value: Any, shape: tuple[Shape, ...], *, is_complex: bool) -> list[St
             finite.
     """
     if isinstance(value, str) and value == "auto":
-        return list(STARTS)
+        return [*STARTS]
     single = isinstance(value, (str, CPTensor, Decomposition))
     if not single and not isinstance(value, Sequence):
         raise TypeError(f"start must be a name, factors or a sequence of these, got {value!r}")

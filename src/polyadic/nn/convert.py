@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from polyadic._torch import whole
 from polyadic.fitting import Decomposition, decompose
-from polyadic.fitting.arguments import Start
+from polyadic.fitting.arguments import SweepOptions
 from polyadic.fitting.fit import Callback
 from polyadic.formats import Rank, Shape
 from polyadic.nn.layer import CPLayer
@@ -23,16 +23,10 @@ Layer = TypeVar("Layer", bound=CPLayer)
 Fitted = CPTensor | Decomposition
 
 
-class FitOptions(TypedDict, total=False):
+class FitOptions(SweepOptions, total=False):
     """What the conversions hand to ``polyadic.decompose``, which says what each option does."""
 
     metric: Tensor | None
-    damping: float
-    start: Start | Sequence[Start]
-    iterations: int
-    tolerance: float
-    regularization: float
-    max_growth: float | None
     seed: int
     callback: Callback | None
 

@@ -1,8 +1,9 @@
-"""Train CP and dense networks on real digits, print a table and write a report."""
+"""Train CP and dense networks on text and on digits, print tables and write a report."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ import torch
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 if files cannot be written, 1 if a package is missing."""
-    parser = argparse.ArgumentParser("python -m examples.digits", description=__doc__)
+    parser = argparse.ArgumentParser("python -m examples.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("polyadic-demo"), help="where files go")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same result")
     parser.add_argument("--quick", action="store_true", help="a few steps of each model")
@@ -33,55 +34,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None:
-    """Compare the models, print the table, and write report.html, results.json and the plots.
+    """Compare the models, print the tables, and write report.html and results.json.
 
     Trainings are kept in ``out/unfinished`` until all is written: a run that was stopped goes on.
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    from examples.digits import models, plots, report, training
-    from polyadic.durable.files import replacing, write_text
+    from examples.demo import language, models, report, training
+    from polyadic.durable.files import write_text
     from polyadic.durable.pieces import Pieces
     from polyadic.testing import environment
 
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", "results.json", *(f"{name}.png" for name in report.CAPTIONS)):
+    for name in ("report.html", "results.json"):
         (out / name).open("ab").close()  # fails now rather than when the work is done
     start, console = time.perf_counter(), Console()
     torch.set_num_threads(threads)
     settings = training.Settings.quick(seed) if quick else training.Settings(seed)
     digits, contestants = training.load(), models.contestants(quick=quick)
     asked = {**vars(settings), "threads": threads, "torch": torch.__version__}
-    pieces = Pieces(out / "unfinished", "polyadic.digits", asked, resume=True)
+    pieces = Pieces(out / "unfinished", "polyadic.demo", asked, resume=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=settings.runs * len(contestants), completed=-1)
+        trainings = len(language.CONTESTANTS) + settings.runs * len(contestants)
+        task = bar.add_task("", total=trainings, completed=-1)
 
         def tell(what: str) -> None:
             bar.update(task, description=f"{what:<32}", advance=1)
             if not console.is_terminal:
                 console.print(what)
 
+        texts = language.compare(seed, quick, tell, pieces)
         grouped, trained = training.compare(contestants, digits, settings, tell, pieces)
         bar.update(task, advance=1)
 
     layer = trained[models.Contestant("MLP", "cp", 256, 16)].get_submodule("1")
-    drawn = {
-        "accuracy-parameters": plots.png(3.9, plots.accuracy, grouped),
-        "curves": plots.png(6.6, plots.curves, grouped),
-        "costs": plots.png(5.4, plots.costs, grouped),
-        "factorization": plots.png(6.2, plots.factorization, layer),
-    }
+    drawn = report.figures(texts, grouped, layer)
     where, images = environment(("polyadic", "scikit-learn")), [*map(len, digits[1::2])]
     where |= where.pop("versions")
-    write_text(out / "report.html", report.html(grouped, settings, images, where, drawn))
-    for name, png in drawn.items():
-        with replacing(out / f"{name}.png") as draft:
-            draft.write_bytes(png)
+    page = report.html(texts, grouped, settings, images, where, drawn)
+    write_text(out / "report.html", page)
     results = [r._asdict() for members in grouped.values() for r in members]
-    record = {"settings": vars(settings), "environment": where, "models": results}
+    record = {
+        "settings": vars(settings), "environment": where, "models": results,
+        "language": [dataclasses.asdict(one) for one in texts],
+    }  # fmt: skip
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(out / "unfinished")
+    console.print(language.verdict(texts), report.digits_verdict(grouped), sep="\n\n")
+    console.print(report.language_table(texts))
     console.print(report.table(grouped))
     if quick:
         console.print("A quick run: too short for the accuracies to mean much.")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.digits.models import FAMILIES, Contestant, parameters
+from examples.demo.models import FAMILIES, Contestant, parameters
 from polyadic.durable.pieces import Pieces
 from polyadic.testing import kept_bytes
 
@@ -76,7 +76,7 @@ class Result(NamedTuple):
 
     ``converted`` are the parameters of the layers that are CP in CP models, ``ratio`` those of the
     dense model over them; ``kept`` the bytes that autograd keeps for the backward pass of a batch
-    beside parameters, images and labels; ``step`` the quartiles of the seconds of a training step.
+    beside parameters, images and labels; ``step`` the quartiles of a step's processor time.
     """
 
     contestant: Contestant
@@ -157,11 +157,11 @@ def measure(
     for number in range(-5, settings.rounds):
         for turn in range(len(models)):
             index = (turn + number) % len(models)
-            start = time.perf_counter()
+            start = time.process_time()
             optimizers[index].zero_grad()
             losses[index]().backward()
             optimizers[index].step()
-            seconds[index] += [time.perf_counter() - start] * (number >= 0)
+            seconds[index] += [time.process_time() - start] * (number >= 0)
     results: list[Result] = []
     for c, m, loss, times in zip(curves, models, losses, seconds, strict=True):
         converted = sum(parameters(m.get_submodule(n)) for n in FAMILIES[c.family].converted)
