@@ -22,6 +22,7 @@ from benchmarks.reliability.kills import child, ended
 from polyadic import nn as cp
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+WIDE = DTYPES[:2]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,25 @@ class Case:
         make: the layer in a dtype.
         shape: of its input.
         rows: of the table for indices; 0 where the input is of numbers.
+        dtypes: in which it computes.
     """
 
     name: str
     make: Callable[..., nn.Module]
     shape: tuple[int, ...]
     rows: int = 0
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def adapted(dtype: torch.dtype) -> nn.Module:
+    """A linear layer with a CP adapter of PEFT."""
+    from peft import get_peft_model
+
+    from polyadic.adapters import CPConfig
+
+    base = nn.Sequential(nn.Linear(96, 80, dtype=dtype))
+    config = CPConfig(r=8, target_modules=["0"], init_weights=False)
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
 CASES = [
@@ -57,6 +71,19 @@ CASES = [
         "transposed", lambda **k: cp.CPConvTranspose2d(8, 6, 3, rank=4, stride=2, **k), (2, 8, 7, 7)
     ),
     Case("embedding", lambda **k: cp.CPEmbedding(500, 64, rank=16, **k), (7, 40), 500),
+    Case("head", lambda **k: cp.CPEmbedding(500, 64, rank=16, **k).as_linear(True), (9, 64)),
+    Case(
+        "shared", lambda **k: cp.CPSharedInput(cp.CPLinear.joint(3, 64, 48, rank=9, **k)), (9, 64)
+    ),
+    Case("spectral 1d", lambda **k: cp.CPSpectralConv1d(6, 8, 5, rank=4, **k), (3, 6, 31), 0, WIDE),
+    Case(
+        "spectral 2d",
+        lambda **k: cp.CPSpectralConv2d(6, 8, (6, 5), rank=4, **k),
+        (3, 6, 16, 17),
+        0,
+        WIDE,
+    ),
+    Case("adapter", adapted, (33, 96)),
 ]
 
 
@@ -75,11 +102,14 @@ def tensors(case: Case, dtype: torch.dtype) -> list[Tensor]:
     found: list[Tensor] = []
     for _ in range(3):
         y = layer(x)
-        inputs = [*layer.parameters(), *([x] if x.requires_grad else [])]
-        gradients = torch.autograd.grad(y.float().square().mean(), inputs)
-        found += [y.detach(), *gradients]
+        outputs = y if isinstance(y, tuple) else (y,)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        inputs = [*trained, *([x] if x.requires_grad else [])]
+        loss = torch.stack([each.float().square().mean() for each in outputs]).sum()
+        gradients = torch.autograd.grad(loss, inputs)
+        found += [*(each.detach() for each in outputs), *gradients]
         with torch.no_grad():
-            for parameter, gradient in zip(layer.parameters(), gradients, strict=False):
+            for parameter, gradient in zip(trained, gradients, strict=False):
                 parameter.sub_(gradient, alpha=0.1)
     return [*found, *(p.detach() for p in layer.parameters())]
 
@@ -88,7 +118,7 @@ def everything() -> dict[str, str]:
     """The digest of every case in every dtype."""
     found = {}
     for case in CASES:
-        for dtype in DTYPES:
+        for dtype in case.dtypes:
             found[f"{case.name} {dtype}"] = digest(nn.Module(), tensors(case, dtype))
     return found
 

@@ -155,7 +155,12 @@ def test_no_pickle_is_on_a_load_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_the_same_bits(way: str) -> None:
     found = determinism.compare(way, determinism.everything())
-    assert found["equal"] == found["compared"] == 39
+    assert (
+        found["equal"]
+        == found["compared"]
+        == sum(len(case.dtypes) for case in determinism.CASES)
+        > 50
+    )
 
 
 @pytest.mark.slow
@@ -167,13 +172,18 @@ def test_the_same_bits_in_many_threads_and_new_processes(way: str) -> None:
         found = determinism.compare(way, determinism.everything())
     finally:
         torch.set_num_threads(threads)
-    assert found["equal"] == found["compared"] == 39
+    assert (
+        found["equal"]
+        == found["compared"]
+        == sum(len(case.dtypes) for case in determinism.CASES)
+        > 50
+    )
 
 
 def test_other_bits_would_be_seen() -> None:
     wanted = determinism.everything()
     wanted["linear 1 torch.float32"] = "another"
-    assert determinism.compare("a second time", wanted)["equal"] == 38
+    assert determinism.compare("a second time", wanted)["equal"] == len(wanted) - 1
 
 
 def test_a_shared_layer_in_eight_threads_at_once() -> None:

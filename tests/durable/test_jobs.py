@@ -129,6 +129,23 @@ OTHER = [
 ]
 
 
+def test_other_validation_batches_are_refused(tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.step == 2:
+            raise EnoughError
+
+    own = {"validation": [jobs.rows()[:9]]}
+    with pytest.raises(EnoughError):
+        trained(tmp_path, checkpoint_every=1, callback=stop, **own)
+    for other in ([jobs.rows()[:8]], False, lambda student: 1.0):
+        with pytest.raises(ValueError, match="validation="):
+            trained(tmp_path, validation=other)
+    trained(tmp_path, **own)
+
+
 @pytest.mark.parametrize("function", [distill, match_layers])
 @pytest.mark.parametrize(("change", "text"), OTHER, ids=[text for _, text in OTHER])
 def test_what_is_not_the_job_s_own_is_refused_by_name(

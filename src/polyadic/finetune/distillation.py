@@ -27,7 +27,7 @@ from polyadic.finetune.settings import (
     optional_function,
     total_steps,
 )
-from polyadic.finetune.walk import first
+from polyadic.finetune.walk import drawn_by, first
 from polyadic.nn.wrapped import check_unwrapped
 from polyadic.training.rates import param_groups
 
@@ -205,6 +205,7 @@ def distill(
         changed = {*trained, *buffers}
         record |= {
             "forward": identity.named(forward),
+            "validation": _judged_by(validation, seed, device),
             "teacher": identity.of_module(teacher),
             "the student's other tensors": identity.of_module(student, changed),
         }
@@ -258,6 +259,15 @@ def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: 
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a tensor of no dimension, got {got}")
     return value
+
+
+def _judged_by(validation: Any, seed: int, device: torch.device) -> str:
+    """Name what judges the student: a function, nothing, or batches by their digest."""
+    if validation is False or callable(validation):
+        return identity.in_words(validation)
+    models.require_batches(validation, "validation")
+    with drawn_by(seed, validation, device):
+        return identity.of_batches(validation)
 
 
 def _validator(

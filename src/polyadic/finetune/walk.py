@@ -6,6 +6,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,13 +50,20 @@ def set_random_state(state: Mapping[str, Any], batches: Any, device: torch.devic
 
 def first(batches: Iterable[Any], most: int, seed: int, device: torch.device) -> list[Any]:
     """Return the first batches as a seed draws them; the random state is what it was."""
+    with drawn_by(seed, batches, device):
+        return list(itertools.islice(batches, most))
+
+
+@contextmanager
+def drawn_by(seed: int, batches: Any, device: torch.device) -> Iterator[None]:
+    """Within it batches are drawn as by a seed; afterwards the random state is what it was."""
     state = random_state(batches, device)
     try:
         torch.manual_seed(seed)
         own = getattr(batches, "generator", None)
         if isinstance(own, torch.Generator):
             own.manual_seed(seed)
-        return list(itertools.islice(batches, most))
+        yield
     finally:
         set_random_state(state, batches, device)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyadic.durable import sealed
@@ -193,6 +193,20 @@ def _opened(directory: Path, index: bytes | None, stack: ExitStack) -> Saved:
             if own is not None and "crc32" not in metadata:
                 raise ValueError(f"{file} cannot be read: it is damaged, it has lost its checksum")
     return Saved(_config(directory, own), shapes, places)
+
+
+def held_by_tensors(files: Sequence[str]) -> ModelConfig | None:
+    """Return the description that files of tensors hold, or their index; None if there is none."""
+    try:
+        first = Path(files[0])
+        if first.name == WEIGHTS:
+            with safe_open(first, framework="pt") as held:
+                own = (held.metadata() or {}).get(METHOD)
+        else:
+            own = _object(_text(first.with_name(INDEX))).get("metadata", {}).get(METHOD)
+        return None if own is None else ModelConfig.from_dict(loads(own))
+    except (ValueError, OSError, IndexError, AttributeError, SafetensorError):
+        return None
 
 
 def _config(directory: Path, own: str | None) -> ModelConfig:

@@ -27,7 +27,7 @@ from polyadic.nn.kinds import is_torch_layer
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import prepare, refuse
-from polyadic.pretrained.files import METHOD, UNREGISTERED
+from polyadic.pretrained.files import METHOD, UNREGISTERED, held_by_tensors
 from polyadic.pretrained.layers import (
     DTYPES,
     LayerConfig,
@@ -74,8 +74,14 @@ class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
             del config.transformers_weights
         return super().update_attn_implementation(config)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
         content: ModelConfig = self.quantization_config.content
+        held = held_by_tensors(checkpoint_files or ())
+        if held is not None and content.saved not in (None, held.saved):
+            # The configuration is of a save that was killed before its tensors were there.
+            content = held
         # The dtype asked for, or that of the file.
         wanted = model.config.dtype
         layers = {
