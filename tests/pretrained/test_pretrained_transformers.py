@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from polyadic import surgery
 from polyadic.nn import CPEmbedding, CPLinear, CPTiedLinear
 from polyadic.pretrained import (
     attach,
+    files,
     from_pretrained,
     resize_token_embeddings,
     save_pretrained,
@@ -121,6 +123,18 @@ def test_transformers_saves_and_loads(
     new.save_pretrained(tmp_path / "again", max_shard_size="4KB")
     assert (tmp_path / "again" / "model.safetensors.index.json").exists()
     same(new, loaded(new, tmp_path / "again"))
+
+
+@pytest.mark.parametrize("shards", ["4KB", "1GB"])
+def test_the_tensors_decide_where_a_save_was_killed(shards: str, tmp_path: Path) -> None:
+    """The configuration is of the new save, the tensors of the old one."""
+    old, new = (transformers.BertModel(bert_config()) for _ in range(2))
+    for model, rank in ((old, 2), (new, 3)):
+        polyadic.factorize(model, rank=rank)
+        save = partial(model.save_pretrained, max_shard_size=shards)
+        files.write_by(tmp_path / str(rank), save)
+    (tmp_path / "3" / "config.json").replace(tmp_path / "2" / "config.json")
+    same(old, loaded(old, tmp_path / "2"))
 
 
 @models
