@@ -44,7 +44,7 @@ _CSS = """
 :root { color-scheme: light; }
 body { margin: 0; background: #f3f4f6; color: #1f2430;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 84rem; margin: 0 auto; padding: 2.5rem 2rem 4rem; background: #fff; }
+main { max-width: 84rem; margin: 0 auto; padding: 2.5rem 1.2rem 4rem; background: #fff; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem;
   border-bottom: 1px solid #d9dde3; }
@@ -53,9 +53,10 @@ li { margin: .35rem 0; }
 .lead { color: #4b5563; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .75rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .35rem; text-align: right; white-space: nowrap; vertical-align: top; }
+th, td { padding: .35rem .25rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; }
-td:first-child, td:last-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+td:first-child, td:last-child { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
+td:nth-child(5) { white-space: normal; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
 thead tr:last-child th { border-bottom: 2px solid #1f2430; }
 tbody td { border-bottom: 1px solid #e5e7eb; }
