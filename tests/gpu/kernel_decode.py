@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from compiled import Form, pointers_to
@@ -21,13 +22,19 @@ SHAPES = (
     ((13,), (11,), 5, 1),
     ((1, 8, 9), (4, 2, 3, 2), 17, 3),
     ((16, 18), (9, 8), 72, 16),
+    ((4, 5, 3), (37,), 70, 2),
+    ((3, 100), (9, 8), 24, 4),
 )
+# Whether one launch serves in half precision: not a single in factor, nor more than four rows.
+ONE_LAUNCH = (False, False, True, False, True, True)
 
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
     for dtype in DTYPES:
-        for in_modes, out_modes, rank, rows in SHAPES:
+        for (in_modes, out_modes, rank, rows), at_once in zip(SHAPES, ONE_LAUNCH, strict=True):
+            found = subject.one_launch((in_modes, out_modes), rank, rows, True, dtype)
+            assert (found is not None) == at_once or dtype == torch.float32, (in_modes, rank)
             for integers in (True, False):
                 name = f"{short(dtype)} {in_modes} to {out_modes} rank {rank} {rows=} {integers=}"
                 ins, outs = draw_groups((in_modes, out_modes), rank, dtype, integers)
@@ -36,6 +43,8 @@ def check() -> Iterator[str]:
                 with poisoned():
                     once = subject.decode(x, ins, outs, bias)
                     again = subject.decode(x, ins, outs, bias)
+                    with mock.patch.object(subject, "one_launch", return_value=None):
+                        twice = subject.decode(x, ins, outs, bias)
                 assert torch.equal(once, again), f"{name}: differs from run to run"
                 a, c = [f.cpu() for f in ins], [f.cpu() for f in outs]
                 added = torch.zeros(1) if bias is None else bias.cpu()
@@ -45,21 +54,24 @@ def check() -> Iterator[str]:
                 low = low_z.to(dtype).float() @ khatri_rao(c).float().t() + added.float()
                 small = integers and z.abs().max() <= 2**8
                 judge(name, once, exact, low.to(dtype), bool(small))
+                judge(f"{name} in two", twice, exact, low.to(dtype), bool(small))
                 yield name
     yield _layer()
 
 
 def _layer() -> str:
-    """A layer of few rows launches two kernels, and gives what the kernels give."""
+    """A layer of few rows launches one kernel or two, and gives what they give."""
     ins, outs = draw_groups(((1, 4, 6), (3, 5)), 8, torch.bfloat16, False)
-    x, bias = draw((2, 24), torch.bfloat16, False), draw((15,), torch.bfloat16, False)
+    x, bias = draw((5, 24), torch.bfloat16, False), draw((15,), torch.bfloat16, False)
     route = LinearRoute((3,), (2,), by="triton")
     layer_map = LinearMap(LinearPlan(route, route, "x"), 3)
-    with counted() as launches:
-        y, kept = layer_map.forward(x, bias, [*ins, *outs])
-    assert kept == ()
-    assert launches.names == ["contract_kernel", "expand_kernel"]
-    assert torch.equal(y, subject.decode(x, ins, outs, bias))
+    for rows, names in ((2, ["decode_kernel"]), (5, ["contract_kernel", "expand_kernel"])):
+        few = x[:rows]
+        with counted() as launches:
+            y, kept = layer_map.forward(few, bias, [*ins, *outs])
+        assert kept == ()
+        assert launches.names == names
+        assert torch.equal(y, subject.decode(few, ins, outs, bias))
     return "layer"
 
 
@@ -69,10 +81,35 @@ def forms() -> Iterator[Form]:
         ((16, 16, 16), (16, 16, 16), 64),
         ((1, 64, 64), (86, 128), 256),
         ((64, 64), (64, 64), 89),
+        ((16, 16, 32), (16, 16, 32), 64),
     ):
         for dtype in (torch.bfloat16, torch.float32):
             for rows in (1, 16):
-                yield from _forms((in_modes, out_modes), rank, rows, dtype)
+                if in_modes != (16, 16, 32):
+                    yield from _forms((in_modes, out_modes), rank, rows, dtype)
+            for rows in (1, 4):
+                one = subject.one_launch((in_modes, out_modes), rank, rows, True, dtype)
+                if one is not None:
+                    yield _form_of_one(one, (in_modes, out_modes), rank, rows, dtype)
+
+
+def _form_of_one(
+    one: subject.OneLaunch,
+    modes: tuple[tuple[int, ...], tuple[int, ...]],
+    rank: int,
+    rows: int,
+    dtype: torch.dtype,
+) -> Form:
+    (pointer,) = pointers_to(dtype, 1)
+    ins, outs = (pointers_to(dtype, len(side)) for side in modes)
+    return Form(
+        f"one launch {modes} rank {rank} {rows=} {short(dtype)}",
+        subject.decode_kernel,
+        (pointer, ins[: one.cut], ins[one.cut :], outs, pointer, pointer, "i32"),
+        one.constants,
+        wide_loads=rank * dtype.itemsize % 16 == 0,
+        tensor_cores=dtype != torch.float32,
+    )
 
 
 def _forms(

@@ -1,15 +1,24 @@
-"""A linear map of few rows from its factors alone: Y = X KA KCᵀ + bias in two launches.
+"""A linear map of few rows from its factors alone: Y = X KA KCᵀ + bias in one or two launches.
 
-With few rows there is next to nothing to compute; launching and reading take the time. In the first
-kernel each program makes some rows of KA from the factors, multiplies its part of X with them and
-writes a partial Z. The second kernel adds these up in a fixed order, rounds Z once, makes rows of
-KC and multiplies Z with them. Neither matrix ever stands in memory.
+With few rows there is next to nothing to compute; launching and reading take the time.
 
-Rows are padded to 16, the least that tensor cores take.
+**One launch.** Each program makes all of Z for itself, and then its columns of Y. That is little
+work in two groups of modes: with KA = KL ⊙ KR, of l and s rows,
+
+    Z[t, r] = Σ_l KL[l, r] Σ_s X[t, l, s] KR[s, r]
+
+is a product of (t·l, s) with (s, r) and a short weighted sum. It serves up to ``MOST_AT_ONCE`` rows
+t·l.
+
+**Two launches** for more rows or terms. In the first kernel each program makes some rows of KA from
+the factors, multiplies its part of X with them and writes a partial Z. The second kernel adds these
+up in a fixed order, rounds Z once, makes rows of KC and multiplies Z with them.
+
+Neither matrix ever stands in memory. Rows are padded to 16, the least that tensor cores take.
 
 Axes: t rows, i in features (M), n out features, r rank.
 
-Arguments that mean the same in both kernels: MODES are the modes of the in factors and of the out
+Arguments that mean the same in the kernels: MODES are the modes of the in factors and of the out
 factors, and RIGHT says by how many rows of the matrix a step in each moves; RANK is the number of
 columns of a factor; ROWS is the number of rows t, ``rows``, rounded up to a power of two.
 """
@@ -42,6 +51,9 @@ MOST_ROWS = 16
 PARTS_OF_FEW, PARTS_OF_MORE = 32, 16
 # In features and columns of a tile of the first kernel; out features and terms of the second.
 BLOCK, COLUMNS, OUT_FEATURES, TERMS = 128, 32, 32, 64
+# One launch serves up to so many rows t, rows t·l of its product, and entries of KR, which each
+# program makes for itself.
+MOST_ROWS_AT_ONCE, MOST_AT_ONCE, MOST_ENTRIES_AT_ONCE = 4, 64, 2**15
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -129,7 +141,70 @@ def expand_kernel(
     tl.store(at, rounded(total, dtype), mask=(t < rows)[None, :] & real[:, None])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def decode_kernel(
+    x,
+    left,
+    right,
+    out_factors,
+    bias,
+    y,
+    rows,
+    MODES: tl.constexpr,
+    RIGHT: tl.constexpr,
+    LEFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Write COLUMNS out features of y (t, WIDTH) from x (t, LEFT · SPLIT).
+
+    It is made from pointers to the in factors of the left and of the right group and to the out
+    factors (m_d, RANK) and, with BIASED, from bias (WIDTH,). MODES and RIGHT have an entry for each
+    of the three. LEFT is padded to PADDED, BLOCK rows of KR and TERMS columns are taken at a time.
+    """
+    q = tl.arange(0, ROWS * PADDED)
+    t, left_row = q // PADDED, q % PADDED
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real, there = n < WIDTH, (q // PADDED < rows) & (left_row < LEFT)
+    dtype: tl.constexpr = y.dtype.element_ty
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, RANK, TERMS):
+        r = first + tl.arange(0, TERMS)
+        ranked = (r < RANK)[None, :]
+        summed = tl.zeros((ROWS * PADDED, TERMS), tl.float32)
+        for start in range(0, SPLIT, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            mask = (s < SPLIT)[:, None] & ranked
+            kr = khatri_rao_rows(right, s, r, mask, MODES, RIGHT, 1, RANK, -1)
+            kr = rounded(tl.where(mask, kr, 0.0), dtype)
+            at = x + ((t * LEFT + left_row) * SPLIT)[:, None] + s[None, :]
+            part = tl.load(at, mask=there[:, None] & (s < SPLIT)[None, :], other=0.0)
+            summed = product(part, kr, summed)
+        mask = there[:, None] & ranked
+        kl = khatri_rao_rows(left, left_row, r, mask, MODES, RIGHT, 0, RANK, -1)
+        weighted = summed * tl.where(mask, kl, 0.0)
+        z = tl.sum(tl.reshape(weighted, (ROWS, PADDED, TERMS)), 1)
+        z = rounded(z, dtype).to(tl.float32)
+        mask = real[:, None] & ranked
+        kc = khatri_rao_rows(out_factors, n, r, mask, MODES, RIGHT, 2, RANK, -1)
+        kc = rounded(tl.where(mask, kc, 0.0), dtype).to(tl.float32)
+        total += tl.sum(z[:, None, :] * kc[None, :, :], 2)
+    if BIASED:
+        total += tl.load(bias + n, mask=real, other=0.0).to(tl.float32)[None, :]
+    row = tl.arange(0, ROWS)
+    at = y + row[:, None] * WIDTH + n[None, :]
+    tl.store(at, rounded(total, dtype), mask=(row < rows)[:, None] & real[None, :])
+
+
 CONTRACT = Launcher(contract_kernel)
+DECODE = Launcher(decode_kernel)
 EXPAND = Launcher(expand_kernel)
 
 Modes = tuple[int, ...]
@@ -173,6 +248,42 @@ def form_of(
     )
 
 
+class OneLaunch(NamedTuple):
+    """Grid and constants of the one kernel, and how many in factors make the left group."""
+
+    grid: tuple[int, int, int]
+    constants: tuple[Any, ...]
+    cut: int
+
+
+@functools.lru_cache(maxsize=4096)
+def one_launch(
+    modes: tuple[Modes, Modes], rank: int, rows: int, biased: bool, dtype: torch.dtype
+) -> OneLaunch | None:
+    """Return how one kernel computes such a map, None where two are to be launched.
+
+    The left group is the longest for which rows t·l fit, as that leaves the right group short.
+    """
+    ins, outs = modes
+    padded_rows = up_to_power_of_two(rows)
+    # More rows of float32 would not fit into the registers.
+    most = 16 if dtype == torch.float32 else MOST_AT_ONCE
+    for cut in range(len(ins) - 1, 0, -1):
+        left, split = math.prod(ins[:cut]), math.prod(ins[cut:])
+        padded = max(up_to_power_of_two(left), 16 // padded_rows)
+        if padded_rows <= MOST_ROWS_AT_ONCE and padded_rows * padded <= most:
+            if split * rank > MOST_ENTRIES_AT_ONCE:
+                return None
+            groups = ins[:cut], ins[cut:], outs
+            block = max(16, min(TERMS, up_to_power_of_two(split)))
+            terms = max(16, min(TERMS, up_to_power_of_two(rank)))
+            width = math.prod(outs)
+            sizes = left, split, width, rank, padded_rows, padded, biased
+            constants = (groups, tuple(map(right_of, groups)), *sizes, block, OUT_FEATURES, terms)
+            return OneLaunch((-(-width // OUT_FEATURES), 1, 1), constants, cut)
+    return None
+
+
 def decode(
     x: Tensor,
     in_factors: Sequence[Tensor],
@@ -189,6 +300,18 @@ def decode(
     """
     rows, rank = x.shape[0], in_factors[0].shape[1]
     modes = tuple([tuple([f.shape[0] for f in side]) for side in (in_factors, out_factors)])
+    one = one_launch(modes, rank, rows, bias is not None, x.dtype)
+    if one is not None:
+        y = x.new_empty((rows, math.prod(modes[1])))
+        left, right = tuple(in_factors[: one.cut]), tuple(in_factors[one.cut :])
+        added = x if bias is None else bias
+        DECODE(
+            (one, x.dtype, added.dtype),
+            one.grid,
+            (x, *in_factors, *out_factors, added, y),
+            (x, left, right, tuple(out_factors), added, y, rows, *one.constants),
+        )
+        return y
     form = form_of(modes, rank, rows, bias is not None, x.dtype)
     partial = x.new_empty((form.parts, form.rows, rank), dtype=torch.float32)
     y = x.new_empty((rows, form.expand[2]))
