@@ -25,13 +25,16 @@ from neuralop.models import FNO
 from torch import Tensor, nn
 
 import polyadic
-from benchmarks.records import append, environment
+from benchmarks.records import append, environment, read
+from benchmarks.spectral.equal import nearest_share
 
 VISCOSITY, POSITIONS, EVERY, STEPS_OF_TIME = 0.01, 256, 2, 1000
 TRAINED, TESTED, BATCH = 512, 128, 16
 WIDTH, MODES, BLOCKS, RATE = 32, 32, 4, 3e-3
 # Shares of the dense weights' parameters.
-RANKS = (0.1,)
+RANKS = (0.1, 0.03)
+# A curve has the error on unseen values at this many points.
+POINTS = 10
 
 
 def initial(samples: int, generator: torch.Generator) -> Tensor:
@@ -108,14 +111,15 @@ def spectral_parameters(model: nn.Module) -> int:
 
 
 def tucker_like(parameters: int) -> dict[str, Any]:
-    """Options of the Tucker model with at most so many numbers in its weights."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        options = {"factorization": "Tucker", "rank": middle}
-        fits = spectral_parameters(Model("", options).make()) <= parameters
-        low, high = (middle, high) if fits else (low, middle)
-    return {"factorization": "Tucker", "rank": low}
+    """Options of the Tucker model whose weights have nearest to so many numbers."""
+
+    def options(share: float) -> dict[str, Any]:
+        return {"factorization": "Tucker", "rank": share}
+
+    def count(share: float) -> int:
+        return spectral_parameters(Model("", options(share)).make())
+
+    return options(nearest_share(count, parameters))
 
 
 def models() -> list[Model]:
@@ -126,8 +130,9 @@ def models() -> list[Model]:
         parameters = spectral_parameters(Model("", options).make())
         found.append(Model(f"tucker {rank:g}", tucker_like(parameters)))
         found.append(Model(f"cp {rank:g}", options))
-        ours = partial(polyadic.accelerate_neuralop, transforms=True)
-        found.append(Model(f"cp {rank:g} accelerated", options, ours))
+    ours = partial(polyadic.accelerate_neuralop, transforms=True)
+    options = {"factorization": "CP", "rank": RANKS[0]}
+    found.append(Model(f"cp {RANKS[0]:g} accelerated", options, ours))
     return found
 
 
@@ -137,6 +142,12 @@ def relative(got: Tensor, want: Tensor) -> Tensor:
     return error
 
 
+def unseen(net: nn.Module, first: Tensor, last: Tensor) -> float:
+    """The error on the values kept for tests."""
+    with torch.no_grad():
+        return float(relative(net(first[TRAINED:]), last[TRAINED:]))
+
+
 def train(model: Model, first: Tensor, last: Tensor, steps: int, seed: int) -> dict[str, Any]:
     """Train a model; its test error, its numbers, and the processor's seconds of a step."""
     torch.manual_seed(seed)
@@ -144,9 +155,9 @@ def train(model: Model, first: Tensor, last: Tensor, steps: int, seed: int) -> d
     optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    spent, curve = [], []
+    spent, losses, curve = [], [], []
     with model.within():
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             rows = torch.randint(TRAINED, (BATCH,), generator=generator)
             start = time.thread_time()
             loss = relative(net(first[rows]), last[rows])
@@ -155,12 +166,14 @@ def train(model: Model, first: Tensor, last: Tensor, steps: int, seed: int) -> d
             optimizer.step()
             schedule.step()
             spent.append(time.thread_time() - start)
-            curve.append(float(loss.detach()))
-        with torch.no_grad():
-            error = float(relative(net(first[TRAINED:]), last[TRAINED:]))
+            losses.append(float(loss.detach()))
+            if step % max(1, steps // POINTS) == 0:
+                curve.append([step, unseen(net, first, last)])
+        error = unseen(net, first, last)
     return {
         "error": error,
-        "trained_error": sum(curve[-20:]) / len(curve[-20:]),
+        "trained_error": sum(losses[-20:]) / len(losses[-20:]),
+        "curve": curve,
         "seconds": sorted(spent)[len(spent) // 4],
         "parameters": spectral_parameters(net),
         "all_parameters": sum(p.numel() * (1 + p.is_complex()) for p in net.parameters()),
@@ -168,17 +181,27 @@ def train(model: Model, first: Tensor, last: Tensor, steps: int, seed: int) -> d
 
 
 def run(out: Path, steps: int, seeds: int) -> None:
-    """Make the data, train all models, and store the records."""
+    """Make the data, train all models, and store the records; what the file holds is left out.
+
+    Raises:
+        ValueError: the file of this day is of other sizes.
+    """
     torch.set_num_threads(1)
     path = out / f"burgers-{date.today()}.jsonl"
-    path.unlink(missing_ok=True)
     sizes = {"steps": steps, "batch": BATCH, "trained_on": TRAINED, "tested_on": TESTED}
     sizes |= {"positions": POSITIONS // EVERY, "width": WIDTH, "modes": MODES, "blocks": BLOCKS}
-    record = environment(torch.device("cpu"), torch.float32)
-    append(path, {**record, "threads": 1, "sizes": sizes, "viscosity": VISCOSITY, "rate": RATE})
+    there = read(path, growing=True) if path.exists() else []
+    if not there:
+        record = environment(torch.device("cpu"), torch.float32)
+        append(path, {**record, "threads": 1, "sizes": sizes, "viscosity": VISCOSITY, "rate": RATE})
+    elif there[0]["sizes"] != sizes:
+        raise ValueError(f"{path} is of other sizes, {there[0]['sizes']}; delete it or go on so")
+    done = {(record["model"], record["seed"]) for record in there[1:]}
     first, last = data()
     for seed in range(seeds):
         for model in models():
+            if (model.name, seed) in done:
+                continue
             found = train(model, first, last, steps, seed)
             append(path, {"kind": "solve", "model": model.name, "seed": seed, **found})
             print(

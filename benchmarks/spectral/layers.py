@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import polyadic
 from benchmarks.records import append, environment
+from benchmarks.spectral.equal import nearest_share
 from polyadic.functional import cp_spectral_conv
 from polyadic.nn import CPSpectralConv1d, CPSpectralConv2d, CPSpectralConv3d
 from polyadic.planner import choice
@@ -113,12 +114,11 @@ def theirs(cell: Cell, **options: Any) -> SpectralConv:
 def tucker_of(cell: Cell, parameters: int) -> SpectralConv:
     """Make the Tucker layer whose number of parameters is nearest to a number."""
     make = partial(theirs, cell, factorization="Tucker", implementation="factorized")
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        found = sum(p.numel() for p in make(rank=middle).weight.parameters())
-        low, high = (middle, high) if found <= parameters else (low, middle)
-    return make(rank=max(low, 1e-4))
+
+    def count(share: float) -> int:
+        return sum(p.numel() for p in make(rank=share).weight.parameters())
+
+    return make(rank=nearest_share(count, parameters))
 
 
 def forced(cell: Cell, layer: Any) -> list[Contestant]:
