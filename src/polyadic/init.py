@@ -162,11 +162,17 @@ def torch_std(fan_in: int, dtype: torch.dtype = torch.float32) -> float:
 @torch.no_grad()
 def torch_bias_(bias: Tensor, fan_in: int) -> None:
     """Fill a bias, of a complex one each part, as torch does: U(−1/√fan_in, 1/√fan_in)."""
-    if is_spread(bias):
-        _fill_shards([bias], lambda drawn: torch_bias_(drawn[0], fan_in))
-        return
     bound = 1 / math.sqrt(fan_in)
-    bias.uniform_(-bound, bound)
+    bias_(bias, lambda values: values.uniform_(-bound, bound))
+
+
+@torch.no_grad()
+def bias_(bias: Tensor, draw: Callable[[Tensor], Any]) -> None:
+    """Fill a bias by a function of a tensor; DTensors get shards of what one process draws."""
+    if is_spread(bias):
+        _fill_shards([bias], lambda drawn: draw(drawn[0]))
+    else:
+        draw(bias)
 
 
 def _fill_shards(tensors: Sequence[Any], draw: Callable[[list[Tensor]], None]) -> None:

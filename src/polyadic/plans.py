@@ -284,6 +284,9 @@ class SpectralRoute:
         transforms: for each spatial dimension ``"dft"``, a product with a truncated DFT matrix, or
             ``"fft"``, a fast transform that is cut to the kept modes; () where the input is a
             spectrum already.
+        components_at_once: number of components of the weight that are contracted together, so that
+            their part of the factors stays in a cache beside those maps; None for all of them, as
+            where all modes are contracted at once.
 
     Raises:
         ValueError: an argument is none of these.
@@ -292,11 +295,18 @@ class SpectralRoute:
     modes_at_once: int | None = None
     kind: Kind = "factorized"
     transforms: tuple[Transform, ...] = ()
+    components_at_once: int | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.kind, ("factorized", "dense"), "kind")
-        if self.modes_at_once is not None:
-            _check_groups((self.modes_at_once,), "modes_at_once")
+        for name in ("modes_at_once", "components_at_once"):
+            if getattr(self, name) is not None:
+                _check_groups((getattr(self, name),), name)
+        if self.components_at_once is not None and self.modes_at_once is None:
+            raise ValueError(
+                f"components_at_once is for pieces of modes: give modes_at_once too, got "
+                f"components_at_once={self.components_at_once}"
+            )
         if not isinstance(self.transforms, tuple):
             raise ValueError(
                 f"transforms must be a tuple of 'dft' and 'fft', one for each spatial dimension, "
@@ -312,6 +322,8 @@ class SpectralRoute:
             how = "all modes at once"
         else:
             how = f"{self.modes_at_once} modes at once"
+            if self.components_at_once is not None:
+                how += f" of {self.components_at_once} components"
         return f"{how}, {' '.join(self.transforms)}" if self.transforms else how
 
 

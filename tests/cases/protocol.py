@@ -251,6 +251,7 @@ class Case(ABC):
 
     def torch_layer(self, **kwargs: Any) -> nn.Module:
         """Torch's own layer with these options."""
+        assert self.kind.dense is not None
         return self.kind.dense(**self.sizes, **self.options, **kwargs)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,13 +48,20 @@ def _all_but(names: set[str], reason: str) -> dict[str, str]:
     return {name: reason for name in LAYERS if name not in names}
 
 
+SPECTRAL = [name for name, layer in LAYERS.items() if layer.spectral]
 NO_IMAGE = {
-    name: "torch has the layout for two and three spatial dimensions"
+    name: "torch's Fourier transforms hand on no such layout"
+    if layer.spectral
+    else "torch has the layout for two and three spatial dimensions"
     for name, layer in LAYERS.items()
-    if layer.dims < 2
+    if layer.dims < 2 or layer.spectral
 }
 NO_FUSION = {
-    **{name: "torch fuses convolutions" for name, layer in LAYERS.items() if not layer.dims},
+    **{
+        name: "torch fuses its own convolutions"
+        for name, layer in LAYERS.items()
+        if not layer.dims or layer.spectral
+    },
     "CPConvTranspose2d": "torch's fusion fails for a transposed convolution with groups",
 }
 NO_LORA = _all_but({"CPLinear", "CPLinear.joint"}, "the adapter is one of linear layers")
@@ -62,8 +69,9 @@ NO_ROWS = {name: "torch's convolutions take none" for name, layer in LAYERS.item
 NOT_FROZEN = {
     name: "freeze leaves it as it is"
     for name in LAYERS
-    if "Transpose" in name or "Embedding" in name or "Tied" in name
+    if "Transpose" in name or "Embedding" in name or "Tied" in name or "Spectral" in name
 }
+OF_REAL_MAPS = dict.fromkeys(SPECTRAL, "its maps are real and its factors complex in every row")
 OF_INDICES = {name: "indices are of no such dtype" for name, row in LAYERS.items() if row.indices}
 OF_LINEAR = _all_but({"CPLinear"}, "the module is made of linear layers")
 FEATURES = {
@@ -72,25 +80,27 @@ FEATURES = {
     "float16": Feature(partial(features.lower, dtype=torch.float16)),
     "autocast to bfloat16": Feature(partial(features.autocast, dtype=torch.bfloat16)),
     "autocast to float16": Feature(partial(features.autocast, dtype=torch.float16)),
-    "complex128": Feature(features.of_complex(features.eager)),
-    "complex64": Feature(features.of_complex(partial(features.lower, dtype=torch.complex64))),
-    "real and complex input are never mixed": Feature(features.mixed, OF_INDICES),
+    "complex128": Feature(features.of_complex(features.eager), OF_REAL_MAPS),
+    "complex64": Feature(
+        features.of_complex(partial(features.lower, dtype=torch.complex64)), OF_REAL_MAPS
+    ),
+    "real and complex input are never mixed": Feature(features.mixed, OF_INDICES | OF_REAL_MAPS),
     "complex128, torch.compile, fullgraph": Feature(
-        features.of_complex(features.compiled), long=True
+        features.of_complex(features.compiled), OF_REAL_MAPS, long=True
     ),
     "complex128, torch.export, not strict": Feature(
-        features.of_complex(partial(features.export, strict=False)), long=True
+        features.of_complex(partial(features.export, strict=False)), OF_REAL_MAPS, long=True
     ),
     "complex128, torch.func.vmap": Feature(
-        features.of_complex(features.of_functions(features._vmap))
+        features.of_complex(features.of_functions(features._vmap)), OF_REAL_MAPS
     ),
     "complex128, torch.func.jvp": Feature(
-        features.of_complex(features.of_functions(features._jvp))
+        features.of_complex(features.of_functions(features._jvp)), OF_REAL_MAPS
     ),
     "complex128, double backward": Feature(
-        features.of_complex(features.of_functions(features._double_backward))
+        features.of_complex(features.of_functions(features._double_backward)), OF_REAL_MAPS
     ),
-    "complex128, state_dict": Feature(features.of_complex(features.state_dict)),
+    "complex128, state_dict": Feature(features.of_complex(features.state_dict), OF_REAL_MAPS),
     "channels_last in and out": Feature(features.channels_last, NO_IMAGE),
     "output changed in place": Feature(matrix_inplace.eager),
     "output changed in place, torch.compile": Feature(matrix_inplace.compiled, slow=True),
@@ -178,7 +188,28 @@ FEATURES_OF_IMAGES = Refusal(
     "refused by name: the sum would be of images with R channels; RankParallel serves",
     "FeatureParallel does not support",
 )
+OF_HALVES = Refusal(
+    "refused by name: Fourier transforms take float32 or float64; precision='mixed' rounds the "
+    "spectra",
+    "a spectral convolution transforms maps in",
+)
+TWO_DTYPES = Refusal(
+    "torch's optimizer wants parameters of one dtype, and the bias is real; bias=False leaves "
+    "complex ones alone",
+    "only supports using the same dense type",
+)
+NO_COMPLEX_NORM = Refusal(
+    "torch's weight_norm has no complex numbers", "not implemented for 'ComplexDouble'"
+)
+NO_COMPLEX_ONNX = Refusal(
+    "torch's exporter to ONNX has no rules for the complex numbers of a transform", "complex"
+)
 REFUSED = {
+    **{(name, dtype): OF_HALVES for name in SPECTRAL for dtype in ("bfloat16", "float16")},
+    **{(name, "FSDP2, bfloat16 with sums in float32"): OF_HALVES for name in SPECTRAL},
+    **{(name, "ZeroRedundancyOptimizer"): TWO_DTYPES for name in SPECTRAL if name[-2:] != "3d"},
+    **{(name, "weight_norm on a factor"): NO_COMPLEX_NORM for name in SPECTRAL},
+    **{(name, "ONNX, run by onnxruntime, dynamic batch"): NO_COMPLEX_ONNX for name in SPECTRAL},
     **{(name, "checkpoint, use_reentrant=True"): REENTRANT
        for name, layer in LAYERS.items() if layer.indices},
     **{(name, matrix_distributed.FEATURES): FEATURES_OF_IMAGES

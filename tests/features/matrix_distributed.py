@@ -109,29 +109,42 @@ def zero_redundancy(layer: Layer, rank: int) -> None:
     assert_same(dict(module.named_parameters()), dict(alone.named_parameters()))
 
 
+def shard(module: Any, layer: Layer, **options: Any) -> Any:
+    """``fully_shard``, complex factors before the real bias: a group has parameters of one dtype.
+
+    The layer reads the factors after the CP tensor has handed them out, so they stay until the
+    backward.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if layer.spectral:
+        cp = getattr(module, "_checkpoint_wrapped_module", module).cp
+        fully_shard(cp, **{**options, "reshard_after_forward": False})
+    return fully_shard(module, **options)
+
+
 def fully_sharded(layer: Layer, rank: int) -> None:
     """Resharded after the forward or not, and with the forward computed again for the backward."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     module, x, want = expected(layer, rank)
     for reshard in (True, False):
-        sharded = fully_shard(copy.deepcopy(module), mesh=line(), reshard_after_forward=reshard)
+        sharded = shard(copy.deepcopy(module), layer, mesh=line(), reshard_after_forward=reshard)
         assert all(isinstance(p, DTensor) for p in sharded.parameters())
         assert_same(trained(sharded, x), want)
-    again = fully_shard(checkpoint_wrapper(module), mesh=line())
+    again = shard(checkpoint_wrapper(module), layer, mesh=line())
     found = trained(again, x)
     assert_same({k.removeprefix("_checkpoint_wrapped_module."): v for k, v in found.items()}, want)
 
 
 def mixed_precision(layer: Layer, rank: int) -> None:
     """Computed in bfloat16, with gradients summed and kept in float32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     module, x, want = expected(layer, rank)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    sharded = fully_shard(module.float(), mesh=line(), mp_policy=policy)
+    sharded = shard(module.float(), layer, mesh=line(), mp_policy=policy)
     found = trained(sharded, x.float() if x.is_floating_point() else x)
     assert found.pop("y").dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in found.values())
@@ -141,20 +154,18 @@ def mixed_precision(layer: Layer, rank: int) -> None:
 
 def hybrid_sharded(layer: Layer, rank: int) -> None:
     """Sharded along one dimension of a mesh and replicated along the other."""
-    from torch.distributed.fsdp import fully_shard
 
     module, x, want = expected(layer, rank)
     for shape in shapes():
         mesh = mesh_of(*shape, names=("replicate", "shard"))
-        assert_same(trained(fully_shard(copy.deepcopy(module), mesh=mesh), x), want)
+        assert_same(trained(shard(copy.deepcopy(module), layer, mesh=mesh), x), want)
 
 
 def from_meta(layer: Layer, rank: int) -> None:
     """Made without memory, sharded, and drawn as the first process would draw it alone."""
-    from torch.distributed.fsdp import fully_shard
 
     alone, sharded = layer.make(), layer.make().to("meta")
-    fully_shard(sharded, mesh=line())
+    shard(sharded, layer, mesh=line())
     sharded.to_empty(device="cpu")
     torch.manual_seed(7 + rank)
     sharded.reset_parameters()
@@ -216,7 +227,6 @@ def feature_parallel(layer: Layer, rank: int) -> None:
 
 def two_dimensional(layer: Layer, rank: int) -> None:
     """A slice of the rank along one dimension of a mesh, fully sharded along the other."""
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import parallelize_module
 
     from polyadic.distributed import RankParallel
@@ -225,7 +235,7 @@ def two_dimensional(layer: Layer, rank: int) -> None:
         mesh = mesh_of(*shape, names=("data", "rank"))
         module, x, want = expected(layer, mesh.get_local_rank("data"), shape[0])
         parallelize_module(module, mesh["rank"], RankParallel())
-        assert_same(trained(fully_shard(module, mesh=mesh["data"]), x), want)
+        assert_same(trained(shard(module, layer, mesh=mesh["data"]), x), want)
 
 
 class Doubled(nn.Module):

@@ -33,9 +33,8 @@ def eager(layer: Layer) -> None:
                 with off():
                     assert_close(change(module(x)), want["y"], "y without gradients")
         # Convolutions in single precision run in another memory format than in double.
-        weight = next(module.parameters())
-        dtype = torch.complex64 if weight.is_complex() else torch.float32
-        y = change(copy.deepcopy(module).to(dtype)(x.to(dtype) if x.dtype == weight.dtype else x))
+        dtype = torch.complex64 if layer.exact.is_complex else torch.float32
+        y = change(copy.deepcopy(module).to(dtype)(x.to(dtype) if x.dtype == layer.exact else x))
         y.abs().sum().backward()  # type: ignore[no-untyped-call]
         # Which entries are dropped depends on their order in memory.
         if name != "dropout":

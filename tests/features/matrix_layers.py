@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cases.spectral import dense_spectral
 from cases.weights import (
     dense_conv,
     dense_conv_transpose,
@@ -46,7 +47,7 @@ class Layer:
         layer = self.build(dtype=self.exact)
         owner: CPTensor = getattr(layer.cp, "joint", layer.cp)
         if self.scaled:
-            owner.weights = nn.Parameter(torch.empty(owner.rank, dtype=self.exact))
+            owner.weights = nn.Parameter(torch.empty(owner.rank, dtype=owner.factors[0].dtype))
         with torch.no_grad():
             for parameter in layer.parameters():
                 signs = torch.randn_like(parameter).sgn()
@@ -76,7 +77,13 @@ class Layer:
     @property
     def dims(self) -> int:
         """Spatial dimensions of the input."""
-        return len(self.sample) - 1 if self.dense in (dense_conv, dense_conv_transpose) else 0
+        of_space = self.dense in (dense_conv, dense_conv_transpose, dense_spectral)
+        return len(self.sample) - 1 if of_space else 0
+
+    @property
+    def spectral(self) -> bool:
+        """Whether real maps are transformed, so that the factors are complex."""
+        return self.dense is dense_spectral
 
 
 def _linear(**kwargs: Any) -> Any:
@@ -116,6 +123,17 @@ LAYERS = {
     ),
     "CPEmbedding": Layer(_embedding, dense_embedding, (5,)),
     "CPTiedLinear": Layer(lambda **kw: _embedding(**kw).as_linear(True), dense_tied, (6,)),
+    "CPSpectralConv1d": Layer(
+        _conv("CPSpectralConv1d", 6, 4, 5, out_shape=(2, 2)), dense_spectral, (6, 9)
+    ),
+    "CPSpectralConv2d": Layer(
+        _conv("CPSpectralConv2d", 4, 6, (3, 4), in_shape=(2, 2), fft_norm="ortho"),
+        dense_spectral, (4, 5, 6),
+    ),
+    "CPSpectralConv3d": Layer(
+        _conv("CPSpectralConv3d", 4, 4, (3, 2, 2), separable=True, bias=False),
+        dense_spectral, (4, 4, 3, 4), scaled=False,
+    ),
     "CPLinear.joint": Layer(
         _joint(pnn.CPLinear, 12, 10, in_shape=(2, 2, 3), out_shape=(2, 5)), dense_linear, (12,)
     ),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import itertools
 import math
-import pickle
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import polyadic
+from cases.spectral import Case, Shape, dense, groups_of, leaves, ours
 from compare import assert_all_close, assert_close
 from polyadic import SpectralPlan, SpectralRoute
 from polyadic import functional as PF
@@ -28,28 +25,6 @@ from polyadic.planner.request import request
 from polyadic.testing import Flops, KeptBytes
 
 LAYERS = {1: CPSpectralConv1d, 2: CPSpectralConv2d, 3: CPSpectralConv3d}
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of a call; ``outs`` is () of a separable weight, ``out`` the grid of the output."""
-
-    size: Shape
-    modes: Shape
-    ins: Shape = (3,)
-    outs: Shape = (4,)
-    rank: int = 5
-    batch: int | None = 2
-    norm: str = "forward"
-    out: Shape | None = None
-    weights: bool = True
-    bias: bool = True
-
-    @property
-    def dims(self) -> int:
-        return len(self.size)
-
 
 GRIDS = [
     ((8,), (3,)), ((9,), (5,)), ((8,), (9,)), ((1,), (1,)), ((2,), (2,)), ((13,), (4,)),
@@ -93,88 +68,6 @@ def name(case: Case) -> str:
     return "-".join(str(part).replace(" ", "") for part in parts)
 
 
-def leaves(case: Case, dtype: torch.dtype = torch.complex128) -> dict[str, Tensor]:
-    """Everything the output depends on."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
-
-    real = dtype.to_real()
-    lead = () if case.batch is None else (case.batch,)
-    groups = {"in": case.ins, "out": case.outs, "mode": case.modes}
-    found = {"x": normal(*lead, math.prod(case.ins), *case.size, dtype=real)}
-    for group, sizes in groups.items():
-        found |= {f"{group} {i}": normal(size, case.rank) for i, size in enumerate(sizes)}
-    if case.weights:
-        found["weights"] = normal(case.rank)
-    if case.bias:
-        found["bias"] = normal(math.prod(case.outs or case.ins), dtype=real)
-    return found
-
-
-def groups_of(named: dict[str, Tensor]) -> list[list[Tensor]]:
-    return [[t for n, t in named.items() if n.startswith(f"{g} ")] for g in ("in", "out", "mode")]
-
-
-def ours(case: Case, named: dict[str, Tensor], **options: Any) -> Tensor:
-    return PF.cp_spectral_conv(
-        named["x"], *groups_of(named), named.get("bias"), weights=named.get("weights"),
-        fft_norm=case.norm, output_size=case.out, **options,
-    )  # fmt: skip
-
-
-def frequencies(case: Case) -> list[list[int]]:
-    """The modes of each dimension that both grids have."""
-    found = []
-    for d, k in enumerate(case.modes):
-        n = min(case.size[d], (case.out or case.size)[d])
-        if d == case.dims - 1:
-            found.append(list(range(min(k, n // 2 + 1))))
-        else:
-            few = min(k, n)
-            found.append(list(range(-(few // 2), few - few // 2)))
-    return found
-
-
-def dense(case: Case, named: dict[str, Tensor]) -> Tensor:
-    """Whole transforms, and the dense weight by one einsum."""
-    x, (ins, outs, modes) = named["x"], groups_of(named)
-    x = x.unsqueeze(0) if case.batch is None else x
-    if case.batch == 0:
-        # torch transforms no empty batch.
-        empty = x.new_zeros(0, math.prod(case.outs or case.ins), *(case.out or case.size))
-        return empty + 0 * sum(tensor.abs().sum() for tensor in named.values())
-    scale = named.get("weights", torch.ones(case.rank, dtype=modes[0].dtype))
-    letters = iter("ABCDEFGHIJKLMNOPQ")
-    terms = [next(letters) for _ in (*ins, *outs, *modes)]
-    equation = f"{','.join(t + 'r' for t in terms)},r->{''.join(terms)}"
-    weight = torch.einsum(equation, *ins, *outs, *modes, scale)
-    weight = weight.reshape(
-        math.prod(case.ins), *((math.prod(case.outs),) if outs else ()), *case.modes
-    )
-    dims = tuple(range(-case.dims, 0))
-    spectrum = torch.fft.rfftn(x, dim=dims, norm=case.norm)
-    channels, out = 2 if outs else 1, case.out or case.size
-    kept = frequencies(case)
-    for d, modes_of_d in enumerate(kept):
-        f = torch.tensor(modes_of_d)
-        spectrum = spectrum.index_select(2 + d, f % case.size[d])
-        rows = f if d == case.dims - 1 else f + case.modes[d] // 2
-        weight = weight.index_select(channels + d, rows)
-    y = torch.einsum("bi...,io...->bo..." if outs else "bi...,i...->bi...", spectrum, weight)
-    for d, modes_of_d in enumerate(kept):
-        n = out[d] // 2 + 1 if d == case.dims - 1 else out[d]
-        empty = y.new_zeros(*y.shape[: 2 + d], n, *y.shape[3 + d :])
-        y = empty.index_copy(2 + d, torch.tensor(modes_of_d) % out[d], y)
-    if case.dims > 1:
-        y = torch.fft.ifftn(y, dim=dims[:-1], norm=case.norm)
-    y = torch.fft.irfft(y, n=out[-1], norm=case.norm)
-    if "bias" in named:
-        y = y + named["bias"].view(-1, *[1] * case.dims)
-    return y.squeeze(0) if case.batch is None else y
-
-
 def gradients(y: Tensor, named: dict[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
@@ -200,6 +93,7 @@ def plans(case: Case, at_once: tuple[int | None, ...] = (None, 1, 3)) -> list[Sp
         ]
         routes += [SpectralRoute(None, "dense", way) for way in ways]
         routes += [SpectralRoute(2, "factorized", way) for way in ways]
+        routes += [SpectralRoute(5, "factorized", ways[0], components_at_once=n) for n in (2, 4)]
     pairs = [*zip(routes, routes, strict=True), *itertools.pairwise(routes)]
     return [SpectralPlan(there, back, keep) for there, back in pairs for keep in (0, 1)]
 
@@ -230,31 +124,6 @@ def test_derivatives_of_all_kinds() -> None:
         inputs = tuple(named.values())
         assert gradcheck(function, inputs, check_forward_ad=True)
         assert gradgradcheck(function, inputs)
-
-
-def test_transforms_of_functions() -> None:
-    case = Case((7, 6), (4, 3))
-    named = leaves(case)
-    rest = {n: t.detach() for n, t in named.items() if n != "x"}
-    batches = torch.randn(3, *named["x"].shape, dtype=torch.float64)
-    got = torch.vmap(lambda x: ours(case, {"x": x, **rest}))(batches)
-    for one, x in zip(got, batches, strict=True):
-        assert_close(one, dense(case, {"x": x, **rest}), "vmap")
-    gradient = torch.func.grad(lambda u: ours(case, {**named, "mode 0": u}).square().sum())
-    (want,) = torch.autograd.grad(ours(case, named).square().sum(), named["mode 0"])
-    assert_close(gradient(named["mode 0"].detach()), want, "func.grad")
-
-
-@pytest.mark.parametrize("outs", [(4,), ()])
-def test_compiled(outs: Shape) -> None:
-    case = Case((7, 6), (4, 3), outs=outs)
-    named = leaves(case)
-    compiled = torch.compile(
-        lambda named: ours(case, named), backend="aot_eager", fullgraph=True
-    )  # fmt: skip
-    got, want = compiled(named), dense(case, named)
-    assert_close(got, want, "compiled")
-    assert_all_close(gradients(got, named), gradients(want, named))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -401,6 +270,11 @@ def test_the_choice() -> None:
     """Large maps go in pieces, small ones at once; with TF32 no product makes a transform."""
     large = request(polyadic.SpectralFormat((64,), (64,), (32, 17), 629), 8, torch.complex64)
     assert choice.choose(large).forward.modes_at_once is not None
+    assert (choice.choose(large).backward.components_at_once or 629) < 629
+    # What is to be fast keeps the Z of all modes where it is small, and not 22 MB of it.
+    middle = polyadic.SpectralFormat((64,), (64,), (16, 9), 77)
+    assert choice.choose(request(middle, 8, torch.complex64, memory="fast")).keeps_z
+    assert not choice.choose(dataclasses.replace(large, memory="fast")).keeps_z
     small = request(polyadic.SpectralFormat((8,), (8,), (4, 3), 5), 2, torch.complex64)
     assert choice.choose(small).forward.modes_at_once is None
     on_gpu = request(
@@ -439,6 +313,9 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: CPSpectralConv2d.from_spectral_conv(torch.nn.Linear(2, 2)), TypeError, "CP format"),
     (lambda: SpectralRoute(0), ValueError, "modes_at_once"),
     (lambda: SpectralRoute(transforms=("fast",)), ValueError, "transforms"),
+    (lambda: SpectralRoute(components_at_once=3), ValueError, "for pieces of modes"),
+    (lambda: CPSpectralConv2d(3, 4, 6, rank=2, max_n_modes=4), ValueError, "at most"),
+    (lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(2, 3, 8, 8).half()), TypeError, "mixed"),
     (lambda: SpectralPlan(SpectralRoute(), 1), TypeError, "SpectralRoute"),
     (lambda: ours(Case((8,), (3,)), leaves(Case((8,), (3,))), plan=plans(Case((7, 6), (4, 3)))[0]),
      ValueError, "dimensions"),
@@ -467,24 +344,3 @@ def test_transforms_are_adjoint(ways: Any) -> None:
             left = torch.vdot(spectrum.flatten(), into(x).flatten()).real
             assert_close((back(spectrum) * x).sum(), left, "adjoint")
             assert back.adjoint() == into
-
-
-def test_tools_of_torch(tmp_path: Path) -> None:
-    """Copies, files, a leaf of torch.fx, and a graph with any batch."""
-    layer = CPSpectralConv2d(3, 4, 4, rank=2)
-    x = torch.randn(2, 3, 8, 9)
-    want = layer(x)
-    assert torch.equal(copy.deepcopy(layer)(x), want)
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)
-    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    other = CPSpectralConv2d(3, 4, 4, rank=2)
-    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
-    assert torch.equal(other(x), want)
-    traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
-    assert torch.equal(traced(x), want)
-    batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},), strict=False)
-    more = torch.randn(5, 3, 8, 9)
-    assert_close(program.module()(more), layer(more), "exported", 1e-6)
-    checkpointed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    assert torch.equal(checkpointed, want)

@@ -183,9 +183,8 @@ LAYERS: list[Any] = [
 NOT_SAVED = {"device", "dtype", "order", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"}
 
 
-# What a skeleton holds already: a module around layers, which are saved by themselves, and the
-# layers that stand in for none of torch's.
-IN_SKELETONS = {"CPSharedInput", "CPSpectralConv1d", "CPSpectralConv2d", "CPSpectralConv3d"}
+# What a skeleton holds already: a module around layers, which are saved by themselves.
+IN_SKELETONS = {"CPSharedInput"}
 
 
 @pytest.mark.parametrize("name", sorted(set(polyadic.nn.__all__) - {"CPTiedLinear"} - IN_SKELETONS))
@@ -195,17 +194,32 @@ def test_every_argument_of_every_layer_is_saved(name: str) -> None:
     assert set(BY_NAME) == set(polyadic.nn.__all__) - IN_SKELETONS
 
 
-def test_a_spectral_layer_of_the_skeleton_gets_its_values(tmp_path: Path) -> None:
-    def made() -> Any:
-        spectral = polyadic.nn.CPSpectralConv1d(4, 4, 4, rank=2)
-        return nn.ModuleList([spectral, polyadic.nn.CPLinear(4, 4, rank=2)])
+def test_spectral_layers_need_equal_ones_in_the_skeleton(tmp_path: Path) -> None:
+    """Torch has none of which they could be made, and none that they could become."""
+
+    def made(**options: Any) -> Any:
+        first = polyadic.nn.CPSpectralConv1d(4, 4, 4, rank=2, resolution_scaling=2, **options)
+        last = polyadic.nn.CPSpectralConv1d(4, 4, 6, rank=2, separable=True, fft_norm="ortho")
+        return nn.Sequential(first, last, nn.Flatten(), polyadic.nn.CPLinear(128, 4, rank=2))
 
     torch.manual_seed(0)
-    model, skeleton = made(), made()
+    model, skeleton = made(), made(max_n_modes=4, memory="least")
     polyadic.save_pretrained(model, tmp_path)
     polyadic.from_pretrained(tmp_path, skeleton)
     x = torch.randn(2, 4, 16)
-    assert torch.equal(skeleton[0](x), model[0](x))
+    assert torch.equal(skeleton(x), model(x))
+    skeleton[0].n_modes = 3
+    with pytest.raises(ValueError, match=r"n_modes is \(3,\), not \(4,\)"):
+        polyadic.from_pretrained(tmp_path, skeleton)
+    model[0].n_modes = 3
+    polyadic.save_pretrained(model, tmp_path)
+    polyadic.from_pretrained(tmp_path, skeleton)
+    assert torch.equal(skeleton(x), model(x))
+    with pytest.raises(ValueError, match="it is Conv1d, not CPSpectralConv1d"):
+        polyadic.from_pretrained(tmp_path, nn.Sequential(nn.Conv1d(4, 4, 3), *made()[1:]))
+    with pytest.raises(ValueError, match="'0' is a CPSpectralConv1d, which stands in for no layer"):
+        polyadic.pretrained.merge(model)
+    assert isinstance(model[3], polyadic.nn.CPLinear)
 
 
 def test_layers_of_one_input_are_saved_and_loaded(tmp_path: Path) -> None:

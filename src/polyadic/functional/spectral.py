@@ -185,6 +185,12 @@ def _settle(
     fmt, groups = _format(groups, weights)
     first, dims = groups[0][0], len(fmt.modes)
     real = torch.empty(0, dtype=REAL[first.dtype], device=first.device)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"a spectral convolution transforms maps in {real.dtype}, the dtype of its factors' "
+            f"parts, got x in {x.dtype}; give it x.to({real.dtype}), and precision='mixed' to "
+            f"round the spectra to half precision"
+        )
     checks.check_like_factors(x, real, "x")
     if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != fmt.in_channels:
         sizes_text = ", ".join(f"S{d + 1}" for d in range(dims))

@@ -153,7 +153,10 @@ class _Contraction:
                 return theirs(x, weight, separable=separable, **options)
             first, *rest = weight.factors
             out = [] if separable else [rest.pop(0)]
-            return cp_spectral_product(x, [first], out, rest, weights=weight.weights)
+            # Their transform keeps a map beside which Z is small, so that nothing is saved by
+            # computing it again.
+            lam = weight.weights
+            return cp_spectral_product(x, [first], out, rest, weights=lam, memory="fast")
 
         return contract
 

@@ -16,7 +16,9 @@ and with g = dY the backward is
     dX = (H ∘ K) Aᵀ        dA = Xᵀ (H ∘ K)
 
 from which each factor's gradient follows by an MTTKRP. A few modes need only a few rows of X, Y and
-K, so that a plan may take the modes in pieces whose Z and H stay in a cache.
+K, and a few components only a few columns of A, C and K; Y and dX are sums over the components. So
+a plan may take modes and components in pieces whose Z and H, and whose parts of A, C, dA and dC,
+stay in a cache.
 
 The dense route rebuilds all W_s by one product K (A ⊙ C)ᵀ (S, Cin·Cout). A separable layer has no
 C: its weight W = K Aᵀ (S, Cin) multiplies each channel by itself.
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from polyadic._torch import is_fake, is_plain, observed, transformed
 from polyadic.kernels.multilinear import cast, khatri_rao, khatri_rao_backward
-from polyadic.plans import SpectralPlan
+from polyadic.plans import SpectralPlan, SpectralRoute
 
 
 def _writes_to_memory(*tensors: Tensor) -> bool:
@@ -50,10 +52,11 @@ def _writes_to_memory(*tensors: Tensor) -> bool:
     return all(is_plain(tensor) and not is_fake(tensor) for tensor in tensors)
 
 
-def _pieces(modes: int, at_once: int) -> Iterator[slice]:
-    """Cut the kept modes into pieces."""
-    for start in range(0, modes, at_once):
-        yield slice(start, min(start + at_once, modes))
+def _pieces(count: int, at_once: int | None) -> Iterator[slice]:
+    """Cut kept modes, or components, into pieces; None for one piece."""
+    at_once = count if at_once is None else at_once
+    for start in range(0, count, at_once):
+        yield slice(start, min(start + at_once, count))
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class SpectralMap:
             z = (x.flatten(0, 1) @ a).view(*x.shape[:2], a.shape[1])
             y = ((z * spectral.unsqueeze(1)).flatten(0, 1) @ c.t()).view(*x.shape[:2], c.shape[0])
             return cast(y, dtype), (z,) if self.plan.keep and route.modes_at_once is None else ()
-        return cast(_forward_in_pieces(x, a, c, spectral, route.modes_at_once), dtype), ()
+        return cast(_forward_in_pieces(x, a, c, spectral, route), dtype), ()
 
     def backward(
         self,
@@ -147,13 +150,13 @@ class SpectralMap:
             d_channels = khatri_rao_backward(d_weight.t() @ spectral, [*ins, *outs])
             d_spectral = d_weight @ khatri_rao([*ins, *outs])
         else:
-            c, at_once = khatri_rao(outs), route.modes_at_once
-            if at_once is None or kept or not _writes_to_memory(grad_y, x, *factors):
+            c = khatri_rao(outs)
+            if route.modes_at_once is None or kept or not _writes_to_memory(grad_y, x, *factors):
                 z = kept[0] if kept else (x.flatten(0, 1) @ a).view(*x.shape[:2], a.shape[1])
                 d_x, d_a, d_c, d_spectral = _backward_at_once(grad_y, x, z, a, c, spectral, wrt_x)
             else:
                 d_x, d_a, d_c, d_spectral = _backward_in_pieces(
-                    grad_y, x, a, c, spectral, at_once, wrt_x
+                    grad_y, x, a, c, spectral, route, wrt_x
                 )
             if not wrt_factors:
                 return _cast_or_none(d_x, dtype), [None] * len(factors)
@@ -176,17 +179,35 @@ def _rebuilt(spectral: Tensor, channels: Sequence[Tensor], in_channels: int) -> 
     return (spectral @ khatri_rao(channels).t()).view(spectral.shape[0], in_channels, -1)
 
 
-def _forward_in_pieces(x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_once: int) -> Tensor:
-    """Return Y (s, b, o), with the Z of some modes at a time in one piece of memory."""
+def _forward_in_pieces(
+    x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, route: SpectralRoute
+) -> Tensor:
+    """Return Y (s, b, o), with the Z of some modes and components at a time in memory."""
     modes, batch, channels = x.shape
-    y = x.new_empty(modes, batch, c.shape[0])
-    memory = x.new_empty(min(at_once, modes), batch, a.shape[1])
-    for piece in _pieces(modes, at_once):
-        z = memory[: piece.stop - piece.start]
-        torch.mm(x[piece].reshape(-1, channels), a, out=z.view(-1, a.shape[1]))
-        z.mul_(spectral[piece].unsqueeze(1))
-        torch.mm(z.view(-1, a.shape[1]), c.t(), out=y[piece].view(-1, c.shape[0]))
+    y, memory = x.new_empty(modes, batch, c.shape[0]), _memory(x, a, route)
+    for part in _pieces(a.shape[1], route.components_at_once):
+        a_part, c_part, scale = a[:, part], c[:, part], spectral[:, part].unsqueeze(1)
+        for piece in _pieces(modes, route.modes_at_once):
+            z = _matrix(memory, piece, part, batch)
+            torch.mm(x[piece].reshape(-1, channels), a_part, out=z)
+            z.view(piece.stop - piece.start, batch, z.shape[1]).mul_(scale[piece])
+            y[piece].view(-1, c.shape[0]).addmm_(z, c_part.t(), beta=min(part.start, 1))
     return y
+
+
+def _memory(x: Tensor, a: Tensor, route: SpectralRoute) -> Tensor:
+    """Return memory for the products of some modes with some components."""
+    modes, batch, _ = x.shape
+    rank = a.shape[1]
+    at_once = min(route.modes_at_once or modes, modes) * min(route.components_at_once or rank, rank)
+    return x.new_empty(at_once * batch)
+
+
+def _matrix(memory: Tensor, modes: slice, components: slice, batch: int) -> Tensor:
+    """Return a part of a piece of memory as a matrix, a row for each mode and map."""
+    width = components.stop - components.start
+    rows = (modes.stop - modes.start) * batch
+    return memory[: rows * width].view(rows, width)
 
 
 def _backward_at_once(
@@ -204,25 +225,33 @@ def _backward_at_once(
 
 
 def _backward_in_pieces(
-    g: Tensor, x: Tensor, a: Tensor, c: Tensor, spectral: Tensor, at_once: int, wrt_x: bool
+    g: Tensor,
+    x: Tensor,
+    a: Tensor,
+    c: Tensor,
+    spectral: Tensor,
+    route: SpectralRoute,
+    wrt_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Return the same as ``_backward_at_once``, with Z and H of a few modes at a time in memory."""
+    """Return the same as ``_backward_at_once``, of some modes and components at a time."""
     modes, batch, channels = x.shape
-    rank = a.shape[1]
     d_x = torch.empty_like(x) if wrt_x else None
     d_a, d_c, d_spectral = torch.zeros_like(a), torch.zeros_like(c), torch.empty_like(spectral)
-    z_memory, h_memory = (x.new_empty(min(at_once, modes), batch, rank) for _ in range(2))
-    for piece in _pieces(modes, at_once):
-        z, h = (memory[: piece.stop - piece.start] for memory in (z_memory, h_memory))
-        rows, rows_g = x[piece].reshape(-1, channels), g[piece].view(-1, c.shape[0])
-        scale, rows_z, rows_h = spectral[piece].unsqueeze(1), z.view(-1, rank), h.view(-1, rank)
-        torch.mm(rows, a, out=rows_z)
-        torch.mm(rows_g, c, out=rows_h)
-        torch.sum(z * h, 1, out=d_spectral[piece])
-        z.mul_(scale)
-        d_c.addmm_(rows_g.t(), rows_z)
-        h.mul_(scale)
-        d_a.addmm_(rows.t(), rows_h)
-        if d_x is not None:
-            torch.mm(rows_h, a.t(), out=d_x[piece].view(-1, channels))
+    memories = [_memory(x, a, route) for _ in range(3)]
+    for part in _pieces(a.shape[1], route.components_at_once):
+        a_part, c_part, scale = a[:, part], c[:, part], spectral[:, part].unsqueeze(1)
+        for piece in _pieces(modes, route.modes_at_once):
+            z, h, zh = (_matrix(memory, piece, part, batch) for memory in memories)
+            rows, rows_g = x[piece].reshape(-1, channels), g[piece].view(-1, c.shape[0])
+            by_mode = piece.stop - piece.start, batch, z.shape[1]
+            torch.mm(rows, a_part, out=z)
+            torch.mm(rows_g, c_part, out=h)
+            torch.sum(torch.mul(z, h, out=zh).view(by_mode), 1, out=d_spectral[piece, part])
+            z.view(by_mode).mul_(scale[piece])
+            d_c[:, part].addmm_(rows_g.t(), z)
+            h.view(by_mode).mul_(scale[piece])
+            d_a[:, part].addmm_(rows.t(), h)
+            if d_x is not None:
+                into = d_x[piece].view(-1, channels)
+                into.addmm_(h, a_part.t(), beta=min(part.start, 1))
     return d_x, d_a, d_c, d_spectral

@@ -1,9 +1,9 @@
 """The table of the kinds of CP layers, one row a kind.
 
-A row says which torch layer a CP layer stands in for, by which methods one is made from the
-other, and which arguments a saved model stores. Code that handles every kind (conversion, freezing,
-saving, the search for layers in a model) reads this table, so that a new kind needs one more row
-and no change elsewhere.
+A row says which torch layer a CP layer stands in for, if any, by which methods one is made from
+the other, and which arguments a saved model stores. Code that handles every kind (conversion,
+freezing, saving, the search for layers in a model) reads this table, so that a new kind needs one
+more row and no change elsewhere.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from polyadic.nn.conv import CPConv1d, CPConv2d, CPConv3d
 from polyadic.nn.conv_transpose import CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
 from polyadic.nn.embedding import CPEmbedding, CPTiedLinear
 from polyadic.nn.linear import CPLinear
+from polyadic.nn.spectral import CPSpectralConv1d, CPSpectralConv2d, CPSpectralConv3d
 
-Family = Literal["linear", "conv", "conv_transpose", "embedding", "head"]
+Family = Literal["linear", "conv", "conv_transpose", "embedding", "head", "spectral"]
 # Names of a constructor's arguments, each with the kind of value that a saved model must give it.
 Arguments = Mapping[str, str]
 
@@ -32,6 +33,12 @@ _CONV: Arguments = {
     "padding_mode": "text",
 }  # fmt: skip
 _TRANSPOSED: Arguments = {**_CONV, "output_padding": "sizes"}
+# A separable layer has no out modes.
+_SPECTRAL: Arguments = {
+    "in_channels": "size", "out_channels": "size", "n_modes": "sizes", "max_n_modes": "sizes",
+    "separable": "flag", "bias": "flag", "fft_norm": "text", "resolution_scaling": "numbers",
+    "precision": "text", "out_shape": "modes or none",
+}  # fmt: skip
 # What a row of torch's table can have done to it alone, and a row of a CP table cannot.
 _PLAIN_TABLE = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
 
@@ -42,22 +49,23 @@ class Kind:
 
     Attributes:
         cp: the class of the CP layer.
-        dense: the class of the torch layer that it stands in for.
+        dense: the class of the torch layer that it stands in for; None where torch has none.
         family: the kinds of one family differ only in their number of spatial dimensions.
         from_dense: name of the class method that makes the CP layer from the torch layer; None for
-            a head, which is made from its embedding.
-        to_dense: name of the method that makes the torch layer from the CP layer.
-        shared: arguments of the constructor that both classes have.
+            a head, which is made from its embedding, and where torch has no such layer.
+        to_dense: name of the method that makes the torch layer from the CP layer, or None.
+        shared: arguments of the constructor that both classes have; where torch has no such layer,
+            all that are not those of every CP layer.
         orders: the numbers of modes per side among which ``compress`` chooses by default.
         required: further arguments of torch's class, by name with the only value that the CP layer
             supports.
     """
 
     cp: type[nn.Module]
-    dense: type[nn.Module]
+    dense: type[nn.Module] | None
     family: Family
     from_dense: str | None
-    to_dense: str
+    to_dense: str | None
     shared: Arguments
     orders: tuple[int, ...] = ()
     required: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +78,7 @@ class Kind:
     @property
     def arguments(self) -> Arguments:
         """All arguments of the constructor but device and dtype."""
-        return self.shared if self.family == "head" else {**self.shared, **_CP}
+        return self.shared if self.family == "head" else {**self.shared, **_CP, **self.shared}
 
     def make(self, layer: nn.Module, **options: Any) -> Any:
         """Make the CP layer that takes the place of a torch layer."""
@@ -79,6 +87,7 @@ class Kind:
 
     def unmake(self, layer: nn.Module) -> Any:
         """Make the torch layer that takes the place of a CP layer."""
+        assert self.to_dense is not None
         return getattr(layer, self.to_dense)()
 
 
@@ -104,11 +113,14 @@ KINDS = (
         _PLAIN_TABLE,
     ),
     Kind(CPTiedLinear, nn.Linear, "head", None, "to_linear", _LINEAR),
+    Kind(CPSpectralConv1d, None, "spectral", None, None, _SPECTRAL),
+    Kind(CPSpectralConv2d, None, "spectral", None, None, _SPECTRAL),
+    Kind(CPSpectralConv3d, None, "spectral", None, None, _SPECTRAL),
 )
 BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 BY_CP: Mapping[type[nn.Module], Kind] = {kind.cp: kind for kind in KINDS}
 BY_DENSE: Mapping[type[nn.Module], Kind] = {
-    kind.dense: kind for kind in KINDS if kind.from_dense is not None
+    kind.dense: kind for kind in KINDS if kind.dense is not None and kind.from_dense is not None
 }
 
 
@@ -124,8 +136,7 @@ def is_of_family(layer: nn.Module, *families: Family) -> bool:
 
 def is_torch_layer(layer: nn.Module, family: Family) -> bool:
     """Whether a module is torch's layer of a family, or of a class derived from it."""
-    kinds = [kind.dense for kind in BY_DENSE.values() if kind.family == family]
-    return isinstance(layer, tuple(kinds))
+    return isinstance(layer, tuple([d for d, kind in BY_DENSE.items() if kind.family == family]))
 
 
 def family_of(layer: nn.Module) -> Family | None:

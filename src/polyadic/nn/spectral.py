@@ -20,6 +20,7 @@ from polyadic.formats import (
     tensorize,
 )
 from polyadic.functional.spectral import NORMS, PRECISIONS, REAL, Norm, Precision, kept_modes
+from polyadic.init import bias_
 from polyadic.kernels.dft import COMPLEX
 from polyadic.nn.inputs import call_recorded
 from polyadic.nn.layer import CPLayer
@@ -41,6 +42,7 @@ class _CPSpectralConv(CPLayer):
         n_modes: int | Sequence[int],
         *,
         rank: Rank,
+        max_n_modes: int | Sequence[int] | None = None,
         order: int = 1,
         in_shape: Sequence[int] | None = None,
         out_shape: Sequence[int] | None = None,
@@ -53,7 +55,7 @@ class _CPSpectralConv(CPLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
         if separable and self.in_channels != self.out_channels:
@@ -61,20 +63,23 @@ class _CPSpectralConv(CPLayer):
                 f"a separable spectral convolution multiplies each channel by itself: in_channels "
                 f"must be out_channels, got {in_channels} and {out_channels}"
             )
-        if separable and out_shape is not None:
+        if separable and out_shape:
             raise ValueError("a separable spectral convolution has no out_shape; give in_shape")
         self.separable = bool(separable)
         default_in, default_out = tensorize(self.in_channels, self.out_channels, order)
         self.in_shape = factored_shape(in_shape, self.in_channels, default_in, "in_shape")
-        outs = factored_shape(out_shape, self.out_channels, default_out, "out_shape")
-        self.out_shape = () if separable else outs
-        self.max_n_modes = checks.check_sizes(n_modes, self._dims, "n_modes")
+        self.out_shape: Shape = ()
+        if not separable:
+            self.out_shape = factored_shape(out_shape, self.out_channels, default_out, "out_shape")
+        most, word = (n_modes, "n_modes") if max_n_modes is None else (max_n_modes, "max_n_modes")
+        self.max_n_modes = checks.check_sizes(most, self._dims, word)
         self._n_modes = self.max_n_modes
         self.fft_norm = checks.check_word(fft_norm, "fft_norm", NORMS)
         self.precision = checks.check_word(precision, "precision", PRECISIONS)
         self.resolution_scaling = _scaling(resolution_scaling, self._dims)
         self.memory = checks.check_memory(memory)
         self._create_parameters(rank, checks.check_flag(bias, "bias"), device, dtype)
+        self.n_modes = n_modes
 
     def _create_parameters(
         self,
@@ -156,9 +161,10 @@ class _CPSpectralConv(CPLayer):
         E|W|² = 2/(Cin + Cout) for each entry of the weight, real and imaginary parts of equal
         variance (``polyadic.init.cp_orthonormal_``); the bias is normal with that variance.
         """
-        self.cp.reset_parameters(self._std())
+        std = self._std()
+        self.cp.reset_parameters(std)
         if self.bias is not None:
-            nn.init.normal_(self.bias, std=self._std())
+            bias_(self.bias, lambda values: values.normal_(std=std))
 
     def _weight_shape(self) -> tuple[int, ...]:
         outs = () if self.separable else (self.out_channels,)
@@ -306,6 +312,7 @@ _TEXT = """{title}
         out_channels: Cout.
         n_modes: modes kept of each dimension, an int or one for each: the modes -⌊n/2⌋ … ⌈n/2⌉-1,
             of the last dimension 0 … ⌊n/2⌋, as the others are their conjugates.
+        max_n_modes: modes of the weight, of which ``n_modes`` are used; ``n_modes`` by default.
         rank: R as an int; a float in (0, 1], the fraction of the dense weight's parameters; or
             ``"break-even"`` or ``"faster"`` (see ``polyadic.rank_for``). With a float the rank is
             often above break-even, as the parameters of all modes are counted together.

@@ -178,7 +178,7 @@ def _arguments(given: Any, kinds: Mapping[str, str]) -> dict[str, Any]:
     checked = {}
     for key, kind in kinds.items():
         value = given[key]
-        if isinstance(value, list) and kind in ("sizes", "modes", "padding"):
+        if isinstance(value, list):
             value = tuple(value)
         if not _CHECKS[kind](value):
             raise ValueError(f"{key} is out of range or of the wrong type, got {given[key]!r:.80}")
@@ -221,6 +221,15 @@ def _are_modes(value: Any) -> bool:
     return isinstance(value, tuple) and 1 <= len(value) <= MOST_MODES and all(map(_is_size, value))
 
 
+def _are_numbers(value: Any) -> bool:
+    """Whether a value is None or one to three numbers."""
+    return value is None or (
+        isinstance(value, tuple)
+        and 1 <= len(value) <= 3
+        and all(_is_int(number) or isinstance(number, float) for number in value)
+    )
+
+
 def _is_padding(value: Any) -> bool:
     return value in ("same", "valid") if isinstance(value, str) else _are_sizes(value)
 
@@ -229,6 +238,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "size": _is_size,
     "sizes": _are_sizes,
     "modes": _are_modes,
+    "modes or none": lambda value: value == () or _are_modes(value),
+    "numbers": _are_numbers,
     "padding": _is_padding,
     "index": lambda value: value is None or (_is_int(value) and 0 <= value <= LARGEST),
     "flag": lambda value: isinstance(value, bool),

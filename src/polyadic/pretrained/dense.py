@@ -22,9 +22,11 @@ def merge_layers(model: nn.Module) -> nn.Module:
         The model, or the torch layer in the place of a model that is a CP layer.
 
     Raises:
-        ValueError: there is no CP layer, or something attached to one would be lost.
+        ValueError: there is no CP layer, torch has no layer in the place of one, or something
+            attached to one would be lost.
     """
-    layers = {name: model.get_submodule(name) for name in describe(model)}
+    configs = describe(model)
+    layers = {name: model.get_submodule(name) for name in configs}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no CP layer to merge")
     elsewhere = surgery.kept_elsewhere(model)
@@ -32,6 +34,11 @@ def merge_layers(model: nn.Module) -> nn.Module:
         f"{name!r} {why}"
         for name, layer in layers.items()
         if (why := surgery.reason_to_keep(layer) or elsewhere.get(id(layer)))
+    ]
+    lost += [
+        f"{name!r} is a {config.kind}, which stands in for no layer of torch"
+        for name, config in configs.items()
+        if config.row.to_dense is None
     ]
     refuse("layers cannot be merged", lost)
     made: dict[int, list[Any]] = {}

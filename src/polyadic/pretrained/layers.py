@@ -191,7 +191,9 @@ def _build(config: LayerConfig, owner: Any) -> nn.Module:
         if config.joint is not None:
             head.cp = _tensor(owner).layer(*config.joint[1])
         return head  # type: ignore[no-any-return]
-    layer: Any = cls(**config.arguments, device="meta", dtype=config.dtype)
+    # A spectral convolution is told the dtype of its maps, which are real.
+    dtype = config.dtype.to_real() if config.family == "spectral" else config.dtype
+    layer: Any = cls(**config.arguments, device="meta", dtype=dtype)
     modes = () if config.joint is None else config.joint[0]
     shape: list[int | Shape] = [*modes, *layer.cp.tensorized_shape]
     tensor = CPTensor(shape, layer.rank, weights=config.weights, device="meta", dtype=config.dtype)
@@ -233,7 +235,8 @@ def differences(config: LayerConfig, module: nn.Module, own: LayerConfig | None)
     elif type(module) is config.row.dense:
         wants, has = _arguments_of_both(config, module)
     else:
-        return [f"it is {type(module).__name__}, not {config.row.dense.__name__} or {config.kind}"]
+        fitting = [kind.__name__ for kind in (config.row.dense, config.row.cp) if kind is not None]
+        return [f"it is {type(module).__name__}, not {' or '.join(fitting)}"]
     return [
         f"{key} is {has.get(key)!r}, not {value!r}"
         for key, value in wants.items()

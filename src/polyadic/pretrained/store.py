@@ -198,8 +198,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it holds no CP layer, one is of a subclass, has hooks that would be lost, or is
-            kept in a plain list or another object too; it is wrapped
+        ValueError: it holds no CP layer, one is of a subclass or a spectral convolution, has hooks
+            that would be lost, or is kept in a plain list or another object too; it is wrapped
             (DistributedDataParallel, DataParallel, FSDP) or sharded.
     """
     check_unwrapped(model, "merge")
