@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cases import spectral
 from cases.conv import ROUTES, ConvCase
 from cases.conv_transpose import ConvTransposeCase
 from cases.embedding import EmbeddingCase, HeadCase
 from cases.linear import LinearCase
 from cases.protocol import Case, Forced, gradients
 from compare import assert_all_close, assert_close
-from polyadic import ConvPlan, LinearPlan, LinearRoute
+from polyadic import ConvPlan, LinearPlan, LinearRoute, SpectralPlan, SpectralRoute
 
 Shape = tuple[int, ...]
 Check = Callable[[], None]
@@ -36,7 +37,11 @@ def modes(largest: int, most: int) -> Any:
 
 
 def check(case: Case, seed: int, memory: str, forced: Forced) -> None:
-    """The layer, or the function as it is told to, and the explicit pair if there is one."""
+    """The layer, or the function as it is told to, and the explicit pair if there is one.
+
+    Every fourth seed is one of complex numbers.
+    """
+    case = case if seed % 4 else case.in_complex()
     leaves = case.leaves(seed=seed).map(Tensor.requires_grad_)
     want = case.dense(leaves)
     grad_y = torch.randn(want.shape, dtype=want.dtype)
@@ -181,12 +186,68 @@ def head(draw: Any) -> Check:
     return partial(check, case, draw(st.integers(0, 2**16)), draw(st.sampled_from(MEMORY)), {})
 
 
+def check_spectral(case: spectral.Case, dtype: torch.dtype, forced: Forced) -> None:
+    """In double precision to 1e-10; in single within a few times the error of torch's functions."""
+
+    def results(y: Tensor, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        drawn = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, list(named.values()), drawn.to(y.dtype))
+        return {"y": y.detach(), **dict(zip(named, grads, strict=True))}
+
+    named = spectral.leaves(case)
+    want = results(spectral.dense(case, named), named)
+    low = {
+        name: t.detach().to(dtype if t.is_complex() else dtype.to_real()).requires_grad_()
+        for name, t in named.items()
+    }
+    found = results(spectral.ours(case, low, **forced), low)
+    rough = {} if dtype == torch.complex128 else results(spectral.dense(case, low), low)
+    for name, tensor in want.items():
+        assert found[name].dtype == (dtype if tensor.is_complex() else dtype.to_real())
+        tolerance = 1e-10
+        if name in rough and tensor.numel():
+            # Of an empty batch all gradients are zero.
+            scale = tensor.abs().max().clamp_min(1e-30)
+            error = (rough[name] - tensor).abs().max() / scale
+            tolerance = 1e-4 + 4 * float(error)
+        assert_close(found[name].to(tensor.dtype), tensor, name, tolerance)
+
+
+@st.composite
+def transformed(draw: Any) -> Check:
+    dims = draw(st.integers(1, 3))
+    sizes = st.tuples(*[st.integers(1, 9 if dims < 3 else 5)] * dims)
+    size, kept = draw(sizes), draw(st.tuples(*[st.integers(1, 7)] * dims))
+    outs = draw(st.just(()) | modes(3, 3))
+    case = spectral.Case(
+        size, kept, draw(modes(3, 3)), outs, draw(st.integers(1, 7)),
+        draw(st.sampled_from([None, 0, 1, 2, 5])),
+        draw(st.sampled_from(["forward", "backward", "ortho"])), draw(st.none() | sizes),
+        draw(st.booleans()), draw(st.booleans()),
+    )  # fmt: skip
+
+    def route() -> SpectralRoute:
+        ways = draw(st.tuples(*[st.sampled_from(["dft", "fft"])] * dims))
+        if not outs or draw(st.integers(0, 3)) == 3:
+            return SpectralRoute(None, "dense", ways)
+        at_once = draw(st.none() | st.integers(1, 9))
+        part = None if at_once is None else draw(st.none() | st.integers(1, 5))
+        return SpectralRoute(at_once, "factorized", ways, part)
+
+    plan = SpectralPlan(route(), route(), draw(st.integers(0, 1))) if draw(st.booleans()) else None
+    forced: Forced = {"memory": draw(st.sampled_from(MEMORY))}
+    forced = forced if plan is None else {"plan": plan}
+    dtype = draw(st.sampled_from([torch.complex128, torch.complex64]))
+    return partial(check_spectral, case, dtype, forced)
+
+
 KINDS = {
     "linear": linear(),
     "conv": convolution(transposed=False),
     "conv-transpose": convolution(transposed=True),
     "embedding": lookup(),
     "tied-linear": head(),
+    "spectral": transformed(),
 }
 SUITE, LONG = 150, 2000
 assert len(KINDS) * SUITE >= 300

@@ -20,7 +20,7 @@ from polyadic.formats import (
     positive_int,
 )
 from polyadic.kernels.backend import never
-from polyadic.planner import choice, embedding, spectral
+from polyadic.planner import choice, embedding, spectral, tucker
 from polyadic.planner.calibrated import machine_for
 from polyadic.planner.model import ModelExplanation, explained_model
 from polyadic.planner.report import Costed, Explanation, costed, rejected
@@ -212,7 +212,7 @@ def explained(request: Request, plan: Any, training: bool) -> Explanation:
     is_lookup = isinstance(fmt, EmbeddingFormat)
     judged = spectral.product_alone(request) if is_spectral else request
     even = fmt.break_even_rank if is_lookup else break_even(judged, training)
-    note = spectral.note(request) if is_spectral else ""
+    note = tucker.note(request)
     return Explanation(title, chosen, cost(None), others, even, fmt.rank, machine, note)
 
 
