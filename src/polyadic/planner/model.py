@@ -147,7 +147,8 @@ class ModelExplanation:
         lines += [
             "",
             "Peak: the most that is alive at once in a call; in the sum, what all layers keep and "
-            "the most that one needs on top. Layers other than CP layers are not counted.",
+            "the most that one needs on top.",
+            "Layers other than CP layers are not counted.",
         ]
         return "\n".join(lines)
 
