@@ -68,9 +68,10 @@ def find(
     Layers are the modules with a matrix among their parameters, or a stack of matrices, as the
     experts of a mixture are. Exchangeable are the exact types Linear, ConvNd, ConvTransposeNd and
     Embedding of torch, since a subclass may compute something else. A layer is skipped, with the
-    reason, if it is of another type, if its parent reads its weight and does not call it, if a
-    plain list or a function holds it too, if its weight is computed (weight norm, pruning), if it
-    has hooks, or if its weight is also a parameter of something that stays.
+    reason, if it is of another type, if its parent reads its weight and does not call it, if it is
+    part of an adapter of PEFT, if a plain list or a function holds it too, if its weight is
+    computed (weight norm, pruning), if it has hooks, or if its weight is also a parameter of
+    something that stays.
 
     Args:
         model: any module.
@@ -99,9 +100,9 @@ def find(
     chosen = {n: m for n, m in present.items() if target_modules is None or n in wanted}
     chosen = {n: m for n, m in chosen.items() if n not in excluded}
 
-    bypassed, elsewhere = _bypassed(model), kept_elsewhere(model)
+    claimed, elsewhere = _claimed(model), kept_elsewhere(model)
     reasons = {
-        n: bypassed.get(id(m)) or _why_not(n, m) or elsewhere.get(id(m)) for n, m in chosen.items()
+        n: claimed.get(id(m)) or _why_not(n, m) or elsewhere.get(id(m)) for n, m in chosen.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     layers = {n: m for n, m in chosen.items() if n not in skipped}
@@ -285,10 +286,15 @@ def is_stack(parameter: Tensor) -> bool:
     return sum(size != 1 for size in parameter.shape) >= 3
 
 
-def _bypassed(model: nn.Module) -> dict[int, str]:
-    """Find layers whose parent reads their weight and does not call them."""
+def _claimed(model: nn.Module) -> dict[int, str]:
+    """Find layers whose parent reads their weight and does not call them, and those of adapters."""
     found = {}
     for parent in model.modules():
+        # PEFT's layers name the attributes in which they keep the layers of adapters.
+        for held in getattr(parent, "adapter_layer_names", ()):
+            if (parts := parent._modules.get(held)) is not None:
+                reason = "is part of an adapter, which PEFT merges and saves as it is"
+                found.update((id(layer), reason) for layer in parts.modules())
         if isinstance(parent, nn.MultiheadAttention):
             found[id(parent.out_proj)] = "is not called: nn.MultiheadAttention reads its weight"
         if isinstance(parent, nn.TransformerEncoderLayer):

@@ -385,6 +385,8 @@ def test_other_refusals() -> None:
     for name in ("factors", "0"):
         with pytest.raises(ValueError, match="must not be called"):
             get_peft_model(copy.deepcopy(base), CPConfig(target_modules=["first"]), name)
+    with pytest.raises(ValueError, match="get_peft_model expects model without a wrapper"):
+        get_peft_model(nn.DataParallel(copy.deepcopy(base)), CPConfig(target_modules=["first"]))
     with pytest.raises(ValueError, match="has no CP adapter 'two'"):
         to_lora(model, "two")
     with pytest.raises(TypeError, match="must be a saved LoRA"):

@@ -73,6 +73,13 @@ def test_a_layer_whose_weight_is_not_finite_is_skipped(value: float) -> None:
         polyadic.compress(model, ratio=2, target_modules=["0"])
 
 
+def test_a_layer_without_sizes_yet_is_skipped() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), *mlp())
+    small, report = polyadic.compress(model, ratio=2, orders=(1,))
+    assert [layer.name for layer in report.layers if layer.decision == "skipped"] == ["0"]
+    assert small(torch.randn(2, 5)).shape == (2, 10)
+
+
 def test_shapes_that_do_not_fit_one_of_several_layers() -> None:
     with pytest.raises(ValueError, match=r"shapes: those of 0 .* multiply to 32"):
         polyadic.compress(mlp(), ratio=2, shapes={"0": ((4, 4), (4, 4))})

@@ -315,3 +315,16 @@ def test_stacks_of_matrices_are_named() -> None:
     assert "positions" not in reason
     with pytest.raises(ValueError, match=r"experts is Experts .*no CP layer yet"):
         find(model, target_modules=["experts"])
+
+
+def test_the_layers_of_an_adapter_stay() -> None:
+    """PEFT saves and merges them as the layers that they were."""
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
+    config = peft.LoraConfig(target_modules=["0"], r=4, modules_to_save=["2"])
+    found = find(peft.get_peft_model(model, config))
+    assert [name.removeprefix("base_model.model.") for name in found.layers] == [
+        "0.base_layer", "2.original_module"
+    ]  # fmt: skip
+    assert len(found.skipped) == 3
+    assert all("part of an adapter" in reason for reason in found.skipped.values())

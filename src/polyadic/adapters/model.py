@@ -20,6 +20,7 @@ from polyadic.adapters.config import CPConfig
 from polyadic.adapters.kinds import check_called, kind_of
 from polyadic.adapters.layer import BASE, AdaptedLayer, Adapter, adapter_of_each_row
 from polyadic.formats import positive_int
+from polyadic.nn.wrapped import check_unwrapped
 from polyadic.tensor import CPTensor
 
 StateDict = dict[str, Tensor]
@@ -36,6 +37,10 @@ class CPModel(BaseTuner):  # type: ignore[misc]
     prefix: str = "polyadic_"
     tuner_layer_cls = AdaptedLayer
     target_module_mapping: ClassVar[Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuse a wrapped model, whose processes would each train adapters of their own."""
+        check_unwrapped(model, "get_peft_model")
 
     def _create_and_replace(
         self,

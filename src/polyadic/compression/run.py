@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from polyadic import surgery
 from polyadic._torch import run_of_group
@@ -156,7 +157,7 @@ def compress(
     if not targets:
         why = "; ".join(f"{name} {reason}" for name, reason in list(refused.items())[:8])
         raise ValueError(f"{type(model).__name__} has no layer to convert: {why or 'none at all'}")
-    size = sum(p.numel() for p in work.parameters())
+    size = sum(p.numel() for p in work.parameters() if not is_lazy(p))
     identity: dict[str, Any] = {}
     if folder is not None:
         identity = {
