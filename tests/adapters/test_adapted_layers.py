@@ -163,3 +163,25 @@ def test_scalings() -> None:
     layer.unscale_layer()
     torch.testing.assert_close(model(x) - base, added)
     assert layer.scaling == {"default": 4.0}
+
+
+@every_share
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_of_a_jagged_nested_tensor_it_gives_a_jagged_one(name: str, share: str) -> None:
+    """As torch's layers do, and LoRA over them."""
+    case = CASES[name]
+    model = case.model(share=share)
+    rows = [case.input().flatten(0, -2) for _ in range(3)]
+    if name == "embedding":
+        rows = [case.input().flatten()[:length] for length in (2, 3, 1)]
+    y = model(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    want = model(torch.cat(rows))
+    torch.testing.assert_close(y.values(), want)
+    factors = [*layer_of(model).polyadic_cp["default"].factors]
+    got = torch.autograd.grad(y.values().square().sum(), factors)
+    torch.testing.assert_close(got, torch.autograd.grad(want.square().sum(), factors))
+
+
+def test_torch_jit_script_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeError, match=r"AdaptedLinear does not support torch.jit.script"):
+        torch.jit.script(CASES["linear"].model())

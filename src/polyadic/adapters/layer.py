@@ -7,6 +7,7 @@ columns). Layers that share factors hold the same ``CPTensor``, and λ of their 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from polyadic.adapters.config import CPConfig
 from polyadic.formats import Shape
 from polyadic.init import cp_orthonormal_
 from polyadic.kernels.multilinear import khatri_rao
+from polyadic.nn.inputs import by_rows
+from polyadic.nn.weight import Weighted
 from polyadic.tensor import CPTensor
 
 Groups = tuple[tuple[Tensor, ...], ...]
@@ -70,6 +73,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     # Which groups of ΔW's modes are the in side, the out side.
     in_groups: ClassVar[tuple[int, ...]] = (0,)
     out_group: ClassVar[int] = 1
+    # torch.jit.script is refused by name.
+    __prepare_scriptable__ = Weighted.__prepare_scriptable__
     # What PEFT's class has, of which a type checker knows nothing.
     get_base_layer: Any
     get_base_weight: Any
@@ -245,6 +250,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return result.to(dtype)
 
     def _added(self, name: str, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return by_rows(functools.partial(self._added, name), x)
         groups, weights = self.parts(name)
         first = groups[0][0]
         if first.device != x.device:

@@ -162,7 +162,7 @@ class CPEmbedding(Exchangeable):
             if (recorded := call_recorded(self, indices)) is not None:
                 return recorded
         elif indices.is_nested:
-            return by_rows(self, indices)
+            return by_rows(self.forward, indices)
         (in_factors, out_factors), scale = self.cp.parts()
         return functional.cp_embedding(
             indices,
@@ -411,7 +411,7 @@ class CPTiedLinear(Weighted):
             if (recorded := call_recorded(self, x)) is not None:
                 return recorded
         elif x.is_nested:
-            return by_rows(self, x)
+            return by_rows(self.forward, x)
         (rows, columns), scale = self.cp.parts()
         logits = functional.cp_linear(x, columns, rows, weights=scale, memory=self.memory)
         if logits.shape[-1] != self.out_features:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def call_recorded(layer: nn.Module, x: Any, *args: Any) -> Any:
     return tracer.create_proxy("call_module", path, (x, *args), {})
 
 
-def by_rows(layer: nn.Module, x: Any) -> Tensor:
-    """Apply a layer to the rows of a jagged nested tensor (B, j, …), one behind the other.
+def by_rows(function: Callable[[Tensor], Tensor], x: Any) -> Tensor:
+    """Apply a function to the rows of a jagged nested tensor (B, j, …), one behind the other.
 
     Raises:
         TypeError: x has another layout.
@@ -47,6 +48,6 @@ def by_rows(layer: nn.Module, x: Any) -> Tensor:
         raise ValueError(
             f"a nested input must be ragged in its second dimension, got dimension {x._ragged_idx}"
         )
-    y = layer.forward(x.values())
+    y = function(x.values())
     nested: Tensor = torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
     return nested

@@ -166,7 +166,7 @@ class CPLinear(Exchangeable):
             if (recorded := call_recorded(self, x)) is not None:
                 return recorded
         elif x.is_nested:
-            return by_rows(self, x)
+            return by_rows(self.forward, x)
         # The dicts are read because a module's getattr is slow. A parametrized bias is in neither.
         parts, own = self._modules, self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not looked up each time
