@@ -288,7 +288,7 @@ def is_stack(parameter: Tensor) -> bool:
 
 def _claimed(model: nn.Module) -> dict[int, str]:
     """Find layers whose parent reads their weight and does not call them, and those of adapters."""
-    found = {}
+    found: dict[int, str] = {}
     for parent in model.modules():
         # PEFT's layers name the attributes in which they keep the layers of adapters.
         for held in getattr(parent, "adapter_layer_names", ()):
