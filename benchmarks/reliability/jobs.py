@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import polyadic
 from benchmarks.training.loop import Recipe, train
 from polyadic.durable.identity import Digest
+from polyadic.durable.pieces import Pieces
 from polyadic.finetune import distill, match_layers
 from polyadic.nn import CPLinear
 
@@ -150,10 +151,23 @@ def studying(folder: Path, told: Told) -> str:
     return digest(model, found["curve"])
 
 
+def demonstrating(folder: Path, told: Told) -> str:
+    """Trainings of the demo, each of which is kept when it is done."""
+    from examples.demo import models, training
+
+    members = [each for each in models.contestants(quick=True) if each.family == "MLP"][:2]
+    settings = training.Settings(0, runs=2, mlp_epochs=1, rounds=1)
+    pieces = Pieces(folder / "pieces", "demo", vars(settings), resume=True)
+    data = training.load()
+    _, trained = training.compare(members, data, settings, lambda what: told(), pieces)
+    return digest(nn.ModuleList(trained.values()))
+
+
 JOBS: dict[str, Callable[[Path, Told], str]] = {
     "distill": distilling,
     "match_layers, sequential": matching("sequential"),
     "match_layers, joint": matching("joint"),
     "compress": compressing,
     "trainer of the study": studying,
+    "trainer of the demo": demonstrating,
 }
