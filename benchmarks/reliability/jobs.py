@@ -156,7 +156,7 @@ def demonstrating(folder: Path, told: Told) -> str:
     from examples.demo import models, training
 
     members = [each for each in models.contestants(quick=True) if each.family == "MLP"][:2]
-    settings = training.Settings(0, runs=2, mlp_epochs=1, rounds=1)
+    settings = training.Settings(0, runs=2, mlp_epochs=1, rounds=2)
     pieces = Pieces(folder / "pieces", "demo", vars(settings), resume=True)
     data = training.load()
     _, trained = training.compare(members, data, settings, lambda what: told(), pieces)
