@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyadic.kernels import cpu
 from polyadic.kernels.depthwise import Stage
+from polyadic.nn import CPConv1d
 
 Pair = tuple[int, int]
 
@@ -103,3 +104,15 @@ def test_torch_is_asked_for_no_more_columns_than_it_is_fast_at(
     with Widths() as widths:
         stage.backward(grad, x, taps, 32, (True, True))
     assert widths.seen == seen
+
+
+def test_taps_that_see_nothing_but_the_padding_in_front() -> None:
+    """A stride and a padding that are wider than the input, of which no output reads an entry."""
+    layer = CPConv1d(4, 4, 1, rank=2, stride=20, padding=7, dtype=torch.float64)
+    dense = layer.to_conv()
+    x = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x), dense(x)
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(y.square().sum(), [x, layer.bias])
+    wanted = torch.autograd.grad(expected.square().sum(), [x, dense.bias])
+    torch.testing.assert_close(found, wanted)
