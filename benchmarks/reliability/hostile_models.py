@@ -37,7 +37,7 @@ def word(*words: str) -> Callable[[random.Random], Any]:
     return lambda draw: draw.choice(words) if draw.random() < 0.7 else odd(draw)
 
 
-def dense() -> nn.Module:
+def dense() -> nn.Sequential:
     """An untrained model of torch's layers, two of which share a weight."""
     model = nn.Sequential(
         nn.Embedding(8, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 8)
@@ -46,13 +46,13 @@ def dense() -> nn.Module:
     return model
 
 
-def factorized() -> nn.Module:
+def factorized() -> nn.Sequential:
     """A model of CP layers."""
     table = cp.CPEmbedding(8, 16, rank=3)
     return nn.Sequential(table, cp.CPLinear(16, 16, rank=4), nn.ReLU(), table.as_linear(True))
 
 
-def images() -> nn.Module:
+def images() -> nn.Sequential:
     """CP layers of maps."""
     return nn.Sequential(cp.CPConv1d(4, 4, 3, rank=2), cp.CPSpectralConv1d(4, 4, 3, rank=2))
 
@@ -109,19 +109,19 @@ def asking(draw: random.Random) -> Call:
         rate = number(draw)
         return lambda: polyadic.param_groups(net, rate, **given)
     if which == 1:
-        layer = net[1] if isinstance(net, nn.Module) and draw.random() < 0.9 else odd(draw)
+        layer = net[1] if isinstance(net, nn.Sequential) and draw.random() < 0.9 else odd(draw)
         given = options(draw, weight_decay=number, optimizer=word("adamw", "sgd"))
         rate = number(draw)
         return lambda: polyadic.factor_rates(layer, rate, **given)
     if which == 2:
-        layer = draw.choice([(16, 16), sizes(draw), cp.CPLinear(16, 16, rank=2), odd(draw)])
+        subject: Any = draw.choice([(16, 16), sizes(draw), cp.CPLinear(16, 16, rank=2), odd(draw)])
         given = options(
             draw, parameters=number, flops=number, speedup=number, batch=size, size=sizes,
             stride=sizes, padding=sizes, training=odd, dtype=odd, memory=word("fast", "least"),
         )  # fmt: skip
         if draw.random() < 0.7:
             given[draw.choice(["parameters", "flops", "speedup"])] = number(draw)
-        return lambda: polyadic.rank_for(layer, **given)
+        return lambda: polyadic.rank_for(subject, **given)
     if which == 3:
         return lambda: polyadic.explain(net, x)
     if which == 4:
@@ -141,8 +141,8 @@ def asking(draw: random.Random) -> Call:
         rank = size(draw)
         return lambda: polyadic.decompose(weight, shape, rank, iterations=2, **given)
     teacher, x = draw.choice([dense(), odd(draw)]), torch.arange(6)
-    function = draw.choice([distill, match_layers])
-    known = {
+    function: Any = draw.choice([distill, match_layers])
+    known: dict[str, Callable[[random.Random], Any]] = {
         "lr": number, "optimizer": odd, "forward": odd, "checkpoint": odd, "resume": odd,
         "checkpoint_every": size, "callback": odd, "seed": size, "warmup": size, "clip": number,
         "schedule": odd,
@@ -213,7 +213,11 @@ def spreading(draw: random.Random) -> Call:
     def layout(draw: random.Random) -> Any:
         return placement(draw) if draw.random() < 0.8 else odd(draw)
 
-    known = {"input_layouts": layout, "output_layouts": layout, "use_local_output": odd}
+    known: dict[str, Callable[[random.Random], Any]] = {
+        "input_layouts": layout,
+        "output_layouts": layout,
+        "use_local_output": odd,
+    }
     style = draw.choice([RankParallel, FeatureParallel])
     if style is FeatureParallel:
         known["features"] = word("in", "out", "both")
@@ -223,7 +227,7 @@ def spreading(draw: random.Random) -> Call:
 
         def spread() -> object:
             with one_process() as mesh:
-                made = parallelize_module(net, mesh, style(**given))
+                made: Any = parallelize_module(net, mesh, style(**given))
                 return made if made[-1].__class__ is nn.Linear else made(x)
 
         return spread

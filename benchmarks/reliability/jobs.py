@@ -159,7 +159,11 @@ def demonstrating(folder: Path, told: Told) -> str:
     settings = training.Settings(0, runs=2, mlp_epochs=1, rounds=2)
     pieces = Pieces(folder / "pieces", "demo", vars(settings), resume=True)
     data = training.load()
-    _, trained = training.compare(members, data, settings, lambda what: told(), pieces)
+
+    def tell(what: str) -> None:
+        told()
+
+    _, trained = training.compare(members, data, settings, tell, pieces)
     return digest(nn.ModuleList(trained.values()))
 
 

@@ -122,7 +122,7 @@ def _sums(found: list[Record]) -> str:
     lost = total(killed, "ends") - total(killed, "equal")
     faults = sum(sum(r["faults"].values()) for r in found if r["kind"] == "hostile")
     unequal = total(("determinism",), "compared") - total(("determinism",), "equal")
-    mended = ", of kinds that are mended since, each with a test" if faults else ""
+    mended = ", of kinds that are mended since" if faults else ""
     return (
         f"Runs killed: {_count(total(killed, 'kills'))}, results lost or changed: {lost}. Inputs "
         f"tried: {_count(total(('hostile',), 'calls'))}, faults: {faults}{mended}. Configurations "
