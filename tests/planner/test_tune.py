@@ -197,3 +197,16 @@ def test_where_nothing_can_be_tuned() -> None:
         polyadic.tune(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(TypeError, match="must be a torch"):
         polyadic.tune(torch.relu, torch.randn(2, 4))  # type: ignore[arg-type]
+
+
+def test_plans_that_another_process_has_stored_stay() -> None:
+    place = place_now("cpu", torch.float32)
+    route = LinearRoute((1,), (1,))
+    tuned.store(place, {"first": LinearPlan(route, route)})
+    assert "first" in tuned._stored(place)
+    file = tuned.tuned_file(place)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["plans"]["of another"] = content["plans"]["first"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    tuned.store(place, {"second": LinearPlan(route, route)})
+    assert tuned._stored(place).keys() == {"first", "of another", "second"}

@@ -108,6 +108,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 def store(place: Place, plans: dict[str, Plan]) -> Path | None:
     """Add plans to the file of a place; None, after a warning, where it cannot be written."""
+    _stored.cache_clear()  # another process may have added some since they were read
     every = {key: _plain(plan) for key, plan in {**_stored(place), **plans}.items()}
     content = {"format_version": FORMAT_VERSION, "made_on": fingerprint(place.device)}
     try:
