@@ -9,6 +9,7 @@ weighs little. What is told is the lower quartile.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import gc
 import time
@@ -24,7 +25,7 @@ from neuralop.layers.spectral_convolution import SpectralConv
 from torch import Tensor, nn
 
 import polyadic
-from benchmarks.records import append, environment
+from benchmarks.records import append, environment, read
 from benchmarks.spectral.equal import nearest_share
 from polyadic.functional import cp_spectral_conv
 from polyadic.nn import CPSpectralConv1d, CPSpectralConv2d, CPSpectralConv3d
@@ -127,9 +128,7 @@ def forced(cell: Cell, layer: Any) -> list[Contestant]:
     asked = layer.request(cell.batch, cell.grid)
     chosen = choice.choose(asked)
     routes = {plan.forward for plan in planner.candidates(asked)}
-    routes |= {
-        polyadic.SpectralRoute(r.modes_at_once, r.kind, chosen.forward.transforms) for r in routes
-    }
+    routes |= {dataclasses.replace(r, transforms=chosen.forward.transforms) for r in routes}
     found = []
     for route in sorted(routes, key=str):
         if route.kind == "dense" and cell.dims == 3:
@@ -141,6 +140,16 @@ def forced(cell: Cell, layer: Any) -> list[Contestant]:
 
         found.append(Contestant(f"forced: {route}", call, list(layer.parameters()), plan=str(plan)))
     return found
+
+
+def without_product(cell: Cell) -> Contestant:
+    """Neuraloperator's layer with a product that costs nothing: what is left is its transforms.
+
+    No replacement of the product alone can be faster.
+    """
+    layer = theirs(cell, factorization="CP", rank=cell.rank, implementation="factorized")
+    layer._contract = lambda x, weight, separable=False: x
+    return Contestant("without product", layer, [layer.bias])
 
 
 def contestants(cell: Cell) -> list[Contestant]:
@@ -169,7 +178,7 @@ def contestants(cell: Cell) -> list[Contestant]:
         own("cp accelerated with transforms", cp, within=partial(accelerated, transforms=True)),
         own("CPSpectralConv", ours, plan=plan),
     ]
-    return [*found, *forced(cell, ours)]
+    return [*found, *forced(cell, ours), without_product(cell)]
 
 
 def check(cell: Cell, every: list[Contestant], x: Tensor, grad: Tensor) -> dict[str, float]:
@@ -181,7 +190,7 @@ def check(cell: Cell, every: list[Contestant], x: Tensor, grad: Tensor) -> dict[
     with every[2].within():
         want, want_x, *_ = every[2].step(x, grad)
     errors = {}
-    for one in every[3:]:
+    for one in every[3:-1]:
         with one.within():
             got, got_x, *_ = one.step(x, grad)
         pairs = ((got, want), (got_x, want_x))
@@ -224,14 +233,15 @@ def timed(every: list[Contestant], x: Tensor, grad: Tensor, seconds: float) -> l
 
 
 def run(out: Path, only: str, seconds: float) -> None:
-    """Measure all cells and store the records."""
+    """Measure all cells and store the records; cells that the file of this day has are left out."""
     torch.set_num_threads(1)
     path = out / f"spectral-{date.today()}.jsonl"
-    path.unlink(missing_ok=True)
-    record = environment(torch.device("cpu"), torch.float32)
-    append(path, {**record, "tolerance": TOLERANCE, "threads": 1})
+    if not path.exists():
+        record = environment(torch.device("cpu"), torch.float32)
+        append(path, {**record, "tolerance": TOLERANCE, "threads": 1})
+    done = {record.get("cell") for record in read(path, growing=True)}
     for cell in CELLS:
-        if not fnmatch.fnmatch(cell.name, only):
+        if not fnmatch.fnmatch(cell.name, only) or cell.name in done:
             continue
         torch.manual_seed(1)
         x = torch.randn(cell.batch, cell.width, *[cell.grid] * cell.dims, requires_grad=True)
