@@ -55,7 +55,8 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
     """The tables of times, of memory and of the goals."""
     head = ["layer", *COLUMNS.values()]
     times, kept = [head], [head]
-    goals = [["layer", *[COLUMNS[name] for name in OURS], "over the best plan", "kept"]]
+    names = [COLUMNS[name] for name in OURS]
+    goals = [["layer", *names, "over the best plan", "kept"]]
     for name, cell in found.items():
         times.append([name, *[three_digits(1e3 * cell[c]["q1"]) for c in COLUMNS]])
         kept.append([name, *[three_digits(cell[c]["kept_bytes"] / 2**20) for c in COLUMNS]])
@@ -84,17 +85,19 @@ def solves(records: Sequence[Any]) -> str:
     for record in records:
         if record["kind"] == "solve":
             by_model.setdefault(record["model"], []).append(record)
-    rows = [["weights", "numbers in them", "error, mean of seeds", "worst", "ms a step"]]
+    rows = [["weights", "numbers in them", "seeds", "error, mean", "best", "worst", "ms a step"]]
     for name, each in by_model.items():
         errors = [r["error"] for r in each]
         rows.append([
             name,
             f"{each[0]['parameters']:,}",
+            str(len(each)),
             f"{100 * statistics.mean(errors):.2f} %",
+            f"{100 * min(errors):.2f} %",
             f"{100 * max(errors):.2f} %",
             three_digits(1e3 * min(r["seconds"] for r in each)),
         ])  # fmt: skip
-    return markdown_rows(rows, "lrrrr")
+    return markdown_rows(rows, "lrrrrrr")
 
 
 def told(environment: dict[str, Any]) -> str:
@@ -107,9 +110,17 @@ def told(environment: dict[str, Any]) -> str:
 
 def write(folder: Path, page: Path) -> None:
     """Write the tables between the markers of the page."""
-    layers, burgers = newest(folder, "spectral"), newest(folder, "burgers")
+    burgers = newest(folder, "burgers")
     text = page.read_text(encoding="utf-8")
-    content = f"{told(layers[0])}\n\n{tables(cells(layers))}"
+    found: dict[str, dict[str, Any]] = {}
+    where = []
+    for path in sorted(folder.glob("spectral-*.jsonl")):
+        records = read(path)
+        later = cells(records)
+        # A cell that was measured again takes the place of the older one.
+        found |= later
+        where.append(f"{', '.join(later)}: {told(records[0])}")
+    content = "\n\n".join([*where, tables(found)])
     text = between(text, "spectral layers", content)
     sizes = burgers[0]["sizes"]
     intro = (
