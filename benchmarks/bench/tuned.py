@@ -101,7 +101,8 @@ def noise(record: Record) -> float:
 
 def section(records: Sequence[Record]) -> str:
     """What a page says of the records."""
-    found = [r for r in records if r["kind"] == "tuned"]
+    # Of a cell that was measured again, the newest.
+    found = [*{(r["cell"], r["mode"]): r for r in records if r["kind"] == "tuned"}.values()]
     where = next(r for r in records if r["kind"] == "environment")
     worst = sorted(found, key=ratio, reverse=True)
     held = sum(ratio(r) <= ALLOWED for r in found)
@@ -129,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.bench.tuned", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="cells by name, or by a part of it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--again", action="store_true", help="cells that are there, too")
     parser.add_argument("--report", action="store_true", help="write docs/benchmarks.md alone")
     options = parser.parse_args(arguments)
     path: Path = options.out / FILE
@@ -141,13 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # See ``benchmarks.bench.run``: an allocator as after a while.
     torch.ones(2**25 - 2**20, dtype=torch.uint8)
     known: list[Any] = read(path, growing=True) if path.exists() else []
-    if not known:
+    if not known or options.again:
         start = environment(torch.device("cpu"), torch.float32)
         append(path, {**start, "tolerance": TOLERANCE[torch.float32]})
     done = {(r["cell"], r["mode"]) for r in known if r["kind"] == "tuned"}
     for case in select(only=options.only):
         for mode in MODES:
-            if case.group != "grid" or (case.name, mode) in done:
+            if case.group != "grid" or ((case.name, mode) in done and not options.again):
                 continue
             record = compare(case, mode)
             append(path, record)

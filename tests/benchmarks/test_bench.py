@@ -308,6 +308,7 @@ def test_a_tuned_layer_beside_its_plans(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(tuned, "QUICK", HASTE)
     monkeypatch.setattr(tuning, "ROUNDS", 1)
     monkeypatch.setattr(tuning, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(tuning, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(tuned, "select", lambda only: [LINEAR, CONV])
     for _ in range(2):
         tuned.main(["--out", str(tmp_path)])

@@ -27,6 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of its own, and nothing tuned before or behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     polyadic.untune()
+    monkeypatch.setattr(tuning, "LEAST_SECONDS", 0.0)
     yield tmp_path / "polyadic"
     polyadic.untune()
 

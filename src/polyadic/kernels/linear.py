@@ -28,8 +28,8 @@ from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, unpadded
 from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
 from polyadic.plans import LinearPlan, LinearRoute
 
-# A GPU computes up to this many rows from the factors in one launch or two, as when a language model
-# decodes: launching then costs more than computing.
+# A GPU computes up to this many rows from the factors in one launch or two, as when a language
+# model decodes: launching then costs more than computing.
 MOST_DECODED_ROWS = 16
 
 
@@ -89,7 +89,7 @@ class LinearMap:
         return y, () if self.plan.keep == "x" else (z,)
 
     def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
-        """Return y (B, N) for a few rows x by one kernel or two, without Z or a matrix in memory."""
+        """Return y (B, N) for a few rows x by one kernel or two, without a matrix in memory."""
         from polyadic.kernels.triton.decode import decode
 
         x, *factors = contiguous((x, *factors))

@@ -23,8 +23,10 @@ from polyadic.planner.request import Request
 # Rounds in which every plan is timed once. A plan drops out whose least time is so many times the
 # least of all.
 ROUNDS, DROPPED_BEYOND = 7, 1.25
-# Plans whose medians are this close to the best go on, for up to so many rounds in all.
-CLOSE, MOST_ROUNDS = 1.06, 25
+# Plans whose medians are this close to the best go on, for up to so many rounds in all. No plan is
+# judged by its median before so many seconds are over, since what disturbs a machine may last longer
+# than all rounds of a small layer.
+CLOSE, MOST_ROUNDS, LEAST_SECONDS = 1.06, 25, 0.5
 # The plan that was followed stays where no other is faster by more than this.
 SAME = 1.01
 # Seconds that one sample should last at least.
@@ -226,7 +228,8 @@ def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> di
     """
     waiting, first = list(plans), plans[0]
     samples: dict[Plan, list[float]] = {plan: [] for plan in plans}
-    for turn in range(MOST_ROUNDS):
+    start, turn = time.monotonic(), 0
+    while turn < MOST_ROUNDS or time.monotonic() - start < LEAST_SECONDS:
         for plan in waiting:
             _follow(request, plan)
             run()
@@ -235,7 +238,8 @@ def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> di
         # Caches are cold in the first round, which therefore drops only plans that are far off.
         limit = least * (2 * DROPPED_BEYOND if turn == 0 else DROPPED_BEYOND)
         waiting = [plan for plan in waiting if plan is first or min(samples[plan]) <= limit]
-        if turn + 1 >= ROUNDS:
+        turn += 1
+        if turn >= ROUNDS and time.monotonic() - start >= LEAST_SECONDS:
             best = min(statistics.median(samples[plan]) for plan in waiting)
             waiting = [
                 plan
