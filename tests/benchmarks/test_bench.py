@@ -21,7 +21,8 @@ from benchmarks.bench.problem import Built, Contestant, NotApplicableError, Prob
 from benchmarks.bench.run import admit
 from benchmarks.bench.stored import Run
 from benchmarks.bench.summary import criteria
-from benchmarks.records import check, read
+from benchmarks.pages import between
+from benchmarks.records import ROOT, check, read
 from polyadic.measure import tuning
 from polyadic.testing import Flops, LiveBytes
 
@@ -300,6 +301,12 @@ def test_a_malformed_record_is_refused() -> None:
         check(measurement)
     with pytest.raises(ValueError, match="no environment line"):
         Run([])
+
+
+def test_the_page_of_tuned_layers_is_made_from_the_records() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    records = read(ROOT / "benchmarks" / "results" / tuned.FILE)
+    assert between(page, tuned.MARK, tuned.section(records)) == page
 
 
 def test_a_tuned_layer_beside_its_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

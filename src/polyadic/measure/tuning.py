@@ -24,8 +24,8 @@ from polyadic.planner.request import Request
 # least of all.
 ROUNDS, DROPPED_BEYOND = 7, 1.25
 # Plans whose medians are this close to the best go on, for up to so many rounds in all. No plan is
-# judged by its median before so many seconds are over, since what disturbs a machine may last longer
-# than all rounds of a small layer.
+# judged by its median before so many seconds are over, since what disturbs a machine may last
+# longer than all rounds of a small layer.
 CLOSE, MOST_ROUNDS, LEAST_SECONDS = 1.06, 25, 0.5
 # The plan that was followed stays where no other is faster by more than this.
 SAME = 1.01
