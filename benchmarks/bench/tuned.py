@@ -120,8 +120,9 @@ def section(records: Sequence[Record]) -> str:
     )
     if earlier:
         text += (
-            f" {len(earlier)} of the cells were measured a second time, when tuning had been made to "
-            f"last longer; the first time the worst of these had {max(map(ratio, earlier)):.3f}."
+            f" {len(earlier)} of the cells were measured a second time, when tuning had been made "
+            f"to last longer; the first time the worst of these "
+            f"had {max(map(ratio, earlier)):.3f}."
         )
     text += " The cells with the largest ratios:"
     rows: list[Sequence[str]] = [
