@@ -190,9 +190,8 @@ def distill(
             theirs = run_model(teacher, batch)
         return _checked(compare, run_model(student, batch), theirs)
 
-    if validation is None:
-        validation = first(batches, JUDGING, seed, device)
-    validate = _validator(validation, student, batch_loss)
+    judges = first(batches, JUDGING, seed, device) if validation is None else validation
+    validate = _validator(judges, student, batch_loss)
     record = {
         "loss": identity.named(loss),
         "train_mode": train_mode,
@@ -262,8 +261,11 @@ def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: 
 
 
 def _judged_by(validation: Any, seed: int, device: torch.device) -> str:
-    """Name what judges the student: a function, nothing, or batches by their digest."""
-    if validation is False or callable(validation):
+    """Name what judges the student: batches by their digest, a function, nothing.
+
+    The first batches, which judge it by default, are compared as batches.
+    """
+    if validation is None or validation is False or callable(validation):
         return identity.in_words(validation)
     models.require_batches(validation, "validation")
     with drawn_by(seed, validation, device):
