@@ -81,8 +81,15 @@ def where(task: Task) -> str:
             f"{task.dense.blocks} blocks of width {task.dense.width}"
         )
     commits = ", ".join(sorted({str(record["commit"]) for record in task.records}))
-    rest = task.records[0].get("rest")
-    rates = "" if rest is None else f" What no contestant makes learns at {rest:g} in all of them."
+    rates = ""
+    if "rest" in task.records[0]:
+        rest = task.records[0]["rest"]
+        rates = (
+            " The dense model gains by no higher rate for what no contestant makes, so that each "
+            "has one rate for all."
+            if rest is None
+            else f" What no contestant makes learns at {rest:g} in all of them."
+        )
     return (
         f"{sizes}. {machine}, torch {env['torch']}, Python {env['python']}, "
         f"{env['date'][:10]}, commit {commits}.{rates}"
