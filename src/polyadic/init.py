@@ -168,7 +168,12 @@ def torch_bias_(bias: Tensor, fan_in: int) -> None:
 
 @torch.no_grad()
 def bias_(bias: Tensor, draw: Callable[[Tensor], Any]) -> None:
-    """Fill a bias by a function of a tensor; DTensors get shards of what one process draws."""
+    """Fill a bias by a function of a tensor; DTensors get shards of what one process draws.
+
+    Args:
+        bias: of any shape.
+        draw: fills a tensor that it is given.
+    """
     if is_spread(bias):
         _fill_shards([bias], lambda drawn: draw(drawn[0]))
     else:
