@@ -623,7 +623,7 @@ def test_mistakes_in_matching_are_told() -> None:
         ({"names": ["3"]}, ValueError, "'3' is not a converted layer; those are: 0"),
         ({"names": []}, ValueError, "at least one name"),
         ({"names": "0"}, TypeError, "a sequence of names"),
-        ({"mode": "both"}, ValueError, "'sequential' or 'joint'"),
+        ({"mode": "both"}, ValueError, "mode must be one of 'sequential', 'joint', got 'both'"),
         ({"student": teacher}, ValueError, "holds no CP layer that the teacher has"),
         ({"batches": []}, ValueError, "at least one batch"),
         ({"lr": 0}, ValueError, "lr must be finite and above 0"),

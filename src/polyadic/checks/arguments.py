@@ -66,7 +66,9 @@ def check_flag(value: Any, name: str) -> bool:
     Raises:
         TypeError: it is something else.
     """
-    if value is None or isinstance(value, bool) or type(value).__name__ == "bool_" or is_int(value):
+    if value is None or isinstance(value, bool) or type(value).__name__ == "bool_":
+        return bool(value)
+    if is_int(value) and value in (0, 1):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {value!r:.80}")
 
