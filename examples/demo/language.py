@@ -1,7 +1,7 @@
 """The language model of the study of training (``benchmarks.training``), with one seed.
 
-Model, batches and training are the study's, and so are its learning rates: for each contestant the
-best of those that it tried.
+Model, batches and training are the study's, in a smaller size; each contestant has the best of four
+learning rates or more that were tried at this size.
 """
 
 from __future__ import annotations

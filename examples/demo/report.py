@@ -229,8 +229,8 @@ def html(
 <p>A small transformer learns to predict the bytes of Python's standard library; its linear layers
 are dense, CP or low rank. The narrow and the low-rank model have about as many parameters in
 their blocks as the CP model. One seed, {STEPS} steps unless this was a quick run, each contestant
-with the best learning rate of the study in <code>docs/training.md</code>, which has three seeds and
-more contestants.</p>
+with the best of four learning rates or more; the study in <code>docs/training.md</code> is larger,
+with three seeds and more contestants.</p>
 {_table(LANGUAGE_COLUMNS, language_rows_)}
 {_figure(drawn["language"], "language")}
 <h2>Handwritten digits</h2>

@@ -62,20 +62,20 @@ class Meter:
             total: pieces of this stage in all.
             note: what the last piece was, or what it gave.
         """
-        time = now()
-        self._stages.setdefault(stage, (time, done))
+        at = now()
+        self._stages.setdefault(stage, (at, done))
         self._done[stage] = done
-        if time - self._began < LONG or (time - self._moved < MOVE and done < total):
+        if at - self._began < LONG or (at - self._moved < MOVE and done < total):
             return
-        self._moved = time
+        self._moved = at
         if sys.stderr.isatty() and self._show(stage, done, total, note):
             return
-        if time - self._said >= LINE:
-            self._said = time
+        if at - self._said >= LINE:
+            self._said = at
             words = [self._what, *([stage] if stage else []), f"{done} of {total}"]
             words += [note] if note else []
-            words.append(f"{clock(time - self._began)} so far")
-            left = self._left(stage, done, total, time)
+            words.append(f"{clock(at - self._began)} so far")
+            left = self._left(stage, done, total, at)
             if left is not None:
                 words.append(f"about {clock(left)} left")
             self._line(", ".join(words))
@@ -95,14 +95,14 @@ class Meter:
         else:
             self._line(f"{self._what}, {text}")
 
-    def _left(self, stage: str, done: int, total: int, time: float) -> float | None:
+    def _left(self, stage: str, done: int, total: int, at: float) -> float | None:
         """Predict the seconds that are left; None as long as nothing is known."""
         began, before = self._stages[stage]
         if stage not in self._plans:
-            return (time - began) * (total - done) / (done - before) if done > before else None
+            return (at - began) * (total - done) / (done - before) if done > before else None
         expected = sum(sum(p[self._done.get(name, 0) :]) for name, p in self._plans.items())
         begun = {name: self._stages[name] for name in self._plans if name in self._stages}
-        taken = time - min(when for when, _ in begun.values())
+        taken = at - min(when for when, _ in begun.values())
         planned = sum(
             sum(self._plans[name][first : self._done[name]]) for name, (_, first) in begun.items()
         )

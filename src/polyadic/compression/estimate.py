@@ -75,11 +75,10 @@ class Estimate:
                 found.append(0.0)
                 continue
             metric = self._evidence.metrics.get(target.name)
-            asked = next((ranks[name] for name in target.names if name in ranks), None)
             work = 0.0
             fitted = [each for each in target.candidates if not each.is_low_rank]
             for candidate in fitted:
-                fixed = fixed_rank(target, candidate, asked)
+                fixed = fixed_rank(target, candidate, target.asked(ranks))
                 weighed = ranks_to_fit(target, candidate, metric, self._budget.fraction, fixed)
                 sweeps = SWEEPS
                 if candidate is not fitted[0] and fixed is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from polyadic.formats import ConvFormat, LinearFormat, Shape
+from polyadic.formats import ConvFormat, LinearFormat, Rank, Shape
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE
 from polyadic.nn.layer import CPLayer
@@ -87,6 +87,10 @@ class Target:
         """The dense weight, in torch's layout."""
         found: Tensor = self.layer.weight.detach()
         return found
+
+    def asked(self, ranks: Mapping[str, Rank]) -> Rank | None:
+        """Return the rank that is asked for by the name of one of the layers, or None."""
+        return next((ranks[name] for name in self.names if name in ranks), None)
 
     @property
     def dense_parameters(self) -> int:

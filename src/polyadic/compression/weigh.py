@@ -109,7 +109,7 @@ def weigh(
     norms = [inner(wide(target.weight), wide(target.weight)) for target in targets]
     for i, (target, norm) in enumerate(zip(targets, norms, strict=True)):
         tell("curves", i, len(targets), target.name)
-        asked = next((ranks[n] for n in target.names if n in ranks), None)
+        asked = target.asked(ranks)
         metric = evidence.metrics.get(target.name)
         reason_to_stay = _unseen(metric, evidence.calibration is not None)
         share = norm / max(sum(norms), 1e-300)

@@ -175,6 +175,23 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return make[kind]()
 
 
+def check_continued(file: str, saved: str | None, own: str | None) -> None:
+    """Refuse a checkpoint that is there though none is to be continued.
+
+    Args:
+        file: name of the checkpoint, for the message.
+        saved: the run of several processes that wrote it, or None.
+        own: this process's run; what another process of it has begun is no job of the past.
+
+    Raises:
+        ValueError: another run wrote it.
+    """
+    if own is None or saved != own:
+        raise ValueError(
+            f"checkpoint {file} exists; pass resume=True to continue from it, or remove it"
+        )
+
+
 def same(file: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is not of this job, by the name of what differs.
 

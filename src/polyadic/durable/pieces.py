@@ -45,11 +45,8 @@ class Pieces:
         if checkpoint.exists(job):
             saved = checkpoint.load(job, kind)
             of = saved.pop("run", None)
-            if not resume and (run is None or of != run):
-                raise ValueError(
-                    f"checkpoint {folder.name} exists; pass resume=True to continue from it, or "
-                    f"remove it"
-                )
+            if not resume:
+                checkpoint.check_continued(folder.name, of, run)
             checkpoint.same(folder.name, saved, identity)
             return
         # A process that was killed may have left drafts, and another may begin in this moment.

@@ -70,11 +70,7 @@ class FileKeeper:
         self._run = run_of_group(str(self.path.absolute()))
         state = durable.load(self.path, self.kind) if durable.exists(self.path) else None
         if state is not None and not self.resume:
-            if self._run is None or state.get("run") != self._run:
-                raise ValueError(
-                    f"checkpoint {self.path.name} exists; pass resume=True to continue from it, or "
-                    f"remove it"
-                )
+            durable.check_continued(self.path.name, state.get("run"), self._run)
             state = None
         if self.together:
             torch.distributed.barrier()

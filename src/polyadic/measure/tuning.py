@@ -248,9 +248,7 @@ def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> di
             ]
         if len(waiting) == 1:
             break
-    return {
-        plan: statistics.median(samples[plan]) for plan in {first: None, **dict.fromkeys(waiting)}
-    }
+    return {plan: statistics.median(samples[plan]) for plan in waiting}
 
 
 def _follow(request: Request, plan: Plan | None) -> None:

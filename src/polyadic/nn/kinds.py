@@ -78,6 +78,7 @@ class Kind:
     @property
     def arguments(self) -> Arguments:
         """All arguments of the constructor but device and dtype."""
+        # What a row says of an argument holds, also of one that all CP layers have.
         return self.shared if self.family == "head" else {**self.shared, **_CP, **self.shared}
 
     def make(self, layer: nn.Module, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyadic.batches import evaluating
 from polyadic.formats import ConvFormat, EmbeddingFormat
-from polyadic.planner.report import Explanation, count_text, seconds_text
+from polyadic.planner.report import Costed, Explanation, count_text, seconds_text
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,20 @@ class ModelExplanation:
     @property
     def peak_bytes(self) -> int:
         """What all CP layers keep, and the most that one of them needs on top in its call."""
-        on_top = [
-            row.peak_bytes - row.found.chosen.kept_bytes
-            for row in self.layers
-            if row.found is not None and row.peak_bytes is not None
-        ]
-        return sum(f.chosen.kept_bytes for f in self._explained()) + max(on_top, default=0)
+        return _peak_in_sum(
+            [(row.found.chosen, row.peak_bytes) for row in self.layers if row.found is not None]
+        )
 
     @property
     def dense_peak_bytes(self) -> int:
         """What the dense layers would keep, and the most that one of them needs on top."""
-        on_top = [
-            row.dense_peak_bytes - row.found.dense.kept_bytes
-            for row in self.layers
-            if row.found is not None and row.dense_peak_bytes is not None
-        ]
-        return sum(f.dense.kept_bytes for f in self._explained()) + max(on_top, default=0)
+        return _peak_in_sum(
+            [
+                (row.found.dense, row.dense_peak_bytes)
+                for row in self.layers
+                if row.found is not None
+            ]
+        )
 
     @property
     def slower(self) -> tuple[str, ...]:
@@ -166,6 +164,12 @@ class ModelExplanation:
         counts = [count_text(value) for pair in pairs for value in pair]
         times = [seconds_text(self.seconds), seconds_text(self.dense_seconds)]
         return ["sum", "", *times, *counts]
+
+
+def _peak_in_sum(calls: Sequence[tuple[Costed, int | None]]) -> int:
+    """What calls with these costs keep, and the most that one with a known peak needs on top."""
+    on_top = [peak - cost.kept_bytes for cost, peak in calls if peak is not None]
+    return sum(cost.kept_bytes for cost, _ in calls) + max(on_top, default=0)
 
 
 def _cells(row: LayerExplanation) -> list[str]:
