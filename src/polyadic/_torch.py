@@ -175,6 +175,13 @@ current_cuda_device: Callable[[], int] = getattr(
     torch._C, "_cuda_getDevice", torch.cuda.current_device
 )
 
+# The handle of the stream on which operations of a CUDA device are started.
+current_raw_stream: Callable[[int], int] = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda index: torch.cuda.current_stream(index).cuda_stream,
+)
+
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is of one of torch's own classes and not of a subclass of them."""

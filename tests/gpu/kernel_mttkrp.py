@@ -13,15 +13,16 @@ from torch import Tensor
 from polyadic.kernels.pairs import padded_rank
 from polyadic.kernels.triton import mttkrp as subject
 
-# Modes of each group, the rank, and in how many pieces dK comes. The scale of the last has a sum
-# long enough for the other kind of tile.
+# Modes of each group, the rank, and in how many pieces each dK comes. The sum for the scale of the
+# last but one, and those over the pieces of the last, are longer than what a program takes at once.
 SHAPES = (
-    (((4, 4), (2, 5)), 3, 1),
-    (((13,), (11,)), 5, 1),
-    (((1, 2, 2, 3, 2, 2), (3, 2)), 8, 3),
-    (((1, 4, 5), (2, 3, 2), (3, 3)), 17, 2),
-    (((2, 70), (3, 2)), 33, 1),
-    (((1, 33, 32),), 12, 1),
+    (((4, 4), (2, 5)), 3, (1, 1)),
+    (((13,), (11,)), 5, (1, 1)),
+    (((1, 2, 2, 3, 2, 2), (3, 2)), 8, (3, 3)),
+    (((1, 4, 5), (2, 3, 2), (3, 3)), 17, (1, 2, 2)),
+    (((2, 70), (3, 2)), 33, (1, 1)),
+    (((1, 33, 32),), 12, (1,)),
+    (((2, 3), (1, 3, 3)), 12, (1, 70)),
 )
 
 
@@ -53,7 +54,7 @@ def _check_one(
     name: str,
     modes: Sequence[Sequence[int]],
     rank: int,
-    pieces: int,
+    pieces: Sequence[int],
     dtype: torch.dtype,
     low: torch.dtype,
     integers: bool,
@@ -61,10 +62,11 @@ def _check_one(
     groups = draw_groups(modes, rank, dtype, integers)
     rows = [math.prod(group) for group in modes]
     # Columns beyond the rank hold what must not be read.
-    d_matrices = [draw((pieces, count, padded_rank(rank)), low, integers) for count in rows]
+    sizes = [(p, count, padded_rank(rank)) for p, count in zip(pieces, rows, strict=True)]
+    d_matrices = [draw(size, low, integers) for size in sizes]
     for d_matrix in d_matrices:
         d_matrix[..., rank:] = float("nan")
-    given = d_matrices if pieces > 1 else [d_matrix[0] for d_matrix in d_matrices]
+    given = [d_matrix if len(d_matrix) > 1 else d_matrix[0] for d_matrix in d_matrices]
     with poisoned():
         once = subject.mttkrps(given, groups)
         again = subject.mttkrps(given, groups)
@@ -80,22 +82,24 @@ def _check_one(
 
 def forms() -> Iterator[Form]:
     """What is compiled ahead of time."""
-    for modes, rank, pieces in (
-        (((16, 16, 16), (16, 16, 16)), 64, 1),
-        (((1, 8, 8, 16), (32, 32), (3, 3)), 180, 1),
-        (((64, 64), (64, 64)), 256, 2),
-        (((1, 1024, 2), (11,)), 89, 1),
+    for modes, rank, in_pieces in (
+        (((16, 16, 16), (16, 16, 16)), 64, ()),
+        (((1, 8, 8, 16), (32, 32), (3, 3)), 180, (2,)),
+        (((64, 64), (64, 64)), 256, (0, 1)),
+        (((1, 1024, 2), (11,)), 89, ()),
     ):
         for dtype in DTYPES:
             padded = padded_rank(rank)
             each = (padded,) * len(modes)
-            apart = tuple([math.prod(group) * padded if pieces > 1 else 0 for group in modes])
+            apart = tuple(
+                [math.prod(g) * padded if n in in_pieces else 0 for n, g in enumerate(modes)]
+            )
             factors = tuple([pointers_to(dtype, len(group)) for group in modes])
-            form = subject.form_of(modes, rank, each, (pieces,) * len(modes), apart)
+            form = subject.form_of(modes, rank, each, apart)
             yield Form(
-                f"{modes} rank {rank} {short(dtype)} in {pieces}",
+                f"{modes} rank {rank} {short(dtype)}, in pieces {in_pieces}",
                 subject.mttkrp_kernel,
-                (pointers_to(torch.float32, len(modes)), factors, factors),
+                (pointers_to(torch.float32, len(modes)), factors, factors, "i32"),
                 form.constants,
                 warps=subject.WARPS,
                 wide_loads=rank * dtype.itemsize % 16 == 0,

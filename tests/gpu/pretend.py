@@ -109,7 +109,8 @@ def counted() -> Iterator[Launches]:
 
     with (
         fused_kernels(),
-        # One product, as it is on a GPU.
+        # A bias is added by a pass of its own on a CPU alone, and sums are one product on a GPU.
+        mock.patch.object(torch.Tensor, "is_cpu", False),
         mock.patch.object(embedding, "matmul_tn_unrounded", products.matmul_tn),
         mock.patch.object(projections, "matmul_tn_unrounded", products.matmul_tn),
         mock.patch.object(fused, "observed", return_value=False),

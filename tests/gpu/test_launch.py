@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -18,6 +20,7 @@ from polyadic.plans import LinearPlan, LinearRoute
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("polyadic.kernels.triton.launch")
+driver = pytest.importorskip("polyadic.kernels.triton.driver")
 if launch.INTERPRETED.value:
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
@@ -37,8 +40,20 @@ class Kernel:
 
 
 class Form:
+    """A compiled kernel that takes one pointer and one number, in the words of Triton."""
+
+    function = 77
+    asm: ClassVar = {
+        "ptx": ".visible .entry kernel(\n .param .u64 .ptr .global .align 1 kernel_param_0,"
+        " .param .u32 kernel_param_1, .param .u64 kernel_param_2, .param .u64 kernel_param_3)"
+    }
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.metadata = SimpleNamespace(
+            num_ctas=1, num_warps=8, launch_cooperative_grid=False, launch_pdl=False,
+            global_scratch_size=0, profile_scratch_size=0, shared=1024,
+        )  # fmt: skip
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         def compiled(*arguments: Any) -> None:
@@ -48,7 +63,7 @@ class Form:
 
 
 def start(launcher: Any, tensor: Tensor, key: object = "key", warps: int = 4) -> None:
-    launcher(key, (1, 1, 1), [tensor], (tensor,), warps=warps)
+    launcher(key, (1, 1, 1), [tensor], (), lambda: (tensor,), warps=warps)
 
 
 def test_the_first_start_of_a_form_is_tritons() -> None:
@@ -125,6 +140,100 @@ def test_a_form_that_never_ran_cannot_be_captured() -> None:
     assert kernel.calls == ["triton 4", "compiled"]
 
 
+class Driver:
+    """Stands for the driver's function that starts code, and reads what it is given."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, function: int, *sizes: Any) -> int:
+        *grid_and_threads, stream, addresses, extra = sizes
+        pointer = ctypes.c_uint64.from_address(addresses[0]).value
+        number = ctypes.c_int32.from_address(addresses[1]).value
+        more = [ctypes.c_uint64.from_address(addresses[n]).value for n in (2, 3)]
+        assert extra is None
+        self.calls.append((function, grid_and_threads, stream, pointer, number, more))
+        return self.status
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    started = Driver()
+    monkeypatch.setattr(driver, "launch_function", lambda: started)
+    monkeypatch.setattr(driver, "current_raw_stream", lambda index: 500)
+    return started
+
+
+def numbered(launcher: Any, tensor: Tensor, number: int) -> None:
+    launcher("key", (3, 2, 1), [tensor], (number,), lambda: (tensor, number))
+
+
+def test_the_driver_starts_what_is_compiled(started: Driver) -> None:
+    kernel, tensor = Kernel(), torch.zeros(64)
+    launcher = launch.Launcher(kernel)
+    for number in (5, -6, 2**31 - 1):
+        numbered(launcher, tensor, number)
+    assert kernel.calls == ["triton 4"]
+    sizes = [3, 2, 1, 256, 1, 1, 1024]
+    where = tensor.data_ptr()
+    assert started.calls == [(77, sizes, 500, where, n, [0, 0]) for n in (-6, 2**31 - 1)]
+
+
+def test_what_the_driver_refuses_is_started_by_triton(started: Driver) -> None:
+    kernel, tensor = Kernel(), torch.zeros(64)
+    launcher = launch.Launcher(kernel)
+    started.status = 201
+    for _ in range(3):
+        numbered(launcher, tensor, 1)
+    assert kernel.calls == ["triton 4", "compiled", "compiled"]
+    assert len(started.calls) == 2
+
+
+def test_profilers_of_triton_see_each_start(
+    started: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, tensor = Kernel(), torch.zeros(64)
+    launcher = launch.Launcher(kernel)
+    hook = SimpleNamespace(calls=[])
+    monkeypatch.setattr(driver.knobs.runtime, "launch_enter_hook", hook)
+    numbered(launcher, tensor, 1)
+    numbered(launcher, tensor, 1)
+    hook.calls.append(print)
+    numbered(launcher, tensor, 1)
+    assert kernel.calls == ["triton 4", "compiled"]
+    assert len(started.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_ctas": 2}, {"launch_cooperative_grid": True}, {"launch_pdl": True},
+        {"global_scratch_size": 8}, {"profile_scratch_size": 8}, {"shared": 229 * 1024},
+    ],
+)  # fmt: skip
+def test_what_takes_more_than_arguments_is_left_to_triton(
+    started: Driver, changes: dict[str, Any]
+) -> None:
+    form = Form(Kernel())
+    assert driver.code_of(form, 1, 1, 0) is not None
+    vars(form.metadata).update(changes)
+    assert driver.code_of(form, 1, 1, 0) is None
+
+
+def test_parameters_that_are_not_the_arguments_are_left_to_triton(started: Driver) -> None:
+    """Another version of Triton may put other things behind the arguments."""
+    form = Form(Kernel())
+    assert driver.code_of(form, 2, 1, 0) is None
+    assert driver.code_of(form, 1, 2, 0) is None
+    assert driver.code_of(form, 2, 0, 0) is None
+
+
+def test_without_a_driver_triton_starts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "launch_function", lambda: None)
+    assert driver.code_of(Form(Kernel()), 1, 1, 0) is None
+
+
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors that seem to be on a GPU, and a driver that launches nothing; the kernels' names."""
@@ -132,6 +241,15 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from polyadic.kernels.triton import khatri_rao, mttkrp
 
     started: list[str] = []
+
+    def by_driver(*arguments: Any) -> int:
+        started.append("driver")
+        return 0
+
+    monkeypatch.setattr(driver, "launch_function", lambda: by_driver)
+    monkeypatch.setattr(driver, "current_raw_stream", int)
+    taken = driver.parameter_bits(Form.asm["ptx"])
+    monkeypatch.setattr(driver, "expected_bits", lambda pointers, numbers: taken)
     for module in (khatri_rao, mttkrp):
         kernel = Kernel()
         kernel.calls = started
@@ -162,17 +280,17 @@ def test_a_warm_step_makes_few_calls(stubbed: list[str]) -> None:
     stubbed.clear()
     assert own_calls(forward)[0] <= 28
     assert own_calls(backward(forward()))[0] <= 44
-    assert stubbed == ["compiled"] * 4
+    assert stubbed == ["driver"] * 4
 
 
 def test_gradients_share_memory_only_where_each_begins_aligned() -> None:
     from polyadic.kernels.triton import mttkrp
 
     modes = ((3, 5), (2,))
-    for rank, apart, pieces in ((8, False, 1), (8, True, 3), (5, False, 3)):
-        groups = [[torch.zeros(mode, rank) for mode in group] for group in modes]
-        found = mttkrp._new(groups, modes, apart)
-        assert [[f.shape for f in g] for g in found] == [[f.shape for f in g] for g in groups]
-        flat = [f for group in found for f in group]
-        assert all(f.is_contiguous() and f.data_ptr() % 16 == 0 for f in flat)
-        assert len({f.untyped_storage().data_ptr() for f in flat}) == pieces
+    for rank, own_memory, pieces in ((8, False, 1), (8, True, 3), (5, False, 3)):
+        factors = [torch.zeros(mode, rank) for group in modes for mode in group]
+        form = mttkrp.form_of(modes, rank, (rank, rank), (0, 0))
+        found = mttkrp._new(factors, form, own_memory)
+        assert [gradient.shape for gradient in found] == [factor.shape for factor in factors]
+        assert all(f.is_contiguous() and f.data_ptr() % 16 == 0 for f in found)
+        assert len({f.untyped_storage().data_ptr() for f in found}) == pieces

@@ -2,9 +2,9 @@
 
 The forward has three launches. The first makes KA, KC and the taps, the second Z1 = X KA, and the
 third the depthwise stage, the projection with KC and the bias, so that Z2 never stands in memory;
-with many out channels the stage and the projection are two launches. The backward has eight: the
-matrices; dZ2 = dY KC; one for dZ1, for partial sums of the taps' gradient and for Z2 again, and one
-that adds these sums; dKC, dKA and dX; and the gradients of all factors.
+with many out channels the stage and the projection are two launches. The backward has seven: the
+matrices; dZ2 = dY KC; one for dZ1, for partial sums of the taps' gradient and for Z2 again; dKC,
+dKA and dX; and the gradients of all factors, those of the kernel from the partial sums.
 
 A 1×1 kernel has no stage between the products, so that only the first and the last of the Triton
 kernels run. Channels of maps are innermost in memory, and padded with zeros in each group to

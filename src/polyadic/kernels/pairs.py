@@ -17,7 +17,9 @@ operations that they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +92,7 @@ def mttkrp_pair(
 
     Args:
         d_matrices: for each group dK (Π m_d, R or more columns, which are not read), or pieces
-            (s, Π m_d, R or more) that add up to it; in the factors' dtype or float32.
+            (p, Π m_d, R or more) that add up to it; in the factors' dtype or float32.
         groups: factors (m_d, R) of each matrix.
         by: as in ``khatri_rao_pair``.
         numbers_alone: as in ``khatri_rao_pair``.
@@ -154,19 +156,30 @@ def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list
     return gradients
 
 
-def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
+@functools.cache
+def _by_triton() -> tuple[Callable[..., list[Tensor]], Callable[..., list[list[Tensor]]]]:
+    """Import the kernels' functions; an import at each call would cost as much as a launch."""
     from polyadic.kernels.triton.khatri_rao import khatri_rao_matrices
+    from polyadic.kernels.triton.mttkrp import mttkrps
 
-    return khatri_rao_matrices(list(map(contiguous, groups)), dtype, padded)
+    return khatri_rao_matrices, mttkrps
+
+
+def _contiguous(groups: Sequence[Group]) -> Sequence[Group]:
+    if all(map(Tensor.is_contiguous, itertools.chain.from_iterable(groups))):
+        return groups
+    return list(map(contiguous, groups))
+
+
+def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
+    return _by_triton()[0](_contiguous(groups), dtype, padded)
 
 
 def _launch_mttkrps(
-    d_matrices: Sequence[Tensor], groups: Sequence[Group], apart: bool = False
+    d_matrices: Sequence[Tensor], groups: Sequence[Group], own_memory: bool = False
 ) -> list[list[Tensor]]:
-    from polyadic.kernels.triton.mttkrp import mttkrps
-
     d_matrices = [d if d.stride(-1) == 1 else d.contiguous() for d in d_matrices]
-    return mttkrps(d_matrices, list(map(contiguous, groups)), apart)
+    return _by_triton()[1](d_matrices, _contiguous(groups), own_memory)
 
 
 def _khatri_rao_on_cuda(
@@ -199,7 +212,7 @@ def _mttkrp_on_cuda(
     d_matrices: list[Tensor], factors: list[Tensor], lengths: list[int]
 ) -> list[Tensor]:
     # The results of an operator must not share memory.
-    groups = _launch_mttkrps(d_matrices, _regrouped(factors, lengths), apart=True)
+    groups = _launch_mttkrps(d_matrices, _regrouped(factors, lengths), own_memory=True)
     return [gradient for group in groups for gradient in group]
 
 

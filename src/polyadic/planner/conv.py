@@ -337,16 +337,17 @@ def _fused_backward(s: _Sizes, kept: int) -> list[Step]:
     flops = 6 * s.out_positions * s.maps * s.depthwise_taps
     moved = s.item * s.maps * 2 * (s.taken + s.out_positions)
     inner = math.prod(s.inner) + s.n + math.prod(s.fmt.kernel_size)
+    # Partial sums of dtaps, of which each program leaves its own.
+    sums = 8 * s.rank * 1024
     return [
         _matrices(s),
         *again,
         s.project("dZ2 = dY KC", s.out_positions, s.n, s.rank),
         Step("dZ1, dtaps and Z2", "fused", flops, moved, elements=s.maps * s.taken),
-        Step("dtaps over programs", "fused", 0, 8 * s.rank * 1024, elements=s.rank),
         gemm(request, "dKC = dY^T Z2", s.n, s.out_positions, s.rank),
         s.project("dX = dZ1 KA^T", s.taken, s.rank, s.c),
         gemm(request, "dKA = X^T dZ1", s.c, s.taken, s.rank),
-        Step("MTTKRPs", "fused", 0, 4 * 3 * inner * s.rank, elements=inner * s.rank),
+        Step("MTTKRPs", "fused", 0, 4 * 3 * inner * s.rank + sums, elements=inner * s.rank),
     ]
 
 

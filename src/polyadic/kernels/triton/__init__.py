@@ -9,11 +9,12 @@ A new kernel stands on two modules:
   use in device code. They make bfloat16 right under Triton's interpreter too, where its dot product
   and its rounding are not, so that each kernel can be checked on a machine without a GPU.
 - ``launch``: ``LAUNCHER = Launcher(kernel)`` once for each kernel, then
-  ``LAUNCHER(key, grid, tensors, arguments, warps=…, stages=…)`` starts it through its compiled
-  form, which takes a tenth of the time that Triton's own way takes. Sizes that decide the code are
-  constants of the kernel; ``key`` names them and all dtypes.
+  ``LAUNCHER(key, grid, tensors, numbers, arguments, warps=…, stages=…)`` starts it through its
+  compiled form, which takes a small part of the time that Triton's own way takes. Sizes that decide
+  the code are constants of the kernel; ``key`` names them and all dtypes.
 
-Conventions: pointers of tensors that come in numbers are passed as (nested) tuples; tensors are
+Conventions: a kernel takes pointers, then 32-bit integers on which it is not specialized, then
+constants; pointers of tensors that come in numbers are passed as (nested) tuples; tensors are
 contiguous, or their row stride is a constant; sums are in float32; no atomic operations, so that
 each run gives the same bits; nothing is read or written outside a tensor.
 """

@@ -189,11 +189,13 @@ def depthwise_project(
     constants = project_constants(where, groups, channels, padded, biased, keep, columns, z1.dtype)
     block = constants[-3]
     added, kept = kc if bias is None else bias, y if z2 is None else z2
+    tensors, numbers = (z1, taps, kc, added, y, kept), (positions, *size, *out)
     LAUNCHER(
         (constants, z1.dtype, added.dtype),
         (-(-channels // columns) * -(-positions // block), groups, 1),
-        (z1, taps, kc, added, y, kept),
-        (z1, taps, kc, added, y, kept, positions, *size, *out, *constants),
+        tensors,
+        numbers,
+        lambda: (*tensors, *numbers, *constants),
         warps=project_warps(columns),
     )
     return y, z2

@@ -309,7 +309,8 @@ def decode(
             (one, x.dtype, added.dtype),
             one.grid,
             (x, *in_factors, *out_factors, added, y),
-            (x, left, right, tuple(out_factors), added, y, rows, *one.constants),
+            (rows,),
+            lambda: (x, left, right, tuple(out_factors), added, y, rows, *one.constants),
         )
         return y
     form = form_of(modes, rank, rows, bias is not None, x.dtype)
@@ -319,13 +320,15 @@ def decode(
         (form.contract, x.dtype),
         form.contract_grid,
         (x, *in_factors, partial),
-        (x, tuple(in_factors), partial, rows, *form.contract),
+        (rows,),
+        lambda: (x, tuple(in_factors), partial, rows, *form.contract),
     )
     added = partial if bias is None else bias
     EXPAND(
         (form.expand, x.dtype, added.dtype),
         form.expand_grid,
         (partial, *out_factors, added, y),
-        (partial, tuple(out_factors), added, y, rows, *form.expand),
+        (rows,),
+        lambda: (partial, tuple(out_factors), added, y, rows, *form.expand),
     )
     return y

@@ -12,7 +12,8 @@ memory. Spatial dimensions are three; fewer have sizes and taps of one in front.
 
 The gradient of the taps is summed without atomic operations: each program keeps one sum for each
 tap and entry of its tile in registers, over all the tiles that it goes through, and adds its rows
-up once, in the end. A second launch adds the programs' sums in a fixed order.
+up once, in the end. The programs' sums are added by the kernel that makes the gradients of the
+kernel's factors from them (see ``mttkrp``).
 
 Loads are not pipelined (stages = 1): pipelined ones bypass the L1 cache, in which eight of nine
 taps of a 3×3 kernel are found.
@@ -37,7 +38,6 @@ from torch import Tensor
 
 from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import rounded, up_to_power_of_two
-from polyadic.kernels.triton.sums import add_up
 
 # Programs that fill a large GPU a few times over (an H100 has 132 multiprocessors).
 MANY_PROGRAMS = 512
@@ -346,11 +346,13 @@ def depthwise(
     constants = forward_constants(where, groups, taps.shape[1])
     block, columns = constants[-2:]
     programs = -(-taps.shape[1] // columns) * -(-positions // block)
+    numbers = positions, *size, *out
     FORWARD(
         (constants, z1.dtype),
         (programs, groups, 1),
         (z1, taps, z2),
-        (z1, taps, z2, positions, *size, *out, *constants),
+        numbers,
+        lambda: (z1, taps, z2, *numbers, *constants),
         warps=forward_warps(where),
     )
     return z2
@@ -379,9 +381,9 @@ def depthwise_backward(
     wrt_taps: bool,
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dZ1, the gradient of the taps if it is wanted, and Z2 if it is wanted again.
+    """Return dZ1, the gradient of the taps in pieces if it is wanted, and Z2 if wanted again.
 
-    It takes one launch, and one more for the taps.
+    It takes one launch.
 
     Args:
         z1: (b·s, g·r), contiguous.
@@ -395,7 +397,8 @@ def depthwise_backward(
         again: whether Z2 is wanted.
 
     Returns:
-        (b·s, g·r); (t, r) in float32 or None; (b·s', g·r) or None.
+        (b·s, g·r); (p, t, r) in float32, to be added over the pieces p, or None; (b·s', g·r) or
+        None.
     """
     padded = taps.shape[1]
     constants = backward_constants(where, groups, padded, wrt_taps)
@@ -413,11 +416,12 @@ def depthwise_backward(
         (in_programs * groups, taps.shape[0], padded) if wrt_taps else (1,), dtype=torch.float32
     )
     tensors = z1, d_z2, taps, d_z1, d_z1 if z2 is None else z2, partial
+    numbers = in_positions, positions, share, out_share, in_programs, *size, *out
     BACKWARD(
         (constants, z1.dtype),
         (across, in_programs + out_programs, groups),
         tensors,
-        (*tensors, in_positions, positions, share, out_share, in_programs, *size, *out, *constants),
+        numbers,
+        lambda: (*tensors, *numbers, *constants),
     )
-    d_taps = add_up(partial, (taps.shape[0],), torch.float32)[0] if wrt_taps else None
-    return d_z1, d_taps, z2
+    return d_z1, partial if wrt_taps else None, z2

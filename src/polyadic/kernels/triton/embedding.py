@@ -316,12 +316,13 @@ def lookup(
     tile = lookup_tile(count, width, rank, leader.dtype)
     constants = (*sizes, padded, keep, *tile[:3])
     kept = y if z is None else z
-    pointers = indices, tuple(in_factors), tuple(out_factors)
+    numbers = count, _padding(padding_idx), size
     LOOKUP(
         (constants, tile.warps, leader.dtype, indices.dtype),
         (-(-width // tile.columns) * -(-count // tile.rows), 1, 1),
         (indices, *in_factors, *out_factors, y, kept),
-        (*pointers, y, kept, count, _padding(padding_idx), size, *constants),
+        numbers,
+        lambda: (indices, tuple(in_factors), tuple(out_factors), y, kept, *numbers, *constants),
         warps=tile.warps,
     )
     return y, z
@@ -351,12 +352,13 @@ def rows(
     constants = rows_constants(sizes, padded)
     block, columns = constants[-2:]
     row_programs = -(-count // block)
-    pointers = indices, tuple(in_factors), tuple(out_factors)
+    numbers = count, _padding(padding_idx), row_programs
     ROWS(
         (constants, leader.dtype, indices.dtype),
         (-(-padded // columns) * (row_programs - -width // block), 1, 1),
         (indices, *in_factors, *out_factors, z, kc),
-        (*pointers, z, kc, count, _padding(padding_idx), row_programs, *constants),
+        numbers,
+        lambda: (indices, tuple(in_factors), tuple(out_factors), z, kc, *numbers, *constants),
     )
     return z, kc
 
@@ -414,11 +416,12 @@ def scatter(
     share = -(-count // (shares * SHARE_UNIT)) * SHARE_UNIT
     shares = -(-count // share)
     partial = leader.new_empty((shares, sum(modes), rank), dtype=torch.float32)
-    factors = tuple(in_factors)
+    factors, numbers = tuple(in_factors), (count, share, _padding(padding_idx))
     SCATTER(
         (form.constants, leader.dtype, indices.dtype),
         (form.across, form.down, shares),
         (g, indices, *factors, partial),
-        (g, indices, factors, partial, count, share, _padding(padding_idx), *form.constants),
+        numbers,
+        lambda: (g, indices, factors, partial, *numbers, *form.constants),
     )
     return add_up(partial, modes, leader.dtype)

@@ -7,7 +7,9 @@ and rounded once, as ``multilinear.khatri_rao`` does, so that both give the same
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +73,7 @@ def khatri_rao_kernel(
 
 LAUNCHER = Launcher(khatri_rao_kernel)
 Modes = tuple[tuple[int, ...], ...]
+shape_of = operator.attrgetter("shape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,19 @@ def form_of(modes: Modes, rank: int, padded: int) -> _Form:
     return _Form((first[-1], -(-padded // columns), 1), rows, constants)
 
 
+def modes_of(shapes: Sequence[Sequence[int]], lengths: Sequence[int]) -> Modes:
+    """Return the modes of each group of factors from the shapes of all and lengths of groups."""
+    rows = iter([shape[0] for shape in shapes])
+    return tuple([tuple(itertools.islice(rows, length)) for length in lengths])
+
+
+@functools.lru_cache(maxsize=4096)
+def _form_of_shapes(
+    shapes: tuple[Sequence[int], ...], lengths: tuple[int, ...], padded: int
+) -> _Form:
+    return form_of(modes_of(shapes, lengths), shapes[0][1], padded)
+
+
 def khatri_rao_matrices(
     groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int
 ) -> list[Tensor]:
@@ -114,17 +130,17 @@ def khatri_rao_matrices(
         dtype: dtype of the matrices.
         padded: number of columns, at least R.
     """
-    leader = groups[0][0]
-    modes = tuple([tuple([factor.shape[0] for factor in group]) for group in groups])
-    rank = leader.shape[1]
-    form = form_of(modes, rank, padded)
+    factors = [*itertools.chain.from_iterable(groups)]
+    # A layer asks at each pass, so that sizes are looked up as they are.
+    form = _form_of_shapes(tuple(map(shape_of, factors)), tuple(map(len, groups)), padded)
+    leader = factors[0]
     matrices = [leader.new_empty((rows, padded), dtype=dtype) for rows in form.rows]
-    factors = tuple(map(tuple, groups))
     LAUNCHER(
         (form, leader.dtype, dtype),
         form.grid,
-        [factor for group in groups for factor in group] + matrices,
-        (factors, tuple(matrices), *form.constants),
+        factors + matrices,
+        (),
+        lambda: (tuple(map(tuple, groups)), tuple(matrices), *form.constants),
         warps=WARPS,
     )
     return matrices

@@ -1,24 +1,30 @@
 """Starting a kernel through its compiled form.
 
-Triton's own launcher looks at each argument to find out which compiled form serves. That takes 33
-µs of CPU time for 25 arguments, thirty times as long as an operation of torch. Our kernels know
+Triton finds out at each start which compiled form serves, by looking at each argument. That takes
+33 µs of CPU time for 25 arguments, thirty times as long as an operation of torch. Our kernels know
 their form beforehand. It depends on sizes and dtypes, which make the key, and on whether all
 pointers are multiples of 16 bytes, which the launcher checks. (Measured with Triton 3.9 on one core
-of a Xeon, with a driver that launches nothing.)
+of a Xeon, with a driver that launches nothing.) The driver itself starts the form that was found,
+see ``driver``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyadic._torch import current_cuda_device
+from polyadic.kernels.triton.driver import Code, code_of
 from polyadic.kernels.triton.numerics import INTERPRETED
 
 ALIGNMENT_BYTES = 16
+
+_address = operator.methodcaller("data_ptr")
 
 
 class Launcher:
@@ -33,14 +39,16 @@ class Launcher:
 
     def __init__(self, kernel: Any, asserts: bool = False) -> None:
         self.kernel, self.asserts = kernel, asserts
-        self.forms: dict[Hashable, Any] = {}
+        # Triton's compiled kernel, and how the driver starts it, if it can.
+        self.forms: dict[Hashable, tuple[Any, Code | None]] = {}
 
     def __call__(
         self,
         key: Hashable,
         grid: tuple[int, int, int],
         tensors: Sequence[Tensor],
-        arguments: tuple[Any, ...],
+        numbers: tuple[int, ...],
+        arguments: Callable[[], tuple[Any, ...]],
         *,
         warps: int = 4,
         stages: int = 1,
@@ -53,8 +61,12 @@ class Launcher:
         Args:
             key: all that decides the code, except the device: sizes, dtypes and ``warps``.
             grid: number of programs along three axes.
-            tensors: every tensor among the arguments, none empty, all on one device.
-            arguments: of the kernel, in its order; pointers may come in nested tuples.
+            tensors: every tensor among the arguments, in their order, none empty, all on one
+                device.
+            numbers: 32-bit integers among the arguments that the kernel does not specialize on;
+                they stand behind the tensors, and the constants behind them.
+            arguments: makes all arguments of the kernel, in its order, for Triton's own way;
+                pointers may come in nested tuples.
             warps: warps of a program.
             stages: depth of the pipelines of loops.
 
@@ -67,15 +79,15 @@ class Launcher:
         if index >= 0 and index != current_cuda_device():
             # Triton starts kernels on the current device, wherever the tensors are.
             with torch.cuda.device(index):
-                self(key, grid, tensors, arguments, warps=warps, stages=stages)
+                self(key, grid, tensors, numbers, arguments, warps=warps, stages=stages)
             return
-        bits = 0
-        for tensor in tensors:
-            bits |= tensor.data_ptr()
-        aligned = bits % ALIGNMENT_BYTES == 0
+        addresses = tuple(map(_address, tensors))
+        aligned = functools.reduce(operator.or_, addresses) % ALIGNMENT_BYTES == 0
         form = self.forms.get((index, key)) if aligned else None
         if form is not None:
-            form[grid](*arguments)
+            kernel, code = form
+            if code is None or not code.start(grid, addresses + numbers):
+                kernel[grid](*arguments())
             return
         if aligned and index >= 0 and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -85,9 +97,10 @@ class Launcher:
             )
         # What Triton calls debugging is its assertions alone, without those of integer overflow.
         assertions = {"debug": True, "sanitize_overflow": False} if self.asserts else {}
-        form = self.kernel[grid](
-            *arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **assertions
+        kernel = self.kernel[grid](
+            *arguments(), num_warps=warps, num_stages=stages, enable_fp_fusion=True, **assertions
         )
         # The interpreter compiles nothing.
-        if aligned and form is not None and not INTERPRETED.value:
-            self.forms[index, key] = form
+        if aligned and kernel is not None and not INTERPRETED.value:
+            code = code_of(kernel, len(tensors), len(numbers), index)
+            self.forms[index, key] = kernel, code

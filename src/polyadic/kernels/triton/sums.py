@@ -88,7 +88,8 @@ def add_up(partial: Tensor, heights: tuple[int, ...], dtype: torch.dtype) -> lis
         (form.constants, dtype),
         form.grid,
         (partial, *sums),
-        (partial, sums, partial.shape[0], *form.constants),
+        (partial.shape[0],),
+        lambda: (partial, sums, partial.shape[0], *form.constants),
         warps=WARPS,
     )
     return list(sums)
