@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Measure the layers on one NVIDIA GPU within some minutes; nothing needs to be installed but torch.
+# Measure the layers on one NVIDIA GPU within seven minutes, from a checkout that is not installed.
 #     benchmarks/gpu.sh --out DIR [--seconds 400] [--phases environment,ceilings,…] [--dry]
+# It takes the python3 of the PATH, or PYTHON=…, in which torch and safetensors must be installed.
+# Records are written to DIR as they come, and a short table is printed last; --dry tries the script
+# on a machine without a GPU. --help tells the rest.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$root:$root/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

@@ -12,6 +12,35 @@ OURS, ATEN, DENSE = "polyadic", "polyadic, no kernels", "dense"
 # Times closer than this are no disagreement between prediction and measurement.
 CLOSE = 1.2
 
+# What limits a goal that the stored run missed, and the phases to run first. All of these speak of
+# changes that no run has timed yet; whoever stores one writes them anew.
+BYTES_FIRST = (
+    "The products take most of it, and move bytes at what the table of thin products says. The "
+    "gradients of the factors take all terms of a sum at once since then. First: `--phases "
+    "ceilings,layers-4096`. If that is not enough, keep KA and KC from the forward; at R = 256 the "
+    "FLOPs of the products take longer than their bytes."
+)
+EAGER_FIRST = (
+    "Starting a kernel through Triton took two to three times as long as an operation of torch, "
+    "and the way to autograd's thread and back about as long as a forward. CUDA's driver starts "
+    "our kernels itself since then. First: `--phases ceilings,overhead,layers-4096`; compare a "
+    "step on the caller's thread with one on autograd's."
+)
+DECODE_FIRST = (
+    "It was two launches, of which the second waits for the first; up to four rows are one since "
+    "then. First: `--phases decode`."
+)
+EMBEDDING_FIRST = (
+    "Each tile of indices makes its part of KC again, which loads more numbers than are written; a "
+    "lookup is one launch since then. First: `--phases embedding,profile`. If that is not enough, "
+    "let a program keep its part of KC for several tiles."
+)
+CONV_FIRST = (
+    "The depthwise stage reads each tap from the cache, and its backward needs most registers. A "
+    "program that makes Z2 again takes fewer tiles since then, and no launch adds the taps' "
+    "gradient. First: `--phases conv,profile`."
+)
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -23,6 +52,7 @@ class Goal:
         of: cells it was judged on; 0 where the records have none.
         worst: the figure of the cell that is furthest from it, and the cell.
         misses: each cell that does not meet it, with its figure.
+        first: where it was missed, what limits it, and what the next run on a GPU is to begin with.
     """
 
     text: str
@@ -30,6 +60,7 @@ class Goal:
     of: int
     worst: str
     misses: tuple[str, ...]
+    first: str = ""
 
     @property
     def verdict(self) -> str:
@@ -44,6 +75,7 @@ def goals(run: Run) -> list[Goal]:
         judge.at_most(
             "training step in a graph ≤ 1.6 × the byte floor, d ≥ 4096, T = 8192", 1.6,
             judge.cells("linear", T=8192, least=4096), lambda c: judge.over_bytes(c, "training"),
+            first=BYTES_FIRST,
         ),
         judge.at_least(
             "training step in a graph ≥ 4 × as fast as dense, 4096², T ≥ 2048, R ≤ 64", 4,
@@ -58,12 +90,12 @@ def goals(run: Run) -> list[Goal]:
         judge.at_least(
             "eager training step ≥ 2.5 × as fast as dense, 4096², T = 2048, R ≤ 64", 2.5,
             judge.cells("linear", square=4096, T=2048, most_rank=64),
-            lambda c: judge.gain(c, "training", "eager"),
+            lambda c: judge.gain(c, "training", "eager"), first=EAGER_FIRST,
         ),
         judge.at_most(
             "one token in a graph ≤ 7 µs, R ≤ 64", 7.0,
             judge.cells(group="decode", T=1, most_rank=64),
-            lambda c: judge.microseconds(c, "forward"), "{:.1f} µs",
+            lambda c: judge.microseconds(c, "forward"), "{:.1f} µs", first=DECODE_FIRST,
         ),
     ]  # fmt: skip
     for mode in ("forward", "training"):
@@ -94,13 +126,15 @@ def _beside_torch(judge: _Judge, mode: str) -> list[Goal]:
     return [
         judge.at_least(
             f"embedding, {mode} in a graph no slower than nn.Embedding from 2048 tokens", 1,
-            judge.cells("embedding", rows=2048), dense,
+            judge.cells("embedding", rows=2048), dense, first=EMBEDDING_FIRST,
         ),
         judge.at_least(
-            f"convolution, {mode} in a graph ≥ 2 × as fast as without our kernels", 2, convs, aten
+            f"convolution, {mode} in a graph ≥ 2 × as fast as without our kernels", 2, convs, aten,
+            first=CONV_FIRST,
         ),
         judge.at_least(
-            f"convolution, {mode} in a graph ≥ cuDNN's dense from 128 channels", 1, wide, dense
+            f"convolution, {mode} in a graph ≥ cuDNN's dense from 128 channels", 1, wide, dense,
+            first=CONV_FIRST,
         ),
     ]  # fmt: skip
 
@@ -155,9 +189,10 @@ class _Judge:
         cells: Iterable[Record],
         value: Callable[[Record], float | None],
         shown: str = "{:.2f}×",
+        first: str = "",
     ) -> Goal:
         """Every cell's value is at most the limit."""
-        return self._judged(text, cells, value, lambda v: v <= limit, max, shown)
+        return self._judged(text, cells, value, lambda v: v <= limit, max, shown, first)
 
     def at_least(
         self,
@@ -166,9 +201,10 @@ class _Judge:
         cells: Iterable[Record],
         value: Callable[[Record], float | None],
         shown: str = "{:.2f}×",
+        first: str = "",
     ) -> Goal:
         """Every cell's value is at least the limit."""
-        return self._judged(text, cells, value, lambda v: v >= limit, min, shown)
+        return self._judged(text, cells, value, lambda v: v >= limit, min, shown, first)
 
     @staticmethod
     def _judged(
@@ -178,6 +214,7 @@ class _Judge:
         good: Callable[[float], bool],
         worst: Callable[..., tuple[float, str]],
         shown: str,
+        first: str,
     ) -> Goal:
         values = [(v, cell["title"]) for cell in cells if (v := value(cell)) is not None]
         misses = tuple(f"{title}: {shown.format(v)}" for v, title in values if not good(v))
@@ -185,7 +222,7 @@ class _Judge:
         if values:
             v, title = worst(values)
             furthest = f"{shown.format(v)} ({title})"
-        return Goal(text, len(values) - len(misses), len(values), furthest, misses)
+        return Goal(text, len(values) - len(misses), len(values), furthest, misses, first)
 
     def explained(self) -> Goal:
         """Where one of dense and ours is clearly faster, the cost model says so."""

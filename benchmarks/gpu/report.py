@@ -161,7 +161,19 @@ def _goals(judged: Sequence[Goal]) -> str:
             lines = "\n".join(f"- {miss}" for miss in goal.misses)
             summary = f"<details><summary>{goal.text}: {count}</summary>"
             text += f"\n\n{summary}\n\n{lines}\n\n</details>"
+    text += "".join(
+        f"\n\n*Next, for: {'; '.join(texts)}.* {first}" for first, texts in _first(judged).items()
+    )
     return text
+
+
+def _first(judged: Sequence[Goal]) -> dict[str, list[str]]:
+    """What the next run is to begin with, and the missed goals that it is for."""
+    found: dict[str, list[str]] = {}
+    for goal in judged:
+        if goal.misses and goal.first:
+            found.setdefault(goal.first, []).append(goal.text)
+    return found
 
 
 def _products(run: Run) -> str:

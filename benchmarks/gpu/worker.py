@@ -15,12 +15,15 @@ from benchmarks.gpu.bench import Bench, LostDeviceError, said
 from benchmarks.gpu.phases import PHASES, Phase
 from benchmarks.gpu.records import Writer
 
-# What this process returns where another must go on.
-LOST, RENEWED = 17, 18
+# What this process returns where another must go on, and where none can.
+LOST, RENEWED, NO_DEVICE = 17, 18, 19
 
 
 def main(arguments: list[str]) -> int:
-    """Run the phases named; returns LOST or RENEWED where another process must go on."""
+    """Run the phases named; returns LOST or RENEWED where another process must go on.
+
+    Without a GPU it returns NO_DEVICE.
+    """
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.worker")
     parser.add_argument("records", type=Path)
     parser.add_argument("phases")
@@ -30,6 +33,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     device = torch.device("cpu" if options.dry else "cuda")
+    if not options.dry and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no CUDA device; --dry tries the script without one")
+        return NO_DEVICE
     if options.dry:
         torch.set_num_threads(1)
     torch.manual_seed(0)

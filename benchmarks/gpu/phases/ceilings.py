@@ -146,5 +146,5 @@ def _triton(bench: Bench) -> None:
         _started(bench, f"{name}, Triton's launch", partial(kernel[1, 1, 1], *arguments))
         made = launcher(kernel)
         if made is not None:
-            ours = partial(made, name, (1, 1, 1), tensors, arguments)
+            ours = partial(made, name, (1, 1, 1), tensors, (), partial(tuple, arguments))
             _started(bench, f"{name}, our launch", ours)
