@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import benchmarks.gpu.__main__ as command
+from benchmarks.gpu import worker
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.contest import Contestant, compete
 from benchmarks.gpu.floors import Rates, linear
@@ -134,6 +136,24 @@ def test_goals_are_judged(ours: float, dense: float, floor: str, gain: str) -> N
     assert next(v for t, v in verdicts.items() if "1.6 × the byte floor" in t) == floor
     assert next(v for t, v in verdicts.items() if "≥ 4 × as fast as dense" in t) == gain
     assert next(v for t, v in verdicts.items() if "≥ 8 × as fast as dense" in t) == "not measured"
+
+
+def test_a_missed_goal_says_what_to_run_first() -> None:
+    run = Run([*stored(1.7e-4, 7e-4), {"kind": "environment", "dtype": "bfloat16", "torch": "",
+               "python": "", "versions": {}, "commit": "", "date": ""}])  # fmt: skip
+    (missed,) = [goal for goal in goals(run) if goal.misses]
+    assert f"*Next, for: {missed.text}.* {missed.first}" in section(run)
+    for goal in goals(run):
+        for names in re.findall(r"--phases\s([\w,-]+)", goal.first):
+            assert set(names.split(",")) <= {*PHASES}
+
+
+def test_without_a_gpu_the_script_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert worker.main([str(tmp_path / "records.jsonl"), "environment", "60"]) == worker.NO_DEVICE
+    assert "finds no CUDA device; --dry tries the script" in capsys.readouterr().out
 
 
 def test_a_failed_check_is_a_miss() -> None:

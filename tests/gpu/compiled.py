@@ -58,12 +58,21 @@ class Form:
 
 @dataclass(frozen=True)
 class Code:
-    """What a form became: bytes of stack and of shared memory, and the machine code."""
+    """What a form became.
+
+    Args:
+        stack: bytes of stack.
+        shared: bytes of shared memory.
+        registers: of a thread.
+        assembly: the machine code.
+        parameters: bits of each parameter, where they are not those that the driver is given.
+    """
 
     stack: int
     shared: int
     registers: int
     assembly: str
+    parameters: tuple[int, ...] = ()
 
     def count(self, pattern: str) -> int:
         """How many instructions match."""
@@ -75,6 +84,8 @@ def compiled(form: Form, capability: int) -> Code:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from polyadic.kernels.triton.driver import expected_bits, parameter_bits
 
     names = form.kernel.arg_names
     values = (*form.pointers, *form.constants)
@@ -111,7 +122,12 @@ def compiled(form: Form, capability: int) -> Code:
         assembly = _output("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, f"no usage in {usage!r}"
-    return Code(int(found[2]), kernel.metadata.shared, int(found[1]), assembly)
+    kinds = [kind for value in form.pointers for _, kind in _leaves(value, ())]
+    numbers = kinds.count("i32")
+    assert "i32" not in kinds[: len(kinds) - numbers], "numbers must stand behind pointers"
+    bits = parameter_bits(kernel.asm["ptx"])
+    strange = () if bits == expected_bits(len(kinds) - numbers, numbers) else bits
+    return Code(int(found[2]), kernel.metadata.shared, int(found[1]), assembly, strange)
 
 
 def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -143,4 +159,6 @@ def faults(form: Form, code: Code, capability: int) -> list[str]:
         found.append("no load of 16 bytes")
     if form.asserts and "__assertfail" not in code.assembly:
         found.append("no assertion")
+    if code.parameters:
+        found.append(f"parameters of {code.parameters} bits")
     return found

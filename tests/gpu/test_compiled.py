@@ -47,6 +47,7 @@ def test_compiles_well(form: Form, capability: int) -> None:
         (Code(0, 10**6, 32, "LDG.E.128 HMMA"), "shared memory"),
         (Code(0, 0, 32, "LDG.E.64 HMMA"), "16 bytes"),
         (Code(0, 0, 32, "LDG.E.128 FFMA"), "tensor cores"),
+        (Code(0, 0, 32, "LDG.E.128 HMMA", (64, 64)), "parameters"),
     ],
 )
 def test_faults_are_seen(code: Code, fault: str) -> None:

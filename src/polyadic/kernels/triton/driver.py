@@ -144,7 +144,7 @@ def code_of(kernel: Any, pointers: int, numbers: int, index: int) -> Code | None
         and not metadata.launch_pdl
         and metadata.global_scratch_size == metadata.profile_scratch_size == 0
         and metadata.shared <= MOST_SHARED_BYTES
-        and parameter_bits(kernel.asm["ptx"]) == expected_bits(pointers, numbers)
+        and parameter_bits(kernel.asm.get("ptx", "")) == expected_bits(pointers, numbers)
         and isinstance(kernel.function, int)
     )
     if not plain:
