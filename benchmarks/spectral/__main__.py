@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("polyadic-bench"))
     parser.add_argument("--only", default="*", help="cells by name; * and ? are wildcards")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each contestant of a cell")
+    parser.add_argument("--threads", type=int, default=1, help="of the layers")
     parser.add_argument("--steps", type=int, default=600, help="of training in the solve")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
@@ -22,7 +23,7 @@ def main() -> None:
     if given.what == "layers":
         from benchmarks.spectral.layers import run
 
-        run(given.out, given.only, given.seconds)
+        run(given.out, given.only, given.seconds, given.threads)
     elif given.what == "burgers":
         from benchmarks.spectral.burgers import run as solve
 

@@ -22,6 +22,8 @@ COLUMNS = {
 }
 THEIRS = "cp factorized"
 OURS = ("cp accelerated", "cp accelerated with transforms", "CPSpectralConv")
+# A whole model has no rebuilt weights and no layer of our own among its contestants.
+OF_MODELS = ("dense", "tucker", THEIRS, *OURS[:2])
 
 
 def newest(folder: Path, start: str) -> list[Any]:
@@ -36,11 +38,12 @@ def newest(folder: Path, start: str) -> list[Any]:
     return read(found[-1])
 
 
-def cells(records: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Measurements of layers by cell and contestant."""
+def cells(records: Sequence[Any], kind: str = "layer", threads: int = 1) -> dict[str, Any]:
+    """Measurements of layers, or of models, with so many threads by cell and contestant."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:
-        if record["kind"] == "layer":
+        # Records that name no threads are of one.
+        if record["kind"] == kind and record.get("threads", 1) == threads:
             found.setdefault(record["cell"], {})[record["contestant"]] = record
     return found
 
@@ -51,31 +54,50 @@ def best_forced(cell: dict[str, Any]) -> float:
     return min([*ours, cell["CPSpectralConv"]["q1"]])
 
 
-def tables(found: dict[str, dict[str, Any]]) -> str:
-    """The tables of times, of memory and of the goals."""
-    head = ["layer", *COLUMNS.values()]
-    times, kept = [head], [head]
-    names = [COLUMNS[name] for name in OURS]
-    goals = [["layer", *names, "over the best plan", "kept"]]
+def columns(found: dict[str, Any], names: Sequence[str], field: str, unit: float) -> str:
+    """A table of one field: a row for each cell and a column for each contestant."""
+    rows = [["", *[COLUMNS[name] for name in names]]]
     for name, cell in found.items():
-        times.append([name, *[three_digits(1e3 * cell[c]["q1"]) for c in COLUMNS]])
-        kept.append([name, *[three_digits(cell[c]["kept_bytes"] / 2**20) for c in COLUMNS]])
-        theirs, last = cell[THEIRS], cell["CPSpectralConv"]
+        rows.append([name, *[three_digits(cell[c][field] / unit) for c in names]])
+    return markdown_rows(rows, "l" + "r" * len(names))
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The tables of layers: times, memory and the goals."""
+    goals = [["", *[COLUMNS[name] for name in OURS], "over the best plan", "kept, accelerated"]]
+    for name, cell in found.items():
+        theirs = cell[THEIRS]
         goals.append([
             name,
             *[f"{theirs['q1'] / cell[c]['q1']:.2f}" for c in OURS],
-            f"{last['q1'] / best_forced(cell):.2f}",
-            f"{last['kept_bytes'] / theirs['kept_bytes']:.2f}",
+            f"{cell['CPSpectralConv']['q1'] / best_forced(cell):.2f}",
+            f"{cell[OURS[0]]['kept_bytes'] / theirs['kept_bytes']:.2f}",
         ])  # fmt: skip
-    align = "l" + "r" * len(COLUMNS)
+    names = list(COLUMNS)
     return "\n\n".join([
         "Milliseconds of a step, forward and backward:",
-        markdown_rows(times, align),
+        columns(found, names, "q1", 1e-3),
         "MiB kept for the backward, parameters left out (x counts where it is kept):",
-        markdown_rows(kept, align),
-        "How many times as fast as neuraloperator's CP layer; the layer's time over that of the "
-        "best plan that can be forced on it; and the part of neuraloperator's bytes it keeps:",
+        columns(found, names, "kept_bytes", 2**20),
+        "Most MiB that a step adds to what is there:",
+        columns(found, names, "peak_bytes", 2**20),
+        "How many times as fast as neuraloperator's CP layer; the time of our layer over that of "
+        "the best plan that can be forced on it; and the part of the bytes kept by neuraloperator "
+        "that the accelerated layer keeps:",
         markdown_rows(goals, "lrrrrr"),
+    ])  # fmt: skip
+
+
+def tables_of_models(found: dict[str, Any]) -> str:
+    """The tables of whole models: times and memory."""
+    return "\n\n".join([
+        "Whole models of four blocks, milliseconds of a step; the Tucker model is neuraloperator's "
+        "TFNO as it comes:",
+        columns(found, OF_MODELS, "q1", 1e-3),
+        "MiB that they keep for the backward:",
+        columns(found, OF_MODELS, "kept_bytes", 2**20),
+        "Most MiB that a step adds:",
+        columns(found, OF_MODELS, "peak_bytes", 2**20),
     ])  # fmt: skip
 
 
@@ -103,7 +125,7 @@ def solves(records: Sequence[Any]) -> str:
 def told(environment: dict[str, Any]) -> str:
     """Where and when records were made."""
     return (
-        f"Measured on {environment['date'][:10]}: {environment['cpu']}, one thread, torch "
+        f"Measured on {environment['date'][:10]}: {environment['cpu']}, torch "
         f"{environment['torch']}, commit {environment['commit']}."
     )
 
@@ -113,15 +135,26 @@ def write(folder: Path, page: Path) -> None:
     burgers = newest(folder, "burgers")
     text = page.read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = {}
+    models: dict[str, dict[str, Any]] = {}
+    twice: dict[str, dict[str, Any]] = {}
     where = []
     for path in sorted(folder.glob("spectral-*.jsonl")):
         records = read(path)
-        later = cells(records)
+        later, whole = cells(records), cells(records, "model")
         # A cell that was measured again takes the place of the older one.
         found |= later
-        where.append(f"{', '.join(later)}: {told(records[0])}")
-    content = "\n\n".join([*where, tables(found)])
-    text = between(text, "spectral layers", content)
+        models |= whole
+        twice |= cells(records, threads=2)
+        where.append(f"{', '.join([*later, *whole])}: {told(records[0])}")
+    content = [*where, "With one thread:", tables(found)]
+    if twice:
+        content += [
+            "Milliseconds with two threads, by the wall clock:",
+            columns(twice, list(COLUMNS), "q1", 1e-3),
+        ]
+    if models:
+        content.append(tables_of_models(models))
+    text = between(text, "spectral layers", "\n\n".join(content))
     sizes = burgers[0]["sizes"]
     intro = (
         f"{told(burgers[0])} {sizes['steps']} steps of Adam on batches of {sizes['batch']}, "

@@ -13,6 +13,8 @@ Kind = Literal["factorized", "dense"]
 Backend = Literal["torch", "triton"]
 Memory = Literal["fast", "balanced", "least"]
 Transform = Literal["dft", "fft"]
+# Of which of them the planner may choose: of all, or of those that round like torch's.
+Transforms = Literal["any", "close"]
 # What a linear layer or an embedding keeps for its backward; Z is X KA, or the product of the rows.
 Keep = Literal["x", "x and z", "autograd"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
+import math
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import polyadic
 from compare import assert_close
 from polyadic.interop import neuralop as ours
+from polyadic.testing import KeptBytes
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("neuralop") is None,
@@ -46,12 +49,12 @@ def neuralop() -> Iterator[Any]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of our functions in the order in which accelerated layers call them."""
+    """Our functions in the order in which accelerated layers call them, and their transforms."""
     called: list[str] = []
     for name in ("cp_spectral_product", "cp_spectral_conv"):
 
         def counted(*args: Any, _name: str = name, **kwargs: Any) -> Tensor:
-            called.append(_name)
+            called.append(" ".join([_name, *filter(None, [kwargs.get("transforms")])]))
             y: Tensor = getattr(polyadic.functional, _name)(*args, **kwargs)
             return y
 
@@ -109,25 +112,76 @@ def test_results_stay(
                 with polyadic.accelerate_neuralop(transforms=transforms) as acceleration:
                     assert acceleration.reasons(layer) == {"": None}
                     assert_same(outcome(layer, x), want)
-                whole = transforms and len(modes) < 4 and not any(n % 2 for n in size[:-1])
-                assert calls == ["cp_spectral_conv" if whole else "cp_spectral_product"]
+                whole = len(modes) < 4 and not any(n % 2 for n in size[:-1])
+                by = "any" if transforms else "close"
+                assert calls == [f"cp_spectral_conv {by}" if whole else "cp_spectral_product"]
             assert_same(outcome(layer, x), want)
 
 
-@pytest.mark.parametrize("options", [{"complex_data": True}, {"resolution_scaling_factor": 2.0}])
 @pytest.mark.parametrize("norm", ["forward", "backward", "ortho"])
-def test_what_transforms_leave_is_contracted(
-    neuralop: Any, calls: list[str], options: dict[str, Any], norm: str
-) -> None:
+def test_every_norm(neuralop: Any, calls: list[str], norm: str) -> None:
     layer = neuralop.SpectralConv(
-        3, 5, (6, 4), factorization="CP", implementation="factorized", fft_norm=norm, **options
+        3, 5, (6, 5, 4), factorization="CP", implementation="factorized", fft_norm=norm
     )
+    x = torch.randn(2, 3, 10, 6, 9)
+    want = outcome(layer, x)
+    for transforms in (False, True):
+        with polyadic.accelerate_neuralop(transforms=transforms):
+            assert_same(outcome(layer, x), want)
+    assert calls == ["cp_spectral_conv close", "cp_spectral_conv any"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"complex_data": True},
+        {"resolution_scaling_factor": 2.0},
+        {"output_shape": (6, 12)},
+        {"fft_norm": None},
+        {"bias": (5, 1, 8)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("transforms", [False, True])
+def test_of_what_the_whole_layer_cannot_do_the_product_is_ours(
+    neuralop: Any, calls: list[str], options: dict[str, Any], transforms: bool
+) -> None:
+    made = {"factorization": "CP", "implementation": "factorized", **options}
+    bias, shape = made.pop("bias", None), made.pop("output_shape", None)
+    layer = neuralop.SpectralConv(3, 5, (6, 4), **made)
+    if bias is not None:
+        layer.bias = nn.Parameter(torch.randn(bias))
+    if shape is not None:
+        layer.forward = functools.partial(type(layer).forward, layer, output_shape=shape)
     dtype = torch.complex64 if "complex_data" in options else torch.float32
     x = torch.randn(2, 3, 10, 8, dtype=dtype)
     want = outcome(layer, x)
-    with polyadic.accelerate_neuralop(transforms=True):
+    with polyadic.accelerate_neuralop(transforms=transforms):
+        if shape is not None:
+            layer.forward = functools.partial(type(layer).forward, layer, output_shape=shape)
         assert_same(outcome(layer, x), want)
     assert calls == ["cp_spectral_product"]
+
+
+@pytest.mark.parametrize(
+    ("modes", "size"), [((8,), (33,)), ((6, 4), (16, 21)), ((4, 3, 6), (8, 6, 9))], ids=str
+)
+@pytest.mark.parametrize("separable", [False, True])
+def test_the_kept_modes_alone_are_kept(
+    neuralop: Any, modes: tuple[int, ...], size: tuple[int, ...], separable: bool
+) -> None:
+    layer = neuralop.SpectralConv(
+        4, 4, modes, rank=0.4, factorization="CP", implementation="factorized", separable=separable
+    )
+    x = torch.randn(3, 4, *size, requires_grad=True)
+    for transforms in (False, True):
+        with (
+            polyadic.accelerate_neuralop(transforms=transforms),
+            KeptBytes(leave_out=list(layer.parameters())) as kept,
+        ):
+            y = layer(x)
+        assert y.requires_grad
+        assert kept.total == 8 * 3 * 4 * math.prod(layer.n_modes)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -253,15 +307,15 @@ def test_nesting_and_undoing_in_any_order(neuralop: Any, calls: list[str]) -> No
     first = polyadic.accelerate_neuralop()
     second = polyadic.accelerate_neuralop(transforms=True)
     third = polyadic.accelerate_neuralop()
-    assert called() == ["cp_spectral_conv"]
+    assert called() == ["cp_spectral_conv any"]
     first.undo()
     first.undo()
-    assert called() == ["cp_spectral_conv"]
+    assert called() == ["cp_spectral_conv any"]
     second.undo()
-    assert called() == ["cp_spectral_product"]
-    assert neuralop.SpectralConv.forward is forward
+    assert called() == ["cp_spectral_conv close"]
     third.undo()
     assert called() == []
+    assert neuralop.SpectralConv.forward is forward
     assert "_contract" not in vars(neuralop.SpectralConv)
     with pytest.raises(RuntimeError, match="accelerate_neuralop"), third:
         pass

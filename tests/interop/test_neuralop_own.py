@@ -34,8 +34,8 @@ FORCED = f"""{SHIM}
         made(self, *args, **kwargs)
     SpectralConv.__init__ = init"""
 LEVELS = {
-    "contraction": "polyadic.accelerate_neuralop()",
-    "transforms": "polyadic.accelerate_neuralop(transforms=True)",
+    "close transforms": "polyadic.accelerate_neuralop()",
+    "any transforms": "polyadic.accelerate_neuralop(transforms=True)",
 }
 OURS = ("cp_spectral_product", "cp_spectral_conv")
 
@@ -51,7 +51,7 @@ def run(
         level is not None,
         module="polyadic.interop.neuralop",
         names=OURS,
-        turn_on=LEVELS[level or "contraction"],
+        turn_on=LEVELS[level or "close transforms"],
         first=first,
         select=select,
     )
@@ -60,7 +60,7 @@ def run(
 @pytest.mark.slow
 def test_their_spectral_tests_pass_with_it_on(tmp_path: Path) -> None:
     without, nothing = run(tmp_path, SPECTRAL[:1], None, select="CP")
-    with_it, ran = run(tmp_path, SPECTRAL[:1], "transforms", select="CP")
+    with_it, ran = run(tmp_path, SPECTRAL[:1], "any transforms", select="CP")
     assert not nothing
     assert len(without) >= 20
     assert without <= with_it
@@ -76,13 +76,13 @@ def test_their_layer_tests_pass_with_it_on(tmp_path: Path, level: str, forced: b
     with_it, ran = run(tmp_path, BLOCKS, level, first)
     print(f"{len(without)} passed without, {len(with_it)} with it; {ran}")
     assert without <= with_it
-    assert ran["cp_spectral_product"] > 0
+    assert ran["cp_spectral_conv"] > 0
 
 
 @pytest.mark.long
 def test_their_model_tests_pass_with_it_on(tmp_path: Path) -> None:
     without, _ = run(tmp_path, MODELS, None, FORCED)
-    with_it, ran = run(tmp_path, MODELS, "contraction", FORCED)
+    with_it, ran = run(tmp_path, MODELS, "close transforms", FORCED)
     print(f"{len(without)} passed without, {len(with_it)} with it; {ran}")
     assert without <= with_it
-    assert ran["cp_spectral_product"] > 0
+    assert ran["cp_spectral_conv"] > 0

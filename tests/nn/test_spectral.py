@@ -180,6 +180,32 @@ def test_mixed_precision_rounds_the_spectra() -> None:
     assert 1e-5 < (mixed - full).abs().max() / full.abs().max() < 4e-3
 
 
+def test_transforms_of_many_positions_stay_close() -> None:
+    """Few modes of many positions are cheapest by a product, which rounds more coarsely there."""
+    fmt = polyadic.SpectralFormat((8,), (8,), (3, 2), 5)
+    for size in ((32, 1024), (1024, 32), (33, 48), (32, 32), (8, 7)):
+        asked = request(fmt, 8, torch.complex64, size=size)
+        any_, close = (
+            choice.choose(dataclasses.replace(asked, transforms=by)).forward.transforms
+            for by in ("any", "close")
+        )
+        assert any_ == ("dft", "dft")
+        assert close == tuple("fft" if n > planner.CLOSE_POSITIONS else "dft" for n in size)
+    case = Case((34, 7), (3, 2), (5,))
+    named = leaves(case)
+    spectrum = torch.randn(2, 5, 3, 2, dtype=torch.complex128, requires_grad=True)
+    for by in ("any", "close"):
+        with Flops() as counter:
+            y = ours(case, named, transforms=by)
+        assert_close(y, dense(case, named), by)
+        # The product alone, and one transform of (2, c, 34, 7) into 2 modes of 7, one out of it.
+        with Flops() as product:
+            PF.cp_spectral_product(spectrum, *groups_of(named), weights=named["weights"])
+        last = 2 * (5 + 4) * 34 * 7 * 2 * 2 * 2
+        more = counter.total - product.total - last
+        assert (more == 0) == (by == "close")
+
+
 def test_autocast_leaves_the_precision() -> None:
     layer = CPSpectralConv2d(4, 4, 6, rank=3)
     x = torch.randn(2, 4, 16, 16)
@@ -317,6 +343,8 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: CPSpectralConv2d(3, 4, 6, rank=2, max_n_modes=4), ValueError, "at most"),
     (lambda: CPSpectralConv2d(3, 4, 4, rank=2)(torch.randn(2, 3, 8, 8).half()), TypeError, "mixed"),
     (lambda: SpectralPlan(SpectralRoute(), 1), TypeError, "SpectralRoute"),
+    (lambda: ours(Case((8,), (3,)), leaves(Case((8,), (3,))), transforms="fft"), ValueError,
+     "transforms"),
     (lambda: ours(Case((8,), (3,)), leaves(Case((8,), (3,))), plan=plans(Case((7, 6), (4, 3)))[0]),
      ValueError, "dimensions"),
     (lambda: PF.cp_spectral_conv(torch.randn(1, 2, 4), *[[torch.randn(2, 3)]] * 3), TypeError,

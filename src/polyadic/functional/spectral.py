@@ -17,12 +17,13 @@ from polyadic.functional.boundary import Call, Groups, as_batch, autocast_dtype,
 from polyadic.kernels.dft import COMPLEX, Analysis, Synthesis
 from polyadic.kernels.spectral import SpectralMap
 from polyadic.planner.ask import plan_spectral
-from polyadic.plans import Memory, SpectralPlan
+from polyadic.plans import Memory, SpectralPlan, Transforms
 
 Norm = Literal["forward", "backward", "ortho"]
 Precision = Literal["full", "mixed"]
 NORMS: tuple[Norm, ...] = ("forward", "backward", "ortho")
 PRECISIONS: tuple[Precision, ...] = ("full", "mixed")
+TRANSFORMS: tuple[Transforms, ...] = ("any", "close")
 REAL = {wide: real for real, wide in COMPLEX.items()}
 
 
@@ -53,14 +54,26 @@ class _SpectralCall(Call):
         made = Call(self.map, self.weights_at).run(rows, groups, None, weights)
         if self.rounded:
             made = made.to(spectrum.dtype)
+        if bias is not None:
+            made = made + self._constant(bias)
         y: Tensor = made.permute(1, 2, 0)
         y = y.reshape(*y.shape[:2], *self.modes)
-        if self.out is None:
-            return y
-        y = self.out(y)
-        if bias is not None:
-            y = y + bias.view(-1, *[1] * len(self.modes))
-        return self.unbatched(y)
+        return y if self.out is None else self.unbatched(self.out(y))
+
+    def _constant(self, bias: Tensor) -> Tensor:
+        """Return the spectrum (s, 1, o) of the constants ``bias`` (o,), which is one mode of it.
+
+        Added to a spectrum it takes a pass over the kept modes; the bias in space takes one over
+        all positions, and so does its gradient.
+        """
+        assert self.out is not None
+        before = 0
+        for k in self.modes[:-1]:
+            before = before * k + k // 2
+        before *= self.modes[-1]
+        behind = math.prod(self.modes) - 1 - before
+        mode = (bias / self.out.scale).view(1, 1, -1)
+        return torch.nn.functional.pad(mode, (0, 0, 0, 0, before, behind))
 
 
 def _format(groups: Groups, weights: Tensor | None) -> tuple[SpectralFormat, Groups]:
@@ -178,6 +191,7 @@ def _settle(
     norm: Norm,
     out_sizes: Shape | None,
     precision: Precision,
+    transforms: Transforms,
     plan: SpectralPlan | None,
     memory: Memory,
 ) -> tuple[_SpectralCall, Groups]:
@@ -204,7 +218,8 @@ def _settle(
     memory = checks.check_memory(memory)
     if plan is None:
         batch = x.shape[0] if x.dim() == dims + 2 else 1
-        plan = plan_spectral(fmt, batch, first.dtype, x.device.type, sizes, memory)
+        where = x.device.type
+        plan = plan_spectral(fmt, batch, first.dtype, where, sizes, memory, transforms)
     else:
         plan = checks.check_plan(plan, SpectralPlan).covering(fmt, dims)
     into_scale, out_scale = _scales(norm, sizes, out_sizes)
@@ -246,7 +261,7 @@ def _rows_kept(factors: Sequence[Tensor], sizes: Shape, out_sizes: Shape) -> lis
 
 
 def _checked_options(
-    x: Any, mode_factors: Any, norm: Any, output_size: Any, precision: Any
+    x: Any, mode_factors: Any, norm: Any, output_size: Any, precision: Any, transforms: Any
 ) -> tuple[tuple[Tensor, ...], Shape, Shape]:
     """Return the mode factors as a tuple, and the sizes of both grids."""
     modes = checks.check_factor_group(mode_factors, "mode_factors")
@@ -261,6 +276,7 @@ def _checked_options(
     checks.check_word(norm, "fft_norm", NORMS)
     # Fourier transforms in half precision, which another precision would need, are not supported.
     checks.check_word(precision, "precision", PRECISIONS)
+    checks.check_word(transforms, "transforms", TRANSFORMS)
     sizes = tuple(x.shape[-dims:])
     if output_size is None:
         return modes, sizes, sizes
@@ -278,6 +294,7 @@ def cp_spectral_conv(
     fft_norm: Norm = "forward",
     output_size: Sequence[int] | None = None,
     precision: Precision = "full",
+    transforms: Transforms = "any",
     plan: SpectralPlan | None = None,
     memory: Memory = "balanced",
 ) -> Tensor:
@@ -303,6 +320,9 @@ def cp_spectral_conv(
         output_size: the grid on which the output is evaluated, that of x by default.
         precision: ``"full"``; or ``"mixed"``, which rounds both spectra to half precision and keeps
             that of x so for the backward.
+        transforms: of which the planner chooses one for each dimension. ``"any"`` are torch's fast
+            transforms and products with Fourier matrices; ``"close"`` has these products for at
+            most 32 positions alone, up to which they round like fast transforms.
         plan: a SpectralPlan to obey; None lets the planner choose.
         memory: ``"balanced"`` and ``"least"`` keep the kept modes of x's spectrum for the backward,
             ``"fast"`` may keep (K, B, R) numbers besides. A given plan says itself what is kept.
@@ -316,13 +336,16 @@ def cp_spectral_conv(
         ValueError: shapes, ranks or devices do not fit together, an option is unknown, or the plan
             does not fit.
     """
-    modes, sizes, out_sizes = _checked_options(x, mode_factors, fft_norm, output_size, precision)
+    modes, sizes, out_sizes = _checked_options(
+        x, mode_factors, fft_norm, output_size, precision, transforms
+    )
     real = REAL.get(modes[0].dtype)
     if any_autocast() and real is not None and autocast_dtype(x) is not None:
         x = x.to(real)
         bias = None if bias is None else bias.to(real)
     groups: Any = (in_factors, out_factors, _rows_kept(modes, sizes, out_sizes))
-    options = fft_norm, None if out_sizes == sizes else out_sizes, precision, plan, memory
+    resized = None if out_sizes == sizes else out_sizes
+    options = fft_norm, resized, precision, transforms, plan, memory
     with no_autocast(x):
         found, groups = settled(_settle, x, groups, bias, weights, *options)
         return found.run(x, groups, bias, weights)

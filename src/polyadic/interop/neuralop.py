@@ -1,10 +1,13 @@
 """``polyadic.accelerate_neuralop``: run existing CP spectral convolutions on this arithmetic.
 
-A layer of neuraloperator stores the function that contracts its kept modes with its weight as an
-attribute of its own, ``_contract``, when it is made. A data descriptor of that name on the class
-goes before the attribute of the layer, so it reaches layers that exist already, and new ones too;
-the layer's dict, and so its copies and pickles, stays what it was. Deleting the descriptor undoes
-all of it. By request the method ``forward`` of the main class is replaced as well.
+The method ``forward`` of the main class is replaced by one that runs the whole layer here where its
+configuration allows it, and calls neuraloperator's method elsewhere.
+
+Of what is left to their ``forward``, and in their legacy class, the product alone is ours. A layer
+stores the function that contracts its kept modes with its weight as an attribute of its own,
+``_contract``, when it is made. A data descriptor of that name on the class goes before the
+attribute of the layer, so it reaches layers that exist already, and new ones too; the layer's dict,
+and so its copies and pickles, stays what it was. Deleting the descriptor undoes it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.checks import check_flag
-from polyadic.functional.spectral import cp_spectral_conv, cp_spectral_product
+from polyadic.functional.spectral import NORMS, cp_spectral_conv, cp_spectral_product
 from polyadic.interop.acceleration import (
     Acceleration,
     Patch,
@@ -25,6 +28,7 @@ from polyadic.interop.acceleration import (
     Switch,
     reasons_by_class,
 )
+from polyadic.plans import Transforms
 
 # Where classes of spectral convolutions stand in neuraloperator, and their functions.
 _MAIN = "neuralop.layers.spectral_convolution"
@@ -36,25 +40,28 @@ _FUNCTIONS = ("_contract_cp", "_contract_dense", "_contract_dense_separable")
 def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
     """Run neuraloperator's CP spectral convolutions on polyadic's arithmetic until undone.
 
-    Runs the contraction of the kept modes with the weight in each ``SpectralConv`` of
-    neuraloperator, alone or in an FNO or TFNO, whose weight is in CP format (``factorization="CP"``
-    or ``"ComplexCP"``, either implementation, separable or not, of any number of dimensions, and of
-    real or complex data): with its own parameters and modes, those that ``n_modes`` narrows in
-    training among them, and equal results up to rounding. Everything else runs in neuraloperator
-    untouched: other factorizations, half and mixed precision, weights with hooks, layers given a
-    contraction of someone's own, and calls that polyadic would refuse, whose error is then
-    neuraloperator's own.
+    Runs each ``SpectralConv`` of neuraloperator, alone or in an FNO or TFNO, whose weight is in CP
+    format (``factorization="CP"`` or ``"ComplexCP"``, either implementation, separable or not):
+    with its own parameters and modes, those that ``n_modes`` narrows in training among them, and
+    equal results up to rounding. Of real data of 1 to 3 dimensions in single precision, whose grid
+    stays and has even sizes before the last, it runs the whole layer: one dimension is transformed
+    after the other, and each is cut to the kept modes, of which alone the backward keeps
+    something. Of complex data, of 4 dimensions, with a scaled resolution or an ``output_shape``,
+    on odd sizes (which version 2.0.0 shifts) and in the legacy class it runs the product of the
+    kept modes with the weight. Everything else runs in neuraloperator untouched: other
+    factorizations, half and mixed precision, weights with hooks, layers given a contraction of
+    someone's own, and calls that polyadic would refuse, whose error is then neuraloperator's own.
 
-    The attribute ``_contract`` of two classes of neuraloperator is replaced, so it holds for the
-    whole process, in every thread. Calls may be nested and undone in any order. Turn it on before
-    ``torch.compile`` sees the model, which then compiles to one graph.
+    The attribute ``_contract`` of two classes of neuraloperator, and ``forward`` of one of them,
+    are replaced, so it holds for the whole process, in every thread. Calls may be nested and undone
+    in any order. Turn it on before ``torch.compile`` sees the model, which then compiles to one
+    graph.
 
     Args:
-        transforms: replace the Fourier transforms of ``SpectralConv`` too, by those that compute
-            the kept modes alone, for real data of 1 to 3 dimensions in full precision on a grid
-            that stays. Results differ by rounding, as those of another FFT do. Grids that have an
-            odd size before the last keep neuraloperator's transforms, whose results version 2.0.0
-            shifts there.
+        transforms: where the whole layer is run, let the planner take products with truncated
+            Fourier matrices in the place of torch's fast transforms for any number of positions.
+            They round up to three times as coarsely at 1024 positions. Without it they are taken
+            for at most 32 positions, up to which they round like fast transforms.
 
     Returns:
         An ``Acceleration``. Its ``undo()`` ends it, and so does leaving it as a context; its
@@ -69,10 +76,9 @@ def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
         ...     model(x).sum().backward()
         ...     print(acceleration.reasons(model))
     """
-    transforms = check_flag(transforms, "transforms")
-    return (_whole_layers if transforms else _contractions).on(
-        _LayersPatch if transforms else _ContractionPatch
-    )
+    if check_flag(transforms, "transforms"):
+        return _any_transforms.on(_TransformsPatch)
+    return _layers.on(_LayersPatch)
 
 
 def _spectral_classes() -> dict[type[nn.Module], tuple[Any, ...]]:
@@ -173,54 +179,42 @@ def _fits(x: Any, weight: Any, separable: bool) -> bool:
     return (modes[0], *modes[channels:]) == tuple(x.shape[1:])
 
 
-class _ContractionPatch(Patch):
-    """The descriptors on neuraloperator's classes."""
+class _LayersPatch(Patch):
+    """The descriptors on neuraloperator's classes, and the method ``forward`` of the main one.
+
+    Attributes:
+        transforms: by which transforms layers are run.
+    """
 
     def __init__(self) -> None:
+        self.transforms: Transforms = "close"
         cp = _cp_classes() if (classes := _spectral_classes()) else ()
         self._replaced = {cls: _Contraction(cp, functions) for cls, functions in classes.items()}
         for cls, contraction in self._replaced.items():
             cls._contract = contraction  # type: ignore[attr-defined]
+        main = importlib.import_module(_MAIN).SpectralConv
+        self._why_not = self._replaced[main].why_not
+        self._methods = PatchedForward({main: self._run})
 
     def reasons(self, model: nn.Module) -> dict[str, str | None]:
         """Say of each spectral convolution in a model who runs it."""
         return reasons_by_class(model, {cls: made.why_not for cls, made in self._replaced.items()})
 
-    def contraction_of(self, layer: nn.Module) -> _Contraction:
-        """Return the descriptor that a layer has."""
-        return next(made for cls, made in self._replaced.items() if isinstance(layer, cls))
-
     def remove(self) -> None:
-        """Take the descriptors away; the layers' own attributes come to light again."""
+        """Put the method back and take the descriptors away; layers' attributes come to light."""
+        self._methods.remove()
         for cls, contraction in self._replaced.items():
             contraction.switch_off()
             if cls.__dict__.get("_contract") is contraction:
                 del cls._contract  # type: ignore[attr-defined]
 
-
-class _LayersPatch(Patch):
-    """The descriptors, and the method ``forward`` of the main class."""
-
-    def __init__(self) -> None:
-        self._contraction = _contractions.on(_ContractionPatch)
-        main = importlib.import_module(_MAIN).SpectralConv
-        self._methods = PatchedForward({main: self._run})
-
-    def reasons(self, model: nn.Module) -> dict[str, str | None]:
-        """Say of each spectral convolution in a model who runs it."""
-        return self._contraction.reasons(model)
-
-    def remove(self) -> None:
-        """Put everything back."""
-        self._methods.remove()
-        self._contraction.undo()
-
     def _run(self, layer: Any, x: Any, output_shape: Any = None) -> Tensor | None:
-        """Return the output by our transforms, or None to leave the call to neuraloperator."""
-        contraction = cast(_ContractionPatch, self._contraction._patch).contraction_of(layer)
-        if output_shape is not None or contraction.why_not(layer) is not None:
+        """Return the output of the whole layer, or None to leave the call to neuraloperator."""
+        if output_shape is not None or self._why_not(layer) is not None:
             return None
         if layer.complex_data or layer.resolution_scaling_factor is not None:
+            return None
+        if layer.fft_norm not in NORMS:
             return None
         scale, bias = layer.weight.weights, layer.bias
         plain = scale.dtype == torch.complex64 and layer.fno_block_precision == "full"
@@ -233,8 +227,30 @@ class _LayersPatch(Patch):
             return None
         first, *rest = factors
         out = [] if layer.separable else [rest.pop(0)]
-        bias = None if bias is None else bias.flatten()
-        return cp_spectral_conv(x, [first], out, rest, bias, weights=scale, fft_norm=layer.fft_norm)
+        if bias is not None:
+            if bias.shape != ((out or [first])[0].shape[0], *[1] * layer.order):
+                return None
+            bias = bias.flatten()
+        options: Any = {"fft_norm": layer.fft_norm, "transforms": self.transforms}
+        return cp_spectral_conv(x, [first], out, rest, bias, weights=scale, **options)
+
+
+class _TransformsPatch(Patch):
+    """The patch of the layers, told to take any transforms."""
+
+    def __init__(self) -> None:
+        self._acceleration = _layers.on(_LayersPatch)
+        self._patch = cast(_LayersPatch, self._acceleration._patch)
+        self._patch.transforms = "any"
+
+    def reasons(self, model: nn.Module) -> dict[str, str | None]:
+        """Say of each spectral convolution in a model who runs it."""
+        return self._patch.reasons(model)
+
+    def remove(self) -> None:
+        """Have the layers take transforms that round like torch's, should they still be run."""
+        self._patch.transforms = "close"
+        self._acceleration.undo()
 
 
 def _kept_factors(layer: Any, x: Tensor) -> list[Tensor] | None:
@@ -260,4 +276,4 @@ def _kept_factors(layer: Any, x: Tensor) -> list[Tensor] | None:
     return factors
 
 
-_contractions, _whole_layers = Switch("accelerate_neuralop"), Switch("accelerate_neuralop")
+_layers, _any_transforms = Switch("accelerate_neuralop"), Switch("accelerate_neuralop")

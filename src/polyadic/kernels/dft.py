@@ -128,8 +128,9 @@ class Synthesis(Transformation):
             parts = torch.view_as_real(x.resolve_conj()).flatten(-2)
             return parts @ _on(_real_table, parts, n, k, self.scale, self.doubled)
         # irfft counts twice each mode that stands for its mirror image too.
-        halved = _on(_mode_weights, x.real, n, k, self.scale, self.doubled, halved=True)
-        y: Tensor = torch.fft.irfft(x * halved, n=n, norm="forward")
+        if not self.doubled or self.scale != 1.0:
+            x = x * _on(_mode_weights, x.real, n, k, self.scale, self.doubled, halved=True)
+        y: Tensor = torch.fft.irfft(x, n=n, norm="forward")
         return y
 
     def _empty(self, x: Tensor) -> Tensor:

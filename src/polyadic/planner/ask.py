@@ -13,7 +13,7 @@ from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape, S
 from polyadic.kernels.depthwise import Geometry
 from polyadic.planner import choice, conv, embedding, linear, spectral
 from polyadic.planner.request import Request, request
-from polyadic.plans import ConvPlan, LinearPlan, Memory, SpectralPlan
+from polyadic.plans import ConvPlan, LinearPlan, Memory, SpectralPlan, Transforms
 
 # Under torch.compile a convolution with a symbolic batch gets one plan for all sizes, which is the
 # plan for this many images.
@@ -78,13 +78,15 @@ def plan_spectral(
     device: str,
     size: Shape,
     memory: Memory,
+    transforms: Transforms = "any",
 ) -> SpectralPlan:
     """Return the plan for a batch of maps of a spatial size, or of spectra where it is ()."""
+    options: dict[str, Any] = {"memory": memory, "size": size, "transforms": transforms}
     if not torch.compiler.is_compiling():
-        asked = request(fmt, batch, dtype, device, memory=memory, size=size)
+        asked = request(fmt, batch, dtype, device, **options)
         return cast(SpectralPlan, choice.choose(asked))
     maps = batch if known(batch) else UNKNOWN_IMAGES
-    asked = Request(fmt, maps, dtype, device, memory=memory, size=size)
+    asked = Request(fmt, maps, dtype, device, **options)
     if not known(*fmt.in_shape, *fmt.out_shape, *fmt.modes, fmt.rank, *size):
         return spectral.simplest(asked)
     return cast(SpectralPlan, choice.choose_for_constants(asked.constants()))

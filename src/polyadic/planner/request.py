@@ -11,7 +11,7 @@ import torch
 from polyadic.formats import ConvFormat, EmbeddingFormat, LinearFormat, Shape, SpectralFormat
 from polyadic.kernels.depthwise import Geometry
 from polyadic.kernels.products import HALVES
-from polyadic.plans import Memory
+from polyadic.plans import Memory, Transforms
 
 _FORMATS: dict[str, Any] = {
     "linear": LinearFormat,
@@ -61,6 +61,7 @@ class Request:
         geometry: kernel size, stride, padding and dilation of a convolution.
         size: spatial size of a convolution's input.
         channels_last: whether a convolution's input comes in this layout.
+        transforms: ``"any"``, or ``"close"`` for those that round like torch's fast ones.
         kept_beside: number of elements that the call keeps for the backward besides what the map
             keeps and its input.
     """
@@ -77,6 +78,7 @@ class Request:
     geometry: Geometry | None = None
     size: Shape = ()
     channels_last: bool = False
+    transforms: Transforms = "any"
     kept_beside: int = 0
 
     @property
@@ -141,14 +143,14 @@ class Request:
         if where is not None:
             place = (where.kernel_size, where.stride, where.padding, where.dilation)
             place = (*place, where.transposed, where.output_padding)
-        options = (self.memory, self.rebuild, self.size, self.channels_last)
+        options = (self.memory, self.rebuild, self.size, self.channels_last, self.transforms)
         return shape, place, self.batch, self.dtype, self.device, options
 
     @staticmethod
     def of_constants(constants: tuple[Any, ...]) -> Request:
         """Return the request of which ``constants`` made the tuples."""
         (name, *shape), place, batch, dtype, device, options = constants
-        memory, rebuild, size, channels_last = options
+        memory, rebuild, size, channels_last, transforms = options
         return request(
             _FORMATS[name](*shape),
             batch,
@@ -159,6 +161,7 @@ class Request:
             geometry=Geometry(*place) if place else None,
             size=size,
             channels_last=channels_last,
+            transforms=transforms,
         )
 
 

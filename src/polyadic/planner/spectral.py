@@ -19,6 +19,10 @@ from polyadic.planner.steps import Step, gemm, stream, transpose
 from polyadic.plans import SpectralPlan, SpectralRoute, Transform
 
 TRANSFORMS: tuple[Transform, ...] = ("dft", "fft")
+# Up to so many positions a product with a Fourier matrix rounds like a fast transform. Root mean
+# square errors in float32 with MKL, 2026-11: 1.5 times those of rfft at 32 positions and 0.9 times
+# those of irfft, 1.7 and 0.9 times at 64, 3.0 and 2.7 times at 1024.
+CLOSE_POSITIONS = 32
 # Complex numbers of single precision in a vector of 64 bytes.
 LANES_OF_COMPLEX = 8
 # The Z of a piece and, backward, the H beside it take this share of a cache each.
@@ -83,17 +87,19 @@ def candidates(request: Request) -> list[SpectralPlan]:
 
     The best ones mix transforms; ``choose`` decides each dimension by itself.
     """
-    ways = _transforms_allowed(request) if request.size else TRANSFORMS[:1]
+    allowed = [_transforms_allowed(request, n) for n in request.size]
+    ways = [way for way in TRANSFORMS if all(way in each for each in allowed)]
     return [
         SpectralPlan(route, route, _keep(request))
-        for way in ways
+        for way in (ways if request.size else TRANSFORMS[:1])
         for route in _routes(request, (way,) * len(request.size))
     ]
 
 
-def _transforms_allowed(request: Request) -> tuple[Transform, ...]:
+def _transforms_allowed(request: Request, positions: int) -> tuple[Transform, ...]:
     """Return the transforms to choose from: TF32 would round the products with DFT matrices."""
-    return ("fft",) if request.tf32 else TRANSFORMS
+    far = request.transforms == "close" and positions > CLOSE_POSITIONS
+    return ("fft",) if request.tf32 or far else TRANSFORMS
 
 
 def simplest(request: Request) -> SpectralPlan:
@@ -110,12 +116,12 @@ def choose(request: Request) -> SpectralPlan:
     ends = _ends(request)
     ways = tuple(
         min(
-            _transforms_allowed(request),
+            _transforms_allowed(request, n),
             key=lambda way: machine.total(
                 [s for steps in ends for s in _one_dimension(request, steps, d, way)]
             ),
         )
-        for d in range(len(request.size))
+        for d, n in enumerate(request.size)
     )
     routes = _routes(request, ways)
 
