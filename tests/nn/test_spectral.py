@@ -183,7 +183,7 @@ def test_mixed_precision_rounds_the_spectra() -> None:
 def test_transforms_of_many_positions_stay_close() -> None:
     """Few modes of many positions are cheapest by a product, which rounds more coarsely there."""
     fmt = polyadic.SpectralFormat((8,), (8,), (3, 2), 5)
-    for size in ((32, 1024), (1024, 32), (33, 48), (32, 32), (8, 7)):
+    for size in ((32, 1024), (1024, 32), (33, 48), (32, 32)):
         asked = request(fmt, 8, torch.complex64, size=size)
         any_, close = (
             choice.choose(dataclasses.replace(asked, transforms=by)).forward.transforms
@@ -191,19 +191,17 @@ def test_transforms_of_many_positions_stay_close() -> None:
         )
         assert any_ == ("dft", "dft")
         assert close == tuple("fft" if n > planner.CLOSE_POSITIONS else "dft" for n in size)
-    case = Case((34, 7), (3, 2), (5,))
+    case = Case((33, 48), (3, 2), (5,))
     named = leaves(case)
     spectrum = torch.randn(2, 5, 3, 2, dtype=torch.complex128, requires_grad=True)
+    with Flops() as product:
+        PF.cp_spectral_product(spectrum, *groups_of(named), weights=named["weights"])
     for by in ("any", "close"):
         with Flops() as counter:
             y = ours(case, named, transforms=by)
         assert_close(y, dense(case, named), by)
-        # The product alone, and one transform of (2, c, 34, 7) into 2 modes of 7, one out of it.
-        with Flops() as product:
-            PF.cp_spectral_product(spectrum, *groups_of(named), weights=named["weights"])
-        last = 2 * (5 + 4) * 34 * 7 * 2 * 2 * 2
-        more = counter.total - product.total - last
-        assert (more == 0) == (by == "close")
+        # torch counts products, and no fast transforms.
+        assert (counter.total == product.total) == (by == "close")
 
 
 def test_autocast_leaves_the_precision() -> None:
