@@ -7,4 +7,16 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$root:$root/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+python="${PYTHON:-python3}"
+"$python" - <<'EOF'
+import importlib.util
+import sys
+
+missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(
+        f"{sys.executable} has no {' and no '.join(missing)}; "
+        "name a Python that has: PYTHON=/path/to/python benchmarks/gpu.sh …"
+    )
+EOF
+exec "$python" -m benchmarks.gpu "$@"

@@ -156,6 +156,17 @@ def test_without_a_gpu_the_script_says_so(
     assert "finds no CUDA device; --dry tries the script" in capsys.readouterr().out
 
 
+def test_a_python_without_torch_is_named(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(bare)}
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "has no torch and no safetensors; name a Python that has" in done.stderr
+
+
 def test_a_failed_check_is_a_miss() -> None:
     failed = {"kind": "check", "check": "repeats", "subject": "a layer", "dtype": "bfloat16",
               "status": "failed", "reason": "not the same bits: y"}  # fmt: skip
