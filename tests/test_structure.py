@@ -126,6 +126,18 @@ def test_the_planner_does_not_know_layers_or_functions() -> None:
             assert not any(target.startswith(above) for target in targets), name
 
 
+def test_nothing_imports_what_only_checks() -> None:
+    """What the package itself counts, as the peak of memory, stands below the layers."""
+    graph = import_graph()
+    users = {name for name, targets in graph.items() if any(map(checks_only, targets))}
+    assert users == {name for name in users if checks_only(name)}
+    assert "polyadic.live_bytes" in graph["polyadic.nn.peak"]
+
+
+def checks_only(module: str) -> bool:
+    return module.startswith("polyadic.testing")
+
+
 def private_words_of_torch(source: str) -> set[str]:
     """Names that begin with an underscore and belong to torch, one of its modules or classes."""
     tree = ast.parse(source)

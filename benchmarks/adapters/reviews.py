@@ -27,7 +27,7 @@ from benchmarks.adapters.contestants import FINE_TUNED, Contestant, chosen
 from benchmarks.records import rounded
 from benchmarks.study import encoder
 from benchmarks.study.store import Store
-from polyadic.testing.counting import LiveBytes
+from polyadic.testing import LiveBytes
 
 FILE = "adapters-reviews.jsonl"
 TARGETS = ["query", "key", "value", "dense"]

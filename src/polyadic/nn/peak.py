@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic._torch import FakeTensorMode
+from polyadic.live_bytes import LiveBytes
 
 
 def peak_bytes(layer: nn.Module, x: Tensor, training: bool) -> int:
@@ -22,9 +23,6 @@ def peak_bytes(layer: nn.Module, x: Tensor, training: bool) -> int:
         x: an input of the shape, dtype and device in question, of which the values do not matter.
         training: count forward and backward, or the forward pass alone.
     """
-    # Here, because it loads torch's counter of FLOPs and what that loads.
-    from polyadic.testing.counting import LiveBytes
-
     with FakeTensorMode():
         blank = {
             id(value): nn.Parameter(_like(value, x), requires_grad=value.requires_grad)

@@ -1,10 +1,10 @@
 """What authors of layers, our tests and our benchmarks check and count with."""
 
+from polyadic.live_bytes import LiveBytes
 from polyadic.testing.counting import (
     Allocation,
     Flops,
     KeptBytes,
-    LiveBytes,
     Operations,
     allocations,
     flops,

@@ -1,15 +1,15 @@
-"""Count what a computation keeps, holds, multiplies and dispatches. Nothing here is timed.
+"""Count what a computation keeps, allocates, multiplies and dispatches. Nothing here is timed.
 
     kept_bytes(lambda: layer(x), leave_out=[*layer.parameters(), x])    bytes saved for the backward
-    with LiveBytes([x, *layer.parameters()]) as live: step()            live.peak
     flops(step), launches(step), allocations(step)                      of everything that step runs
     with Flops() as counter: y = layer(x)                               counter.total
 
+The most bytes that are alive at a time are counted by ``polyadic.testing.LiveBytes``.
+
 All counts are taken where torch dispatches its operators, so that they are exact and the same on
 every machine: what an operator needs inside itself (packed operands of a matrix product, an
-unfolded image) is not seen, nor is what an allocator rounds up. Memory is counted by storages: a
-storage counts once and with its full size, however many tensors view it. Meta tensors have storages
-with sizes as well, so that the memory of a step can be asked without carrying it out.
+unfolded image) is not seen, nor is what an allocator rounds up. Memory is counted by storages (see
+``polyadic.live_bytes``).
 
 Code compiled by ``torch.compile`` does not pass through the dispatcher as it runs; count the same
 function before it is compiled.
@@ -18,10 +18,8 @@ function before it is compiled.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,54 +27,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyadic._torch import TorchDispatchMode, tree_leaves
-
-
-class _Storages:
-    """Bytes of the storages that were shown and still live."""
-
-    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self.total = 0
-        self._sizes: dict[int, tuple[int, weakref.ref[Any]]] = {}
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor: Tensor) -> None:
-        for part in _dense_parts(tensor):
-            storage, key = part.untyped_storage(), _identity(part)
-            if key not in self._sizes:
-                # The identity may be given out anew once the storage is freed, so it is forgotten.
-                freed = weakref.ref(storage, partial(self._forget, key))
-                self._sizes[key] = storage.nbytes(), freed
-                self.total += storage.nbytes()
-
-    def _forget(self, key: int, _: Any) -> None:
-        self.total -= self._sizes.pop(key)[0]
-
-
-def _identity(tensor: Tensor) -> int:
-    # The address of the data would not do: storages of meta tensors all have the address 0.
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The strided tensors that a tensor is made of: itself, or indices and values if sparse."""
-    if tensor.layout == torch.strided:
-        yield tensor
-    elif tensor.layout == torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-    else:
-        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-        yield from (
-            (tensor.crow_indices(), tensor.col_indices())
-            if rows
-            else (tensor.ccol_indices(), tensor.row_indices())
-        )
-        yield tensor.values()
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+from polyadic._torch import TorchDispatchMode
+from polyadic.live_bytes import Storages, dense_parts, identity_of, tensors_of
 
 
 class KeptBytes:
@@ -92,13 +44,13 @@ class KeptBytes:
     """
 
     def __init__(self, leave_out: Iterable[Tensor] = ()) -> None:
-        self._left_out = [part for tensor in leave_out for part in _dense_parts(tensor)]
-        ignored = {_identity(part) for part in self._left_out}
-        self._kept = _Storages()
+        self._left_out = [part for tensor in leave_out for part in dense_parts(tensor)]
+        ignored = {identity_of(part) for part in self._left_out}
+        self._kept = Storages()
 
         def pack(tensor: Tensor) -> Tensor:
-            for part in _dense_parts(tensor):
-                if _identity(part) not in ignored:
+            for part in dense_parts(tensor):
+                if identity_of(part) not in ignored:
                     self._kept.add(part)
             # If the tensor itself were held, an output that its graph holds would never be freed.
             return tensor.detach()
@@ -144,39 +96,6 @@ def kept_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> 
     return total
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, within a ``with`` block, the bytes of tensors that are alive at the same time.
-
-    A storage is counted from the moment an operator returns it until it is freed.
-
-    Args:
-        held: tensors that are there already, such as parameters and the batch.
-
-    Attributes:
-        peak: the largest ``current`` there has been, in bytes.
-    """
-
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._live = _Storages(held)
-        self.peak = self._live.total
-
-    @property
-    def current(self) -> int:
-        """Bytes seen and not freed."""
-        return self._live.total
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operator and count what it returns."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._live.add(tensor)
-            self.peak = max(self.peak, self._live.total)
-        return result
-
-
 @dataclass(frozen=True)
 class Allocation:
     """A new storage that an operator returned.
@@ -212,10 +131,10 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         name = str(func)
         self.names.append(name)
-        seen = {_identity(p) for t in _tensors((args, kwargs)) for p in _dense_parts(t)}
-        for part in (p for t in _tensors(result) for p in _dense_parts(t)):
-            if _identity(part) not in seen:
-                seen.add(_identity(part))
+        seen = {identity_of(p) for t in tensors_of((args, kwargs)) for p in dense_parts(t)}
+        for part in (p for t in tensors_of(result) for p in dense_parts(t)):
+            if identity_of(part) not in seen:
+                seen.add(identity_of(part))
                 nbytes = part.untyped_storage().nbytes()
                 self.allocations.append(Allocation(name, nbytes, nbytes // part.element_size()))
         return result
