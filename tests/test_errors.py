@@ -168,11 +168,15 @@ def both(
 ) -> list[Any]:
     """Each row for the differentiable function and for the explicit forward."""
     return [
-        pytest.param(lambda kwargs=kwargs, f=f: call(function=f, **kwargs), error, text,
-                     id=f"{f.__name__}-{case}")
+        pytest.param(
+            lambda kwargs=kwargs, f=f: call(function=f, **kwargs),
+            error,
+            text,
+            id=f"{f.__name__}-{case}",
+        )
         for case, kwargs, error, text in table
         for f in (getattr(PF, name), forward)
-    ]  # fmt: skip
+    ]
 
 
 def row(name: str, call: Call, error: type[Exception], text: str) -> Any:

@@ -72,8 +72,11 @@ def test_factors_are_parameters_in_a_list() -> None:
     assert cp.factors[-1] is cp.factors[2]
     assert all(isinstance(f, nn.Parameter) for f in cp.factors)
     assert {name for name, _ in cp.named_parameters()} == {
-        "factors.0", "factors.1", "factors.2", "weights",
-    }  # fmt: skip
+        "factors.0",
+        "factors.1",
+        "factors.2",
+        "weights",
+    }
     assert torch.equal(cp.weights, torch.ones(4))
     assert CPTensor(((2, 3), (5,)), 4).weights is None
     groups = cp.factor_groups()

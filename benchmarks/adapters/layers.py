@@ -85,13 +85,21 @@ def measured(
             model(x).backward(up)
         kept = kept_bytes(partial(model, x), [*model.parameters(), x])
         own = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        records.append({
-            "kind": "layer", "size": list(size), "contestant": key, "label": labels[key],
-            "parameters": own, "flops": counter.total, "kept_bytes": kept,
-            "seconds": min(times[key]), "median": statistics.median(times[key]),
-            # Of each turn, so that a ratio is of times that were taken one after the other.
-            "turns": times[key],
-        })  # fmt: skip
+        records.append(
+            {
+                "kind": "layer",
+                "size": list(size),
+                "contestant": key,
+                "label": labels[key],
+                "parameters": own,
+                "flops": counter.total,
+                "kept_bytes": kept,
+                "seconds": min(times[key]),
+                "median": statistics.median(times[key]),
+                # Of each turn, so that a ratio is of times that were taken one after the other.
+                "turns": times[key],
+            }
+        )
     return records
 
 

@@ -47,9 +47,14 @@ def _dense(problem: Problem, last: bool = False) -> Built:
         layer = nn.Linear(m, n, bias=False, device="meta")
     else:
         layer = nn.Conv2d(
-            case.format.in_channels, case.format.out_channels, case.kernel, case.stride,
-            case.padding, bias=False, device="meta",
-        )  # fmt: skip
+            case.format.in_channels,
+            case.format.out_channels,
+            case.kernel,
+            case.stride,
+            case.padding,
+            bias=False,
+            device="meta",
+        )
     weight = dense_weight(case, "factors", [f.detach() for f in problem.cp.factors])
     if last:
         x, weight = in_channels_last(x), in_channels_last(weight)
@@ -65,15 +70,27 @@ def _auto(problem: Problem, last: bool = False, memory: Memory = "balanced") -> 
     if isinstance(case, LinearCase):
         f = case.format
         layer = CPLinear(
-            f.in_features, f.out_features, bias=False, rank=case.rank, in_shape=case.in_shape,
-            out_shape=case.out_shape, **where,
-        )  # fmt: skip
+            f.in_features,
+            f.out_features,
+            bias=False,
+            rank=case.rank,
+            in_shape=case.in_shape,
+            out_shape=case.out_shape,
+            **where,
+        )
     else:
         layer = CPConv2d(
-            case.format.in_channels, case.format.out_channels, case.kernel, case.stride,
-            case.padding, bias=False, rank=case.rank, in_shape=case.in_shape,
-            out_shape=case.out_shape, **where,
-        )  # fmt: skip
+            case.format.in_channels,
+            case.format.out_channels,
+            case.kernel,
+            case.stride,
+            case.padding,
+            bias=False,
+            rank=case.rank,
+            in_shape=case.in_shape,
+            out_shape=case.out_shape,
+            **where,
+        )
     with torch.no_grad():
         for own, given in zip(layer.cp.factors, problem.cp.factors, strict=True):
             own.copy_(given)
@@ -126,17 +143,28 @@ def _tltorch(problem: Problem, how: str, path: bool = True) -> Built:
     form: Form
     if isinstance(case, LinearCase):
         layer = tltorch.FactorizedLinear(
-            case.in_shape, case.out_shape, bias=False, factorization="cp", rank=case.rank,
-            implementation=how, **where,
-        )  # fmt: skip
+            case.in_shape,
+            case.out_shape,
+            bias=False,
+            factorization="cp",
+            rank=case.rank,
+            implementation=how,
+            **where,
+        )
         ins, outs = problem.groups()
         factors, form = [*outs, *ins], "out_in"
     else:
         layer = tltorch.FactorizedConv(
-            case.format.in_channels, case.format.out_channels, (case.kernel, case.kernel),
-            stride=case.stride, padding=case.padding, factorization="cp", rank=case.rank,
-            implementation=how, **where,
-        )  # fmt: skip
+            case.format.in_channels,
+            case.format.out_channels,
+            (case.kernel, case.kernel),
+            stride=case.stride,
+            padding=case.padding,
+            factorization="cp",
+            rank=case.rank,
+            implementation=how,
+            **where,
+        )
         outs, ins, kernels = problem.groups()
         factors, form = [khatri_rao(outs), khatri_rao(ins), *kernels], "flat"
     with torch.no_grad():

@@ -61,8 +61,15 @@ def _ratios(run: Run, threads: int) -> Any:
                     points.append((theirs / ours, i))
             if points:
                 size, line = (90, 1.6) if marker == "|" else (26, 0)
-                ax.scatter(*zip(*points, strict=True), s=size, c=colour, marker=marker, label=name,
-                           linewidths=line, zorder=3)  # fmt: skip
+                ax.scatter(
+                    *zip(*points, strict=True),
+                    s=size,
+                    c=colour,
+                    marker=marker,
+                    label=name,
+                    linewidths=line,
+                    zorder=3,
+                )
         ax.axvline(1, color=STYLES["polyadic"][0], linewidth=1.4, zorder=2, label="polyadic")
         ax.set(xscale="log", ylim=(len(keys) - 0.4, -0.6))
         ax.set_yticks(range(len(keys)), [run.cells[key.cell]["title"] for key in keys])
@@ -106,14 +113,34 @@ def _roofline(run: Run, threads: int) -> Any:
     every = [x for cells in points.values() for x, _ in cells]
     low, high = min(every, default=1) / 2, max(*every, 2 * peak / slow) * 1.6
     for rate, text, style in ((slow, "memory", "--"), (fast, "cache", ":")):
-        ax.plot([low, peak / rate, high], [low * rate, peak, peak], style, color="#555555",
-                linewidth=1.2, label=f"roof, copy from {text} {rate:.0f} GB/s")  # fmt: skip
+        ax.plot(
+            [low, peak / rate, high],
+            [low * rate, peak, peak],
+            style,
+            color="#555555",
+            linewidth=1.2,
+            label=f"roof, copy from {text} {rate:.0f} GB/s",
+        )
     for layer, colour, marker in (("linear", "#0072B2", "o"), ("conv", "#D55E00", "^")):
         if layer in points:
-            ax.scatter(*zip(*points[layer], strict=True), s=34, c=colour, marker=marker, zorder=3,
-                       label=f"polyadic, {layer}", edgecolors="white", linewidths=0.5)  # fmt: skip
-    ax.annotate(f"best GEMM {peak:.0f} GFLOP/s", (high, peak), (-4, 5), ha="right",
-                textcoords="offset points", color="#555555")  # fmt: skip
+            ax.scatter(
+                *zip(*points[layer], strict=True),
+                s=34,
+                c=colour,
+                marker=marker,
+                zorder=3,
+                label=f"polyadic, {layer}",
+                edgecolors="white",
+                linewidths=0.5,
+            )
+    ax.annotate(
+        f"best GEMM {peak:.0f} GFLOP/s",
+        (high, peak),
+        (-4, 5),
+        ha="right",
+        textcoords="offset points",
+        color="#555555",
+    )
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(None, peak * 2))
     ax.set_xlabel("FLOPs of the cheapest route per least byte moved")
     ax.set_ylabel("GFLOP/s reached, forward and backward")
@@ -138,8 +165,15 @@ def _scaling(run: Run, threads: int) -> Any:
             # Added to 0.0, what rounds to zero has no minus sign.
             label = f"{name}, power {round(exponent(pairs), 2) + 0.0:.2f}"
             sizes, times = zip(*pairs, strict=True)
-            ax.plot(sizes, [t * 1e3 for t in times], color=colour, marker=marker, markersize=5,
-                    linewidth=1.3, label=label)  # fmt: skip
+            ax.plot(
+                sizes,
+                [t * 1e3 for t in times],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=1.3,
+                label=label,
+            )
         ax.set(xscale="log", yscale="log", xlabel=axis)
         ax.set_xticks([size for size, _ in points], [f"{size:g}" for size, _ in points])
         ax.minorticks_off()

@@ -125,19 +125,24 @@ def _records(
     device = torch.device(options.device)
     yield {
         **environment(device, options.dtype),
-        "quick": options.quick, "only": options.only, "threads": list(options.threads),
-        "modes": list(options.modes), "compiled": options.compiled,
+        "quick": options.quick,
+        "only": options.only,
+        "threads": list(options.threads),
+        "modes": list(options.modes),
+        "compiled": options.compiled,
         "tolerance": TOLERANCE[options.dtype],
-    }  # fmt: skip
+    }
     rates = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
         rates[threads] = machine.measure_rates(device, options.dtype, options.quick)
         yield {
-            "kind": "machine", "threads": threads, "flops": rates[threads].flops,
+            "kind": "machine",
+            "threads": threads,
+            "flops": rates[threads].flops,
             "bandwidth": [list(pair) for pair in rates[threads].bandwidth],
             "cost_model": rates_source(device.type, options.dtype),
-        }  # fmt: skip
+        }
     for done, case in enumerate(cases):
         progress(done, len(cases), case.name)
         yield from _cell(case, options, rates)
@@ -186,8 +191,12 @@ def _timed_cell(problem: Problem, gate: Gate, options: Options, threads: int) ->
             if built.plan is not None and not record["compiled"]:
                 seconds = predicted(case, built.plan, mode, built.x)
             yield {
-                **record, "mode": mode, "status": "timed", "predicted": seconds, **timing.record()
-            }  # fmt: skip
+                **record,
+                "mode": mode,
+                "status": "timed",
+                "predicted": seconds,
+                **timing.record(),
+            }
 
 
 def _floors(
@@ -195,13 +204,17 @@ def _floors(
 ) -> list[Record]:
     return [
         {
-            "mode": mode, "threads": threads, "route": route, "flops": w.flops, "bytes": w.bytes,
+            "mode": mode,
+            "threads": threads,
+            "route": route,
+            "flops": w.flops,
+            "bytes": w.bytes,
             "seconds": w.floor(rates[threads]),
         }
         for mode in options.modes
         for route, w in machine.work(case, mode, size).items()
         for threads in options.threads
-    ]  # fmt: skip
+    ]
 
 
 def admit(

@@ -42,13 +42,17 @@ def show(run: Run, console: Console) -> None:
             figure = f" {criterion.value}" if criterion.value else ""
             console.print(
                 f"[{colour}]{criterion.verdict}[/]{count}{figure}: {criterion.text}",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
+                soft_wrap=True,
+                highlight=False,
+            )
             for miss in criterion.misses:
                 console.print(f"    {miss}", soft_wrap=True, highlight=False, markup=False)
     refused = [r for r in run.untimed if r["status"] in ("refused", "failed")]
     for record in refused:
         console.print(
             f"{record['contestant']} {record['status']} in {record['cell']}: {record['reason']}",
-            soft_wrap=True, highlight=False, markup=False, style="red",
-        )  # fmt: skip
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+            style="red",
+        )

@@ -149,8 +149,10 @@ class _Judge:
         value = f"{mean:.2f}× over {len(ratios)} cell(s)" if ratios else ""
         return Criterion(
             f"{layer}, training: ≥ {wanted:g}× faster than {rival} in the geometric mean",
-            int(bool(ratios) and mean >= wanted), int(bool(ratios)), value,
-        )  # fmt: skip
+            int(bool(ratios) and mean >= wanted),
+            int(bool(ratios)),
+            value,
+        )
 
     def floor(self) -> Criterion:
         """The share of the floor reached where it is large enough."""
@@ -216,8 +218,10 @@ class _Judge:
         value = f"median {statistics.median(values.values()):.2f}" if values else ""
         return self._count(
             "predicted against measured time: rank correlation ≥ 0.9 over the forced plans",
-            list(values), judge, value,
-        )  # fmt: skip
+            list(values),
+            judge,
+            value,
+        )
 
     def _correlation(self, key: Key) -> float | None:
         plans = [r for r in self.run.plans(key) if r["predicted"] is not None]

@@ -96,15 +96,17 @@ def cells() -> list[dict[str, Any]]:
     for layout, shape, ranks, formula in CELLS:
         for rank in ranks:
             blocks = [formulas.block(WIDTH, rank) for _ in range(BLOCKS)]
-            found.append({
-                "kind": "communication",
-                "layout": layout,
-                "mesh": list(shape),
-                "rank": rank,
-                "parameters": sum(map(formulas.parameters, blocks)),
-                "counted": counted(blocks, layout, shape, ROWS),
-                "formula": formula(blocks, ROWS),
-            })  # fmt: skip
+            found.append(
+                {
+                    "kind": "communication",
+                    "layout": layout,
+                    "mesh": list(shape),
+                    "rank": rank,
+                    "parameters": sum(map(formulas.parameters, blocks)),
+                    "counted": counted(blocks, layout, shape, ROWS),
+                    "formula": formula(blocks, ROWS),
+                }
+            )
     return found
 
 
@@ -115,14 +117,16 @@ def tables(record: Path = RECORD) -> str:
     for cell in lines:
         if cell["kind"] == "communication":
             said = cell["counted"]
-            rows.append([
-                cell["layout"],
-                "×".join(map(str, cell["mesh"])),
-                "dense" if cell["rank"] is None else f"CP, rank {cell['rank']}",
-                f"{cell['parameters']:,}",
-                ", ".join(f"{number} {name}" for name, (number, _) in said.items()),
-                three_digits(sum(nbytes for _, nbytes in said.values()) / 1e6),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    cell["layout"],
+                    "×".join(map(str, cell["mesh"])),
+                    "dense" if cell["rank"] is None else f"CP, rank {cell['rank']}",
+                    f"{cell['parameters']:,}",
+                    ", ".join(f"{number} {name}" for name, (number, _) in said.items()),
+                    three_digits(sum(nbytes for _, nbytes in said.values()) / 1e6),
+                ]
+            )
     first = markdown_rows(rows, "lrlrlr")
     head = ["layout", "layers", *(f"{many:,} processes" for many in MANY)]
     return f"{first}\n\n{markdown_rows([head, *_large()], 'll' + 'r' * len(MANY))}"

@@ -80,9 +80,14 @@ def digits_kernel() -> Tensor:
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
     model = nn.Sequential(
-        nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(15):
         for rows in torch.randperm(len(images)).split(128):
@@ -131,9 +136,14 @@ def by_polyadic(cell: Cell, seed: int, limit: float, start: Any) -> tuple[list[T
         return curve[-1][0] > limit
 
     found = decompose(
-        cell.weight, cell.shape, cell.rank, seed=seed, start=start, iterations=1000,
+        cell.weight,
+        cell.shape,
+        cell.rank,
+        seed=seed,
+        start=start,
+        iterations=1000,
         callback=callback,
-    )  # fmt: skip
+    )
     return [f.detach() for f in found.cp.factors], curve
 
 
@@ -153,9 +163,15 @@ def by_tensorly(
 
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         weights, factors = parafac(
-            cell.tensor, cell.rank, n_iter_max=1000, init=init, random_state=seed, l2_reg=l2_reg,
-            callback=callback, tol=1e-6,
-        )  # fmt: skip
+            cell.tensor,
+            cell.rank,
+            n_iter_max=1000,
+            init=init,
+            random_state=seed,
+            l2_reg=l2_reg,
+            callback=callback,
+            tol=1e-6,
+        )
     return [factors[0] * weights, *factors[1:]], curve
 
 
@@ -231,9 +247,9 @@ def outputs(model: Any) -> Iterator[dict[str, Any]]:
     def batches(chosen: list[int]) -> Iterator[dict[str, Tensor]]:
         for i in range(0, len(chosen), 32):
             part = [texts[j] for j in chosen[i : i + 32]]
-            yield dict(tokenizer(
-                part, return_tensors="pt", padding=True, truncation=True, max_length=128
-            ))  # fmt: skip
+            yield dict(
+                tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=128)
+            )
 
     seen, held = (
         second_moments(
@@ -252,16 +268,25 @@ def outputs(model: Any) -> Iterator[dict[str, Any]]:
                 found = decompose(weight, cell.shape, cell.rank, metric=metric, iterations=100)
                 missed = (weight - found.cp.to_matrix().detach()).double()
                 errors = [
-                    math.sqrt(float((missed * (s[name].double() @ missed)).sum()
-                                    / (weight * (s[name] @ weight)).double().sum()))
+                    math.sqrt(
+                        float(
+                            (missed * (s[name].double() @ missed)).sum()
+                            / (weight * (s[name] @ weight)).double().sum()
+                        )
+                    )
                     for s in (seen, held)
-                ]  # fmt: skip
+                ]
                 yield {
-                    "kind": "outputs", "cell": f"{title}, {ratio}x fewer", "rank": cell.rank,
-                    "contestant": contestant, "seen": errors[0], "held_out": errors[1],
-                    "weight_error": found.frobenius_error, "growth": found.growth,
+                    "kind": "outputs",
+                    "cell": f"{title}, {ratio}x fewer",
+                    "rank": cell.rank,
+                    "contestant": contestant,
+                    "seen": errors[0],
+                    "held_out": errors[1],
+                    "weight_error": found.frobenius_error,
+                    "growth": found.growth,
                     "seconds": found.seconds,
-                }  # fmt: skip
+                }
 
 
 def big(contestant: str, limit: float) -> dict[str, Any]:

@@ -56,9 +56,7 @@ def _fits(records: Sequence[Record], limit: float) -> str:
         named = {r["contestant"]: r for r in fits}
         fitted = [r for r in fits if r["status"] == "fitted"]
         least = min(r["error"] for r in fitted)
-        rows.append([
-            cell, str(fits[0]["rank"]), *(_shown(named[name], least) for name in NAMES)
-        ])  # fmt: skip
+        rows.append([cell, str(fits[0]["rank"]), *(_shown(named[name], least) for name in NAMES)])
         others = min(r["error"] for r in fitted if r["contestant"] != "polyadic")
         ends[_standing(named["polyadic"]["error"], others)].append(cell)
         for at in INSTANTS:
@@ -72,7 +70,7 @@ def _fits(records: Sequence[Record], limit: float) -> str:
             else:
                 missed.append(
                     f"{cell}, {at:g} s: {_reached(reached['polyadic'])} against {best:.4g}"
-                )  # fmt: skip
+                )
     level, behind = (ends[key] for key in ("level", "behind"))
     text = (
         f"{_rows(rows)}\n\nUp to {limit:g} s each; tltorch's call takes no limit. Growth above 1 "
@@ -130,9 +128,7 @@ def _seeds(records: Sequence[Record], limit: float) -> str:
             fitted = sorted(r["error"] for r in own if r["status"] == "fitted")
             shown = [f"{x:.4f}" for x in (fitted[0], fitted[len(fitted) // 2], fitted[-1])]
             growth = max(r["growth"] for r in own if r["status"] == "fitted")
-            rows.append([
-                f"{cell}: {name}", *shown, f"{growth:.3g}", str(len(own) - len(fitted))
-            ])  # fmt: skip
+            rows.append([f"{cell}: {name}", *shown, f"{growth:.3g}", str(len(own) - len(fitted))])
     return f"{_rows(rows)}\n\nUp to {limit:g} s each."
 
 
@@ -140,15 +136,17 @@ def _outputs(records: Sequence[Record]) -> str:
     rows = [["", "rank", "seen text", "held-out text", "weight", "growth", "seconds"]]
     rows += [
         [
-            f"{record['cell']}: {record['contestant']}", str(record["rank"]),
-            f"{record['seen']:.4f}", f"{record['held_out']:.4f}", f"{record['weight_error']:.4f}",
-            f"{record['growth']:.2f}", f"{record['seconds']:.1f}",
+            f"{record['cell']}: {record['contestant']}",
+            str(record["rank"]),
+            f"{record['seen']:.4f}",
+            f"{record['held_out']:.4f}",
+            f"{record['weight_error']:.4f}",
+            f"{record['growth']:.2f}",
+            f"{record['seconds']:.1f}",
         ]
         for record in records
-    ]  # fmt: skip
-    cells = [
-        {r["contestant"]: r["held_out"] for r in own} for own in _by_cell(records).values()
-    ]  # fmt: skip
+    ]
+    cells = [{r["contestant"]: r["held_out"] for r in own} for own in _by_cell(records).values()]
     plain, low_rank = (
         sum(cell["data-aware CP"] < cell[other] for cell in cells)
         for other in ("CP", "data-aware SVD")
@@ -169,9 +167,11 @@ def _memory(records: Sequence[Record]) -> str:
         [
             f"{record['cell']}, rank {record['rank']}: {record['contestant']}",
             f"{record['peak_bytes'] / 2**20:.0f} MiB",
-            f"{record['peak_bytes'] / record['weight_bytes']:.1f}x", f"{record['seconds']:.1f}",
-            str(record["sweeps"]), f"{record['error']:.4f}",
+            f"{record['peak_bytes'] / record['weight_bytes']:.1f}x",
+            f"{record['seconds']:.1f}",
+            str(record["sweeps"]),
+            f"{record['error']:.4f}",
         ]
         for record in records
-    ]  # fmt: skip
+    ]
     return _rows(rows)

@@ -164,11 +164,20 @@ def compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> None
 def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> None:
     threads = torch.get_num_threads()
     bench.writer.write(
-        "cell", cell=cell.name, title=cell.title, layer=cell.layer, group=cell.group,
-        phase=bench.phase, x_shape=cell.x_shape, y_shape=cell.y_shape, rank=cell.rank,
-        r_elements=cell.r_elements(), dtype=bench.dtype_name(),
-        floors=least.records(cell.floors, bench.rates, threads), **cell.facts,
-    )  # fmt: skip
+        "cell",
+        cell=cell.name,
+        title=cell.title,
+        layer=cell.layer,
+        group=cell.group,
+        phase=bench.phase,
+        x_shape=cell.x_shape,
+        y_shape=cell.y_shape,
+        rank=cell.rank,
+        r_elements=cell.r_elements(),
+        dtype=bench.dtype_name(),
+        floors=least.records(cell.floors, bench.rates, threads),
+        **cell.facts,
+    )
     count = bench.rotations(cell.x_bytes, MOST_INPUTS)
     if cell.x_bytes < cell.weight_bytes:
         count = max(count, bench.rotations(cell.weight_bytes, MOST_WEIGHTS))
@@ -318,10 +327,19 @@ def _timed(
         seconds = floor.seconds(bench.rates)
         plan, predicted = _explained(one, mode)
         bench.writer.write(
-            "measurement", **_fields(cell, one.contestant, bench), status="timed", mode=mode,
-            launch=launch, **timing.record(), **one.found, predicted=predicted, plan=plan,
-            floor_bytes=floor.bytes, floor_seconds=seconds, over_floor=timing.median / seconds,
-        )  # fmt: skip
+            "measurement",
+            **_fields(cell, one.contestant, bench),
+            status="timed",
+            mode=mode,
+            launch=launch,
+            **timing.record(),
+            **one.found,
+            predicted=predicted,
+            plan=plan,
+            floor_bytes=floor.bytes,
+            floor_seconds=seconds,
+            over_floor=timing.median / seconds,
+        )
 
 
 def _captured(
@@ -347,9 +365,13 @@ def _failed(
 ) -> None:
     for contestant in who:
         bench.writer.write(
-            "measurement", **_fields(cell, contestant, bench), status="failed", mode=mode,
-            launch=launch, reason=said(error),
-        )  # fmt: skip
+            "measurement",
+            **_fields(cell, contestant, bench),
+            status="failed",
+            mode=mode,
+            launch=launch,
+            reason=said(error),
+        )
     bench.recover()
 
 

@@ -97,9 +97,13 @@ def records(floors: Floors, rates: Rates, threads: int) -> list[dict[str, Any]]:
     """The floors as a cell's record holds them; ``byte_seconds`` leaves the FLOPs out."""
     return [
         {
-            "mode": mode, "threads": threads, "route": route, "flops": work.flops,
-            "bytes": work.bytes, "seconds": work.seconds(rates),
+            "mode": mode,
+            "threads": threads,
+            "route": route,
+            "flops": work.flops,
+            "bytes": work.bytes,
+            "seconds": work.seconds(rates),
             "byte_seconds": work.bytes / rates.copy,
         }
         for (mode, route), work in floors.items()
-    ]  # fmt: skip
+    ]

@@ -65,10 +65,15 @@ def cell(
         x_bytes=bench.size * T * (M + N),
         weight_bytes=bench.size * M * N,
         facts={
-            "T": T, "in": M, "out": N, "tensorized_shape": [ins, outs], "batch": T,
-            "parameters": parameters, "dense_parameters": M * N,
+            "T": T,
+            "in": M,
+            "out": N,
+            "tensorized_shape": [ins, outs],
+            "batch": T,
+            "parameters": parameters,
+            "dense_parameters": M * N,
         },
-    )  # fmt: skip
+    )
 
 
 # Layers of ours that take turns: their factors are so small that they stay in the L2 cache anyway.
@@ -142,9 +147,14 @@ class Makers:
 
     def _dense_explained(self, module: nn.Module, training: bool) -> tuple[str, float]:
         layer = CPLinear(
-            self.M, self.N, False, rank=self.R, order=self.order, device="meta",
+            self.M,
+            self.N,
+            False,
+            rank=self.R,
+            order=self.order,
+            device="meta",
             dtype=self.bench.dtype,
-        )  # fmt: skip
+        )
         kind = self.bench.device.type
         found = polyadic.explain(layer, batch=self.T, training=training, device=kind)
         return "dense layer", found.dense.seconds
@@ -170,9 +180,14 @@ class Makers:
                 raise NotApplicableError(f"{error.name} is not installed") from error
             ins, outs = polyadic.tensorize(self.M, self.N, order=self.order)
             layer: nn.Module = tltorch.FactorizedLinear(
-                ins, outs, bias=False, factorization="cp", rank=self.R,
-                implementation="factorized", **self.where,
-            )  # fmt: skip
+                ins,
+                outs,
+                bias=False,
+                factorization="cp",
+                rank=self.R,
+                implementation="factorized",
+                **self.where,
+            )
             return layer
 
         return Contestant("tltorch", "tltorch", build, copies=1)
@@ -184,9 +199,13 @@ class Makers:
             return Started(contestant.build(), how, self.bench.compiler)
 
         return Contestant(
-            f"{contestant.name}, {label}", contestant.family, build, copies=1,
-            exact=uncaptured_in_double, launches=("eager",),
-        )  # fmt: skip
+            f"{contestant.name}, {label}",
+            contestant.family,
+            build,
+            copies=1,
+            exact=uncaptured_in_double,
+            launches=("eager",),
+        )
 
     def plans(self, wanted: Sequence[str] | None = None) -> list[Contestant]:
         """Our layer with plans forced on it."""

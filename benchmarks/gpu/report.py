@@ -72,10 +72,12 @@ def gains(runs: Sequence[Run]) -> str:
                 ratios = [
                     _ratio(timed.get(DENSE), timed.get(OURS))
                     for mode, launch in (
-                        ("forward", "graph"), ("training", "graph"), ("training", "eager")
+                        ("forward", "graph"),
+                        ("training", "graph"),
+                        ("training", "eager"),
                     )
                     for timed in [run.timed(cell["cell"], mode, launch)]
-                ]  # fmt: skip
+                ]
                 gpu = str(run.environment.get("gpu", "GPU"))
                 kind = "" if group in ("linear", "decode") else f"{group} "
                 if any(ratio != "-" for ratio in ratios):
@@ -206,12 +208,17 @@ def _steps(run: Run, group: str) -> str:
         timed = run.timed(name, "training", "graph")
         eager = run.timed(name, "training", "eager")
         floor = float(run.floor(name, "training")["byte_seconds"])
-        rows.append([
-            cell["title"], *(_time(timed.get(who)) for who in WHO),
-            _ratio(timed.get(DENSE), timed.get(OURS)), _over(timed.get(OURS), floor),
-            _time(eager.get(OURS)), _time(eager.get(DENSE)),
-            f"{_mebibytes(eager.get(OURS))} ({_mebibytes(eager.get(DENSE))})",
-        ])  # fmt: skip
+        rows.append(
+            [
+                cell["title"],
+                *(_time(timed.get(who)) for who in WHO),
+                _ratio(timed.get(DENSE), timed.get(OURS)),
+                _over(timed.get(OURS), floor),
+                _time(eager.get(OURS)),
+                _time(eager.get(DENSE)),
+                f"{_mebibytes(eager.get(OURS))} ({_mebibytes(eager.get(DENSE))})",
+            ]
+        )
     return markdown_rows(rows, "l" + "r" * 9) if cells else ""
 
 
@@ -230,11 +237,15 @@ def _forward_and_step_rows(run: Run, cells: Sequence[Record], who: dict[str, str
     for cell in cells:
         timed = run.timed(cell["cell"], "forward", "graph")
         eager = run.timed(cell["cell"], "forward", "eager")
-        rows.append([
-            cell["title"], *(_time(timed.get(name)) for name in who),
-            _ratio(timed.get(DENSE), timed.get(OURS)), _time(eager.get(OURS)),
-            _time(eager.get(DENSE)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                cell["title"],
+                *(_time(timed.get(name)) for name in who),
+                _ratio(timed.get(DENSE), timed.get(OURS)),
+                _time(eager.get(OURS)),
+                _time(eager.get(DENSE)),
+            ]
+        )
     return markdown_rows(rows, "l" + "r" * (len(who) + 3)) if cells else ""
 
 
@@ -248,12 +259,17 @@ def _both(run: Run, group: str) -> str:
             timed = run.timed(cell["cell"], mode, "graph")
             eager = run.timed(cell["cell"], mode, "eager")
             floor = float(run.floor(cell["cell"], mode)["byte_seconds"])
-            rows.append([
-                cell["title"], "forward" if mode == "forward" else "step",
-                *(_time(timed.get(who)) for who in (OURS, ATEN, DENSE)),
-                _ratio(timed.get(DENSE), timed.get(OURS)), _over(timed.get(OURS), floor),
-                _time(eager.get(OURS)), _time(eager.get(DENSE)),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    cell["title"],
+                    "forward" if mode == "forward" else "step",
+                    *(_time(timed.get(who)) for who in (OURS, ATEN, DENSE)),
+                    _ratio(timed.get(DENSE), timed.get(OURS)),
+                    _over(timed.get(OURS), floor),
+                    _time(eager.get(OURS)),
+                    _time(eager.get(DENSE)),
+                ]
+            )
     return markdown_rows(rows, "ll" + "r" * 7) if cells else ""
 
 
@@ -275,10 +291,16 @@ def _networks(run: Run) -> str:
             continue
         for launch in ("eager", "graph", "compiled"):
             for name, r in run.timed(cell["cell"], "training", launch).items():
-                rows.append([
-                    cell["title"], launch, name, f"{1e3 * r['median']:.1f}",
-                    f"{r['tokens_per_second']:.0f}", _mebibytes(r),
-                ])  # fmt: skip
+                rows.append(
+                    [
+                        cell["title"],
+                        launch,
+                        name,
+                        f"{1e3 * r['median']:.1f}",
+                        f"{r['tokens_per_second']:.0f}",
+                        _mebibytes(r),
+                    ]
+                )
     return markdown_rows(rows, "lllrrr") if len(rows) > 1 else ""
 
 

@@ -60,10 +60,21 @@ def constructor(draw: random.Random) -> Call:
     if "Conv" in name:
         positional.append(size(draw) if draw.random() < 0.5 else sizes(draw))
     given = options(
-        draw, order=size, in_shape=sizes, out_shape=sizes, bias=odd, memory=odd, stride=sizes,
-        padding=sizes, dilation=sizes, groups=size, padding_mode=odd, padding_idx=size, dtype=odd,
+        draw,
+        order=size,
+        in_shape=sizes,
+        out_shape=sizes,
+        bias=odd,
+        memory=odd,
+        stride=sizes,
+        padding=sizes,
+        dilation=sizes,
+        groups=size,
+        padding_mode=odd,
+        padding_idx=size,
+        dtype=odd,
         output_padding=sizes,
-    )  # fmt: skip
+    )
     rank = size(draw)
     return lambda: kind(*positional, rank=rank, **given, device="meta")
 

@@ -59,9 +59,13 @@ def images() -> nn.Sequential:
 
 def model(draw: random.Random) -> tuple[Any, Any]:
     """A model and an input, which mostly fit each other."""
-    made, x = draw.choice([
-        (dense, torch.arange(6)), (factorized, torch.arange(6)), (images, torch.ones(2, 4, 9)),
-    ])  # fmt: skip
+    made, x = draw.choice(
+        [
+            (dense, torch.arange(6)),
+            (factorized, torch.arange(6)),
+            (images, torch.ones(2, 4, 9)),
+        ]
+    )
     if draw.random() < 0.05:
         return odd(draw), x
     # What torch's own layers say to another input is theirs.
@@ -76,9 +80,14 @@ def changing(draw: random.Random) -> Call:
     which = draw.randrange(6)
     if which < 2:
         given = options(
-            draw, order=size, target_modules=pattern, exclude_modules=pattern,
-            rank_pattern=pattern, order_pattern=pattern, callback=odd,
-        )  # fmt: skip
+            draw,
+            order=size,
+            target_modules=pattern,
+            exclude_modules=pattern,
+            rank_pattern=pattern,
+            order_pattern=pattern,
+            callback=odd,
+        )
         rank = draw.choice([size, number, word("break-even", "faster")])(draw)
         net = dense() if draw.random() < 0.8 else net
         return lambda: polyadic.factorize(net, rank=rank, **given)
@@ -89,10 +98,21 @@ def changing(draw: random.Random) -> Call:
         return lambda: polyadic.merge(net)
     if which == 4:
         given = options(
-            draw, ratio=number, flops_ratio=number, max_error=number, speed=word("faster"),
-            target_modules=pattern, exclude_modules=pattern, orders=sizes, calibration=odd,
-            seed=size, iterations=size, callback=odd, checkpoint=odd, resume=odd,
-        )  # fmt: skip
+            draw,
+            ratio=number,
+            flops_ratio=number,
+            max_error=number,
+            speed=word("faster"),
+            target_modules=pattern,
+            exclude_modules=pattern,
+            orders=sizes,
+            calibration=odd,
+            seed=size,
+            iterations=size,
+            callback=odd,
+            checkpoint=odd,
+            resume=odd,
+        )
         given.setdefault("ratio", 2.0)
         return lambda: polyadic.compress(net, **{**given, "dry_run": True})
     names = draw.choice([["1"], ["1", "3"], pattern(draw)])
@@ -116,9 +136,18 @@ def asking(draw: random.Random) -> Call:
     if which == 2:
         subject: Any = draw.choice([(16, 16), sizes(draw), cp.CPLinear(16, 16, rank=2), odd(draw)])
         given = options(
-            draw, parameters=number, flops=number, speedup=number, batch=size, size=sizes,
-            stride=sizes, padding=sizes, training=odd, dtype=odd, memory=word("fast", "least"),
-        )  # fmt: skip
+            draw,
+            parameters=number,
+            flops=number,
+            speedup=number,
+            batch=size,
+            size=sizes,
+            stride=sizes,
+            padding=sizes,
+            training=odd,
+            dtype=odd,
+            memory=word("fast", "least"),
+        )
         if draw.random() < 0.7:
             given[draw.choice(["parameters", "flops", "speedup"])] = number(draw)
         return lambda: polyadic.rank_for(subject, **given)
@@ -127,17 +156,33 @@ def asking(draw: random.Random) -> Call:
     if which == 4:
         layer = draw.choice([cp.CPLinear(16, 16, rank=2), cp.CPConv2d(4, 4, 3, rank=2), odd(draw)])
         given = options(
-            draw, batch=size, size=sizes, stride=sizes, padding=sizes, dilation=sizes, plan=odd,
-            memory=word("fast", "least"), training=odd, device=odd, dtype=odd,
-        )  # fmt: skip
+            draw,
+            batch=size,
+            size=sizes,
+            stride=sizes,
+            padding=sizes,
+            dilation=sizes,
+            plan=odd,
+            memory=word("fast", "least"),
+            training=odd,
+            device=odd,
+            dtype=odd,
+        )
         return lambda: polyadic.explain(layer, **given)
     if which == 5:
         weight = draw.choice([torch.ones(4, 6), tensor(draw), odd(draw)])
         shape = draw.choice([((2, 2), (2, 3)), (sizes(draw), sizes(draw)), odd(draw)])
         given = options(
-            draw, metric=tensor, metric_groups=sizes, damping=number, tolerance=number,
-            start=word("svd", "random", "auto"), regularization=number, seed=size, weights=odd,
-        )  # fmt: skip
+            draw,
+            metric=tensor,
+            metric_groups=sizes,
+            damping=number,
+            tolerance=number,
+            start=word("svd", "random", "auto"),
+            regularization=number,
+            seed=size,
+            weights=odd,
+        )
         rank = size(draw)
         return lambda: polyadic.decompose(weight, shape, rank, iterations=2, **given)
     teacher, x = draw.choice([dense(), odd(draw)]), torch.arange(6)
@@ -149,9 +194,13 @@ def asking(draw: random.Random) -> Call:
     }  # fmt: skip
     if function is distill:
         known |= {
-            "trainable": word("all", "cp+norms"), "loss": word("kl", "cosine"), "train_mode": odd,
-            "validation": odd, "validate_every": size, "patience": size,
-        }  # fmt: skip
+            "trainable": word("all", "cp+norms"),
+            "loss": word("kl", "cosine"),
+            "train_mode": odd,
+            "validation": odd,
+            "validate_every": size,
+            "patience": size,
+        }
     else:
         known |= {"names": pattern, "mode": word("joint")}
     given = options(draw, **known)
@@ -165,12 +214,24 @@ def adapting(draw: random.Random) -> Call:
     from polyadic.adapters import CPConfig, from_lora
 
     given = options(
-        draw, r=size, alpha=number, order=size, in_shape_pattern=pattern, out_shape_pattern=pattern,
-        share=word("none", "layers"), dropout=number, bias=word("none", "all"),
-        exclude_modules=pattern, rank_pattern=pattern, alpha_pattern=pattern,
-        layers_to_transform=sizes, layers_pattern=pattern, modules_to_save=pattern,
-        init_weights=odd, target_modules=pattern,
-    )  # fmt: skip
+        draw,
+        r=size,
+        alpha=number,
+        order=size,
+        in_shape_pattern=pattern,
+        out_shape_pattern=pattern,
+        share=word("none", "layers"),
+        dropout=number,
+        bias=word("none", "all"),
+        exclude_modules=pattern,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        layers_to_transform=sizes,
+        layers_pattern=pattern,
+        modules_to_save=pattern,
+        init_weights=odd,
+        target_modules=pattern,
+    )
     which = draw.randrange(3)
     if which == 0:
         return lambda: CPConfig(**given)

@@ -34,9 +34,11 @@ def agreement(embeddings: Tensor, original: Tensor) -> Agreement:
     top = [similar.topk(NEIGHBOURS, dim=1).indices for similar in (ours, theirs)]
     shared = (top[0].unsqueeze(2) == top[1].unsqueeze(1)).any(2).double().mean()
     return Agreement(
-        cosines.mean().item(), cosines.quantile(0.05).item(), shared.item(),
+        cosines.mean().item(),
+        cosines.quantile(0.05).item(),
+        shared.item(),
         _spearman(ours, theirs).mean().item(),
-    )  # fmt: skip
+    )
 
 
 def _similarities(embeddings: Tensor) -> Tensor:

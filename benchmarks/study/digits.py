@@ -181,9 +181,13 @@ class _Work:
         found_moments = second_moments(model, [self._digits.train_x], layers)
         moments = {name: moment.double() for name, moment in found_moments.items()}
         task = fits.Task(
-            layers, self._options.ratio, moments, self._options.sweeps, [self._digits.train_x],
+            layers,
+            self._options.ratio,
+            moments,
+            self._options.sweeps,
+            [self._digits.train_x],
             lambda model, batch: model(batch),
-        )  # fmt: skip
+        )
         student = copy.deepcopy(model)
         start = time.perf_counter()
         made = method.convert(student, task)

@@ -70,10 +70,11 @@ def batches(tokenizer: Any, sentences: Sequence[str], size: int) -> list[Batch]:
         padded = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
         found.append(
             {
-                "input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"],
+                "input_ids": padded["input_ids"],
+                "attention_mask": padded["attention_mask"],
                 "index": torch.tensor(rows),
             }
-        )  # fmt: skip
+        )
     return found
 
 

@@ -136,10 +136,17 @@ def _low_rank(layer: Layer, ratio: float, moment: Tensor | None) -> nn.Module:
 def low_rank_conv(layer: nn.Conv2d, rank: int) -> nn.Sequential:
     """A convolution to ``rank`` channels and a 1×1 one: a (Cout, Cin·kh·kw) matrix of that rank."""
     return nn.Sequential(
-        nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,  # type: ignore[arg-type]
-                  layer.padding, layer.dilation, bias=False),  # type: ignore[arg-type]
+        nn.Conv2d(
+            layer.in_channels,
+            rank,
+            layer.kernel_size,
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,
+            layer.dilation,
+            bias=False,
+        ),  # type: ignore[arg-type]
         nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None),
-    )  # fmt: skip
+    )
 
 
 def tltorch_cp(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Module:
@@ -156,10 +163,14 @@ def tltorch_cp(layer: Layer, ratio: float, moment: Tensor, sweeps: int) -> nn.Mo
         if isinstance(layer, nn.Linear):
             ins, outs = tensorize(layer.in_features, layer.out_features, LINEAR_ORDER)
             made = FactorizedLinear.from_linear(
-                layer, rank_for(ratio, (*ins, *outs), layer.weight.numel()), auto_tensorize=False,
-                in_tensorized_features=ins, out_tensorized_features=outs,
-                bias=layer.bias is not None, decomposition_kwargs=how,
-            )  # fmt: skip
+                layer,
+                rank_for(ratio, (*ins, *outs), layer.weight.numel()),
+                auto_tensorize=False,
+                in_tensorized_features=ins,
+                out_tensorized_features=outs,
+                bias=layer.bias is not None,
+                decomposition_kwargs=how,
+            )
         else:
             ins, outs = (layer.in_channels,), (layer.out_channels,)
             rank = rank_for(ratio, layer.weight.shape, layer.weight.numel())
@@ -197,9 +208,14 @@ def _decomposed(layer: Layer, ratio: float, moment: Tensor | None, sweeps: int) 
 def whole_model(model: nn.Module, task: Task) -> dict[str, Any]:
     """``polyadic.compress``: ranks and formats over all layers within one budget."""
     made, report = compress(
-        model, ratio=task.ratio, calibration=task.batches, forward=task.forward,
-        weights=task.weights, target_modules=list(task.layers), iterations=task.sweeps,
-    )  # fmt: skip
+        model,
+        ratio=task.ratio,
+        calibration=task.batches,
+        forward=task.forward,
+        weights=task.weights,
+        target_modules=list(task.layers),
+        iterations=task.sweeps,
+    )
     return {layer.name: made.get_submodule(layer.name) for layer in report.converted}
 
 

@@ -169,10 +169,14 @@ def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> di
 def task(bench: Bench, ratio: float) -> fits.Task:
     """What is to be converted."""
     return fits.Task(
-        bench.layers, ratio, bench.moments, bench.options.sweeps,
-        bench.train[::CALIBRATION], encoder.sentence_embeddings,
+        bench.layers,
+        ratio,
+        bench.moments,
+        bench.options.sweeps,
+        bench.train[::CALIBRATION],
+        encoder.sentence_embeddings,
         lambda batch: batch["attention_mask"],
-    )  # fmt: skip
+    )
 
 
 def _stored(layer: nn.Module) -> int:
@@ -221,7 +225,16 @@ def _distill(bench: Bench, student: nn.Module, lr: float, tell: Tell) -> Recover
 
     shuffled = [bench.train[i] for i in torch.randperm(len(bench.train), generator=order)]
     return distill(
-        student, bench.model, shuffled, steps=options.steps, loss="cosine", forward=forward,
-        lr=lr, warmup=min(20, options.steps // 5), validation=bench.validation,
-        validate_every=max(1, options.steps // 2), callback=report, seed=options.seed,
-    )  # fmt: skip
+        student,
+        bench.model,
+        shuffled,
+        steps=options.steps,
+        loss="cosine",
+        forward=forward,
+        lr=lr,
+        warmup=min(20, options.steps // 5),
+        validation=bench.validation,
+        validate_every=max(1, options.steps // 2),
+        callback=report,
+        seed=options.seed,
+    )

@@ -53,9 +53,12 @@ def _encoder(records: Sequence[Record]) -> Any:
                 ratios, [r["before"][key] for r in rows], "--", alpha=0.5, linewidth=1, **shared
             )
             ax.plot(
-                ratios, [r["after"][key] for r in rows], linewidth=1.5, label=rows[0]["label"],
+                ratios,
+                [r["after"][key] for r in rows],
+                linewidth=1.5,
+                label=rows[0]["label"],
                 **shared,
-            )  # fmt: skip
+            )
         ax.set(xscale="log", xlabel="times fewer numbers stored", title=title, ylim=(None, 1.02))
         ax.title.set_fontsize(9)
         ticks = sorted({float(r["ratio"]) for r in records})
@@ -91,9 +94,16 @@ def _digits(records: Sequence[Record]) -> Any:
                 values = [100 * r[key] for r in members if key in r]
                 if values:
                     spread = stdev(values) if len(values) > 1 else 0.0
-                    ax.errorbar(fmean(values), height, xerr=spread, color=colour, marker=marker,
-                                markersize=5, linewidth=1,
-                                label=label if way == ways[-1] else None)  # fmt: skip
+                    ax.errorbar(
+                        fmean(values),
+                        height,
+                        xerr=spread,
+                        color=colour,
+                        marker=marker,
+                        markersize=5,
+                        linewidth=1,
+                        label=label if way == ways[-1] else None,
+                    )
         names = [next(f"{w.split()[0]}: {r['label']}" for r in rows if r["way"] == w) for w in ways]
         ax.set_yticks(range(len(ways)), names if ax is axes[0] else [""] * len(ways))
         ax.invert_yaxis()

@@ -84,9 +84,16 @@ def run(
             record = _one(bench, layers, lr, tell)
             label = method.label + (", factors balanced" if scaling == BALANCED else "")
             store.add(
-                {"kind": "rate", "method": method.key, "label": label, "scaling": scaling,
-                 "ratio": options.ratio, "lr": lr, **record}
-            )  # fmt: skip
+                {
+                    "kind": "rate",
+                    "method": method.key,
+                    "label": label,
+                    "scaling": scaling,
+                    "ratio": options.ratio,
+                    "lr": lr,
+                    **record,
+                }
+            )
     return out / FILE
 
 

@@ -193,22 +193,34 @@ def encoder_findings(records: Sequence[Record]) -> list[str]:
         if absent:
             found.append(f"Ratio {ratio:g}. Not measured: {'; '.join(absent)}.")
     found += _layers(
-        records, "cp-data", "cp", "output_errors",
+        records,
+        "cp-data",
+        "cp",
+        "output_errors",
         "Data-aware CP has a smaller output error on held-out sentences than CP in the Frobenius "
         "norm",
-    )  # fmt: skip
+    )
     found += _layers(
-        records, "cp", "tltorch", "weight_errors",
+        records,
+        "cp",
+        "tltorch",
+        "weight_errors",
         "After the same number of sweeps polyadic's CP has a smaller weight error than tltorch's",
-    )  # fmt: skip
+    )
     found += _layers(
-        records, "cp-data", "svd-data", "output_errors",
+        records,
+        "cp-data",
+        "svd-data",
+        "output_errors",
         "Data-aware CP has a smaller output error than data-aware plain low rank",
-    )  # fmt: skip
+    )
     found += _layers(
-        records, "cp", "svd", "weight_errors",
+        records,
+        "cp",
+        "svd",
+        "weight_errors",
         "CP has a smaller weight error than plain low rank, both in the Frobenius norm",
-    )  # fmt: skip
+    )
     return found
 
 

@@ -78,9 +78,17 @@ def _losses(task: Task, costs: Sequence[str], families: Sequence[str]) -> Any:
                 x, y, spread = zip(*points, strict=True)
                 joined = "none" if "another" in family else "-"
                 ax.errorbar(
-                    x, y, yerr=spread, color=colour, marker=marker, linestyle=joined, label=family,
-                    markersize=9 if marker == "*" else 5, linewidth=1, capsize=2,
-                )  # fmt: skip
+                    x,
+                    y,
+                    yerr=spread,
+                    color=colour,
+                    marker=marker,
+                    linestyle=joined,
+                    label=family,
+                    markersize=9 if marker == "*" else 5,
+                    linewidth=1,
+                    capsize=2,
+                )
         ax.axhline(task.dense.best.mean, color="#000000", linewidth=0.6, linestyle=":")
         ax.set(xscale="log", xlabel=label)
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -103,11 +103,14 @@ def contestants(runs: Iterable[Record], steps: Iterable[Record] = ()) -> list[Co
         by_name.setdefault((record["layer"], record["width"], record["blocks"]), []).append(record)
     found = [
         Contestant(
-            *name, _losses(records, False), _losses(records, True),
-            records[0]["block_parameters"], costs.get(name),
+            *name,
+            _losses(records, False),
+            _losses(records, True),
+            records[0]["block_parameters"],
+            costs.get(name),
         )
         for name, records in by_name.items()
-    ]  # fmt: skip
+    ]
     return [contestant for contestant in found if contestant.scores]
 
 

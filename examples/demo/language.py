@@ -92,9 +92,13 @@ def compare(seed: int, quick: bool, tell: Callable[[str], None], pieces: Pieces)
 
 def _job(contestant: Contestant, shared: Job, seed: int, narrower: int) -> Job:
     return dataclasses.replace(
-        shared, layer=contestant.layer, width=contestant.width // narrower, blocks=BLOCKS,
-        lr=contestant.rate, seed=seed,
-    )  # fmt: skip
+        shared,
+        layer=contestant.layer,
+        width=contestant.width // narrower,
+        blocks=BLOCKS,
+        lr=contestant.rate,
+        seed=seed,
+    )
 
 
 def _trained(job: Job) -> dict[str, Any]:

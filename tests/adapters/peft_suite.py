@@ -155,13 +155,34 @@ def write_models(folder: Path) -> None:
         "intermediate_size": 37,
     }  # fmt: skip
     bert = t.BertConfig(**small)
-    t5 = t.T5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
-                    decoder_start_token_id=0)  # fmt: skip
-    bart = t.BartConfig(vocab_size=1024, d_model=16, encoder_layers=2, decoder_layers=2,
-                        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=4,
-                        decoder_ffn_dim=4, max_position_embeddings=100)  # fmt: skip
-    opt = t.OPTConfig(vocab_size=1000, hidden_size=16, num_hidden_layers=2, ffn_dim=4,
-                      num_attention_heads=4, word_embed_proj_dim=16)  # fmt: skip
+    t5 = t.T5Config(
+        vocab_size=1000,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    bart = t.BartConfig(
+        vocab_size=1024,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=4,
+        decoder_ffn_dim=4,
+        max_position_embeddings=100,
+    )
+    opt = t.OPTConfig(
+        vocab_size=1000,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=4,
+        num_attention_heads=4,
+        word_embed_proj_dim=16,
+    )
     made: dict[str, Any] = {
         "bert": t.BertModel(bert),
         "roberta": t.RobertaModel(t.RobertaConfig(**small)),

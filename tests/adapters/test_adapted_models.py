@@ -263,9 +263,11 @@ def test_a_fit_of_a_lora_says_how_far_it_is_off() -> None:
 @every_share
 def test_biases_and_saved_modules_go_along(share: str, tmp_path: Path) -> None:
     base, model = words(
-        share=share, target_modules=["first", "second"], bias="polyadic_only",
+        share=share,
+        target_modules=["first", "second"],
+        bias="polyadic_only",
         modules_to_save=["last"],
-    )  # fmt: skip
+    )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split("polyadic")[0] for name in trained if name.endswith("base_layer.bias")} == {
         f"base_model.model.{name}.base_layer.bias" for name in ("first", "second")

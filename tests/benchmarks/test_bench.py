@@ -49,8 +49,11 @@ def test_the_grid_is_whole_and_every_name_is_its_own() -> None:
     assert sum(case.kind == "conv" for case in grid) == 12
     stages = [c for c in grid if c.name.startswith("resnet18")]
     assert [(c.x_shape[1], c.x_shape[2], c.rank, c.batch) for c in stages] == [
-        (64, 56, 89, 4), (128, 28, 182, 4), (256, 14, 368, 4), (512, 7, 741, 4),
-    ]  # fmt: skip
+        (64, 56, 89, 4),
+        (128, 28, 182, 4),
+        (256, 14, 368, 4),
+        (512, 7, 741, 4),
+    ]
     assert {"linear", "conv"} == {case.kind for case in select(quick=True)}
 
 

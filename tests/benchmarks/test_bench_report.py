@@ -60,34 +60,57 @@ def stored(times: dict[str, float] = TIMES, **changes: Any) -> list[dict[str, An
     for case in cases:
         floors = [
             {
-                "mode": mode, "threads": 1, "route": route, "flops": w.flops, "bytes": w.bytes,
+                "mode": mode,
+                "threads": 1,
+                "route": route,
+                "flops": w.flops,
+                "bytes": w.bytes,
                 "seconds": w.floor(rates),
             }
             for mode in ("forward", "training")
             for route, w in work(case, mode, 4).items()
-        ]  # fmt: skip
+        ]
         records.append({"kind": "cell", **describe(case), "floors": floors})
         for mode in ("forward", "training"):
             for place, (name, seconds) in enumerate(times.items()):
                 seconds *= case.batch * case.rank * case.x_shape[1] / 2**25
                 family = name.split()[0].replace("polyadic", "ours").rstrip(",")
-                records.append({
-                    "kind": "measurement", "cell": case.name, "contestant": name, "mode": mode,
-                    "family": family, "layout": "given", "compiled": False, "threads": 1,
-                    "status": "timed", "median": seconds, "min": seconds, "q1": seconds,
-                    "q3": seconds, "repeats": 7, "calls_per_repeat": 1, "stopped_early": False,
-                    "error": 1e-7, "predicted": seconds if family == "plan" else None,
-                    "plan": {"route": place} if family == "plan" else None,
-                    "parameter_bytes": 100, "kept_bytes": 1000 * place, "peak_bytes": 1000,
-                    **changes,
-                })  # fmt: skip
+                records.append(
+                    {
+                        "kind": "measurement",
+                        "cell": case.name,
+                        "contestant": name,
+                        "mode": mode,
+                        "family": family,
+                        "layout": "given",
+                        "compiled": False,
+                        "threads": 1,
+                        "status": "timed",
+                        "median": seconds,
+                        "min": seconds,
+                        "q1": seconds,
+                        "q3": seconds,
+                        "repeats": 7,
+                        "calls_per_repeat": 1,
+                        "stopped_early": False,
+                        "error": 1e-7,
+                        "predicted": seconds if family == "plan" else None,
+                        "plan": {"route": place} if family == "plan" else None,
+                        "parameter_bytes": 100,
+                        "kept_bytes": 1000 * place,
+                        "peak_bytes": 1000,
+                        **changes,
+                    }
+                )
     return records
 
 
 def test_the_criteria_count_what_is_met_and_name_what_is_missed() -> None:
     judged = {c.text.split(":")[0]: c for c in criteria(Run(stored()))}
-    choice = judged["our choice ≤ 1.05 × the best of all contestants and forced plans, each eager "
-                    "and given the same input"]  # fmt: skip
+    choice = judged[
+        "our choice ≤ 1.05 × the best of all contestants and forced plans, each eager "
+        "and given the same input"
+    ]
     assert (choice.met, choice.of, choice.verdict) == (4, 4, "met")
     assert judged["conv, training"].verdict == "met"
     grows = [c for text, c in judged.items() if "GEMM-bound" in text]
@@ -122,9 +145,11 @@ def test_the_report_is_made_from_the_newest_whole_run_and_always_the_same(tmp_pa
         assert all(path.stat().st_size < 150_000 for path in written)
     assert pages[0] == pages[1]
     assert {p.name for p in pages[0]} == {
-        "benchmarks.md", "benchmark-ratios-cpu.png", "benchmark-roofline-cpu.png",
+        "benchmarks.md",
+        "benchmark-ratios-cpu.png",
+        "benchmark-roofline-cpu.png",
         "benchmark-scaling-cpu.png",
-    }  # fmt: skip
+    }
     page = (tmp_path / "a" / "benchmarks.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith("| 1024→1024"))
     assert "| **2.00** | **2.00** 3 → 3 | 4.00 | 8.00 | 9.00 | 40.0 |" in row

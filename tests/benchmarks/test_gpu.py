@@ -114,11 +114,19 @@ def stored(ours: float, dense: float, **changes: Any) -> list[dict[str, Any]]:
             "group": "linear", "T": 8192, "in": 4096, "out": 4096, "rank": 64,
             "floors": [floor]}  # fmt: skip
     timed = [
-        {"kind": "measurement", "cell": "one", "contestant": name, "family": family,
-         "status": "timed", "mode": "training", "launch": "graph", "median": median,
-         "predicted": None}
+        {
+            "kind": "measurement",
+            "cell": "one",
+            "contestant": name,
+            "family": family,
+            "status": "timed",
+            "mode": "training",
+            "launch": "graph",
+            "median": median,
+            "predicted": None,
+        }
         for name, family, median in (("polyadic", "ours", ours), ("dense", "dense", dense))
-    ]  # fmt: skip
+    ]
     return [cell, *timed, *changes.get("more", [])]
 
 
@@ -223,8 +231,11 @@ def test_a_failing_cell_spoils_no_other(tmp_path: Path) -> None:
     run = Run.load(path)
     statuses = {r["contestant"]: r["status"] for r in run.of("measurement")}
     assert statuses == {
-        "broken": "failed", "wrong": "refused", "polyadic": "timed", "polyadic, frozen": "timed",
-    }  # fmt: skip
+        "broken": "failed",
+        "wrong": "refused",
+        "polyadic": "timed",
+        "polyadic, frozen": "timed",
+    }
     assert "out of order" in run.of("measurement", contestant="broken")[0]["reason"]
     name = next(iter(run.cells))
     assert set(run.timed(name, "training", "graph")) == {"polyadic"}

@@ -94,9 +94,11 @@ def test_contestants_of_equal_parameters_are_so() -> None:
                 layers.maker(name), blocks=2, width=size, length=4
             ).block_parameters()
             for name, size in (
-                ("cp:o3:r64", width), (f"lowrank:r{thin}", width), ("dense", narrow),
+                ("cp:o3:r64", width),
+                (f"lowrank:r{thin}", width),
+                ("dense", narrow),
             )
-        ]  # fmt: skip
+        ]
         assert all(own / 1.2 < count < own * 1.2 for count in others)
 
 
@@ -125,9 +127,14 @@ def test_what_is_stored_is_not_run_again(tmp_path: Path) -> None:
     store.add({"kind": "training", **old, "loss": None})
     assert finished(store) == {job: math.inf}
     run_all(
-        lambda _: [job], store, device="cpu", workers=1, seconds=None, checkpoints=None,
+        lambda _: [job],
+        store,
+        device="cpu",
+        workers=1,
+        seconds=None,
+        checkpoints=None,
         tell=lambda line: pytest.fail(line),
-    )  # fmt: skip
+    )
 
 
 def test_held_out_bytes_are_of_other_files(tmp_path: Path) -> None:
@@ -190,10 +197,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(groups: bool, tmp_path: Path) ->
             return (model(inputs[0]) - inputs[0][:, :2]).square().mean()
 
         found = train(
-            model, Recipe(1e-2, 12, groups=groups), batch, loss,
+            model,
+            Recipe(1e-2, 12, groups=groups),
+            batch,
+            loss,
             lambda model: float(loss(model, (torch.ones(1, 6),)).detach()),
-            validate_every=3, checkpoint=checkpoint, checkpoint_every=4,
-        )  # fmt: skip
+            validate_every=3,
+            checkpoint=checkpoint,
+            checkpoint_every=4,
+        )
         return found, model.state_dict()
 
     whole, weights = trained(None, None)
@@ -236,9 +248,13 @@ ENVIRONMENT = {
 
 
 def run_records(
-    layer: str, best: float, losses: tuple[float, ...], width: int = 8, groups: bool = False,
+    layer: str,
+    best: float,
+    losses: tuple[float, ...],
+    width: int = 8,
+    groups: bool = False,
     count: int = 10,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Four rates with the first seed, worse by 1 than the best, which has all seeds."""
     shared = {"kind": "training", "layer": layer, "width": width, "blocks": 2, "groups": groups,
               "block_parameters": count, "commit": "abc"}  # fmt: skip
@@ -345,9 +361,12 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     assert "no slower, low rank, R=9 is 0.125 nats ahead of CP, with 7.0 times its" in first
     assert "None of the CP models measured reaches the dense loss; the best, CP, order 2" in first
     assert {path.name for path in written} == {
-        "README.md", "training.md", "training-language.svg", "training-digits.svg",
+        "README.md",
+        "training.md",
+        "training-language.svg",
+        "training-digits.svg",
         "training-readme.svg",
-    }  # fmt: skip
+    }
     before = [path.read_bytes() for path in written]
     report.write_report(folder, docs, readme)
     assert [path.read_bytes() for path in written] == before

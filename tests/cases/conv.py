@@ -129,9 +129,10 @@ class ConvCase(Case):
             last = (torch.channels_last, torch.channels_last_3d)[len(self.size) - 2]
             other = torch.contiguous_format if self.strides == "channels_last" else last
             yield self.apply(
-                x.contiguous(memory_format=other), weight.contiguous(memory_format=other),
+                x.contiguous(memory_format=other),
+                weight.contiguous(memory_format=other),
                 leaves.bias,
-            )  # fmt: skip
+            )
         groups, all_of_them = self.channel_groups, self.channel_groups * self.rank
         first, second, *taps = (khatri_rao(group) for group in self.groups(leaves.factors))
         into, out = (first, second) if self.transposed else (second, first)

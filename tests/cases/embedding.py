@@ -83,9 +83,13 @@ class EmbeddingCase(Case):
     def cp(self, leaves: Leaves, **forced: Any) -> Tensor:
         groups = self.groups(leaves.factors)
         return PF.cp_embedding(
-            leaves.x, *groups, weights=leaves.weights, padding_idx=self.padding_idx,
-            num_embeddings=self.num_embeddings, **forced,
-        )  # fmt: skip
+            leaves.x,
+            *groups,
+            weights=leaves.weights,
+            padding_idx=self.padding_idx,
+            num_embeddings=self.num_embeddings,
+            **forced,
+        )
 
     def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
         """Every occurrence of an index looked up in the factors and added by itself."""

@@ -65,9 +65,14 @@ def groups_of(named: dict[str, Tensor]) -> list[list[Tensor]]:
 
 def ours(case: Case, named: dict[str, Tensor], **options: Any) -> Tensor:
     return PF.cp_spectral_conv(
-        named["x"], *groups_of(named), named.get("bias"), weights=named.get("weights"),
-        fft_norm=case.norm, output_size=case.out, **options,
-    )  # fmt: skip
+        named["x"],
+        *groups_of(named),
+        named.get("bias"),
+        weights=named.get("weights"),
+        fft_norm=case.norm,
+        output_size=case.out,
+        **options,
+    )
 
 
 def dense(case: Case, named: dict[str, Tensor]) -> Tensor:

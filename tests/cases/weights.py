@@ -87,9 +87,15 @@ def dense_conv_transpose(layer: Any, x: Tensor) -> Tensor:
     """What torch's transposed convolution computes with the kernel and bias of ours."""
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
     return convolve[len(layer.kernel_size) - 1](
-        x, weight(layer).unflatten(-1, layer.kernel_size), layer.bias, layer.stride, layer.padding,
-        layer.output_padding, layer.groups, layer.dilation,
-    )  # fmt: skip
+        x,
+        weight(layer).unflatten(-1, layer.kernel_size),
+        layer.bias,
+        layer.stride,
+        layer.padding,
+        layer.output_padding,
+        layer.groups,
+        layer.dilation,
+    )
 
 
 def table(layer: Any) -> Tensor:

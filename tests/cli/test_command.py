@@ -82,7 +82,9 @@ def test_an_error_says_where_the_help_is(
 def test_python_m_polyadic_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "polyadic", "plan", "--help"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: polyadic plan")

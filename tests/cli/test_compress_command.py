@@ -40,9 +40,14 @@ def folder(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=32, architectures=["BertModel"],
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        architectures=["BertModel"],
+    )
     transformers.BertModel(config).save_pretrained(path)
     (path / "vocab.txt").write_text("\n".join(WORDS))
     transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
@@ -63,10 +68,23 @@ def test_a_model_is_converted_and_loads_again(folder: Path, tmp_path: Path, caps
     pytest.importorskip("matplotlib")
     out, page, data = tmp_path / "small", tmp_path / "r.html", tmp_path / "r.json"
     code, printed, err = run(
-        folder, "--ratio", 3, "--calibration", folder.parent / "texts.txt", "--out", out,
-        "--html", page, "--json", data, "--target", r"encoder\..*", "--orders", "1,2",
+        folder,
+        "--ratio",
+        3,
+        "--calibration",
+        folder.parent / "texts.txt",
+        "--out",
+        out,
+        "--html",
+        page,
+        "--json",
+        data,
+        "--target",
+        r"encoder\..*",
+        "--orders",
+        "1,2",
         capsys=capsys,
-    )  # fmt: skip
+    )
     assert code == 0, err
     assert "times fewer" in printed
     report = Report.from_dict(json.loads(data.read_text()))
@@ -102,9 +120,21 @@ def test_a_model_is_recovered_and_its_directory_is_complete(
         (origin / name).parent.mkdir(exist_ok=True)
         (origin / name).write_text("{}")
     code, printed, err = run(
-        origin, "--ratio", 8, "--calibration", folder.parent / "texts.txt", "--out", out,
-        "--target", r"encoder\..*", "--orders", "1", "--recover", 30, capsys=capsys,
-    )  # fmt: skip
+        origin,
+        "--ratio",
+        8,
+        "--calibration",
+        folder.parent / "texts.txt",
+        "--out",
+        out,
+        "--target",
+        r"encoder\..*",
+        "--orders",
+        "1",
+        "--recover",
+        30,
+        capsys=capsys,
+    )
     assert code == 0, err
     assert printed.startswith("The model is ")
     assert "The option speed='never-slower'" in printed
@@ -126,9 +156,16 @@ def test_a_model_is_recovered_and_its_directory_is_complete(
 @pytest.mark.slow
 def test_a_dry_run_saves_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
     code, printed, err = run(
-        folder, "--max-error", 0.5, "--dry-run", "--out", tmp_path / "none", "--orders", 1,
+        folder,
+        "--max-error",
+        0.5,
+        "--dry-run",
+        "--out",
+        tmp_path / "none",
+        "--orders",
+        1,
         capsys=capsys,
-    )  # fmt: skip
+    )
     assert code == 0, err
     assert "(plan)" in printed
     assert not (tmp_path / "none").exists()

@@ -27,10 +27,13 @@ def drawn(seed: int, layers: int) -> list[list[tuple[float, float]]]:
 def best(options: list[list[tuple[float, float]]], budget: float) -> float:
     """The least loss of all choices within the budget."""
     return min(
-        (sum(loss for _, loss in choice) for choice in itertools.product(*options)
-         if sum(cost for cost, _ in choice) <= budget),
+        (
+            sum(loss for _, loss in choice)
+            for choice in itertools.product(*options)
+            if sum(cost for cost, _ in choice) <= budget
+        ),
         default=float("inf"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 2])

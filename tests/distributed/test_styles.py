@@ -111,10 +111,15 @@ def test_a_whole_model_is_spread_and_ties_stay(mesh: Any) -> None:
     table = CPEmbedding(23, 8, rank=R)
     shared = CPSharedInput([CPLinear(8, 8, rank=R), CPLinear(8, 4, rank=R)])
     joint = CPLinear.joint(2, 8, 8, rank=R)
-    model = nn.ModuleDict({
-        "table": table, "qk": shared, "joint": joint, "head": table.as_linear(True),
-        "norm": nn.LayerNorm(8),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "table": table,
+            "qk": shared,
+            "joint": joint,
+            "head": table.as_linear(True),
+            "norm": nn.LayerNorm(8),
+        }
+    )
     names = dict(model.named_parameters()).keys()
     parallelize_module(model, mesh, RankParallel())
     assert dict(model.named_parameters()).keys() == names

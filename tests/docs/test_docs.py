@@ -111,8 +111,9 @@ def test_readme_has_no_typed_measurements() -> None:
         ROOT / "README.md",
         *(ROOT / "docs" / n for n in ("index.md", "guide.md", "compression.md", "training.md")),
     ):
-        found = re.findall(r"\b\d[\d.,]*\s?(?:%|x|×|times|ms|µs|us|s|[KMG]i?B|[kMG]?FLOP\S*)\b",
-                           prose(path))  # fmt: skip
+        found = re.findall(
+            r"\b\d[\d.,]*\s?(?:%|x|×|times|ms|µs|us|s|[KMG]i?B|[kMG]?FLOP\S*)\b", prose(path)
+        )
         assert not found, f"{path.name}: {found}"
 
 
@@ -191,8 +192,11 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("material")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     layers = (tmp_path / "reference" / "layers.html").read_text(encoding="utf-8")
     assert "polyadic.nn.CPConv2d" in layers

@@ -111,9 +111,12 @@ def onnx(layer: Layer) -> None:
     module = layer.make(torch.float32).eval()
     dim = torch.export.Dim("batch", min=1, max=512)
     exported = torch.onnx.export(
-        module, (layer.input(4, torch.float32),), dynamo=True, verbose=False,
+        module,
+        (layer.input(4, torch.float32),),
+        dynamo=True,
+        verbose=False,
         dynamic_shapes=({0: dim},),
-    )  # fmt: skip
+    )
     assert exported is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -219,12 +219,16 @@ def metadata(layer: Layer) -> None:
     with _Largest() as seen:
         weight = module.weight
         assert (weight.shape, weight.dtype, weight.device) == (
-            dense.shape, dense.dtype, dense.device,
-        )  # fmt: skip
+            dense.shape,
+            dense.dtype,
+            dense.device,
+        )
         assert (weight.ndim, weight.dim(), weight.numel()) == (dense.ndim,) * 2 + (dense.numel(),)
         assert (weight.size(0), weight.stride(), len(weight)) == (
-            dense.size(0), dense.stride(), len(dense),
-        )  # fmt: skip
+            dense.size(0),
+            dense.stride(),
+            len(dense),
+        )
         assert weight.is_contiguous()
         assert weight.requires_grad
         assert not weight.is_leaf

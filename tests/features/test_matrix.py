@@ -30,11 +30,12 @@ def marks(row: Feature) -> list[Any]:
 
 
 CELLS = [
-    pytest.param(layer, feature, id=f"{layer}-{feature}",
-                 marks=marks(row))
-    for feature, row in FEATURES.items() if row.check is not None
-    for layer in LAYERS if layer not in row.without_meaning
-]  # fmt: skip
+    pytest.param(layer, feature, id=f"{layer}-{feature}", marks=marks(row))
+    for feature, row in FEATURES.items()
+    if row.check is not None
+    for layer in LAYERS
+    if layer not in row.without_meaning
+]
 
 
 @pytest.mark.parametrize(("layer", "feature"), CELLS)

@@ -279,8 +279,17 @@ def test_clipping_and_schedule_reach_the_optimizer() -> None:
             norms.append(math.hypot(*(p.grad.norm() for p in group["params"])))
             super().step()
 
-    distill(student_of(teacher), teacher, rows(), steps=6, lr=0.1, optimizer=Watch, clip=0.01,
-            schedule="linear", warmup=2)  # fmt: skip
+    distill(
+        student_of(teacher),
+        teacher,
+        rows(),
+        steps=6,
+        lr=0.1,
+        optimizer=Watch,
+        clip=0.01,
+        schedule="linear",
+        warmup=2,
+    )
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.05, 0.025])
     assert max(norms) <= 0.0100001
 
@@ -423,9 +432,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_model(validated: bool) ->
 
     with pytest.raises(FloatingPointError, match="at step 3; lower lr"):
         distill(
-            student, teacher, [good, good, bad], steps=9, callback=note,
-            validation=[good] if validated else False, validate_every=1,
-        )  # fmt: skip
+            student,
+            teacher,
+            [good, good, bad],
+            steps=9,
+            callback=note,
+            validation=[good] if validated else False,
+            validate_every=1,
+        )
     assert reached
     assert same(student.state_dict(), reached)
 
@@ -533,9 +547,14 @@ def test_matching_reaches_the_optimum_that_is_known() -> None:
     batches = [x * torch.linspace(0.2, 2, 12) for x in rows()]
     told = []
     found = match_layers(
-        student, teacher, batches, steps=600, lr=2e-2, clip=None,
+        student,
+        teacher,
+        batches,
+        steps=600,
+        lr=2e-2,
+        clip=None,
         callback=lambda name, progress: told.append((name, progress.step)),
-    )  # fmt: skip
+    )
     assert list(found) == ["0"]
     optimum = low_rank_optimum(teacher[0].weight.detach(), torch.cat(batches), 4)
     assert optimum * (1 - 1e-4) <= found["0"].after <= optimum * 1.02
@@ -550,9 +569,13 @@ def test_matching_reaches_the_optimum_that_is_known() -> None:
 
 def conv_net() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 6, 3, padding=1),
-        nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6 * 25, 7),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(6 * 25, 7),
+    )
 
 
 def converted_conv_net(teacher: nn.Sequential) -> nn.Sequential:

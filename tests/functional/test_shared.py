@@ -200,9 +200,10 @@ def test_transforms(row: Shared) -> None:
 
     everything = tuple(range(len(tensors)))
     for g, w in zip(
-        grad(total(ours), everything)(*tensors), grad(total(theirs), everything)(*tensors),
+        grad(total(ours), everything)(*tensors),
+        grad(total(theirs), everything)(*tensors),
         strict=True,
-    ):  # fmt: skip
+    ):
         assert_close(g, w, "torch.func.grad")
     tangents = tuple(torch.randn_like(t) for t in tensors)
     got, want = (jvp(f, tuple(tensors), tangents)[1] for f in (ours, theirs))
@@ -231,9 +232,7 @@ def test_half_precision_errs_no_more_than_separate_layers(dtype: torch.dtype) ->
     exact = dense(*row.leaves())
     low = row.leaves(dtype)
     x, ins, outs, biases, _ = low
-    separate = [
-        cp_linear(x, a, c, b) for a, c, b in zip(ins, outs, biases, strict=True)
-    ]  # fmt: skip
+    separate = [cp_linear(x, a, c, b) for a, c, b in zip(ins, outs, biases, strict=True)]
     for got, apart, want in zip(shared(*low), separate, exact, strict=True):
         assert got.dtype == dtype
         error, allowed = ((y.double() - want).norm() / want.norm() for y in (got, apart))

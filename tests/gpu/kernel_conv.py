@@ -90,9 +90,17 @@ def _turn(number: int) -> torch.dtype:
 
 
 def _check_forward(
-    name: str, images: int, size: Three, groups: int, rank: int, channels: int, where: Where,
-    more: Three, dtype: torch.dtype, integers: bool,
-) -> None:  # fmt: skip
+    name: str,
+    images: int,
+    size: Three,
+    groups: int,
+    rank: int,
+    channels: int,
+    where: Where,
+    more: Three,
+    dtype: torch.dtype,
+    integers: bool,
+) -> None:
     out = output_size(size, where, more)
     z1 = draw((images * math.prod(size), groups * rank), dtype, integers)
     taps = draw((math.prod(where.kernel), rank), dtype, integers)
@@ -125,9 +133,17 @@ def _check_forward(
 
 
 def _check_backward(
-    name: str, images: int, size: Three, groups: int, rank: int, channels: int, where: Where,
-    more: Three, dtype: torch.dtype, integers: bool,
-) -> None:  # fmt: skip
+    name: str,
+    images: int,
+    size: Three,
+    groups: int,
+    rank: int,
+    channels: int,
+    where: Where,
+    more: Three,
+    dtype: torch.dtype,
+    integers: bool,
+) -> None:
     out = output_size(size, where, more)
     z1 = draw((images * math.prod(size), groups * rank), dtype, integers)
     d_z2 = draw((images * math.prod(out), groups * rank), dtype, integers)

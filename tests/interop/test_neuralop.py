@@ -41,9 +41,11 @@ def neuralop() -> Iterator[Any]:
     legacy = importlib.import_module("neuralop.layers.legacy_spectral_convolution")
     models = importlib.import_module("neuralop.models")
     yield SimpleNamespace(
-        SpectralConv=layers.SpectralConv, LegacyConv=legacy.SpectralConv, TFNO=models.TFNO,
+        SpectralConv=layers.SpectralConv,
+        LegacyConv=legacy.SpectralConv,
+        TFNO=models.TFNO,
         contract_dense=layers._contract_dense,
-    )  # fmt: skip
+    )
     tensorly.set_backend(backend)
 
 
@@ -99,9 +101,14 @@ def test_results_stay(
 ) -> None:
     for implementation in ("factorized", "reconstructed"):
         layer = neuralop.SpectralConv(
-            4, 4, modes, rank=0.4, factorization="CP", implementation=implementation,
+            4,
+            4,
+            modes,
+            rank=0.4,
+            factorization="CP",
+            implementation=implementation,
             separable=separable,
-        )  # fmt: skip
+        )
         x = torch.randn(2, 4, *size)
         # As in training, where the number of modes grows.
         for narrowed in (modes, tuple(max(2, m - 1) for m in modes), tuple(m // 2 for m in modes)):
@@ -188,9 +195,15 @@ def test_the_kept_modes_alone_are_kept(
 @pytest.mark.parametrize("joint", [False, True])
 def test_legacy_layers(neuralop: Any, calls: list[str], order: int, joint: bool) -> None:
     layer = neuralop.LegacyConv(
-        3, 4, (6, 4, 4)[:order], n_layers=2, factorization="CP", rank=0.5,
-        implementation="factorized", joint_factorization=joint,
-    )  # fmt: skip
+        3,
+        4,
+        (6, 4, 4)[:order],
+        n_layers=2,
+        factorization="CP",
+        rank=0.5,
+        implementation="factorized",
+        joint_factorization=joint,
+    )
     x = torch.randn(2, 3, 8, 9, 8)[(..., *[0] * (3 - order))]
     for index in (0, 1):
         want = layer(x, index)

@@ -78,7 +78,11 @@ def run_their_tests(
     command += ["-c", os.devnull, "--rootdir", str(root.parent), "-W", "ignore", "-k", select]
     env = os.environ | {"ON": str(int(on)), "REPORT": str(report), "PYTHONPATH": path}
     done = subprocess.run(
-        [*command, *map(str, files)], capture_output=True, text=True, cwd=folder, env=env,
-    )  # fmt: skip
+        [*command, *map(str, files)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=env,
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return set(re.findall(r"^(\S+) PASSED", done.stdout, re.M)), json.loads(report.read_text())

@@ -37,9 +37,15 @@ def wide_stages(draw: st.DrawFn) -> tuple[Stage, Pair, int, int, bool]:
         )
     excess = (0, 0) if transposed else pair(0, 1)
     stage = Stage(
-        (draw(st.integers(1, 5)), draw(st.integers(4, 8))), stride, pair(0, 4), excess, dilation,
-        (), transposed, extra,
-    )  # fmt: skip
+        (draw(st.integers(1, 5)), draw(st.integers(4, 8))),
+        stride,
+        pair(0, 4),
+        excess,
+        dilation,
+        (),
+        transposed,
+        extra,
+    )
     size = draw(st.integers(1, 8)), draw(st.integers(1, 12))
     assume(min(stage.output_size(size)) >= 1)
     return (

@@ -153,8 +153,9 @@ def test_stages(kind: str, dtype: torch.dtype) -> None:
         plan = stages(where, "merged", len(size))
         groups, own = number.choice(CHANNELS[kind])
         layouts = [number.choice(LAYOUTS) for _ in range(3)]
-        check_stage(plan.dense, size, groups, own, dtype=dtype, layouts=layouts,
-                    batch=number.choice((1, 2)))  # fmt: skip
+        check_stage(
+            plan.dense, size, groups, own, dtype=dtype, layouts=layouts, batch=number.choice((1, 2))
+        )
 
 
 FOUND = [
@@ -191,8 +192,14 @@ def test_projections(dtype: torch.dtype) -> None:
         matrix = torch.randn(*([groups] if each else []), inside, rank).to(dtype)
         bias = torch.randn(groups * rank).to(dtype) if number.random() < 0.5 else None
 
-        def exact(x: Tensor, z: Tensor, matrix: Tensor, bias: Tensor | None, g: int = groups,
-                  own: bool = each) -> list[Tensor]:  # fmt: skip
+        def exact(
+            x: Tensor,
+            z: Tensor,
+            matrix: Tensor,
+            bias: Tensor | None,
+            g: int = groups,
+            own: bool = each,
+        ) -> list[Tensor]:
             x, z, matrix = (t.double().contiguous() for t in (x, z, matrix))
             x, z = (t.reshape(len(t), g, t.shape[1] // g, -1) for t in (x, z))
             matrix = matrix.expand(g, *matrix.shape[-2:])

@@ -167,9 +167,15 @@ def test_compiled_convolutions_keep_channels_innermost(stride: int, given: str) 
 
     def call(x: Tensor) -> Tensor:
         return functional.cp_conv(
-            x, layer.out_factors, layer.in_factors, layer.kernel_factors, layer.bias,
-            stride=stride, padding=1, plan=plan,
-        )  # fmt: skip
+            x,
+            layer.out_factors,
+            layer.in_factors,
+            layer.kernel_factors,
+            layer.bias,
+            stride=stride,
+            padding=1,
+            plan=plan,
+        )
 
     compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     y, expected = compiled(x), call(x)
@@ -178,18 +184,21 @@ def test_compiled_convolutions_keep_channels_innermost(stride: int, given: str) 
     grad = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
     wanted = [x, *layer.parameters()]
     pairs = zip(
-        torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad),
+        torch.autograd.grad(y, wanted, grad),
+        torch.autograd.grad(expected, wanted, grad),
         strict=True,
-    )  # fmt: skip
+    )
     for got, want in pairs:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
     _, backward = graphs
     calls = [node for node in backward.graph.nodes if node.op == "call_function"]
     copied = [
-        node for node in calls
-        if node.target == torch.ops.aten.clone.default and node.meta["val"].dim() == 4
+        node
+        for node in calls
+        if node.target == torch.ops.aten.clone.default
+        and node.meta["val"].dim() == 4
         and node.meta["val"].numel() > 24 * 32 * 9
-    ]  # fmt: skip
+    ]
     assert not copied
     # args[6]: transposed.
     convolutions = [node for node in calls if node.target == torch.ops.aten.convolution.default]

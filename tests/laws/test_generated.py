@@ -74,10 +74,14 @@ def linear(draw: Any) -> Check:
     layouts += ["transposed"] if lead else []
     layouts += ["expanded"] if lead and lead[0] else []
     case = LinearCase(
-        "generated", (in_shape, out_shape), draw(st.integers(1, 9)), lead,
-        bias=draw(st.booleans()), weights=draw(st.booleans()),
+        "generated",
+        (in_shape, out_shape),
+        draw(st.integers(1, 9)),
+        lead,
+        bias=draw(st.booleans()),
+        weights=draw(st.booleans()),
         strides=draw(st.sampled_from(layouts)),
-    )  # fmt: skip
+    )
 
     def consecutive(count: int) -> Shape:
         cuts = [0, *(i for i in range(1, count) if draw(st.booleans())), count]
@@ -120,11 +124,16 @@ def convolution(draw: Any, transposed: bool) -> Check:
     last = lead != () and draw(st.booleans())
     kind = ConvTransposeCase if transposed else ConvCase
     case = kind(
-        "generated", (own, other, draw(st.tuples(*[st.integers(1, 4)] * dims))),
-        draw(st.integers(1, 6)), lead, draw(st.tuples(*[st.integers(1, largest)] * dims)),
-        bias=draw(st.booleans()), weights=draw(st.booleans()),
-        strides="channels_last" if last else "contiguous", options=options,
-    )  # fmt: skip
+        "generated",
+        (own, other, draw(st.tuples(*[st.integers(1, 4)] * dims))),
+        draw(st.integers(1, 6)),
+        lead,
+        draw(st.tuples(*[st.integers(1, largest)] * dims)),
+        bias=draw(st.booleans()),
+        weights=draw(st.booleans()),
+        strides="channels_last" if last else "contiguous",
+        options=options,
+    )
     if transposed:
         extra = options["output_padding"] = draw(per_dimension(0, 2, dims))
         for e, s, d in zip(
@@ -170,9 +179,11 @@ def lookup(draw: Any) -> Check:
     own = table(draw)
     size = own["num_embeddings"]
     case = EmbeddingCase(
-        **own, lead=lead, strides=draw(st.sampled_from(["contiguous", "transposed", "int32"])),
+        **own,
+        lead=lead,
+        strides=draw(st.sampled_from(["contiguous", "transposed", "int32"])),
         options={"padding_idx": draw(st.none() | st.integers(-size, size - 1))},
-    )  # fmt: skip
+    )
     memory = draw(st.sampled_from(MEMORY))
     forced = {"unique": draw(st.sampled_from([None, True, False])), "memory": memory}
     forced = forced if draw(st.booleans()) else {}
@@ -220,11 +231,17 @@ def transformed(draw: Any) -> Check:
     size, kept = draw(sizes), draw(st.tuples(*[st.integers(1, 7)] * dims))
     outs = draw(st.just(()) | modes(3, 3))
     case = spectral.Case(
-        size, kept, draw(modes(3, 3)), outs, draw(st.integers(1, 7)),
+        size,
+        kept,
+        draw(modes(3, 3)),
+        outs,
+        draw(st.integers(1, 7)),
         draw(st.sampled_from([None, 0, 1, 2, 5])),
-        draw(st.sampled_from(["forward", "backward", "ortho"])), draw(st.none() | sizes),
-        draw(st.booleans()), draw(st.booleans()),
-    )  # fmt: skip
+        draw(st.sampled_from(["forward", "backward", "ortho"])),
+        draw(st.none() | sizes),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
 
     def route() -> SpectralRoute:
         ways = draw(st.tuples(*[st.sampled_from(["dft", "fft"])] * dims))
@@ -259,8 +276,13 @@ def run(kind: str, examples: int, **options: Any) -> None:
     """Check as many configurations; an error where fewer were drawn."""
     checked = 0
 
-    @settings(max_examples=examples, deadline=None, database=None,
-              suppress_health_check=list(HealthCheck), **options)  # fmt: skip
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        **options,
+    )
     @given(KINDS[kind])
     def agrees(check: Check) -> None:
         nonlocal checked

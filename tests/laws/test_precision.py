@@ -101,9 +101,12 @@ def errors_in_other_orders(case: Case, dtype: torch.dtype) -> dict[str, float]:
     for seed in range(DRAWS):
         leaves = case.leaves(dtype, seed).map(Tensor.requires_grad_)
         grad_y = case.grad_y(dtype, seed + 1)
-        drawn.append([
-            {"y": y.detach(), **gradients(y, leaves, grad_y)} for y in case.in_other_orders(leaves)
-        ])  # fmt: skip
+        drawn.append(
+            [
+                {"y": y.detach(), **gradients(y, leaves, grad_y)}
+                for y in case.in_other_orders(leaves)
+            ]
+        )
     found = [errors(case, dtype, list(results)) for results in zip(*drawn, strict=True)]
     return {name: max(error[name] for error in found) for name in found[0]}
 
@@ -194,10 +197,12 @@ def test_the_rule_can_fail(dtype: torch.dtype, bits: int) -> None:
     case = BY_ID["linear-notebook"]
     results = [cp_results(case, dtype, seed, {}) for seed in range(DRAWS)]
     noisy = [
-        {name: (v.double() * (1 + 2**-bits * torch.randn_like(v.double()))).to(v.dtype)
-         for name, v in result.items()}
+        {
+            name: (v.double() * (1 + 2**-bits * torch.randn_like(v.double()))).to(v.dtype)
+            for name, v in result.items()
+        }
         for result in results
-    ]  # fmt: skip
+    ]
     ours = errors(case, dtype, noisy)
     with pytest.raises(AssertionError, match="dense torch"):
         assert_errors_within_twice(case, dtype, ours, {})

@@ -139,9 +139,14 @@ def test_a_model_of_transformers_is_an_ordinary_one_again(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=8, pad_token_id=padding,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        pad_token_id=padding,
+    )
     model = transformers.BertForMaskedLM(config).eval()
     model.bert.embeddings.word_embeddings = CPEmbedding(60, 16, padding, rank=5)
     model.cls.predictions.decoder = model.bert.embeddings.word_embeddings.as_linear()

@@ -324,7 +324,8 @@ def test_the_layers_of_an_adapter_stay() -> None:
     config = peft.LoraConfig(target_modules=["0"], r=4, modules_to_save=["2"])
     found = find(peft.get_peft_model(model, config))
     assert [name.removeprefix("base_model.model.") for name in found.layers] == [
-        "0.base_layer", "2.original_module"
-    ]  # fmt: skip
+        "0.base_layer",
+        "2.original_module",
+    ]
     assert len(found.skipped) == 3
     assert all("part of an adapter" in reason for reason in found.skipped.values())

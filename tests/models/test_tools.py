@@ -40,24 +40,41 @@ def test_torch_pruning_prunes_around_a_cp_layer(kind: str) -> None:
 
     if kind == "linear":
         model = nn.Sequential(
-            nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 32), nn.ReLU(), CPLinear(32, 24, rank=4),
-            nn.ReLU(), nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 10),
-        )  # fmt: skip
+            nn.Linear(16, 20),
+            nn.ReLU(),
+            nn.Linear(20, 32),
+            nn.ReLU(),
+            CPLinear(32, 24, rank=4),
+            nn.ReLU(),
+            nn.Linear(24, 30),
+            nn.ReLU(),
+            nn.Linear(30, 10),
+        )
         x = torch.randn(2, 16)
     else:
         model = nn.Sequential(
-            nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 32, 3), nn.ReLU(),
-            CPConv2d(32, 24, 3, rank=4), nn.ReLU(), nn.Conv2d(24, 30, 1), nn.ReLU(),
+            nn.Conv2d(3, 20, 3),
+            nn.ReLU(),
+            nn.Conv2d(20, 32, 3),
+            nn.ReLU(),
+            CPConv2d(32, 24, 3, rank=4),
+            nn.ReLU(),
+            nn.Conv2d(24, 30, 1),
+            nn.ReLU(),
             nn.Conv2d(30, 10, 1),
-        )  # fmt: skip
+        )
         x = torch.randn(2, 3, 9, 9)
     layer = model[4]
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     pruning.pruner.MagnitudePruner(
-        model, x, importance=pruning.importance.MagnitudeImportance(), pruning_ratio=0.5,
-        customized_pruners={type(layer): Kept()}, ignored_layers=[layer, model[-1]],
+        model,
+        x,
+        importance=pruning.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        customized_pruners={type(layer): Kept()},
+        ignored_layers=[layer, model[-1]],
         root_module_types=[nn.Linear, nn.Conv2d],
-    ).step()  # fmt: skip
+    ).step()
     sizes = [tuple(part.weight.shape[:2]) for part in model if hasattr(part, "weight")]
     inputs = x.shape[1]
     assert sizes == [(10, inputs), (32, 10), (24, 32), (15, 24), (10, 15)]

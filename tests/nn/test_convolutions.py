@@ -201,9 +201,14 @@ def test_an_inputs_gradient_has_the_inputs_layout(layout: Any, size: tuple[int, 
     as_given: list[bool] = []
     x.register_hook(lambda grad: as_given.append(grad.is_contiguous(memory_format=layout)))
     y = PF.cp_conv(
-        x, layer.out_factors, layer.in_factors, layer.kernel_factors, layer.bias, padding=1,
+        x,
+        layer.out_factors,
+        layer.in_factors,
+        layer.kernel_factors,
+        layer.bias,
+        padding=1,
         plan=ConvPlan(route, route, 1),
-    )  # fmt: skip
+    )
     y.square().sum().backward()
     assert x.grad is not None
     assert_close(x.grad, exact, "grad x")

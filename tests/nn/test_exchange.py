@@ -110,9 +110,10 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 def options_of(layer: nn.Module) -> dict[str, Any]:
     """What a torch layer says of itself, parameters and state left out."""
     return {
-        key: value for key, value in vars(layer).items()
+        key: value
+        for key, value in vars(layer).items()
         if not key.startswith("_") and key not in ("training", "cp", "memory", "frozen")
-    }  # fmt: skip
+    }
 
 
 def full_rank(layer: nn.Module) -> int:
@@ -231,8 +232,9 @@ class TestArguments:
         nn.init.normal_(cp.weights)
         ours = CPLinear.from_linear(layer, cp=cp)
         assert torch.equal(ours.cp.weights, cp.weights)
-        assert_close(ours.to_linear().weight.double(), cp.double().to_matrix().t(), "weight",
-                     tolerance=1e-5)  # fmt: skip
+        assert_close(
+            ours.to_linear().weight.double(), cp.double().to_matrix().t(), "weight", tolerance=1e-5
+        )
 
 
 class TestMetric:

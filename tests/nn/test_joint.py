@@ -237,10 +237,12 @@ def test_rank_counts_all_layers() -> None:
 
 def test_initial_variance_is_that_of_torch() -> None:
     """Of every layer: the mean square of the weights of 40 draws deviates by well below 5 %."""
-    drawn = torch.stack([
-        torch.stack([layer.weight for layer in CPLinear.joint(3, 48, 24, rank=32)])
-        for _ in range(40)
-    ])  # fmt: skip
+    drawn = torch.stack(
+        [
+            torch.stack([layer.weight for layer in CPLinear.joint(3, 48, 24, rank=32)])
+            for _ in range(40)
+        ]
+    )
     variance = drawn.square().mean((0, 2, 3))
     assert (variance * 3 * 48 - 1).abs().max() < 0.05
 
@@ -249,8 +251,11 @@ def test_weight_and_repr() -> None:
     layers = CASES["linear"].make()
     x = CASES["linear"].x()
     assert_close(F.linear(x, layers[1].weight), layers[1](x), "y")
-    assert_close(torch.stack([layer.weight.t() for layer in layers]),
-                 layers[0].cp.joint.to_matrix(), "all weights")  # fmt: skip
+    assert_close(
+        torch.stack([layer.weight.t() for layer in layers]),
+        layers[0].cp.joint.to_matrix(),
+        "all weights",
+    )
     assert "layer 1 of CPTensor(shape=(3, 6, 10), tensorized_shape=(3, (2, 3), (2, 5))" in repr(
         layers[1]
     )

@@ -280,8 +280,10 @@ def test_the_planner_mirrors_the_kernels(outs: Shape) -> None:
     for plan in plans(case):
         asked = request(
             polyadic.SpectralFormat(case.ins, case.outs, case.modes, case.rank),
-            2, torch.complex128, size=case.size,
-        )  # fmt: skip
+            2,
+            torch.complex128,
+            size=case.size,
+        )
         forward, backward = planner.steps(asked, plan)
         listed = sum(step.flops for step in (*forward, *backward))
         with Flops() as counter:
@@ -302,9 +304,12 @@ def test_the_choice() -> None:
     small = request(polyadic.SpectralFormat((8,), (8,), (4, 3), 5), 2, torch.complex64)
     assert choice.choose(small).forward.modes_at_once is None
     on_gpu = request(
-        polyadic.SpectralFormat((64,), (64,), (16, 9), 64), 8, torch.complex64, "cuda",
+        polyadic.SpectralFormat((64,), (64,), (16, 9), 64),
+        8,
+        torch.complex64,
+        "cuda",
         size=(64, 64),
-    )  # fmt: skip
+    )
     assert choice.choose(on_gpu).forward.modes_at_once is None
 
 

@@ -72,8 +72,9 @@ def test_repeated_tied_joint_and_frozen_layers() -> None:
     found = explain(nn.Sequential(layer, layer), torch.randn(64, 256))
     weights = sum(p.numel() for p in layer.cp.parameters())
     assert [(r.parameters, r.dense_parameters) for r in found.layers] == [
-        (weights, 256 * 256), (0, 0)
-    ]  # fmt: skip
+        (weights, 256 * 256),
+        (0, 0),
+    ]
     table = CPEmbedding(3000, 64, rank=8)
     found = explain(nn.Sequential(table, table.as_linear()), torch.randint(3000, (4, 9)))
     assert [row.parameters > 0 for row in found.layers] == [True, False]

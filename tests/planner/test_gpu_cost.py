@@ -216,9 +216,12 @@ def test_a_plan_by_kernels_is_refused_where_they_cannot_run() -> None:
     by = ConvRoute(by="triton")
     with pytest.raises(ValueError, match=message):
         functional.cp_conv(
-            torch.randn(1, 4, 5, 5), conv.out_factors, conv.in_factors, conv.kernel_factors,
+            torch.randn(1, 4, 5, 5),
+            conv.out_factors,
+            conv.in_factors,
+            conv.kernel_factors,
             plan=ConvPlan(by, by),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(

@@ -399,8 +399,9 @@ def lone_head() -> nn.Module:
 
 def head_of_another() -> nn.Module:
     """Of an embedding that is not in the model, though its tensor is."""
-    first, second = CPEmbedding.joint([{"num_embeddings": 11}, {"num_embeddings": 12}],
-                                      embedding_dim=4, rank=2)  # fmt: skip
+    first, second = CPEmbedding.joint(
+        [{"num_embeddings": 11}, {"num_embeddings": 12}], embedding_dim=4, rank=2
+    )
     return nn.Sequential(first, second.as_linear())
 
 

@@ -39,9 +39,14 @@ def registered() -> None:
 
 def bert_config(**options: Any) -> Any:
     return transformers.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=8, **options,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        **options,
+    )
 
 
 def gpt2_config() -> Any:
@@ -168,9 +173,15 @@ def test_layers_that_share_a_tensor(tmp_path: Path) -> None:
 
 def t5() -> Any:
     config = transformers.T5Config(
-        vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
-        decoder_start_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=60,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        tie_word_embeddings=True,
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
@@ -546,9 +557,14 @@ def test_a_trainer_writes_checkpoints_of_joint_layers(tmp_path: Path) -> None:
 
     def trainer(steps: int) -> Any:
         arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=steps, save_steps=1, report_to=[], use_cpu=True,
-            disable_tqdm=True, per_device_train_batch_size=2,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=steps,
+            save_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            per_device_train_batch_size=2,
+        )
         return transformers.Trainer(model, arguments, train_dataset=rows)
 
     pytest.importorskip("accelerate")
@@ -567,9 +583,13 @@ def test_a_trainer_writes_checkpoints_of_joint_layers(tmp_path: Path) -> None:
 def test_a_model_that_stores_older_names(tmp_path: Path) -> None:
     """Transformers writes a ViT under the names its modules once had, and reads it by both."""
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        image_size=8, patch_size=4,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+    )
     model = transformers.ViTModel(config).eval()
     (name, *_) = surgery.find(model).layers
     for key, layer in surgery.find(model, exclude_modules=[name]).layers.items():

@@ -19,9 +19,15 @@ IDS = torch.tensor([[1, 5, 9, 2], [3, 4, 59, 7]])
 
 def t5(**options: Any) -> Any:
     config = transformers.T5Config(
-        vocab_size=60, d_model=40, d_kv=8, d_ff=56, num_layers=2, num_heads=2,
-        decoder_start_token_id=0, **options,
-    )  # fmt: skip
+        vocab_size=60,
+        d_model=40,
+        d_kv=8,
+        d_ff=56,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        **options,
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
@@ -39,9 +45,13 @@ def clip() -> Any:
 
 def bert() -> Any:
     config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        vocab_size=60, max_position_embeddings=16,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        vocab_size=60,
+        max_position_embeddings=16,
+    )
     return transformers.BertModel(config).eval()
 
 

@@ -165,9 +165,14 @@ def test_lightning_takes_the_groups(tmp_path: Any) -> None:
     model = Model()
     before = model.layer.cp.factors[0].detach().clone()
     trainer = lightning.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
     trainer.fit(model, torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4))
     assert trainer.global_step == 2
     assert rates_of(trainer.optimizers[0]) == pytest.approx([rate / 4 for rate in model.first])
@@ -191,9 +196,13 @@ def test_transformers_trainer_takes_the_groups(tmp_path: Any) -> None:
     rates = sorted(group["lr"] for group in optimizer.param_groups)
     rows = [{"x": torch.randn(8), "labels": torch.randn(8)} for _ in range(8)]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True,
+        str(tmp_path),
+        max_steps=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
         lr_scheduler_type="constant",
-    )  # fmt: skip
+    )
     before = model.layer.cp.factors[0].detach().clone()
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)

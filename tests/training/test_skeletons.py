@@ -160,9 +160,12 @@ def skeletons() -> list[Any]:
     def bert() -> Any:
         transformers = pytest.importorskip("transformers")
         config = transformers.BertConfig(
-            vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=300,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
             intermediate_size=96,
-        )  # fmt: skip
+        )
         return transformers.BertForMaskedLM(config), {"input_ids": torch.randint(300, (2, 7))}
 
     def gpt2() -> Any:

@@ -24,9 +24,12 @@ def run(bench: Bench) -> None:
     bench.load_rates()
     run = bench.rates
     bench.writer.write(
-        "machine", threads=torch.get_num_threads(), flops=run.gemm,
-        bandwidth=[[2**20 if bench.dry else 2**30, run.copy]], cost_model=_cost_model(bench),
-    )  # fmt: skip
+        "machine",
+        threads=torch.get_num_threads(),
+        flops=run.gemm,
+        bandwidth=[[2**20 if bench.dry else 2**30, run.copy]],
+        cost_model=_cost_model(bench),
+    )
     _starts(bench)
     with bench.guarded("Triton launches"):
         _triton(bench)

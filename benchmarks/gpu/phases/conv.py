@@ -56,10 +56,14 @@ def _cell(bench: Bench, B: int, C: int, S: int) -> Cell:
         floors=floors.conv(B, C, C, S * S, TAPS, R, parameters, bench.size),
         x_bytes=2 * bench.size * B * C * S * S,
         facts={
-            "in": C, "out": C, "batch": B, "spatial": S, "parameters": parameters,
+            "in": C,
+            "out": C,
+            "batch": B,
+            "spatial": S,
+            "parameters": parameters,
             "dense_parameters": TAPS * C * C,
         },
-    )  # fmt: skip
+    )
 
 
 def image(bench: Bench, *shape: int) -> Tensor:

@@ -104,9 +104,14 @@ def _check(
         wrong = said(error)
         bench.recover()
     bench.writer.write(
-        "check", phase=bench.phase, subject=subject, dtype=bench.dtype_name(dtype), check=name,
-        status="failed" if wrong else "passed", reason=wrong,
-    )  # fmt: skip
+        "check",
+        phase=bench.phase,
+        subject=subject,
+        dtype=bench.dtype_name(dtype),
+        check=name,
+        status="failed" if wrong else "passed",
+        reason=wrong,
+    )
 
 
 @contextmanager

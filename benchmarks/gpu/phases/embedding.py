@@ -58,7 +58,11 @@ def _cell(bench: Bench, T: int, V: int, E: int, R: int) -> Cell:
         floors=floors.embedding(T, V, E, R, parameters, bench.size),
         x_bytes=bench.size * T * E,
         facts={
-            "T": T, "in": 1, "out": E, "batch": T, "parameters": parameters,
+            "T": T,
+            "in": 1,
+            "out": E,
+            "batch": T,
+            "parameters": parameters,
             "dense_parameters": V * E,
         },
-    )  # fmt: skip
+    )

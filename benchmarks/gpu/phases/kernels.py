@@ -57,7 +57,12 @@ def _rows(bench: Bench, name: str, dtype: torch.dtype | None) -> None:
         wrong = f"after {held} rows: {said(error)}"
         bench.recover()
     bench.writer.write(
-        "check", phase=bench.phase, subject=name, check="kernel", rows=held, reason=wrong,
+        "check",
+        phase=bench.phase,
+        subject=name,
+        check="kernel",
+        rows=held,
+        reason=wrong,
         dtype="all" if dtype is None else bench.dtype_name(dtype),
         status="failed" if wrong else "passed",
-    )  # fmt: skip
+    )

@@ -64,17 +64,32 @@ def _cp(m: int, n: int, rank: int, where: dict[str, Any]) -> nn.Module:
 def _cell(bench: Bench, cell: str, size: Size, rank: int, group: str) -> None:
     shape = (size.batch, size.context)
     bench.writer.write(
-        "cell", cell=cell, title=f"GPT {size.blocks}×{size.width} R={rank} T={size.tokens}",
-        layer="network", group=group, phase=bench.phase, x_shape=shape,
-        y_shape=(*shape, size.vocabulary), rank=rank, r_elements=size.tokens * rank, floors=[],
-        dtype=bench.dtype_name(), batch=size.batch, optimizer="AdamW, fused",
-    )  # fmt: skip
+        "cell",
+        cell=cell,
+        title=f"GPT {size.blocks}×{size.width} R={rank} T={size.tokens}",
+        layer="network",
+        group=group,
+        phase=bench.phase,
+        x_shape=shape,
+        y_shape=(*shape, size.vocabulary),
+        rank=rank,
+        r_elements=size.tokens * rank,
+        floors=[],
+        dtype=bench.dtype_name(),
+        batch=size.batch,
+        optimizer="AdamW, fused",
+    )
 
 
 def _one(
-    bench: Bench, cell: str, name: str, make: Make, inside: AbstractContextManager[Any],
-    size: Size, launch: str,
-) -> None:  # fmt: skip
+    bench: Bench,
+    cell: str,
+    name: str,
+    make: Make,
+    inside: AbstractContextManager[Any],
+    size: Size,
+    launch: str,
+) -> None:
     """Time one contestant in one way."""
     torch.manual_seed(0)
     fields = {
@@ -98,10 +113,17 @@ def _one(
         return
     parameters = sum(p.numel() * p.element_size() for p in training.model.parameters())
     bench.writer.write(
-        "measurement", **fields, status="timed", **found, error=None, error_of=None,
-        predicted=None, plan=None, parameter_bytes=parameters,
+        "measurement",
+        **fields,
+        status="timed",
+        **found,
+        error=None,
+        error_of=None,
+        predicted=None,
+        plan=None,
+        parameter_bytes=parameters,
         tokens_per_second=size.tokens / found["median"],
-    )  # fmt: skip
+    )
 
 
 def _measured(bench: Bench, training: Training, launch: str) -> dict[str, Any]:

@@ -177,7 +177,10 @@ def _functions(bench: Bench, name: str, call: Call) -> None:
     ]
     rows.sort(key=lambda row: -row[2])
     bench.writer.write(
-        "profile", phase=bench.phase, of=f"functions of: {name}",
-        launches=sum(row[1] for row in rows), microseconds=sum(row[2] for row in rows),
+        "profile",
+        phase=bench.phase,
+        of=f"functions of: {name}",
+        launches=sum(row[1] for row in rows),
+        microseconds=sum(row[2] for row in rows),
         kernels=rows[:MOST_FUNCTIONS],
-    )  # fmt: skip
+    )

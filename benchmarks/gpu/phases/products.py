@@ -67,9 +67,17 @@ def _size(bench: Bench, R: int, d: int, T: int) -> None:
     for name, timing in bench.timer.graphs(pieces).items():
         rate = nbytes / timing.median
         bench.writer.write(
-            "product", product=name, R=R, d=d, T=T, seconds=timing.median, bytes=nbytes,
-            bytes_per_second=rate, of_copy=rate / bench.rates.copy, dtype=bench.dtype_name(),
-        )  # fmt: skip
+            "product",
+            product=name,
+            R=R,
+            d=d,
+            T=T,
+            seconds=timing.median,
+            bytes=nbytes,
+            bytes_per_second=rate,
+            of_copy=rate / bench.rates.copy,
+            dtype=bench.dtype_name(),
+        )
     pieces.clear()
     del sets
     bench.clean()

@@ -98,7 +98,10 @@ def _profiled(bench: Bench, name: str, call: Call) -> None:
             times[event.name] += event.time_range.elapsed_us()
     kernels = sorted(times, key=lambda kernel: -times[kernel])[:MOST_KERNELS]
     bench.writer.write(
-        "profile", phase=bench.phase, of=name, launches=sum(counts.values()) / STEPS,
+        "profile",
+        phase=bench.phase,
+        of=name,
+        launches=sum(counts.values()) / STEPS,
         microseconds=sum(times.values()) / STEPS,
         kernels=[[k[:90], counts[k] / STEPS, times[k] / STEPS] for k in kernels],
-    )  # fmt: skip
+    )

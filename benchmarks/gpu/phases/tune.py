@@ -58,11 +58,15 @@ def _tuned(bench: Bench, title: str, layer: nn.Module, x: Tensor) -> None:
         bench.writer.write("rate", name=f"tune: {title}, {when}", value=seconds, unit="s")
     limit = 4 * torch.finfo(bench.dtype).eps
     bench.writer.write(
-        "check", phase=bench.phase, subject=title, dtype=bench.dtype_name(), check="tune",
+        "check",
+        phase=bench.phase,
+        subject=title,
+        dtype=bench.dtype_name(),
+        check="tune",
         status="passed" if error <= limit else "failed",
         reason="" if error <= limit else f"y is {error:.1e} from before, more than {limit:.1e}",
         report=str(report),
-    )  # fmt: skip
+    )
 
 
 def _seconds(bench: Bench, step: Callable[[], Any]) -> float:

@@ -48,16 +48,18 @@ def combined(
     """
     _check(tuner, adapters, weights, name)
     layers = {
-        key: module for key, module in tuner.model.named_modules()
+        key: module
+        for key, module in tuner.model.named_modules()
         if isinstance(module, AdaptedLayer) and any(a in module.polyadic_cp for a in adapters)
-    }  # fmt: skip
+    }
     modes = {key: _modes(layer, adapters, key) for key, layer in layers.items()}
     shared = None if rank is not None else _shared(tuner, layers.values(), adapters)
     values = {
-        key: _own(layer, adapters, weights) if shared is None
+        key: _own(layer, adapters, weights)
+        if shared is None
         else _of_shared(layer, shared[type(layer), modes[key]], adapters, weights)
         for key, layer in layers.items()
-    }  # fmt: skip
+    }
     errors = dict.fromkeys(values, 0.0)
     if rank is not None:
         for key, (factors, _) in values.items():

@@ -265,9 +265,15 @@ def _piecewise(
     whole = gemm(request, name, m, k, n)
     nbytes = whole.nbytes - (request.item * maps if pieces > 1 else 0)
     return Step(
-        name, "gemm", whole.flops, nbytes, launches=pieces, views=3 * pieces * (pieces > 1),
-        elements=whole.elements, padded_flops=whole.padded_flops,
-    )  # fmt: skip
+        name,
+        "gemm",
+        whole.flops,
+        nbytes,
+        launches=pieces,
+        views=3 * pieces * (pieces > 1),
+        elements=whole.elements,
+        padded_flops=whole.padded_flops,
+    )
 
 
 def _times_k(request: Request, route: SpectralRoute, name: str) -> Step:
@@ -306,9 +312,13 @@ def _by_mode(request: Request, name: str, m: int, k: int, n: int) -> Step:
     modes = _format(request).kept
     one = gemm(request, name, m, k, n)
     return Step(
-        name, "gemm", modes * one.flops, modes * one.nbytes, elements=modes * one.elements,
+        name,
+        "gemm",
+        modes * one.flops,
+        modes * one.nbytes,
+        elements=modes * one.elements,
         padded_flops=modes * one.padded_flops,
-    )  # fmt: skip
+    )
 
 
 def _product_backward(request: Request, route: SpectralRoute, *, kept: int) -> list[Step]:
