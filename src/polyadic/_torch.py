@@ -253,17 +253,17 @@ def check_before_sharding(check: Callable[[Any, Any], None]) -> None:
 
 
 def run_of_group(job: str) -> str | None:
-    """Name the run of a job that all processes of the default group begin, without any waiting.
+    """Name the run of a job that all processes of the default group begin; none waits for another.
 
-    The first of them to begin the job, for the first time, the second and so on, finds the name;
-    the others read it. None in a process by itself.
+    The process that begins the job first makes up the name, and the others read it. Each time the
+    job is begun again its run has another name. None where there is one process.
     """
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     _begun[job] += 1
-    # torchrun keeps what is stored when it starts the processes anew.
+    # torchrun keeps the store when it starts the processes again.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.distributed_c10d._get_default_store()
     name: bytes = store.compare_set(f"polyadic/{start}/{job}/{_begun[job]}", "", uuid4().hex)

@@ -83,8 +83,8 @@ class Meter:
     def plan(self, stage: str, seconds: Sequence[float]) -> None:
         """Say how long the pieces of a stage are expected to take, before or while it goes on.
 
-        Times left then count all planned stages, and are corrected by how far the pieces that are
-        done missed their expectations.
+        The time left then covers all planned stages. It is corrected by how much longer or shorter
+        the finished pieces took than was expected.
         """
         self._plans[stage] = list(seconds)
 

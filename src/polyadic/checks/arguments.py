@@ -55,16 +55,16 @@ def a_number(
 
 
 def check_module(model: object, argument: str = "model") -> None:
-    """Raise a TypeError for what is no torch.nn.Module."""
+    """Raise a TypeError for anything but a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """Return an option that is on or off; None is off, and 0 and 1 are known too.
+    """Return an option that is on or off as a bool; None is off, and 0 and 1 are accepted too.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the option is anything else.
     """
     if value is None or isinstance(value, bool) or type(value).__name__ == "bool_":
         return bool(value)
@@ -74,11 +74,11 @@ def check_flag(value: Any, name: str) -> bool:
 
 
 def check_word(value: Any, name: str, known: tuple[Word, ...]) -> Word:
-    """Return an option if it is one of the words that are known.
+    """Return an option that must be one of the known words.
 
     Raises:
-        ValueError: it is another word, or none; what is no text is not compared, as tensors and
-            arrays compare to no truth.
+        ValueError: it is another word or no text at all. Only text is compared, because comparing a
+            tensor or an array does not give a single bool.
     """
     for word in known if isinstance(value, str) else ():
         if value == word:

@@ -200,7 +200,7 @@ def curves(
 
 
 def fixed_rank(target: Target, candidate: Candidate, wanted: Rank | None) -> int | None:
-    """Return the rank that is asked for as a number, or None if all may be had."""
+    """Return the rank that is asked for, as a number; None if any rank may be chosen."""
     if wanted is None:
         return None
     return candidate.probe._resolved(wanted, "meta", target.weight.dtype)
@@ -216,8 +216,8 @@ def ranks_to_fit(
     """Return the ranks that are fitted: the one asked for, or some near the budget's fraction.
 
     A rank whose sweeps would take more than ``LARGEST_SWEEP`` is replaced by the largest that stays
-    below. What a sweep takes depends on the metric: a diagonal one, of an embedding, has a system
-    of R unknowns for each row of a factor.
+    below. How much a sweep takes depends on the metric: with the diagonal metric of an embedding a
+    system of R unknowns is solved for each row of a factor.
     """
     if fixed is not None:
         return [fixed]

@@ -82,7 +82,7 @@ class Estimate:
                 weighed = ranks_to_fit(target, candidate, metric, self._budget.fraction, fixed)
                 sweeps = SWEEPS
                 if candidate is not fitted[0] and fixed is None:
-                    # Where a lower order is better, which is the rule, a higher one ends so soon.
+                    # Usually the lower order is better, and then a higher one is given up early.
                     weighed, sweeps = weighed[:1], SWEEPS_BEFORE_GIVING_UP
                 work += sweeps * sum(work_of_sweep(candidate, metric, rank) for rank in weighed)
             seconds = work / self._rate
@@ -114,7 +114,7 @@ class Estimate:
         ]
 
     def _of_fit(self, target: Target, candidate: Candidate, rank: int) -> float:
-        """Predict the seconds of a fit; one of plain low rank takes none to speak of."""
+        """Predict the seconds of a fit; a fit of plain low rank takes next to none."""
         if candidate.is_low_rank:
             return 0.0
         metric = self._evidence.metrics.get(target.name)

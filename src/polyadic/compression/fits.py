@@ -22,7 +22,8 @@ from polyadic.fitting import Decomposition
 from polyadic.pretrained import attach
 
 # Sweeps of a final fit, where no other number is given; more of them would gain little. A large
-# fit makes fewer, so that it takes no more than some multiply-adds: half a minute or less.
+# fit makes fewer, but never fewer than the least, so that it takes at most so many multiply-adds,
+# which is half a minute or less.
 FIT_SWEEPS = 64
 LEAST_FIT_SWEEPS = 16
 MOST_WORK = 5e11
@@ -116,7 +117,7 @@ def fit_within(
 
 
 def sweeps_of(candidate: Candidate, metric: Tensor | None, rank: int) -> int:
-    """Return the most sweeps of a final fit, of which a large one makes fewer."""
+    """Return how many sweeps a final fit may make; a large fit may make fewer."""
     affordable = int(MOST_WORK / work_of_sweep(candidate, metric, rank))
     return min(FIT_SWEEPS, max(LEAST_FIT_SWEEPS, affordable))
 

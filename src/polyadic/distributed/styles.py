@@ -345,7 +345,7 @@ def _refuse_twice(parameter: object, mesh: DeviceMesh) -> None:
         )
 
 
-# What torch says there is an invariant of its own.
+# Without this check torch's error names one of its internal invariants.
 check_before_sharding(_refuse_twice)
 
 # torch's own refusal says that nn.Linear is expected, and not what to do with a CP layer.

@@ -176,12 +176,13 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def check_continued(file: str, saved: str | None, own: str | None) -> None:
-    """Refuse a checkpoint that is there though none is to be continued.
+    """Refuse a checkpoint that exists although no earlier job is to be continued.
 
     Args:
         file: name of the checkpoint, for the message.
         saved: the run of several processes that wrote it, or None.
-        own: this process's run; what another process of it has begun is no job of the past.
+        own: this process's run, or None. What another process of the same run has written is not an
+            old checkpoint.
 
     Raises:
         ValueError: another run wrote it.

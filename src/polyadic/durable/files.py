@@ -30,7 +30,7 @@ _KINDS = (
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file; to open a FIFO would wait for ever.
+    """Refuse anything but a regular file; opening a FIFO would wait for ever.
 
     Raises:
         ValueError: the path is something else.

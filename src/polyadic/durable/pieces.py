@@ -22,8 +22,8 @@ class Pieces:
         kind: the kind of job, such as ``"polyadic.compress"``.
         identity: what the results depend on, by name; plain values.
         resume: whether pieces that are there may be used.
-        run: names what several processes do together with one folder: what another of them has
-            begun is not refused, and pieces that it has finished are used.
+        run: name of the run in which several processes use one folder together. A job that another
+            of them has begun is not refused, and the pieces that it has finished are used.
 
     Raises:
         ValueError: there are pieces and ``resume`` is false, or they are of another job.

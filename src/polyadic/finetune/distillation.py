@@ -261,9 +261,9 @@ def _checked(compare: Callable[[Tensor, Tensor], Tensor], ours: Tensor, theirs: 
 
 
 def _judged_by(validation: Any, seed: int, device: torch.device) -> str:
-    """Name what judges the student: batches by their digest, a function, nothing.
+    """Return a text that tells what judges the student: a digest of batches, or a function's name.
 
-    The first batches, which judge it by default, are compared as batches.
+    The first batches judge it by default. They are part of the batches, which are compared anyway.
     """
     if validation is None or validation is False or callable(validation):
         return identity.in_words(validation)

@@ -56,7 +56,7 @@ def first(batches: Iterable[Any], most: int, seed: int, device: torch.device) ->
 
 @contextmanager
 def drawn_by(seed: int, batches: Any, device: torch.device) -> Iterator[None]:
-    """Within it batches are drawn as by a seed; afterwards the random state is what it was."""
+    """Draw batches by a seed within the block, and put the random state back after it."""
     state = random_state(batches, device)
     try:
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ Start: TypeAlias = Literal["auto", "orthogonal", "random"] | CPTensor | Decompos
 
 
 class SweepOptions(TypedDict, total=False):
-    """Options of ``polyadic.decompose`` that are handed to it by name, so that typos are seen."""
+    """Options that are handed on to ``polyadic.decompose``, by name so that a typo is an error."""
 
     damping: float
     start: Start | Sequence[Start]

@@ -131,7 +131,7 @@ class _Moment:
         x = args[0] if args else kwargs["input"]
         self.called = True
         if not isinstance(x, Tensor):
-            return  # the layer refuses it in words of its own
+            return  # the layer itself will refuse it
         dims = self.reading.dims
         if self.reading.rows is None:
             self._add_indices(module, x)

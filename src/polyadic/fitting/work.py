@@ -9,7 +9,7 @@ from polyadic.fitting.metric import CG_STEPS, DIRECT_UNKNOWNS
 from polyadic.formats import Shape
 from polyadic.kernels.multilinear import best_cut
 
-# Normal equations are formed and solved in float64, of which a processor does half as many.
+# Normal equations are formed and solved in float64, in which a processor is half as fast.
 IN_FLOAT64 = 2
 
 

@@ -370,7 +370,7 @@ def _differentiated(inputs: Sequence[Tensor]) -> bool:
     """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
     if torch.is_grad_enabled():
         return True
-    # Dynamo cannot ask for the level, and is told here that it need not.
+    # Dynamo cannot trace the question for the level of forward mode, and must not come to it.
     if is_dynamo_compiling() or forward_mode_level() < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]

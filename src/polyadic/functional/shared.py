@@ -32,7 +32,7 @@ class _InHalf:
         call: of factors that stand side by side.
         groups: which groups of in factors these are, each once.
         ranks: of each group.
-        members: the layers, and of each the place of its group among ``groups``.
+        members: for each layer its index, and the place of its group among ``groups``.
     """
 
     call: Call
@@ -57,8 +57,8 @@ class _Settled(Call):
     Args:
         in_halves: one for each kind of in modes.
         out_halves: one for each layer.
-        lead: leading dimensions of x, None if that is one.
-        apart: whether each layer is called by itself, which is faster then.
+        lead: leading dimensions of x, None if there is one.
+        apart: whether each layer is called by itself, because that is faster.
     """
 
     in_halves: tuple[_InHalf, ...] = ()
@@ -83,8 +83,8 @@ def cp_linear_shared(
     with the same in modes are put side by side, so that one product with ΣR columns makes every
     Z_l = x KA_l, and one product makes the gradient of x. Layers whose in factors are the very same
     tensors, as those of a joint weight, share their Z. The results are those of separate calls of
-    ``cp_linear``, up to rounding. Separate calls are also what is made where they are faster: for
-    one layer, and on a CPU for a small x or without gradients, if no in factors are shared.
+    ``cp_linear``, up to rounding. Separate calls are made where they are faster: for one layer, and
+    on a CPU for a small x or without gradients, if no in factors are shared.
 
     The forward takes 2 B (M ΣR + Σ R_l N_l) FLOPs and the backward twice as many, as separate
     layers do, where ΣR counts shared in factors once. x is read once and kept once, and its

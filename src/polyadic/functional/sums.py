@@ -11,10 +11,11 @@ from torch.autograd import Function
 
 
 class _Once(Function):
-    """A bias (``here``) or zeros in its place, and its gradient (``back``) or zeros in its place.
+    """A bias if ``here``, else zeros; and the gradient of the bias if ``back``, else zeros.
 
-    Every process has the whole gradient of a bias that one of them adds. What is differentiated of
-    that gradient is summed over the processes again, and is to stand in that sum once.
+    One process adds the bias and the others add zeros, but every process gets the whole gradient of
+    the bias. When that gradient is differentiated again, the processes' shares are added up, so
+    that only one process may contribute.
     """
 
     @staticmethod
@@ -35,10 +36,10 @@ def once(bias: Tensor, here: bool) -> Tensor:
 
 
 class _Summed(Function):
-    """Tensors summed over a dimension of a mesh (``here``), and their gradients (``back``).
+    """Tensors, summed over a dimension of a mesh if ``here``; their gradients, summed if ``back``.
 
-    A sum that every process uses on its own has a gradient that is the sum of theirs; one that all
-    use alike has the gradient that each of them has already.
+    If each process goes on with the sums in its own way, their gradients are the sums of the
+    processes' gradients. If all processes go on alike, each has the whole gradient already.
     """
 
     @staticmethod
@@ -57,7 +58,7 @@ class _Summed(Function):
 
 
 def summed(mesh: Any, dim: int, here: bool, back: bool, *tensors: Any) -> tuple[Tensor, ...]:
-    """Tensors summed over a dimension of a mesh (``here``), and their gradients (``back``)."""
+    """Sum tensors over a dimension of a mesh if ``here``, and their gradients if ``back``."""
     found: tuple[Tensor, ...] = _Summed.apply(mesh, dim, here, back, *tensors)  # type: ignore[no-untyped-call]
     return found
 
@@ -78,7 +79,7 @@ def all_reduced(mesh: Any, dim: int, tensors: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def sums_taken(y: Any) -> Any:
-    """A DTensor with the sums that it stands for; torch's way has no right second derivative."""
+    """Take the sums that a DTensor stands for; second derivatives of torch's own way are wrong."""
     from torch.distributed.tensor import DTensor, Replicate
 
     partial = [dim for dim, placement in enumerate(y.placements) if placement.is_partial()]

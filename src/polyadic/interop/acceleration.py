@@ -28,7 +28,7 @@ class Patch:
 def reasons_by_class(
     model: nn.Module, why_not: Mapping[type[nn.Module], Callable[[Any], str | None]]
 ) -> dict[str, str | None]:
-    """Ask of each layer of some classes in a model why it is left, which is None if it is not."""
+    """Say of each layer of some classes why it is left as it is, or None where it is not left."""
     found: dict[str, str | None] = {}
     for name, layer in model.named_modules():
         for cls, ask in why_not.items():

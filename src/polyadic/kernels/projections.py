@@ -122,7 +122,7 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
 
 
 def better_as_rows(maps: int, positions: int) -> bool:
-    """Whether ``outer`` had better convert an input of so many positions an image to rows first.
+    """Whether ``outer`` should convert an input of so many positions an image to rows first.
 
     Otherwise ``outer`` makes a product (c, r) for each group and image, with ``maps`` = g·r columns
     in all. If there are few positions, these products are more to write than the input is to read.

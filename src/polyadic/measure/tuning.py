@@ -23,9 +23,9 @@ from polyadic.planner.request import Request
 # Rounds in which every plan is timed once. A plan drops out whose least time is so many times the
 # least of all.
 ROUNDS, DROPPED_BEYOND = 7, 1.25
-# Plans whose medians are this close to the best go on, for up to so many rounds in all. No plan is
-# judged by its median before so many seconds are over, since what disturbs a machine may last
-# longer than all rounds of a small layer.
+# After these rounds only plans go on whose medians are at most so many times the best, for at most
+# so many rounds in all. No plan is judged by its median before so many seconds are over, because a
+# disturbance of the machine may last longer than all rounds of a small layer.
 CLOSE, MOST_ROUNDS, LEAST_SECONDS = 1.06, 25, 0.5
 # The plan that was followed stays where no other is faster by more than this.
 SAME = 1.01
@@ -222,9 +222,9 @@ def _tuned(name: str, request: Request, run: Callable[[], object]) -> TunedLayer
 def _timed(request: Request, plans: list[Plan], run: Callable[[], object]) -> dict[Plan, float]:
     """Return the median seconds of each plan that is not far off, timed in turns.
 
-    A machine is slower at one moment than at another, and so all plans that are still in question
-    are timed in every round. After ``ROUNDS`` only those go on that noise may have kept from being
-    the best. The first plan is always timed.
+    A machine is slower at one moment than at another, so that all plans that are still in question
+    are timed in every round. After ``ROUNDS`` rounds only plans go on that are so close to the best
+    that noise may have decided. The first plan is always timed.
     """
     waiting, first = list(plans), plans[0]
     samples: dict[Plan, list[float]] = {plan: [] for plan in plans}
@@ -259,7 +259,7 @@ def _follow(request: Request, plan: Plan | None) -> None:
 def seconds_of(plan: Plan, run: Callable[[], object], device: str) -> float:
     """Return the seconds of a call; short calls are timed several in a row.
 
-    On a CPU with one thread they are those of the thread, to which other processes add nothing.
+    On a CPU with one thread they are the thread's own, to which other processes add nothing.
     """
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter

@@ -130,7 +130,7 @@ def _frozen_linear(layer: CPLayer, rows: int) -> Frozen | None:
 def _least_size(layer: Any) -> Shape:
     """Return the smallest spatial size that a convolution takes."""
     where = layer.geometry
-    # Padding of the entries themselves needs more of them than it adds.
+    # A padding made of the input's own entries needs more entries than it adds.
     entries = 0 if layer.padding_mode == "zeros" else 1
     each = zip(where.kernel_size, where.dilation, where.padding, strict=True)
     return tuple([max(d * (k - 1) + 1 - sum(p), entries * (max(p) + 1), 1) for k, d, p in each])

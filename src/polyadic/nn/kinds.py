@@ -55,7 +55,7 @@ class Kind:
             a head, which is made from its embedding, and where torch has no such layer.
         to_dense: name of the method that makes the torch layer from the CP layer, or None.
         shared: arguments of the constructor that both classes have; where torch has no such layer,
-            all that are not those of every CP layer.
+            all but those that every CP layer has.
         orders: the numbers of modes per side among which ``compress`` chooses by default.
         required: further arguments of torch's class, by name with the only value that the CP layer
             supports.
@@ -78,7 +78,7 @@ class Kind:
     @property
     def arguments(self) -> Arguments:
         """All arguments of the constructor but device and dtype."""
-        # What a row says of an argument holds, also of one that all CP layers have.
+        # A row comes last: what it says of an argument that all CP layers have is what counts.
         return self.shared if self.family == "head" else {**self.shared, **_CP, **self.shared}
 
     def make(self, layer: nn.Module, **options: Any) -> Any:

@@ -20,9 +20,8 @@ class CPSharedInput(nn.Module):
     gradient once. The layers stay what they are, with parameters and biases of their own, or with
     those of a joint weight (``CPLinear.joint``), whose shared in factors are then contracted once
     for all. Each layer may also be called by itself. When they are called together, hooks on them
-    do not run. If a layer is frozen for inference, or may keep the input alone
-    (``memory="least"``), each layer is called by itself; so it is where that is faster (see
-    ``cp_linear_shared``).
+    do not run. Each layer is called by itself if one is frozen for inference or may keep the input
+    alone (``memory="least"``), and where that is faster (see ``cp_linear_shared``).
 
     Args:
         layers: ``CPLinear`` layers with the same ``in_features``, dtype and device.

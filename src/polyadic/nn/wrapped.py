@@ -8,7 +8,7 @@ from polyadic.checks import check_module
 
 
 def check_unwrapped(model: nn.Module, function: str, argument: str = "model") -> None:
-    """Refuse what is no model, and one whose parameters something else holds: a wrapper, or shards.
+    """Refuse anything but a model, and a model whose parameters a wrapper or shards hold.
 
     DistributedDataParallel and FSDP look up the parameters once, when they wrap a module.
     Parameters that take their places later are never synchronised, and the models of the processes

@@ -67,14 +67,14 @@ class ModelExplanation:
 
     @property
     def peak_bytes(self) -> int:
-        """What all CP layers keep, and the most that one of them needs on top in its call."""
+        """Bytes that all CP layers keep, plus the most that a call of one needs on top."""
         return _peak_in_sum(
             [(row.found.chosen, row.peak_bytes) for row in self.layers if row.found is not None]
         )
 
     @property
     def dense_peak_bytes(self) -> int:
-        """What the dense layers would keep, and the most that one of them needs on top."""
+        """Bytes that the dense layers would keep, plus the most that one of them needs on top."""
         return _peak_in_sum(
             [
                 (row.found.dense, row.dense_peak_bytes)
@@ -167,7 +167,7 @@ class ModelExplanation:
 
 
 def _peak_in_sum(calls: Sequence[tuple[Costed, int | None]]) -> int:
-    """What calls with these costs keep, and the most that one with a known peak needs on top."""
+    """Bytes that all calls keep, plus the most that one call of a known peak needs on top."""
     on_top = [peak - cost.kept_bytes for cost, peak in calls if peak is not None]
     return sum(cost.kept_bytes for cost, _ in calls) + max(on_top, default=0)
 
@@ -196,8 +196,8 @@ def explained_model(
         inputs: the positional arguments with which it is called.
         explain: explains a layer, called with ``batch``, ``size`` and ``training``.
         training: whether forward and backward are explained, or forward alone.
-        as_it_is: whether layers are explained with their own options, of which alone the peak of
-            memory can be counted.
+        as_it_is: whether layers are explained with their own options; the peak of memory is counted
+            only then.
 
     Raises:
         ValueError: the model has no CP layer, or none is called.

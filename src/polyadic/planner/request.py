@@ -54,7 +54,7 @@ class Request:
         dtype: dtype of the computation.
         device: type of the device, such as ``"cpu"``.
         threads: number of threads if the device is a CPU, else 1.
-        tf32: whether float32 products may run in TF32, as torch's own switch says.
+        tf32: whether torch is set to run float32 products in TF32.
         memory: how much may be kept for the backward.
         rebuild: whether the dense weight may be built.
         weights: whether there are weights λ, which are passed as one more factor.

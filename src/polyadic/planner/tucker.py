@@ -26,7 +26,7 @@ def tucker_ranks(fmt: SpectralFormat) -> Shape:
 def note(request: Request) -> str:
     """Say how many multiply-adds a Tucker weight of as many parameters takes.
 
-    Of a separable spectral convolution, and of all other layers, that is "".
+    A separable spectral convolution and every other layer have no note, "".
     """
     fmt = request.format
     if not isinstance(fmt, SpectralFormat) or fmt.separable:

@@ -24,8 +24,9 @@ TRANSFORMERS_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 METHOD = "polyadic"
-# Stands in ``config.json`` where transformers looks for the name of the file of tensors; it refuses
-# what is no such name with an error that quotes it. Once registered, our quantizer takes it away.
+# Stands in ``config.json`` where transformers looks for the name of the file of tensors. It is no
+# such name, so that transformers raises an error that quotes it. Our quantizer, once it is
+# registered, removes it.
 UNREGISTERED = (
     "none, because this model has CP layers of polyadic; call polyadic.register_transformers() "
     "before from_pretrained"
