@@ -339,6 +339,17 @@ def test_the_drawn_import_direction_is_the_codes() -> None:
             assert height[other] < height[unit], f"{unit} imports {other}"
 
 
+ROWS = ("nn", "functional", "planner", "kernels")
+COLUMNS = ("linear", "conv", "conv_transpose", "embedding", "spectral")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_page_on_design_places_every_file_of_the_grid(row: str) -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    files = {path.stem for path in (SOURCE / row).glob("*.py")} - {"__init__", *COLUMNS}
+    assert {stem for stem in files if f"`{row}/{stem}.py`" not in text} == set()
+
+
 def test_the_fast_code_does_not_know_the_reference() -> None:
     users = {unit for unit, others in units().items() if "reference" in others}
     assert users <= {"testing"}
