@@ -45,7 +45,7 @@ def not_traced(function: F) -> F:
 
 def keep_whole(function: Callable[..., Any]) -> None:
     """Have compilers put calls of a function into their graphs as they are; imports a compiler."""
-    torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+    torch.compiler.allow_in_graph(function)
 
 
 @not_traced
@@ -83,7 +83,7 @@ tracing_state = torch._C._get_tracing_state
 onednn_is_enabled = torch._C._get_mkldnn_enabled
 # X Wᵀ + bias of x (n, k), weight (m, k), bias (m,) or None, all in float32, made by oneDNN where
 # this torch can be asked for that.
-has_onednn_product: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+has_onednn_product: bool = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
 onednn_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.nn.functional.linear
@@ -207,6 +207,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
+    if not torch.compiler.is_compiling() and not any_autocast():
+        return False
     return _exists(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -116,12 +116,22 @@ class Call:
     prepare: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor, groups: Groups, bias: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Apply the map to such arguments, differentiably."""
+        """Apply the map to such arguments, differentiably; a profiler sees the map and its plan."""
         if self.batch is not None:
             x = x.reshape(self.batch[1])
         if self.prepare is not None:
             x = self.prepare(x)
-        y = _apply(self.map, x, bias, joined(groups, weights, self.weights_at))
+        factors = joined(groups, weights, self.weights_at)
+        # Compiled code asks for no profiler: what it reads is guarded, and starting one would
+        # compile it again.
+        if torch.compiler.is_compiling():
+            y = _traced(self.map, x, bias, factors)
+        elif is_profiled():
+            # Entering a label costs more than a small layer's product.
+            with profiler.record_function(f"polyadic.{type(self.map).__name__}({self.map.plan})"):
+                y = _eager(self.map, x, bias, factors)
+        else:
+            y = _eager(self.map, x, bias, factors)
         return y if self.batch is None else self.unbatched(y)
 
     def batched(self, x: Tensor) -> Tensor:
@@ -251,27 +261,12 @@ def _is_floating(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.dtype.is_floating_point
 
 
-def _apply(
-    layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
-) -> Tensor:
-    """Apply a map, differentiably; under a profiler with a label that names map and plan."""
-    # Compiled code asks for no profiler: what it reads is guarded, and starting one would compile
-    # it again.
-    if torch.compiler.is_compiling():
-        return _traced(layer_map, x, bias, factors)
-    # Entering a label costs more than a small layer's product.
-    if is_profiled():
-        with profiler.record_function(f"polyadic.{type(layer_map).__name__}({layer_map.plan})"):
-            return _eager(layer_map, x, bias, factors)
-    return _eager(layer_map, x, bias, factors)
-
-
 def _traced(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
     if layer_map.autograd_backward or not torch.is_grad_enabled() or exporting():
         return layer_map.forward(x, bias, factors)[0]
-    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]
     return y.movedim(-1, 1) if layer_map.output_channels_last else y
 
 
@@ -281,7 +276,7 @@ def _eager(
     if layer_map.autograd_backward or not torch.is_grad_enabled():
         return layer_map.forward(x, bias, factors)[0]
     if transforms_active() or forward_mode_level() >= 0:
-        y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]
         return y
     bias = None if bias is None else unwrap_if_dead(bias)
     y = _apply_eager(layer_map, unwrap_if_dead(x), bias, *map(unwrap_if_dead, factors))
@@ -373,7 +368,7 @@ def _differentiated(inputs: Sequence[Tensor]) -> bool:
     # Dynamo cannot trace the question for the level of forward mode, and must not come to it.
     if is_dynamo_compiling() or forward_mode_level() < 0:
         return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)  # type: ignore[no-untyped-call]
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)
 
 
 class _Compiled(_ClosedForm):

@@ -95,11 +95,6 @@ def _settle(
     return _Lookup(layer_map, 0, as_batch(indices, 0), None, size, first.dtype), (ins, outs)
 
 
-def _asserted_on_gpu(found: _Lookup, flat: Tensor, groups: Groups, weights: Tensor | None) -> bool:
-    """Whether the kernel that looks the indices up asserts their range, at no further launch."""
-    return flat.is_cuda and found.map.asserts_range(flat, joined(groups, weights, found.weights_at))
-
-
 def cp_embedding(
     indices: Tensor,
     in_factors: Sequence[Tensor],
@@ -150,10 +145,13 @@ def cp_embedding(
     if isinstance(found, SpreadCall):
         return _spread(indices, tuple(map(tuple, groups)), weights, unique, options)
     flat = found.batched(indices)
-    if not torch.compiler.is_compiling() and (
-        unique or not _asserted_on_gpu(found, flat, groups, weights)
-    ):
-        checks.check_in_range(flat, found.size)
+    if not torch.compiler.is_compiling():
+        # The kernel of a GPU that looks indices up asserts their range at no further launch.
+        by_kernel = not unique and flat.is_cuda
+        if by_kernel:
+            by_kernel = found.map.asserts_range(flat, joined(groups, weights, found.weights_at))
+        if not by_kernel:
+            checks.check_in_range(flat, found.size)
     distinct = None
     # torch cannot differentiate F.embedding twice if there is no index.
     if unique and len(flat):
@@ -195,5 +193,5 @@ def _spread(
             ),
         )
 
-    (y,) = spread_call(local, indices, groups, [], [weights])
-    return y  # type: ignore[no-any-return]
+    y: Tensor = spread_call(local, indices, groups, [], [weights])[0]
+    return y

@@ -117,13 +117,13 @@ class ConvMap:
         """Return y (b, n, *s') and what the plan keeps for the backward beside x and factors."""
         out_factors, in_factors, kernel_factors = self._split(factors)
         route = self.plan.forward
-        split = self._stages(route.depthwise, factors)
-        x = x.unsqueeze(2) if self._lifted else x
+        split, lifted = self._stages(route.depthwise, factors), self._lifted
+        x = x.unsqueeze(2) if lifted else x
         maps: list[Tensor] = []
         if is_fused(route, split, x, factors):
             fused = self._fused(split, out_factors, in_factors, kernel_factors)
             y, kept = fused.forward(_strided(x, split.skip), bias, self.plan.keep)
-            return (y.squeeze(2) if self._lifted else y), kept
+            return (y.squeeze(2) if lifted else y), kept
         if route.kind == "dense":
             kernel = in_layout(self._dense(factors, x.dtype), route.layout)
             y = split.dense.forward(in_layout(x, route.layout), kernel, bias, self.groups)
@@ -140,7 +140,7 @@ class ConvMap:
             if self.plan.keep == 2 and split.depthwise:
                 maps.append(z)
             y = project(z, kc.mT, route.layout, self.groups, bias)
-        return (y.squeeze(2) if self._lifted else y), tuple(maps)
+        return (y.squeeze(2) if lifted else y), tuple(maps)
 
     def _fused(
         self,

@@ -103,7 +103,8 @@ class Stage:
             block = _as_real_kernel(weight, self.transposed)
             return _as_complex(self.forward(_as_real(x), block, parts, groups))
         if _in_float32(x, weight, groups):
-            y = self.forward(x.float(), weight.float(), _float(bias), groups)
+            wide = None if bias is None else bias.float()
+            y = self.forward(x.float(), weight.float(), wide, groups)
             return y.to(x.dtype)
         stride, padding, dilation, transposed, extra = self.conv_arguments()
         if not transposed and self._may_miss(x):
@@ -185,9 +186,9 @@ class Stage:
         Taps of neighbouring outputs are at most max(stride, dilation) apart. Where x is smaller
         than that they can all fall into the padding, and then oneDNN reads memory it does not own.
         """
-        apart = [max(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
-        if max(apart) == 1 or not any(self.padding):
+        if max(*self.stride, *self.dilation) == 1 or not any(self.padding):
             return False
+        apart = [max(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
         compiling = torch.compiler.is_compiling()
         return any(
             p > 0 and (not compiling or known(n)) and n < a
@@ -326,10 +327,6 @@ def _unambiguous(x: Tensor) -> Tensor:
     if x.shape[1] != 1 or x.stride(1) != 1:
         return x
     return x.squeeze(1).contiguous().unsqueeze(1)
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
 
 
 def _rows_as_images(x: Tensor) -> Tensor:

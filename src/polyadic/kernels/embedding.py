@@ -110,7 +110,8 @@ class EmbeddingMap:
         with no_autocast(x):
             if self._is_fused(x, factors, self.plan.forward):
                 return self._forward_fused(x, factors)
-            z = self._gather(x, factors)
+            _, rows = _pick(x, factors[: self.n_in], self.plan.forward.in_groups)
+            z = self._product(rows, x, factors[0].dtype)
             y = expand(z, factors[self.n_in :], self.plan.forward.out_groups, bias)
         return y, () if self.plan.keep == "x" else (z,)
 
@@ -139,12 +140,8 @@ class EmbeddingMap:
         y, z = lookup(x, ins, outs, self.padding_idx, size, padded, keep=keep)
         return y, () if z is None else (z,)
 
-    def _gather(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Return Z (b, r), the product of the rows, rounded once and zero at the padding index."""
-        _, rows = _pick(x, factors[: self.n_in], self.plan.forward.in_groups)
-        return self._product(rows, x, factors[0].dtype)
-
     def _product(self, rows: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return Z (b, r), the product of the rows, rounded once and zero at the padding index."""
         return self._silent(math.prod(rows[1:], start=rows[0]), x).to(dtype)
 
     def _silent(self, rows: Tensor, x: Tensor) -> Tensor:

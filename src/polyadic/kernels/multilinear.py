@@ -59,12 +59,15 @@ def khatri_rao(factors: Sequence[Tensor], dtype: torch.dtype | None = None) -> T
         factors: D tensors (m_d, R); the last mode varies fastest.
         dtype: dtype of the result, the factors' own by default.
     """
-    product, *rest = widened(factors)
+    own = factors[0].dtype
+    # Each layer comes here at each pass, so that ``widened`` and ``cast`` are called only to work.
+    product, *rest = widened(factors) if own in HALVES else factors
     for factor in rest:
         product = product.unsqueeze(-2) * factor
     if rest:
         product = product.flatten(0, -2)
-    return cast(product, dtype or factors[0].dtype)
+    dtype = dtype or own
+    return product if product.dtype == dtype else product.to(dtype)
 
 
 def _prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -89,15 +92,25 @@ def widened(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [tensor.to(torch.float32) for tensor in tensors]
 
 
-def _grouped(
-    factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype
-) -> tuple[list[Tensor], list[Sequence[Tensor]], list[list[Tensor]]]:
-    """Return the Khatri-Rao matrix (g, R) of each group, its factors, and their prefixes.
+def _matrices(factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> list[Tensor]:
+    """Return the Khatri-Rao matrix (g, R) of each group.
 
     The last matrix enters a GEMM and is in ``dtype``. The others stay in at least float32: the
     products that they enter are rounded once, at the end, so that more groups do not mean more
     roundings.
     """
+    matrices, start, wide = [], 0, accumulate_dtype(dtype)
+    for length in groups:
+        stop = start + length
+        matrices.append(khatri_rao(factors[start:stop], wide if stop < len(factors) else dtype))
+        start = stop
+    return matrices
+
+
+def _grouped(
+    factors: Sequence[Tensor], groups: Groups, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Sequence[Tensor]], list[list[Tensor]]]:
+    """Return what ``_matrices`` returns, the factors of each group, and their prefixes."""
     matrices, pieces, grown, start = [], [], [], 0
     every, wide = widened(factors), accumulate_dtype(dtype)
     for length in groups:
@@ -115,7 +128,7 @@ def contract(x: Tensor, factors: Sequence[Tensor], groups: Groups) -> Tensor:
     """Z = X K: (B, M) → (B, R), the rightmost group by a GEMM, the others by weighted sums."""
     if len(groups) == 1:
         return matmul_nn(x, khatri_rao(factors, x.dtype))
-    *left, last = _grouped(factors, groups, x.dtype)[0]
+    *left, last = _matrices(factors, groups, x.dtype)
     return _sum_left(_split_last(x, last), last, x.shape[0], left)[0]
 
 
@@ -169,7 +182,7 @@ def expand(
     """X = Z Kᵀ (+ bias): (B, R) → (B, M), all groups but the last multiplied in before the GEMM."""
     if len(groups) == 1:
         return matmul_nt(z, khatri_rao(factors, z.dtype), bias)
-    *left, last = _grouped(factors, groups, z.dtype)[0]
+    *left, last = _matrices(factors, groups, z.dtype)
     x = matmul_nt(_spread(z, left)[-1].reshape(-1, last.shape[1]), last)
     return plus_bias(x.view(z.shape[0], math.prod([factor.shape[0] for factor in factors])), bias)
 

@@ -25,7 +25,7 @@ def matmul_nn(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cpu:
         if cpu.ONEDNN_IS_FASTER and cpu.product_in_onednn(x, matrix, matrix.shape[1]):
             return onednn_product(x, matrix.t(), bias)
-        return plus_bias(x @ matrix, bias)
+        return x @ matrix if bias is None else plus_bias(x @ matrix, bias)
     return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
 
 

@@ -51,7 +51,7 @@ def project(
         return _project_groups(x, matrix, layout, groups, bias)
     if layout == "channels_first":
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
-        return plus_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
+        return y if bias is None else plus_bias(y, bias.view(-1, *[1] * (x.dim() - 2)))
     if _is_rows(x):
         return _volume(matmul_nn(as_rows(x), matrix, bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
