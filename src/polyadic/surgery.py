@@ -40,14 +40,12 @@ class Found:
     Attributes:
         layers: the layers by name, in the model's order; an instance in several places has the
             first of its names.
-        aliases: all names of an instance that is in several places, by the first.
         ties: groups of names in ``layers`` whose weight is one parameter, such as an embedding and
             its output head: exchanged together or not at all.
         skipped: by name, why a layer that was selected is not in ``layers``.
     """
 
     layers: dict[str, nn.Module]
-    aliases: dict[str, tuple[str, ...]]
     ties: tuple[tuple[str, ...], ...]
     skipped: dict[str, str]
 
@@ -115,8 +113,7 @@ def find(
     for written, found in by_exclusion.items():
         if not found:
             _selects_nothing("exclude_modules", written, [], present)
-    aliases = {n: names[id(m)] for n, m in layers.items() if len(names[id(m)]) > 1}
-    return Found(layers, aliases, ties, skipped)
+    return Found(layers, ties, skipped)
 
 
 def together(found: Found) -> Iterator[tuple[tuple[str, ...], str | None]]:
@@ -186,14 +183,16 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
                     owner._parameters[key] = new
 
 
-def by_pattern(patterns: Mapping[str, Value], names: Iterable[str], what: str) -> dict[str, Value]:
+def by_pattern(
+    patterns: Mapping[str, Value] | None, names: Iterable[str], what: str
+) -> dict[str, Value]:
     """Look up a value for each name, by the rule of PEFT's ``rank_pattern``.
 
     A key is a regular expression for a whole name or its last parts; the first key that matches
     counts.
 
     Args:
-        patterns: values by key.
+        patterns: values by key; None for no values.
         names: names of layers.
         what: name of the argument, for messages.
 
@@ -204,6 +203,8 @@ def by_pattern(patterns: Mapping[str, Value], names: Iterable[str], what: str) -
         TypeError: ``patterns`` is not a dict with strings for keys.
         ValueError: a key is an invalid regular expression or matches none of the names.
     """
+    if patterns is None:
+        return {}
     if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
         raise TypeError(f"{what} must be a dict with patterns of names for keys, got {patterns!r}")
     names = list(names)
@@ -388,7 +389,7 @@ def _reached(value: Any, seen: set[int], objects: int) -> Iterator[Any]:
 def _is_filled(cell: CellType) -> bool:
     """Whether a variable that a function closes over has a value yet."""
     try:
-        cell.cell_contents  # noqa: B018
+        cell.cell_contents  # noqa: B018 - to see whether it raises
     except ValueError:
         return False
     return True

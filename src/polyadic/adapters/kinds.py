@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from polyadic.adapters.layer import AdaptedLayer, Groups, columns, matrix
 from polyadic.formats import Shape, padded_shape, tensorize
 from polyadic.functional import cp_conv, cp_embedding, cp_linear
+from polyadic.nn.kinds import is_torch_layer
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -189,10 +190,10 @@ def kind_of(base: nn.Module, name: str) -> type[AdaptedLayer]:
         name: of the layer in its model, for the message.
 
     Raises:
-        TypeError: none does.
+        TypeError: no adapter is for such a layer.
         ValueError: an embedding has an option that a CP table has not.
     """
-    if isinstance(base, nn.Embedding):
+    if is_torch_layer(base, "embedding"):
         for option in ("max_norm", "sparse", "scale_grad_by_freq"):
             if getattr(base, option):
                 raise ValueError(
@@ -200,14 +201,14 @@ def kind_of(base: nn.Module, name: str) -> type[AdaptedLayer]:
                     f"support; leave it out of target_modules"
                 )
         return AdaptedEmbedding
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if is_torch_layer(base, "conv"):
         return AdaptedConv
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TypeError(
             f"{name} is the out projection of nn.MultiheadAttention, which reads its weight and "
             f"does not call it; leave it out of target_modules"
         )
-    if isinstance(base, (nn.Linear, Conv1D)):
+    if is_torch_layer(base, "linear") or isinstance(base, Conv1D):
         return AdaptedLinear
     backend = resolve_quantization_backend(base)
     if backend is not None and backend.layer_type == "linear":

@@ -204,7 +204,7 @@ def make_problem(
     else:
         inside = [starts[g] + i for g in metric_groups for i in range(len(groups[g]))]
         outside = [place for place in range(len(modes)) if place not in inside]
-        sides = tuple([p for p in side if modes[p] > 1] for side in (inside, outside))  # type: ignore[assignment]
+        sides = ([p for p in inside if modes[p] > 1], [p for p in outside if modes[p] > 1])
     left, right = (tuple(modes[p] for p in side) or (1,) for side in sides)
     kept = (*(sides[0] or [-1]), *(sides[1] or [-1]))
     order = [*sides[0], *sides[1], *(p for p in range(len(modes)) if modes[p] == 1)]

@@ -41,13 +41,21 @@ class CPConvBase(Exchangeable):
     def _format_of_rank_1(self) -> ConvFormat:
         raise NotImplementedError
 
-    def _kernel_size(self, value: Any) -> Shape:
-        sizes = mode_sizes(
-            value if isinstance(value, Sequence) else (value,) * self._dims, "kernel_size"
+    def _set_sizes(
+        self, in_channels: int, out_channels: int, groups: int, kernel_size: int | Sequence[int]
+    ) -> None:
+        """Check and set the sizes of the kernel."""
+        self.in_channels = positive_int(in_channels, "in_channels")
+        self.out_channels = positive_int(out_channels, "out_channels")
+        self.groups = checks.check_channel_groups(
+            groups, in_channels=self.in_channels, out_channels=self.out_channels
         )
-        if len(sizes) != self._dims:
-            raise ValueError(f"kernel_size must be an int or {self._dims} ints, got {value!r}")
-        return sizes
+        each = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,) * self._dims
+        self.kernel_size = mode_sizes(each, "kernel_size")
+        if len(self.kernel_size) != self._dims:
+            raise ValueError(
+                f"kernel_size must be an int or {self._dims} ints, got {kernel_size!r}"
+            )
 
     def _factor(
         self,
@@ -65,6 +73,9 @@ class CPConvBase(Exchangeable):
     def geometry(self) -> Geometry:
         """Kernel size, stride, padding and dilation."""
         raise NotImplementedError
+
+    def _dense_weight(self) -> Tensor:
+        return self.cp.to_matrix().view(self._weight_shape())
 
     def _request_of_size(self, request: Request, size: Any) -> Request:
         where = self.geometry
@@ -124,13 +135,8 @@ class _CPConv(CPConvBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = positive_int(in_channels, "in_channels")
-        self.out_channels = positive_int(out_channels, "out_channels")
-        self.groups = checks.check_channel_groups(
-            groups, in_channels=self.in_channels, out_channels=self.out_channels
-        )
+        self._set_sizes(in_channels, out_channels, groups, kernel_size)
         self.padding_mode = checks.check_padding_mode(padding_mode)
-        self.kernel_size = self._kernel_size(kernel_size)
         where = checks.check_geometry(self.kernel_size, stride, padding, dilation)
         self.stride, self.dilation = where.stride, where.dilation
         self.padding = padding if isinstance(padding, str) else tuple(p for p, _ in where.padding)
@@ -215,9 +221,6 @@ class _CPConv(CPConvBase):
 
     def _weight_shape(self) -> Shape:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
-
-    def _dense_weight(self) -> Tensor:
-        return self.cp.to_matrix().view(self._weight_shape())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B."""

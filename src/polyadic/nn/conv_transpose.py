@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks, functional
-from polyadic.formats import ConvFormat, Rank, Shape, positive_int
+from polyadic.formats import ConvFormat, Rank, Shape
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import Fitted, convert, revert
@@ -55,13 +55,8 @@ class _CPConvTranspose(CPConvBase):
                 f"{type(self).__name__} supports padding_mode='zeros' only, as torch's, got "
                 f"padding_mode={padding_mode!r}"
             )
-        self.in_channels = positive_int(in_channels, "in_channels")
-        self.out_channels = positive_int(out_channels, "out_channels")
-        self.groups = checks.check_channel_groups(
-            groups, in_channels=self.in_channels, out_channels=self.out_channels
-        )
+        self._set_sizes(in_channels, out_channels, groups, kernel_size)
         self.padding_mode = padding_mode
-        self.kernel_size = self._kernel_size(kernel_size)
         where = checks.check_transposed_geometry(
             self.kernel_size, stride, padding, output_padding, dilation
         )
@@ -153,9 +148,6 @@ class _CPConvTranspose(CPConvBase):
 
     def _weight_shape(self) -> Shape:
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
-
-    def _dense_weight(self) -> Tensor:
-        return self.cp.to_matrix().view(self._weight_shape())
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(B, Cin, *S) → (B, Cout, *S'), or both without B.

@@ -159,7 +159,8 @@ class Explanation:
         lines += ["", self.note] if self.note else []
         lines += ["", f"rejected, by predicted time ({self.machine.source} machine numbers)"]
         for other, reason in self.rejected:
-            lines.append(f"  {seconds_text(other.seconds):>9}  {_route(other.plan)}: {reason}")
+            route = "" if other.plan is None else other.plan.forward
+            lines.append(f"  {seconds_text(other.seconds):>9}  {route}: {reason}")
         return "\n".join(lines)
 
 
@@ -169,10 +170,6 @@ def _compared(where: str, ours: float, theirs: float) -> str:
         return f"dense is faster {where}: the plan takes {ours / theirs:.2f} times as long"
     there = "" if where == "here" else f"{where} "
     return f"{there}the plan is predicted {theirs / ours:.2f} times as fast as dense"
-
-
-def _route(plan: Plan | None) -> str:
-    return "" if plan is None else str(plan.forward)
 
 
 def count_text(value: float) -> str:

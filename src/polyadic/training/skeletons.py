@@ -141,8 +141,8 @@ def factorize(
     if isinstance(target_modules, str) and target_modules == ALL_LINEAR:
         target_modules = _all_linear(model)
     found = surgery.find(model, target_modules=target_modules, exclude_modules=exclude_modules)
-    ranks = _by_pattern(rank_pattern, found, "rank_pattern")
-    orders = _by_pattern(order_pattern, found, "order_pattern")
+    ranks = surgery.by_pattern(rank_pattern, found.layers, "rank_pattern")
+    orders = surgery.by_pattern(order_pattern, found.layers, "order_pattern")
     left = dict(found.skipped)
     made: list[tuple[tuple[str, ...], Any]] = []
     for names, reason in surgery.together(found):
@@ -185,10 +185,6 @@ def _all_linear(model: nn.Module) -> list[str]:
     return names
 
 
-def _by_pattern(patterns: Any, found: surgery.Found, what: str) -> dict[str, Any]:
-    return {} if patterns is None else surgery.by_pattern(patterns, found.layers, what)
-
-
 def _pays(dense: Any, layer: Any) -> str | None:
     """Return the reason why a layer is better left dense, or None."""
     own = sum(factor.numel() for factor in layer.cp.factors)
@@ -216,7 +212,8 @@ def _exchange(
             if surgery.is_head(first, own):
                 new = layer.as_linear(False if own.bias is None else own.bias)
             else:
-                new = shaped(type(layer), own, layer.rank, **_shapes(layer))
+                shapes = {"in_shape": layer.in_shape, "out_shape": layer.out_shape}
+                new = shaped(type(layer), own, layer.rank, **shapes)
                 if new.bias is not None:
                     new.bias = own.bias
                 new.cp = layer.cp
@@ -237,10 +234,6 @@ def _exchange(
             )
         )
     return exchanged
-
-
-def _shapes(layer: Any) -> dict[str, Shape]:
-    return {"in_shape": layer.in_shape, "out_shape": layer.out_shape}
 
 
 def _count(model: nn.Module) -> int:
