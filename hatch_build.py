@@ -31,7 +31,7 @@ def for_an_index(text: str, repository: str | None = None) -> str:
     return _LINK.sub(replaced, text)
 
 
-class ReadmeHook(MetadataHookInterface):  # type: ignore[misc]
+class ReadmeHook(MetadataHookInterface):
     """Fills in the dynamic field ``readme``."""
 
     def update(self, metadata: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def test_plans_are_frozen_hashable_and_say_what_they_do() -> None:
     plan = LinearPlan(route, LinearRoute((3,), (2,), "dense"), keep="x")
     assert hash(plan) == hash(LinearPlan(LinearRoute((1, 2), (2,)), plan.backward, keep="x"))
     with pytest.raises(AttributeError):
-        plan.keep = True  # type: ignore[misc]
+        plan.keep = True
     for number, name in ((False, "x"), (1, "x and z"), (2, "autograd")):
         named = LinearPlan(LinearRoute((3,), (2,)), LinearRoute((3,), (2,)), name)
         assert dataclasses.replace(named, keep=number) == named

@@ -63,7 +63,7 @@ def test_a_compression_says_how_long_before_its_first_fit(
 
     def noted(*args: object, **options: object) -> object:
         asked.extend(record.message for record in caplog.records)
-        return fitted(*args, **options)  # type: ignore[arg-type]
+        return fitted(*args, **options)
 
     monkeypatch.setattr("polyadic.compression.curves.fitted", noted)
     torch.manual_seed(0)

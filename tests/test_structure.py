@@ -263,6 +263,29 @@ def test_files_are_short() -> None:
     assert {path: n for path, n in lines.items() if n > MOST_LINES} == {}
 
 
+def kept_lines(source: str) -> tuple[int, int]:
+    """How many statements the formatter leaves as they are, and how many of them are constants."""
+    tree = ast.parse(source)
+    outside = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+    ends = {
+        node.end_lineno
+        for scope in outside
+        for node in scope.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+    }
+    kept = {i for i, line in enumerate(source.splitlines(), 1) if line.endswith("# fmt: skip")}
+    return len(kept), len(kept & ends)
+
+
+def test_the_formatter_decides_the_lines_of_code() -> None:
+    """Constants alone, which are tables of data, keep the lines that they are written in."""
+    for path in FILES:
+        every, constants = kept_lines(path.read_text(encoding="utf-8"))
+        assert every == constants, path
+    assert kept_lines("A = (\n    1, 2,\n)  # fmt: skip") == (1, 1)
+    assert kept_lines("def f():\n    return (\n        1, 2,\n    )  # fmt: skip") == (1, 0)
+
+
 PUBLIC = [
     pytest.param(module, name, id=f"{module.__name__}.{name}")
     for module in (polyadic, finetune, functional, nn, init, reference)

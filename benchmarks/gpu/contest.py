@@ -355,7 +355,7 @@ def _captured(
         try:
             with ready[name].contestant.inside():
                 pieces[name] = bench.timer.capture(some)
-        except Exception as error:  # noqa: PERF203
+        except Exception as error:  # noqa: PERF203 - the others are still captured
             _failed(bench, cell, mode, "graph", [ready[name].contestant], error)
     return pieces
 

@@ -40,8 +40,9 @@ def skeleton() -> nn.Sequential:
 def flipped_model(folder: Path, step: int) -> dict[str, Any]:
     """Load saved tensors with one bit flipped, for every so many bits."""
     save_pretrained(model(2), folder)
-    load = lambda: from_pretrained(folder, skeleton())  # noqa: E731
-    return {"file": "a saved model", **_flipped(folder / "model.safetensors", step, load)}
+    file = folder / "model.safetensors"
+    flipped = _flipped(file, step, lambda: from_pretrained(folder, skeleton()))
+    return {"file": "a saved model", **flipped}
 
 
 def flipped_checkpoint(file: Path, step: int) -> dict[str, Any]:

@@ -135,16 +135,10 @@ def _low_rank(layer: Layer, ratio: float, moment: Tensor | None) -> nn.Module:
 
 def low_rank_conv(layer: nn.Conv2d, rank: int) -> nn.Sequential:
     """A convolution to ``rank`` channels and a 1×1 one: a (Cout, Cin·kh·kw) matrix of that rank."""
+    own: Any = layer
+    where = own.kernel_size, own.stride, own.padding, own.dilation
     return nn.Sequential(
-        nn.Conv2d(
-            layer.in_channels,
-            rank,
-            layer.kernel_size,
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,
-            layer.dilation,
-            bias=False,
-        ),  # type: ignore[arg-type]
+        nn.Conv2d(own.in_channels, rank, *where, bias=False),
         nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None),
     )
 

@@ -76,9 +76,11 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
     write_text(out / "report.html", page)
     results = [r._asdict() for members in grouped.values() for r in members]
     record = {
-        "settings": vars(settings), "environment": where, "models": results,
+        "settings": vars(settings),
+        "environment": where,
+        "models": results,
         "language": [dataclasses.asdict(one) for one in texts],
-    }  # fmt: skip
+    }
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(out / "unfinished")
     console.print(language.verdict(texts), report.digits_verdict(grouped), sep="\n\n")

@@ -392,7 +392,7 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="has no CP adapter 'two'"):
         to_lora(model, "two")
     with pytest.raises(TypeError, match="must be a saved LoRA"):
-        from_lora((CPConfig(), {}), 2)  # type: ignore[arg-type]
+        from_lora((CPConfig(), {}), 2)
     with pytest.raises(ValueError, match="use_dora=True"):
         from_lora((LoraConfig(use_dora=True), {}), 2)
 

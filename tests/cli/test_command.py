@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-typer = pytest.importorskip("typer")
+from polyadic_cli.main import main
 
-from polyadic_cli.main import main  # noqa: E402
+typer = pytest.importorskip("typer")
 
 COMMANDS = ("compress", "plan", "verify")
 SOURCE = Path(__file__).parents[2] / "src"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from polyadic import Report, register_transformers
+from polyadic.nn import CPLinear
+from polyadic_cli.main import main
+
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
-
-from polyadic import Report, register_transformers  # noqa: E402
-from polyadic.nn import CPLinear  # noqa: E402
-from polyadic_cli.main import main  # noqa: E402
 
 WORDS = [
     "[PAD]",

@@ -260,7 +260,7 @@ def test_never_slower() -> None:
         assert small.decision == "dense"
         assert "slower" in small.reason
         assert report.layers[2].decision == "converted"
-        assert all(x.seconds <= x.dense_seconds for x in report.layers)  # type: ignore[operator]
+        assert all(x.seconds <= x.dense_seconds for x in report.layers)
     assert both.ratio >= 2
     # Alone it takes the most faithful of what is admitted.
     assert alone.layers[2].rank >= both.layers[2].rank
@@ -430,7 +430,7 @@ def test_wrong_arguments(given: dict[str, Any], error: type[Exception], text: st
 
 def test_models_without_layers() -> None:
     with pytest.raises(TypeError, match="Module"):
-        polyadic.compress("model", ratio=2)  # type: ignore[type-var]
+        polyadic.compress("model", ratio=2)
     with pytest.raises(ValueError, match="no layer to convert"):
         polyadic.compress(nn.Sequential(nn.ReLU()), ratio=2)
     with pytest.raises(ValueError, match="the model itself"):
@@ -442,7 +442,7 @@ def test_models_without_layers() -> None:
 def test_sizes_of_convolutions_come_from_calibration() -> None:
     for demand in ({"flops_ratio": 2}, {"ratio": 2, "speed": "never-slower"}):
         with pytest.raises(ValueError, match="give calibration="):
-            polyadic.compress(cnn(), **demand)  # type: ignore[arg-type]
+            polyadic.compress(cnn(), **demand)
 
 
 def test_convolutions() -> None:

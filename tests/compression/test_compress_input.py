@@ -88,7 +88,7 @@ def test_shapes_that_do_not_fit_one_of_several_layers() -> None:
 def test_shapes_of_tied_layers_are_those_of_the_table() -> None:
     table, head = ((10, 10), (4, 4)), ((4, 4), (10, 10))
     small, _ = polyadic.compress(Tied(), ratio=4, shapes={"table": table})
-    assert (small.table.in_shape, small.table.out_shape) == table  # type: ignore[union-attr]
+    assert (small.table.in_shape, small.table.out_shape) == table
     for shapes in ({"head": head}, {"table": table, "head": head}):
         with pytest.raises(ValueError, match="give the shapes of table alone"):
             polyadic.compress(Tied(), ratio=4, shapes=shapes)

@@ -213,9 +213,9 @@ def test_dense_layers_keep_torchs_styles(mesh: Any) -> None:
 
 def test_arguments_of_a_style() -> None:
     with pytest.raises(TypeError, match="input_layouts must be a placement"):
-        RankParallel(input_layouts="rows")  # type: ignore[arg-type]
+        RankParallel(input_layouts="rows")
     with pytest.raises(ValueError, match="features must be one of 'in', 'out', 'both'"):
-        FeatureParallel(features="all")  # type: ignore[arg-type]
+        FeatureParallel(features="all")
 
 
 def test_a_mesh_of_two_dimensions_is_refused(mesh: Any) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 import polyadic
+from hatch_build import for_an_index
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from hatch_build import for_an_index  # noqa: E402
 
 
 def test_an_index_shows_no_link_into_the_repository() -> None:

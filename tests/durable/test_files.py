@@ -270,7 +270,7 @@ def test_a_kill_at_any_call_leaves_one_version_that_loads(tmp_path: Path, first:
         save_pretrained(old, folder)
         if first == "unmarked":
             unmarked(folder)
-        if done := ended(child(lambda f=folder, n=number: dying(new, f, n))) == 0:  # type: ignore[misc]
+        if done := ended(child(lambda f=folder, n=number: dying(new, f, n))) == 0:
             break
         loaded = from_pretrained(folder, nn.Sequential(nn.Linear(6, 4)))
         assert loaded[0].cp.rank in (2, 3)

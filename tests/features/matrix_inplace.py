@@ -35,7 +35,7 @@ def eager(layer: Layer) -> None:
         # Convolutions in single precision run in another memory format than in double.
         dtype = torch.complex64 if layer.exact.is_complex else torch.float32
         y = change(copy.deepcopy(module).to(dtype)(x.to(dtype) if x.dtype == layer.exact else x))
-        y.abs().sum().backward()  # type: ignore[no-untyped-call]
+        y.abs().sum().backward()
         # Which entries are dropped depends on their order in memory.
         if name != "dropout":
             assert_near({"y": y.detach()}, {"y": want["y"]}, 1e-5)

@@ -26,7 +26,7 @@ def test_names_may_be_a_generator() -> None:
     names = (name for name in ["0"])
     assert list(match_layers(student, teacher, [torch.randn(8, 12)], names=names, steps=1)) == ["0"]
     with pytest.raises(TypeError, match=r"names must be a sequence .* int 0"):
-        match_layers(student, teacher, [torch.randn(8, 12)], names=0, steps=1)  # type: ignore[arg-type]
+        match_layers(student, teacher, [torch.randn(8, 12)], names=0, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_is_no_function(given: dict[str, Any], error: type[Exception], mess
 def test_match_layers_refuses_a_callback_that_is_no_function() -> None:
     student, teacher = pair()
     with pytest.raises(TypeError, match="callback must be a function or None"):
-        match_layers(student, teacher, [torch.randn(8, 12)], steps=2, callback=3)  # type: ignore[arg-type]
+        match_layers(student, teacher, [torch.randn(8, 12)], steps=2, callback=3)
 
 
 def test_what_a_failed_training_says_of_the_model() -> None:

@@ -336,12 +336,12 @@ def test_nesting_and_undoing_in_any_order(neuralop: Any, calls: list[str]) -> No
 
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="transforms must be True or False"):
-        polyadic.accelerate_neuralop(transforms="yes")  # type: ignore[arg-type]
+        polyadic.accelerate_neuralop(transforms="yes")
     with (
         polyadic.accelerate_neuralop() as acceleration,
         pytest.raises(TypeError, match=r"torch\.nn\.Module"),
     ):
-        acceleration.reasons("model")  # type: ignore[arg-type]
+        acceleration.reasons("model")
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,7 +385,7 @@ def test_reasons_are_given_by_name(calls: Calls) -> None:
             "image": None,
         }
         with pytest.raises(TypeError, match=re.escape("torch.nn.Module, got list")):
-            acceleration.reasons([model])  # type: ignore[arg-type]
+            acceleration.reasons([model])
     assert calls.count == 3
 
 

@@ -125,5 +125,5 @@ def test_what_looks_on_sees_every_product(calls: Calls) -> None:
 def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
     """MKL is slower than oneDNN on AMD's processors."""
     monkeypatch.setattr(cpu, "vendor", lambda: vendor)
-    both = torch.backends.mkl.is_available() and _torch.has_onednn_product  # type: ignore[no-untyped-call]
+    both = torch.backends.mkl.is_available() and _torch.has_onednn_product
     assert cpu.onednn_is_faster() == (both and vendor == "AuthenticAMD")

@@ -73,7 +73,7 @@ def results(layer: nn.Module, call: Any, x: Tensor, grad_y: Tensor) -> dict[str,
     grads = {name: p.grad for name, p in layer.named_parameters()}
     if x.grad is not None:
         grads["x"] = x.grad
-    return {"y": y.detach(), **grads}  # type: ignore[dict-item]
+    return {"y": y.detach(), **grads}
 
 
 def batch(case: Case, size: int) -> tuple[Tensor, Tensor]:

@@ -177,11 +177,11 @@ def test_the_largest_tensor_of_the_khatri_rao_form(case: Case) -> None:
         assert largest_allocation(case, plan=LinearPlan(route, route, keep)) <= largest_ok
 
 
-def test_explicit_pairs_never_build_the_weight() -> None:
-    for case in (LINEAR, LINEAR_LAMBDA, CONV):
-        leaves, grad_y = case.leaves(torch.float32), case.grad_y(torch.float32)
-        made = allocations(lambda: case.cp_backward(grad_y, case.cp_forward(leaves)[1]))  # noqa: B023
-        assert 0 < max(allocation.elements for allocation in made) < dense_size(case)
+@pytest.mark.parametrize("case", params([LINEAR, LINEAR_LAMBDA, CONV]))
+def test_explicit_pairs_never_build_the_weight(case: Any) -> None:
+    leaves, grad_y = case.leaves(torch.float32), case.grad_y(torch.float32)
+    made = allocations(lambda: case.cp_backward(grad_y, case.cp_forward(leaves)[1]))
+    assert 0 < max(allocation.elements for allocation in made) < dense_size(case)
 
 
 def test_allocations_can_fail() -> None:
@@ -313,12 +313,13 @@ def test_no_gradient_keeps_nothing(case: Case) -> None:
 @pytest.mark.parametrize("case", params([c for c in FEW if c.lead and c.differentiable]))
 def test_launches_do_not_grow_with_the_batch(case: Case) -> None:
     """Nothing is done sample by sample."""
-    counts = []
-    for batch in (3, 12):
+    forced = next(case.plans())
+
+    def launched(batch: int) -> int:
         leaves = case.resized(batch).leaves().map(Tensor.requires_grad_)
-        forced = next(case.plans())
-        counts.append(launches(lambda: case.cp(leaves, **forced).sum().backward()))  # noqa: B023
-    assert 0 < counts[0] == counts[1]
+        return launches(lambda: case.cp(leaves, **forced).sum().backward())
+
+    assert 0 < launched(3) == launched(12)
 
 
 def test_fast_memory_may_keep_the_khatri_rao_products() -> None:

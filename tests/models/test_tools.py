@@ -26,7 +26,7 @@ def test_torch_pruning_prunes_around_a_cp_layer(kind: str) -> None:
     """As the page on the rest of torch says: the layer keeps its channels, the others lose some."""
     pruning = imported("torch_pruning")
 
-    class Kept(pruning.BasePruningFunc):  # type: ignore[misc, name-defined]
+    class Kept(pruning.BasePruningFunc):
         def prune_out_channels(self, layer: Any, idxs: Any) -> Any:
             return layer
 

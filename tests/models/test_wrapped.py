@@ -46,14 +46,14 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 
 def unsharded(model: nn.Module) -> nn.Module:
     """Between forward and backward parameters are whole for a while, and still not its own."""
-    fully_sharded(model).unshard()  # type: ignore[attr-defined]
+    fully_sharded(model).unshard()
     assert not any(hasattr(parameter, "placements") for parameter in model.parameters())
     return model
 
 
 def replicated(model: nn.Module) -> nn.Module:
     composable = pytest.importorskip("torch.distributed._composable.replicate")
-    return composable.replicate(model)  # type: ignore[no-any-return]
+    return composable.replicate(model)
 
 
 def tensor_parallel(model: nn.Module) -> nn.Module:
@@ -61,8 +61,8 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    sharded = distribute_tensor(model[2].weight.detach(), mesh, [Shard(0)])  # type: ignore[index]
-    model[2].weight = nn.Parameter(sharded)  # type: ignore[index]
+    sharded = distribute_tensor(model[2].weight.detach(), mesh, [Shard(0)])
+    model[2].weight = nn.Parameter(sharded)
     return model
 
 
@@ -140,11 +140,11 @@ def test_the_plain_model_inside_is_taken() -> None:
 
 
 def test_a_sharded_weight_is_not_fitted() -> None:
-    weight = tensor_parallel(dense())[2].weight  # type: ignore[index]
+    weight = tensor_parallel(dense())[2].weight
     with pytest.raises(ValueError, match="must be whole, got a DTensor"):
         decompose(weight, ((6,), (8,)), 2)
     with pytest.raises(TypeError, match="got a DTensor"):
-        CPLinear.from_linear(tensor_parallel(dense())[2], rank=2)  # type: ignore[index]
+        CPLinear.from_linear(tensor_parallel(dense())[2], rank=2)
 
 
 def test_a_compiled_model_is_no_wrapper() -> None:

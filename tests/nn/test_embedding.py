@@ -390,7 +390,7 @@ def test_tables_that_cannot_be_resized() -> None:
     with pytest.raises(ValueError, match="padding_idx"):
         layer.resize(8)
     with pytest.raises(TypeError, match="num_embeddings must be a positive int"):
-        layer.resize(8.0)  # type: ignore[arg-type]
+        layer.resize(8.0)
     assert layer.num_embeddings == 10
     with pytest.raises(ValueError, match="layer of a joint tensor cannot be resized"):
         CPEmbedding.joint(2, 10, 6, rank=3)[0].resize(12)

@@ -478,7 +478,10 @@ def hook(*_: Any) -> None:
     return None
 
 
-LINEAR = lambda: nn.Linear(4, 6)  # noqa: E731
+def linear() -> nn.Linear:
+    return nn.Linear(4, 6)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no module": (lambda: torch.ones(2, 3), TypeError, "expects a torch.nn.Linear, got Tensor"),
     "another layer": (lambda: nn.Conv1d(4, 6, 1), TypeError, "torch.nn.Linear, got Conv1d"),
@@ -500,55 +503,55 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError, "got its subclass Linear",
     ),
     "parametrized": (
-        lambda: parametrize.register_parametrization(LINEAR(), "weight", Half()) , ValueError,
+        lambda: parametrize.register_parametrization(linear(), "weight", Half()) , ValueError,
         "weight of this layer is parametrized; bake it in: "
         "torch.nn.utils.parametrize.remove_parametrizations",
     ),
     "parametrized bias": (
-        lambda: parametrize.register_parametrization(LINEAR(), "bias", Half()), ValueError,
+        lambda: parametrize.register_parametrization(linear(), "bias", Half()), ValueError,
         "but bias of this layer is parametrized",
     ),
     "weight norm": (
-        lambda: parametrizations.weight_norm(LINEAR()), ValueError, "weight of this layer is param",
+        lambda: parametrizations.weight_norm(linear()), ValueError, "weight of this layer is param",
     ),
     "old weight norm": (
-        lambda: nn.utils.weight_norm(LINEAR()), ValueError,
+        lambda: nn.utils.weight_norm(linear()), ValueError,
         "by WeightNorm; bake it in: torch.nn.utils.remove_weight_norm(layer)",
     ),
     "old spectral norm": (
-        lambda: nn.utils.spectral_norm(LINEAR()), ValueError,
+        lambda: nn.utils.spectral_norm(linear()), ValueError,
         "by SpectralNorm; bake it in: torch.nn.utils.remove_spectral_norm(layer)",
     ),
     "pruned": (
-        lambda: prune.random_unstructured(LINEAR(), "weight", 0.5), ValueError,
+        lambda: prune.random_unstructured(linear(), "weight", 0.5), ValueError,
         "by RandomUnstructured; bake it in: torch.nn.utils.prune.remove(layer, 'weight')",
     ),
     "pruned bias": (
-        lambda: prune.random_unstructured(LINEAR(), "bias", 0.5), ValueError, "nothing attached",
+        lambda: prune.random_unstructured(linear(), "bias", 0.5), ValueError, "nothing attached",
     ),
     "no weight": (
-        lambda: changed(LINEAR(), lambda m: setattr(m, "weight", None)), ValueError,
+        lambda: changed(linear(), lambda m: setattr(m, "weight", None)), ValueError,
         "make it a torch.nn.Parameter",
     ),
     "forward hook": (
-        lambda: changed(LINEAR(), lambda m: m.register_forward_hook(hook)), ValueError,
+        lambda: changed(linear(), lambda m: m.register_forward_hook(hook)), ValueError,
         "has the forward hook hook, which the CP layer would not have; remove it",
     ),
     "forward pre-hook": (
-        lambda: changed(LINEAR(), lambda m: m.register_forward_pre_hook(hook)), ValueError,
+        lambda: changed(linear(), lambda m: m.register_forward_pre_hook(hook)), ValueError,
         "the forward pre-hook hook",
     ),
     "backward hook": (
-        lambda: changed(LINEAR(), lambda m: m.register_full_backward_hook(hook)), ValueError,
+        lambda: changed(linear(), lambda m: m.register_full_backward_hook(hook)), ValueError,
         "the backward hook hook",
     ),
     "backward pre-hook": (
-        lambda: changed(LINEAR(), lambda m: m.register_full_backward_pre_hook(hook)), ValueError,
+        lambda: changed(linear(), lambda m: m.register_full_backward_pre_hook(hook)), ValueError,
         "the backward pre-hook hook",
     ),
-    "own forward": (lambda: changed(LINEAR(), own_forward), ValueError, "a forward of its own"),
+    "own forward": (lambda: changed(linear(), own_forward), ValueError, "a forward of its own"),
     "an adapter": (
-        lambda: changed(LINEAR(), lambda m: m.add_module("lora", nn.Linear(4, 2))), ValueError,
+        lambda: changed(linear(), lambda m: m.add_module("lora", nn.Linear(4, 2))), ValueError,
         "the part lora",
     ),
     "meta": (lambda: nn.Linear(4, 6, device="meta"), ValueError, "meta device; load it first"),
@@ -558,7 +561,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "sparse": (
         lambda: changed(
-            LINEAR(), lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.to_sparse()))
+            linear(), lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.to_sparse()))
         ),
         TypeError, "of layout torch.sparse_coo",
     ),

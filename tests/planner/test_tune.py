@@ -197,7 +197,7 @@ def test_where_nothing_can_be_tuned() -> None:
     with pytest.raises(ValueError, match="reaches no CP layer"):
         polyadic.tune(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(TypeError, match="must be a torch"):
-        polyadic.tune(torch.relu, torch.randn(2, 4))  # type: ignore[arg-type]
+        polyadic.tune(torch.relu, torch.randn(2, 4))
 
 
 def test_plans_that_another_process_has_stored_stay() -> None:

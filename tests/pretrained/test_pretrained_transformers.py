@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -261,7 +261,7 @@ def test_the_bias_of_a_new_head_is_zero(tmp_path: Path) -> None:
     class WithHead(transformers.PreTrainedModel):
         config_class = transformers.BertConfig
         base_model_prefix = "model"
-        _tied_weights_keys = {"head.weight": "model.embed.weight"}  # noqa: RUF012
+        _tied_weights_keys: ClassVar = {"head.weight": "model.embed.weight"}
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

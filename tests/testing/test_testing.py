@@ -59,12 +59,12 @@ class TestKeptBytes:
         assert kept.total == 0
 
     def test_on_meta_tensors_it_counts_the_same(self) -> None:
-        counted = []
-        for device in ("cpu", "meta"):
+        def counted(device: str) -> int:
             layer = CPLinear(12, 8, rank=3, device=device)
             x = torch.empty(5, 12, device=device)
-            counted.append(kept_bytes(lambda: layer(x), layer.parameters()))  # noqa: B023
-        assert counted[0] == counted[1] > 0
+            return kept_bytes(lambda: layer(x), layer.parameters())
+
+        assert counted("cpu") == counted("meta") > 0
 
 
 def test_live_bytes_know_sparse_gradients() -> None:

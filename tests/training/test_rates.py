@@ -86,13 +86,13 @@ def test_sgd_moves_the_tensor_by_the_projected_gradient() -> None:
 
 def test_every_parameter_stands_once_and_the_rest_keeps_the_rate() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), CPLinear(12, 12, rank=3), nn.LayerNorm(12))
-    model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+    model[0].bias.requires_grad_(False)
     groups = polyadic.param_groups(model, 1e-3, 0.05)
     every = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in every} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(every) == len({id(p) for p in every})
     assert (groups[0]["lr"], groups[0]["weight_decay"]) == (1e-3, 0.05)
-    assert any(p is model[2].bias for p in groups[0]["params"])  # type: ignore[union-attr]
+    assert any(p is model[2].bias for p in groups[0]["params"])
     assert all(group["lr"] > 1e-3 for group in groups[1:])
 
 
@@ -148,7 +148,7 @@ def test_a_scheduler_keeps_the_ratios(scheduler: str) -> None:
 def test_lightning_takes_the_groups(tmp_path: Any) -> None:
     lightning = pytest.importorskip("pytorch_lightning")
 
-    class Model(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Model(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.layer = CPLinear(8, 8, rank=2)

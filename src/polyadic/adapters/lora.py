@@ -187,7 +187,8 @@ def _loaded(
                 )
         config = PeftConfig.from_pretrained(str(adapter))
         with opened(Path(adapter) / SAFETENSORS_WEIGHTS_NAME) as weights:
-            state: Any = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            names = weights.keys()
+            state: Any = dict(zip(names, map(weights.get_tensor, names), strict=True))
     elif isinstance(adapter, tuple) and len(adapter) == 2:
         config, state = adapter
     else:

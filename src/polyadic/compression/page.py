@@ -41,7 +41,7 @@ def html(title: str, lead: str, summary: Sequence[str], layers: Sequence[LayerRe
         ImportError: matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401 - whether it is there
     except ImportError as error:
         raise ImportError(
             "the plots of the report need matplotlib: pip install 'polyadic[compress]'"

@@ -118,7 +118,7 @@ def _locked_folder(path: Path, mark: str) -> tuple[Path, BinaryIO]:
         folder = path.with_name(f"{mark}{secrets.token_hex(8)}.part")
         folder.mkdir()
         with suppress(FileNotFoundError):
-            lock = open(folder / "lock", "xb")  # noqa: SIM115
+            lock = open(folder / "lock", "xb")  # noqa: SIM115 - the caller closes it
             # Until it is locked, another process may take the folder for that of a dead one.
             if _locked(lock.fileno()) and (folder / "lock").exists():
                 return folder, lock

@@ -157,7 +157,7 @@ class Loop:
             loss = self._loss(batch)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the parameters that are trained")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         value = loss.item()
         norm = 0.0
         if settings.clip is not None:

@@ -266,7 +266,7 @@ def _traced(
 ) -> Tensor:
     if layer_map.autograd_backward or not torch.is_grad_enabled() or exporting():
         return layer_map.forward(x, bias, factors)[0]
-    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]
+    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
     return y.movedim(-1, 1) if layer_map.output_channels_last else y
 
 
@@ -276,7 +276,7 @@ def _eager(
     if layer_map.autograd_backward or not torch.is_grad_enabled():
         return layer_map.forward(x, bias, factors)[0]
     if transforms_active() or forward_mode_level() >= 0:
-        y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]
+        y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
         return y
     bias = None if bias is None else unwrap_if_dead(bias)
     y = _apply_eager(layer_map, unwrap_if_dead(x), bias, *map(unwrap_if_dead, factors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from polyadic.functional.boundary import Call, Groups, gradients, joined
 from polyadic.plans import ConvPlan, LinearPlan
 
 
+@dataclass(frozen=True, repr=False)
 class Saved:
     """Base of the dataclasses that an explicit forward hands to its backward."""
 
@@ -20,7 +22,7 @@ class Saved:
     def nbytes(self) -> int:
         """Bytes of all tensors held: input, intermediates and factors."""
         held: list[Any] = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             held += value if isinstance(value, tuple) else (value,)
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
@@ -29,7 +31,7 @@ class Saved:
         """Say the shapes of the tensors, and the plan."""
         parts = [
             f"{field.name}={_short(getattr(self, field.name))}"
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            for field in dataclasses.fields(self)
         ]
         return f"{type(self).__name__}({', '.join(parts)}, nbytes={self.nbytes})"
 

@@ -50,7 +50,7 @@ def vendor() -> str:
 
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies large float32 matrices faster here than torch's BLAS does."""
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    mkl: bool = torch.backends.mkl.is_available()
     return mkl and has_onednn_product and vendor() == "AuthenticAMD"
 
 
@@ -115,7 +115,7 @@ def product_in_onednn(x: Tensor, matrix: Tensor, columns: int) -> bool:
 @not_traced
 def in_onednn(dtype: torch.dtype) -> bool:
     """Whether convolutions of this dtype run in oneDNN; torch's own depthwise ones are slow."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
         return onednn_has_bfloat16()

@@ -230,18 +230,18 @@ def _mttkrp_shapes(
     return [factor.new_empty(factor.shape) for factor in factors]
 
 
-_LIBRARY = torch.library.Library("polyadic", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("polyadic", "FRAGMENT")
+_LIBRARY.define(
     "khatri_rao(Tensor[] factors, int[] lengths, ScalarType dtype, int padded) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.define(  # type: ignore[no-untyped-call]
+_LIBRARY.define(
     "mttkrp(Tensor[] d_matrices, Tensor[] factors, int[] lengths) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("khatri_rao", _khatri_rao_on_cuda, "CUDA")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("khatri_rao", _khatri_rao_on_cpu, "CPU")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("mttkrp", _mttkrp_on_cuda, "CUDA")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("mttkrp", _mttkrp_on_cpu, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("khatri_rao", _khatri_rao_on_cuda, "CUDA")
+_LIBRARY.impl("khatri_rao", _khatri_rao_on_cpu, "CPU")
+_LIBRARY.impl("mttkrp", _mttkrp_on_cuda, "CUDA")
+_LIBRARY.impl("mttkrp", _mttkrp_on_cpu, "CPU")
 torch.library.register_fake("polyadic::khatri_rao", _khatri_rao_shapes, lib=_LIBRARY)
 torch.library.register_fake("polyadic::mttkrp", _mttkrp_shapes, lib=_LIBRARY)

@@ -61,7 +61,7 @@ class GpuClock:
 
     def work(self, run: Run) -> float:
         """Return the median time of one call of a replayed graph."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The first calls choose, load and allocate things, which a capture does not allow.
         with torch.cuda.stream(stream):
@@ -97,4 +97,4 @@ class GpuClock:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)

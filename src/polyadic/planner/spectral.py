@@ -214,10 +214,15 @@ def _one_dimension(request: Request, end: End, d: int, way: Transform) -> list[S
         padded = flops * (-(-trail // lanes) * lanes)
         return [
             Step(
-                label, "gemm", flops * trail, nbytes, views=2, elements=lead * k * trail,
+                label,
+                "gemm",
+                flops * trail,
+                nbytes,
+                views=2,
+                elements=lead * k * trail,
                 padded_flops=padded,
             )
-        ]  # fmt: skip
+        ]
     # A radix-2 transform of n complex numbers is about 5 n log n operations; of real ones half.
     passes = math.log2(max(2, n))
     if last:

@@ -184,13 +184,13 @@ def _made(name: str, config: LayerConfig, owner: nn.Module | None) -> nn.Module:
 def _build(config: LayerConfig, owner: Any) -> nn.Module:
     cls: Any = config.row.cp
     if config.family == "head":
-        head = cls(owner, config.arguments["bias"])
+        head: nn.Module = cls(owner, config.arguments["bias"])
         sizes = {key: getattr(head, key) for key in ("in_features", "out_features")}
         if any(config.arguments[key] != size for key, size in sizes.items()):
             raise ValueError(f"the embedding it is tied to makes it a layer of {sizes}")
         if config.joint is not None:
             head.cp = _tensor(owner).layer(*config.joint[1])
-        return head  # type: ignore[no-any-return]
+        return head
     # A spectral convolution is told the dtype of its maps, which are real.
     dtype = config.dtype.to_real() if config.family == "spectral" else config.dtype
     layer: Any = cls(**config.arguments, device="meta", dtype=dtype)

@@ -111,7 +111,7 @@ class Allocation:
     elements: int
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):
     """Notes, within a ``with`` block, the operators that reach torch's dispatcher below autograd.
 
     Attributes:
