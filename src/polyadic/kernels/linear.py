@@ -137,9 +137,8 @@ class LinearMap:
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
         elif _in_pairs(x, route):
-            return self._backward_in_pairs(
-                grad_y, x, kept, in_factors, out_factors, wrt_x, wrt_in, wrt_out
-            )
+            wrt = wrt_x, wrt_in, wrt_out
+            return self._backward_in_pairs(grad_y, x, kept, in_factors, out_factors, wrt)
         else:
             if kept:
                 z = unpadded(kept[0], in_factors[0].shape[1])
@@ -164,15 +163,13 @@ class LinearMap:
         kept: Sequence[Tensor],
         in_factors: Sequence[Tensor],
         out_factors: Sequence[Tensor],
-        wrt_x: bool,
-        wrt_in: bool,
-        wrt_out: bool,
+        wrt: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """``backward`` with the matrices of both sides at once, and all factors' gradients at once.
 
         KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
         """
-        by = self.plan.backward.by
+        by, (wrt_x, wrt_in, wrt_out) = self.plan.backward.by, wrt
         alone = _numbers_alone(x, (*in_factors, *out_factors, grad_y, *kept), self.plan.backward)
         wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
         wanted: list[Sequence[Tensor]] = []
