@@ -42,7 +42,6 @@ class Model(nn.Module):
 
 
 QUERIES = ["blocks.0.query", "blocks.1.query"]
-KEYS = ["blocks.0.key", "blocks.1.key"]
 INNER = ["blocks.0.query", "blocks.0.key", "blocks.1.query", "blocks.1.key"]
 
 
