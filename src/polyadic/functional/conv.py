@@ -255,22 +255,8 @@ def cp_conv(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
     """
-    return call(
-        _settle,
-        x,
-        (out_factors, in_factors, kernel_factors),
-        bias,
-        weights,
-        False,
-        stride,
-        padding,
-        None,
-        dilation,
-        groups,
-        padding_mode,
-        plan,
-        memory,
-    )
+    options = False, stride, padding, None, dilation, groups, padding_mode, plan, memory
+    return call(_settle, x, (out_factors, in_factors, kernel_factors), bias, weights, *options)
 
 
 def cp_conv_transpose(
@@ -320,22 +306,8 @@ def cp_conv_transpose(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
     """
-    return call(
-        _settle,
-        x,
-        (out_factors, in_factors, kernel_factors),
-        bias,
-        weights,
-        True,
-        stride,
-        padding,
-        output_padding,
-        dilation,
-        groups,
-        "zeros",
-        plan,
-        memory,
-    )
+    options = True, stride, padding, output_padding, dilation, groups, "zeros", plan, memory
+    return call(_settle, x, (out_factors, in_factors, kernel_factors), bias, weights, *options)
 
 
 def cp_conv_forward(
@@ -372,18 +344,9 @@ def cp_conv_forward(
         TypeError: see ``cp_conv``.
         ValueError: see ``cp_conv``.
     """
+    sides, where = (out_factors, in_factors, kernel_factors), (stride, padding, dilation)
     found = _checked(
-        x,
-        (out_factors, in_factors, kernel_factors),
-        weights,
-        False,
-        False,
-        (stride, padding, dilation),
-        groups,
-        "zeros",
-        plan,
-        "balanced",
-        rebuild=False,
+        x, sides, weights, False, False, where, groups, "zeros", plan, "balanced", rebuild=False
     )
     y, kept = explicit_forward(found.call(x), x, found.groups, weights)
     fmt, geometry = found.fmt, found.geometry
