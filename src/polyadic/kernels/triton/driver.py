@@ -118,9 +118,16 @@ class Code:
             parameters = _Parameters(*self.sizes)
         self.write(parameters.memory, 0, *values)
         status = self.launch(
-            self.function, *grid, self.threads, 1, 1, self.shared,
-            current_raw_stream(self.index), parameters.addresses, None,
-        )  # fmt: skip
+            self.function,
+            *grid,
+            self.threads,
+            1,
+            1,
+            self.shared,
+            current_raw_stream(self.index),
+            parameters.addresses,
+            None,
+        )
         self.free.append(parameters)
         return status == 0
 
