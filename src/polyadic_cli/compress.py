@@ -305,8 +305,8 @@ def _recovered(
     )
     before = recovery.validations[0][1]
     return (
-        f"{steps} steps of recovery: the squared difference of the outputs on calibration texts "
-        f"fell from {before:.3g} to {recovery.best:.3g}"
+        f"that was before {steps} steps of recovery, in which the squared difference of the "
+        f"outputs on calibration texts fell from {before:.3g} to {recovery.best:.3g}"
     )
 
 

@@ -493,6 +493,7 @@ def test_outputs_and_positions_that_count_can_be_chosen() -> None:
     )  # fmt: skip
     first, second = report.layers
     assert first.importance == 0
+    assert first.parameters == first.dense_parameters / 2
     assert second.importance > 0
     _, clean = polyadic.compress(
         Two(), ratio=2, calibration=[{"x": x[:, :6], "mask": mask[:, :6]}], orders=(1,),
@@ -500,6 +501,61 @@ def test_outputs_and_positions_that_count_can_be_chosen() -> None:
     )  # fmt: skip
     assert second.importance == pytest.approx(clean.layers[1].importance, rel=1e-4)
     assert second.output_error == pytest.approx(clean.layers[1].output_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 4}, {"flops_ratio": 4}, {"max_error": 0.4}])
+def test_a_layer_without_effect_is_not_crushed(budget: dict[str, float]) -> None:
+    """A head that the outputs do not show would seem to be perfect at rank 1."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Linear(64, 64)
+            self.pooler = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.pooler(x)
+            return self.body(x)
+
+    _, report = polyadic.compress(Encoder(), calibration=[rows(128, 64)], orders=(1, 2), **budget)
+    pooler = report.layers[1]
+    assert pooler.importance == 0
+    assert "changes none of the outputs that count" in pooler.reason
+    assert pooler.decision == "converted"
+    assert pooler.parameters >= pooler.dense_parameters / budget.get("ratio", 1e9)
+    assert pooler.flops is not None
+    assert pooler.dense_flops is not None
+    assert pooler.flops >= pooler.dense_flops / budget.get("flops_ratio", 1e9)
+    assert pooler.predicted_error is not None
+    assert pooler.predicted_error <= budget.get("max_error", 1)
+
+
+def test_ranks_at_the_end_of_their_curves_are_noted() -> None:
+    """The curves of CP formats end near the budget's average; plain low rank's is whole."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            made = [CPLinear(64, 64, rank=r, order=2, bias=False) for r in (60, 2)]
+            self.loud, self.quiet = (layer.to_linear() for layer in made)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1000 * self.loud(x) + self.quiet(x.flip(-1))
+
+    torch.manual_seed(0)
+    asked = {"ratio": 4, "calibration": [rows(128, 64)], "dry_run": True}
+    _, report = polyadic.compress(Branches(), orders=(2,), **asked)
+    loud, quiet = report.layers
+    assert loud.rank == loud.curves[0].ranks[-1]
+    assert loud.reason.endswith("the largest rank whose error was estimated")
+    assert "largest" not in quiet.reason
+    (note,) = report.notes
+    assert note.startswith("1 layer has the largest rank")
+    _, low = polyadic.compress(Branches(), orders=(1,), **asked)
+    assert not low.notes
+    _, given = polyadic.compress(Branches(), orders=(2,), rank_pattern={"loud": 40}, **asked)
+    assert not given.notes
 
 
 def test_the_same_seed_gives_the_same(tmp_path: Path) -> None:
@@ -611,9 +667,11 @@ def test_too_few_rows_of_calibration_are_noted() -> None:
     [
         (0.01, 2.0, "The model is 2.00 times smaller, its layers are predicted 2.00 times as fast, "
          "and its outputs change by 1 %."),
-        (0.69, 0.5, "its outputs change by 69 %. That is much for most uses: recover it by "
-         "polyadic.finetune.distill, which is --recover on the command line, or choose a smaller "
-         "budget. The option speed='never-slower' leaves those dense that would be slower."),
+        (0.2, 2.0, "its outputs change by 20 %. That is too much for most uses: recover it by "),
+        (0.69, 0.5, "its outputs change by 69 %. The model is not usable without recovery: recover "
+         "it by polyadic.finetune.distill, which is --recover on the command line, or choose a "
+         "smaller budget. The option speed='never-slower' leaves those dense that would be "
+         "slower."),
         (None, 2.0, "how much its outputs change is not known without calibration batches."),
     ],
 )  # fmt: skip

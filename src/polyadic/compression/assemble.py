@@ -61,7 +61,7 @@ def report_of(
         budget=str(budget),
         layers=tuple(layers[name] for name in sorted(layers, key=lambda n: order[n])),
         dry_run=dry_run,
-        notes=_notes(every, evidence),
+        notes=(*_few_rows(every, evidence), *_ends(every, outcome.chosen)),
         calibrated=evidence.calibration is not None,
         seed=seed,
         model_parameters=size,
@@ -142,7 +142,7 @@ def _skipped(name: str, layer: nn.Module, why: str) -> LayerReport:
     )
 
 
-def _notes(every: Sequence[Options], evidence: Evidence) -> tuple[str, ...]:
+def _few_rows(every: Sequence[Options], evidence: Evidence) -> tuple[str, ...]:
     """A warning of layers with more features than calibration has rows.
 
     Fewer rows than features leave directions of the input unseen, in which a fit may err freely.
@@ -163,4 +163,16 @@ def _notes(every: Sequence[Options], evidence: Evidence) -> tuple[str, ...]:
         f"{layers} more features than the calibration batches have rows, such "
         f"as {name} with {features} features and about {rows} rows: errors on other inputs "
         f"will be larger than these, give more batches",
+    )
+
+
+def _ends(every: Sequence[Options], chosen: Sequence[Option]) -> tuple[str, ...]:
+    """A note of layers whose rank may be too small, as their curves were not followed further."""
+    ends = [o for o, x in zip(every, chosen, strict=True) if o.ends_the_curve(x)]
+    if not ends:
+        return ()
+    layers = "1 layer has" if len(ends) == 1 else f"{len(ends)} layers have"
+    return (
+        f"{layers} the largest rank whose error was estimated, such as {ends[0].target.name}: more "
+        f"of the budget may be better spent there, try a larger rank by rank_pattern",
     )

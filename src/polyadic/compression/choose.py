@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from polyadic.compression.allocate import UnreachableError, allocate
 from polyadic.compression.budget import Budget
 from polyadic.compression.costs import Cost
-from polyadic.compression.weigh import Option, Options
+from polyadic.compression.weigh import WITHOUT_EFFECT, Option, Options
 
 
 def choose(every: Sequence[Options], budget: Budget, limit: float | None = None) -> list[Option]:
@@ -77,6 +77,16 @@ def _unreachable(every: Sequence[Options], budget: Budget, least: float) -> str:
 
 def reason(options: Options, option: Option, budget: Budget) -> str:
     """Say in words why a target gets an option."""
+    said = [_compared(options, option, budget)]
+    if options.without_effect and option.curve is not None:
+        said.append(f"{WITHOUT_EFFECT}, and is reduced no more than the budget asks on average")
+    if options.ends_the_curve(option):
+        said.append("the largest rank whose error was estimated")
+    return "; ".join(said)
+
+
+def _compared(options: Options, option: Option, budget: Budget) -> str:
+    """Name the option, beside what the other formats would have done."""
     if option.curve is None:
         return options.reason_to_stay or (
             f"the budget is better spent so: its importance is {options.importance:.3g}, and fewer "

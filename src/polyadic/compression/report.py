@@ -18,8 +18,9 @@ from polyadic.compression.page import html
 from polyadic.durable.files import write_text
 
 FORMAT_VERSION = 1
-# A relative change of the outputs beyond which a model is hardly usable as it is.
-MUCH = 0.1
+# Relative changes of the outputs beyond which a model is worse for most uses, and beyond which
+# it cannot be used as it is.
+MUCH, TOO_MUCH = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,15 @@ class Report:
             word = "are predicted to change" if self.output_error is None else "change"
             said += f", and its outputs {word} by {100 * change:.2g} %"
             if change > MUCH:
+                if change > TOO_MUCH:
+                    state = "would not be" if self.dry_run else "is not"
+                    judged = f"the model {state} usable without recovery"
+                else:
+                    judged = "that is too much for most uses"
                 advice.insert(
                     0,
-                    "that is much for most uses: recover it by polyadic.finetune.distill, which is "
-                    "--recover on the command line, or choose a smaller budget",
+                    f"{judged}: recover it by polyadic.finetune.distill, which is --recover on the "
+                    f"command line, or choose a smaller budget",
                 )
         return ". ".join(text[0].upper() + text[1:] for text in [said, *advice]) + "."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,14 @@ from polyadic.compression.arguments import Callback
 from polyadic.compression.budget import Budget
 from polyadic.compression.calibration import Calibration, Evidence
 from polyadic.compression.costs import Calls, Cost, cp_cost, dense_cost
-from polyadic.compression.curves import DAMPING, Curve, approximation, curves, fitted
+from polyadic.compression.curves import (
+    DAMPING,
+    ROUNDING,
+    Curve,
+    approximation,
+    curves,
+    fitted,
+)
 from polyadic.compression.kept import curves_from_plain, curves_to_plain
 from polyadic.compression.targets import Target
 from polyadic.durable.pieces import Pieces
@@ -23,6 +30,8 @@ from polyadic.formats import Rank
 
 # Fraction of the parameters at which a layer's effect is measured where the budget names none.
 PROBED = 1 / 4
+# Said of a layer whose error changes no output, so that any error of it would seem to cost nothing.
+WITHOUT_EFFECT = "changes none of the outputs that count"
 # Ranks of one curve that are weighed; between neighbours parameters differ by a few percent.
 MOST_RANKS = 96
 
@@ -56,6 +65,7 @@ class Options:
         converted: all other options that the budget admits.
         fixed: whether a rank was asked for, so that the dense weight is no option.
         reason_to_stay: why there are no other options, or empty.
+        without_effect: whether no error of the target changed the outputs that count.
     """
 
     target: Target
@@ -65,6 +75,7 @@ class Options:
     converted: tuple[Option, ...]
     fixed: bool
     reason_to_stay: str
+    without_effect: bool = False
 
     @property
     def allowed(self) -> list[Option]:
@@ -74,6 +85,13 @@ class Options:
     def loss(self, option: Option) -> float:
         """What an option adds to the squared error of the whole."""
         return self.importance * option.error**2
+
+    def ends_the_curve(self, option: Option) -> bool:
+        """Whether a larger rank would save parameters too, but its error was not estimated."""
+        if self.fixed or option.curve is None or not option.curve.fits:
+            return False
+        most = (self.target.dense_parameters - 1) // option.curve.candidate.per_rank
+        return option.rank == option.curve.ranks[-1] < most
 
 
 def weigh(
@@ -91,7 +109,8 @@ def weigh(
     stands for the squared relative error of the model. Without calibration it is the target's
     share of the squared Frobenius norm of all weights. With calibration it is measured: the weight
     is replaced by an approximation of error e₀, the squared relative change δ of the model's
-    outputs is taken, and s = δ / e₀².
+    outputs is taken, and s = δ / e₀². A target with δ = 0 is reduced by no more than the budget
+    asks of all targets together: nothing tells how large its error may be.
 
     Args:
         targets: what is converted.
@@ -118,9 +137,10 @@ def weigh(
         piece = pieces.get(f"curves-{i}", measure)
         known, importance = curves_from_plain(target, piece["curves"]), piece["importance"]
         fixed = asked is not None and bool(known)
-        found.append(
-            _options(target, known, importance, evidence.calls, budget, fixed, reason_to_stay)
-        )
+        options = _options(target, known, importance, evidence.calls, budget, fixed, reason_to_stay)
+        if options.converted and not fixed and evidence.calibration is not None and not importance:
+            options = _without_effect(options, budget)
+        found.append(options)
     tell("curves", len(targets), len(targets), "")
     return found
 
@@ -173,7 +193,8 @@ def _effect(
     if fit is None:
         fit = fitted(target, curve.candidate, rank, metric, seed=seed, damping=DAMPING)
     changed = calibration.effect(target.layer, approximation(target, curve.candidate, fit))
-    return changed / max(fit.error, 1e-6) ** 2
+    importance = changed / max(fit.error, ROUNDING) ** 2
+    return 0.0 if importance < ROUNDING**2 else importance
 
 
 def _options(
@@ -200,6 +221,24 @@ def _options(
     if not found and not reason_to_stay:
         reason_to_stay = "; ".join(refused) or _too_small(target)
     return Options(target, tuple(curves), importance, dense, tuple(found), fixed, reason_to_stay)
+
+
+def _without_effect(options: Options, budget: Budget) -> Options:
+    """Leave those options that ask no more of a target than the budget asks of all together."""
+    dense = options.dense.cost
+
+    def modest(option: Option) -> bool:
+        if budget.kind == "ratio":
+            return option.cost.parameters * budget.value >= dense.parameters
+        if budget.kind == "flops_ratio":
+            assert option.cost.flops is not None
+            assert dense.flops is not None
+            return option.cost.flops * budget.value >= dense.flops
+        return budget.kind == "speed" or option.error <= budget.value
+
+    left = tuple(option for option in options.converted if modest(option))
+    reason = "" if left else f"{WITHOUT_EFFECT}, and at every rank its own error exceeds the budget"
+    return replace(options, converted=left, reason_to_stay=reason, without_effect=True)
 
 
 def ranks_of(curve: Curve) -> list[int]:
