@@ -10,12 +10,16 @@ if TYPE_CHECKING:
 
     import polyadic
     from polyadic import finetune
-    from polyadic.nn import CPLinear
+    from polyadic.nn import CPConvTranspose1d, CPLinear
 
-    DENSE, X = nn.Linear(8, 8), torch.ones(2, 8)
+    DENSE, UP, X = nn.Linear(8, 8), nn.ConvTranspose1d(8, 8, 2), torch.ones(2, 8)
     CPLinear(8, 8, rank="break_even")  # type: ignore[arg-type]
     CPLinear(8, 8, rank=2, memory="small")  # type: ignore[arg-type]
     CPLinear.from_linear(DENSE, rank=2, iteration=5)  # type: ignore[call-arg]
+    CPLinear.joint(2, 8, 8, rank=2, memry="fast")  # type: ignore[call-arg]
+    CPLinear.joint(2, 8, 8, rank="break_even")  # type: ignore[arg-type]
+    CPLinear.joint_from([DENSE], rank=2, iteration=5)  # type: ignore[call-arg]
+    CPConvTranspose1d.from_conv_transpose(UP, rank=2, iteration=5)  # type: ignore[call-arg]
     polyadic.compress(DENSE, ratio=2, iteration=5)  # type: ignore[call-arg]
     polyadic.compress(DENSE, ratio=2, speed="fast")  # type: ignore[arg-type]
     polyadic.decompose(DENSE.weight, ((8,), (8,)), 2, start="best")  # type: ignore[arg-type]

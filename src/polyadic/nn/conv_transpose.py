@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from polyadic import checks, functional
 from polyadic.formats import ConvFormat, Rank, Shape
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
-from polyadic.nn.convert import Fitted, convert, revert
+from polyadic.nn.convert import FitOptions, Fitted, convert, revert
 from polyadic.nn.inputs import call_recorded
 from polyadic.plans import Memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Transposed = TypeVar("Transposed", bound="_CPConvTranspose")
 
@@ -102,7 +105,7 @@ class _CPConvTranspose(CPConvBase):
         out_shape: Sequence[int] | None = None,
         memory: Memory = "balanced",
         cp: Fitted | None = None,
-        **fit: Any,
+        **fit: Unpack[FitOptions],
     ) -> Transposed:
         """Make the CP layer whose kernel is fitted to that of torch's transposed convolution.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from polyadic.formats import Rank, Shape
 from polyadic.nn.layer import CPLayer
 from polyadic.nn.peak import peak_bytes
 from polyadic.nn.source import weight_of
+from polyadic.plans import Memory
 from polyadic.tensor import CPTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Layer = TypeVar("Layer", bound=CPLayer)
 Fitted = CPTensor | Decomposition
@@ -29,6 +33,15 @@ class FitOptions(SweepOptions, total=False):
     metric: Tensor | None
     seed: int
     callback: Callback | None
+
+
+class JointOptions(FitOptions, total=False):
+    """What ``joint_from`` takes besides: arguments of a layer, and options of the fit."""
+
+    order: int
+    in_shape: Sequence[int] | None
+    out_shape: Sequence[int] | None
+    memory: Memory
 
 
 class Exchangeable(CPLayer):
@@ -55,7 +68,7 @@ class Exchangeable(CPLayer):
         *,
         rank: Rank | None = None,
         cp: Fitted | None = None,
-        **options: Any,
+        **options: Unpack[JointOptions],
     ) -> nn.ModuleList:
         """Make layers that share one CP tensor, see ``joint``, in the place of torch layers.
 
@@ -87,9 +100,9 @@ class Exchangeable(CPLayer):
                     f"weights that share a CP tensor must have one shape, dtype, device and "
                     f"requires_grad, got {(kinds[0], flags[0])} in layer 0 and {kind} in layer {i}"
                 )
-        options, fit = _split(options)
+        own, fit = _split(options)
         given = _given(cp, rank, fit, 1)
-        made = _empty(cls, list(layers), rank, given, options)
+        made = _empty(cls, list(layers), rank, given, own)
         groups = made[0].cp.tensorized_shape
         if given is None:
             stacked = torch.stack([made[0]._fit_target(weight) for weight in weights])

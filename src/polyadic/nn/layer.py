@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from polyadic.planner.request import Request, request
 from polyadic.planner.search import WORD_ROWS, rank_of_word
 from polyadic.plans import Memory
 from polyadic.tensor import CPTensor, check_fits_memory
+
+# The arguments of a layer's constructor.
+Arguments = ParamSpec("Arguments")
 
 
 class CPLayer(Weighted):
@@ -174,7 +177,10 @@ class CPLayer(Weighted):
 
     @classmethod
     def joint(
-        cls, layers: int | Sequence[Mapping[str, Any]], *args: Any, **options: Any
+        cls: Callable[Arguments, CPLayer],
+        layers: int | Sequence[Mapping[str, Any]],
+        *args: Arguments.args,
+        **options: Arguments.kwargs,
     ) -> nn.ModuleList:
         """Make layers that share one CP tensor, with a mode in front that tells them apart.
 
@@ -199,9 +205,10 @@ class CPLayer(Weighted):
                 does not fit.
         """
         each = _differences(layers)
-        first = cls(*args, **{**options, **each[0], "device": "meta"})
-        rank = first._resolved(options["rank"], options.get("device"), options.get("dtype"), each)
-        made = [cls(*args, **{**options, **own, "rank": rank}) for own in each]
+        kind, given = cast("type[CPLayer]", cls), cast("dict[str, Any]", options)
+        first = kind(*args, **{**given, **each[0], "device": "meta"})
+        rank = first._resolved(given["rank"], given.get("device"), given.get("dtype"), each)
+        made = [kind(*args, **{**given, **own, "rank": rank}) for own in each]
         kinds = dict.fromkeys(layer._kind() for layer in made)
         if len(kinds) > 1:
             raise ValueError(
