@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:  # only the function is wanted, as by the tests
     MetadataHookInterface = object
 
-_LINK = re.compile(r"(?P<figure>!?)\[(?P<words>[^\]]*)\]\((?!\w+://)(?P<target>[^)]+)\)")
+_LINK = re.compile(r"(?P<figure>!?)\[(?P<words>[^\]]*)\]\((?!\w+://|#)(?P<target>[^)]+)\)")
 
 
 def for_an_index(text: str, repository: str | None = None) -> str:

@@ -19,6 +19,8 @@ MARK = "training"
 # What counts as the same loss, in nats.
 WITHIN = 0.02
 README_LAYER = "cp:o3:r64"
+# What CP is compared with in the README, by kind: models of plain layers.
+PLAIN_WORDS = {"dense": "a narrower dense model", "lowrank": "low rank"}
 
 
 def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[Path]:
@@ -220,9 +222,9 @@ def findings(task: Task) -> list[str]:
     return found
 
 
-def apart(loss: float, other: float) -> str:
+def apart(loss: float, other: float, digits: int = 3) -> str:
     """``0.120 nats behind``, or ahead of."""
-    return f"{abs(loss - other):.3f} nats {'behind' if loss > other else 'ahead of'}"
+    return f"{abs(loss - other):.{digits}f} nats {'behind' if loss > other else 'ahead of'}"
 
 
 def times(more: float, less: float) -> str:
@@ -243,46 +245,40 @@ def summary(task: Task) -> str:
     dense, one, best = task.dense, task.of(README_LAYER), task.best_cp
     if one is None or best is None:
         raise ValueError(f"the records lack {README_LAYER}; run on")
-    lines = [
-        f"Trained from scratch, a byte-level language model with {task.named(one)} in its blocks "
-        f"has {times(dense.block_parameters, one.block_parameters)} fewer parameters there than "
-        f"the dense one{timed(one, dense)}, and ends {apart(one.best.mean, dense.best.mean)} it "
-        f"({one.best.mean:.2f} against {dense.best.mean:.2f})."
-    ]
-    rivals = [c for c in equals(task, one, "block parameters") if c.kind in ("dense", "lowrank")]
-    if rivals:
-        lines.append(
-            "With as few parameters, "
-            + " and ".join(
-                f"{task.named(c)} is {apart(c.best.mean, one.best.mean)} CP{timed(c, one)}"
-                for c in rivals
-            )
-            + "."
-        )
+    loss = one.best.mean
+    format_, _, inside = task.named(one).partition(", ")
+    first = (
+        f"Trained from scratch, a small byte-level language model with {format_} layers ({inside}) "
+        f"has {times(dense.block_parameters, one.block_parameters)} fewer parameters in its blocks "
+        f"than the dense one{timed(one, dense)}, and ends {apart(loss, dense.best.mean, 2)} it "
+        f"({loss:.2f} against {dense.best.mean:.2f})."
+    )
+    rivals = [c for c in equals(task, one, "block parameters") if c.kind in PLAIN_WORDS]
     quick = [
         c
         for c in task.contestants
-        if c.kind != "cp" and c is not dense and c.step and one.step
+        if c.kind in PLAIN_WORDS and c is not dense and c.step and one.step
         and c.step["seconds"] <= one.step["seconds"]
     ]  # fmt: skip
+    compared = []
+    if rivals:
+        beside = [f"{PLAIN_WORDS[c.kind]} is {apart(c.best.mean, loss, 2)} it" for c in rivals]
+        compared.append(f"with as few parameters, {' and '.join(beside)}")
     if quick:
         other = min(quick, key=lambda c: c.best.mean)
-        lines.append(
-            f"Of what is no slower, {task.named(other)} is "
-            f"{apart(other.best.mean, one.best.mean)} CP, with "
-            f"{other.block_parameters / one.block_parameters:.1f} times its parameters."
+        compared.append(
+            f"of models whose steps take no longer, the best, {PLAIN_WORDS[other.kind]}, is "
+            f"{apart(other.best.mean, loss, 2)} it"
         )
+    second = "; ".join(compared)
     reached = best.best.mean <= dense.best.mean + WITHIN
-    lines.append(
-        ("A CP model reaches" if reached else "None of the CP models measured reaches")
-        + f" the dense loss; the best, {task.named(best)}, is "
-        f"{apart(best.best.mean, dense.best.mean)} it{timed(best, dense)}."
-    )
     seeds = len(dense.best.losses)
-    lines.append(
-        f"{'One seed' if seeds == 1 else f'{seeds} seeds'}, each contestant with its "
-        "own best learning rate: [docs/training.md](docs/training.md)."
+    third = (
+        ("A CP model reaches" if reached else "No CP model measured reaches")
+        + f" the dense loss ({'one seed' if seeds == 1 else f'{seeds} seeds'}, each model at its "
+        "own best learning rate: [docs/training.md](docs/training.md))."
     )
+    lines = [first, *([f"{second[0].upper()}{second[1:]}."] if second else []), third]
     picture = "![Held-out loss over parameters and step time](docs/figures/training-readme.svg)"
     return " ".join(lines) + "\n\n" + picture
 

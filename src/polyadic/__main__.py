@@ -1,4 +1,7 @@
-"""``python -m polyadic``: the command line."""
+"""``python -m polyadic``: the command line.
+
+Python imports the package first, and torch with it; the script ``polyadic`` does not.
+"""
 
 from polyadic_cli.main import main
 

@@ -18,8 +18,9 @@ def test_an_index_shows_no_link_into_the_repository() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(r"\]\((?!\w+://)", text)
     without = for_an_index(text)
-    assert not re.search(r"\]\((?!\w+://)", without)
+    assert not re.search(r"\]\((?!\w+://|#)", without)
     assert "A tour" in without
+    assert for_an_index("[a](#b)") == for_an_index("[a](#b)", "https://doi.org/x") == "[a](#b)"
     assert for_an_index("[a](b.md) ![c](d.png) [e](https://doi.org/f)", "https://doi.org/x/") == (
         "[a](https://doi.org/x/blob/main/b.md) ![c](https://doi.org/x/raw/main/d.png) "
         "[e](https://doi.org/f)"
