@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, usage_error):
             raise
         wrong = cast(Any, error)
-        message = " ".join(wrong.format_message().split())
+        message = " ".join(wrong.format_message().split()).removesuffix(".")
         command = "polyadic" if wrong.ctx is None else wrong.ctx.command_path
         print(f"polyadic: {message} (see {command} --help)", file=sys.stderr)
         sys.exit(2)

@@ -512,7 +512,7 @@ def test_a_layer_without_effect_is_not_crushed(budget: dict[str, float]) -> None
             super().__init__()
             torch.manual_seed(0)
             self.body = nn.Linear(64, 64)
-            self.pooler = nn.Linear(64, 64)
+            self.pooler = CPLinear(64, 64, rank=20, order=2).to_linear()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.pooler(x)
@@ -523,6 +523,8 @@ def test_a_layer_without_effect_is_not_crushed(budget: dict[str, float]) -> None
     assert pooler.importance == 0
     assert "changes none of the outputs that count" in pooler.reason
     assert pooler.decision == "converted"
+    if "ratio" in budget:
+        assert pooler.order == 2  # the better of two formats of equal size
     assert pooler.parameters >= pooler.dense_parameters / budget.get("ratio", 1e9)
     assert pooler.flops is not None
     assert pooler.dense_flops is not None

@@ -224,7 +224,7 @@ def _options(
 
 
 def _without_effect(options: Options, budget: Budget) -> Options:
-    """Leave those options that ask no more of a target than the budget asks of all together."""
+    """Leave what asks no more of a target than the budget asks of all targets together."""
     dense = options.dense.cost
 
     def modest(option: Option) -> bool:
@@ -237,6 +237,10 @@ def _without_effect(options: Options, budget: Budget) -> Options:
         return budget.kind == "speed" or option.error <= budget.value
 
     left = tuple(option for option in options.converted if modest(option))
+    if left and budget.kind in ("ratio", "flops_ratio"):
+        # The best of the smallest of each format; ranks ascend, and all these losses are 0.
+        smallest = {id(option.curve): option for option in reversed(left)}
+        left = (min(smallest.values(), key=lambda option: option.error),)
     reason = "" if left else f"{WITHOUT_EFFECT}, and at every rank its own error exceeds the budget"
     return replace(options, converted=left, reason_to_stay=reason, without_effect=True)
 
