@@ -278,8 +278,8 @@ def test_a_warm_step_makes_few_calls(stubbed: list[str]) -> None:
 
     backward(forward())()
     stubbed.clear()
-    assert own_calls(forward)[0] <= 28
-    assert own_calls(backward(forward()))[0] <= 44
+    assert own_calls(forward)[0] <= 23
+    assert own_calls(backward(forward()))[0] <= 37
     assert stubbed == ["driver"] * 4
 
 
