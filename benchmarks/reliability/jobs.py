@@ -167,6 +167,39 @@ def demonstrating(folder: Path, told: Told) -> str:
     return digest(nn.ModuleList(trained.values()))
 
 
+def demonstrating_language(folder: Path, told: Told) -> str:
+    """Language models of the demo, whose trainings go on from their own checkpoints."""
+    from examples.demo import language
+
+    def tell(what: str) -> None:
+        told()
+
+    pieces = Pieces(folder / "pieces", "demo", {"seed": 0}, resume=True)
+    found = language.compare(0, True, tell, pieces)
+    return digest(nn.Module(), [(one.parameters, one.loss, one.curve) for one in found])
+
+
+def fitting(folder: Path, told: Told) -> str:
+    """``decompose`` in a metric, with its race, further fits and a bound on the growth."""
+    draw = torch.Generator().manual_seed(5)
+    inputs = torch.randn(40, 24, generator=draw)
+    found = polyadic.decompose(
+        torch.randn(24, 30, generator=draw),
+        ((4, 6), (5, 6)),
+        7,
+        metric=inputs.t() @ inputs,
+        max_growth=1.5,
+        iterations=16,
+        tolerance=1e-3,
+        checkpoint=folder / "state",
+        checkpoint_every=3,
+        resume=True,
+        callback=lambda *_: told(),
+    )
+    numbers = found.error, found.history, found.raced, found.further, found.start, found.reason
+    return digest(nn.Module(), list(found.cp.factors), numbers)
+
+
 JOBS: dict[str, Callable[[Path, Told], str]] = {
     "distill": distilling,
     "match_layers, sequential": matching("sequential"),
@@ -174,4 +207,6 @@ JOBS: dict[str, Callable[[Path, Told], str]] = {
     "compress": compressing,
     "trainer of the study": studying,
     "trainer of the demo": demonstrating,
+    "trainer of the demo, language": demonstrating_language,
+    "decompose": fitting,
 }

@@ -25,6 +25,7 @@ from polyadic.durable import checkpoint as durable
 IMAGES = 64
 HELD_OUT_BATCHES = 40
 VALIDATIONS = 4
+CHECKPOINTS = 10
 
 
 def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
         validate,
         validate_every=max(1, job.steps // VALIDATIONS),
         checkpoint=file,
+        checkpoint_every=max(1, job.steps // CHECKPOINTS),
         identity=dataclasses.asdict(job),
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.training.costs import measure
@@ -81,7 +82,8 @@ def compare(seed: int, quick: bool, tell: Callable[[str], None], pieces: Pieces)
     found = []
     for contestant, job in zip(CONTESTANTS, jobs, strict=True):
         tell(f"training language model {contestant.label}")
-        found.append(pieces.get(f"language-{contestant.label}", partial(_trained, job)))
+        make = partial(_trained, job, pieces.folder)
+        found.append(pieces.get(f"language-{contestant.label}", make))
     entries = [Entry(job.layer, job.width, job.blocks, ()) for job in jobs]
     steps = measure(entries, shared, 2 if quick else ROUNDS)
     return [
@@ -101,9 +103,9 @@ def _job(contestant: Contestant, shared: Job, seed: int, narrower: int) -> Job:
     )
 
 
-def _trained(job: Job) -> dict[str, Any]:
-    """A training, as it is kept."""
-    record = run(job, "cpu")
+def _trained(job: Job, folder: Path | None) -> dict[str, Any]:
+    """A training, as it is kept; until it is done, its state stands in the folder."""
+    record = run(job, "cpu", folder)
     return {
         "parameters": record["block_parameters"],
         "loss": record["loss"],

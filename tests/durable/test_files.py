@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.reliability.damage import flips
 from benchmarks.reliability.kills import child, ended
 from cases.pretrained import Net, compressed, refused, same
 from polyadic.durable import checkpoint, sealed
@@ -145,14 +146,6 @@ def test_a_state_that_cannot_be_stored_is_refused_by_place(tmp_path: Path, value
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\]"):
         checkpoint.save(tmp_path / "file", "test", {"a": [0, value]})
     assert not os.listdir(tmp_path)
-
-
-def flips(content: bytes, step: int) -> Any:
-    """The content with one bit flipped, at every so many bits."""
-    for bit in range(0, 8 * len(content), step):
-        changed = bytearray(content)
-        changed[bit // 8] ^= 1 << bit % 8
-        yield bytes(changed)
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases.weights import by_einsum
 from polyadic import CPTensor, DecomposeInterrupted, Decomposition, decompose
-from polyadic.fitting import fit
+from polyadic.fitting import search
 from polyadic.fitting.problem import wide
 from polyadic.nn import CPEmbedding
 
@@ -279,7 +279,7 @@ def test_callback_in_a_race() -> None:
     found = decompose(
         weight, shape, 9, iterations=8, tolerance=0, callback=lambda i, e: seen.append(i)
     )
-    assert seen == list(range(1, 8 * fit.MOST_FITS + 1))
+    assert seen == list(range(1, 8 * search.MOST_FITS + 1))
     assert found.iterations == 8
     found = decompose(weight, shape, 9, callback=lambda i, e: i == 2)
     assert (found.iterations, found.start) == (2, "orthogonal")
@@ -293,7 +293,7 @@ def test_where_fits_are_cheap_more_of_them_are_made(monkeypatch: pytest.MonkeyPa
     weight, shape = torch.randn(24, 30), ((4, 6), (5, 6))
     seen: list[tuple[int, float]] = []
     found = decompose(weight, shape, 9, iterations=30, callback=lambda i, e: seen.append((i, e)))
-    assert len(found.further) == fit.MOST_FITS - 1
+    assert len(found.further) == search.MOST_FITS - 1
     ends = [found.error, *found.further]
     assert min(ends) == pytest.approx(found.error)
     assert [i for i, _ in seen] == list(range(1, len(seen) + 1))
@@ -308,7 +308,7 @@ def test_where_fits_are_cheap_more_of_them_are_made(monkeypatch: pytest.MonkeyPa
     assert stopped.error <= found.history[-1] * 1.1
     assert len(stopped.further) < len(found.further)
 
-    monkeypatch.setattr(fit, "CHEAP", 0)
+    monkeypatch.setattr(search, "CHEAP", 0)
     single = decompose(weight, shape, 9, iterations=30)
     assert single.further == ()
     assert found.error <= single.error

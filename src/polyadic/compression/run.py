@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
@@ -21,7 +20,6 @@ from torch.nn.parameter import is_lazy
 from polyadic import surgery
 from polyadic._torch import run_of_group
 from polyadic.batches import Forward
-from polyadic.checks import check_flag
 from polyadic.compression.arguments import Callback, batches_of, check_options, pairs_of
 from polyadic.compression.assemble import report_of
 from polyadic.compression.budget import Budget, budget
@@ -35,6 +33,7 @@ from polyadic.compression.targets import Target, find_targets
 from polyadic.compression.weigh import Option, weigh
 from polyadic.durable import interrupts
 from polyadic.durable.identity import in_words, named, of_batches, of_module
+from polyadic.durable.keeper import path_of
 from polyadic.durable.pieces import Pieces
 from polyadic.formats import Rank
 from polyadic.nn.wrapped import check_unwrapped
@@ -138,7 +137,7 @@ def compress(
     wanted = budget(ratio, flops_ratio, max_error, speed)
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)
-    folder = _folder(checkpoint, resume)
+    folder = path_of(checkpoint, resume, "folder")
 
     meter = Meter("compress")
 
@@ -194,17 +193,6 @@ def compress(
         model, every, refused, outcome, evidence, wanted, size=size, seed=seed, dry_run=dry_run
     )
     return (model if dry_run else work), report
-
-
-def _folder(checkpoint: Any, resume: bool) -> Path | None:
-    """The folder of the pieces, or None."""
-    if check_flag(resume, "resume") and checkpoint is None:
-        raise ValueError("resume=True needs checkpoint=, the folder to continue from")
-    if checkpoint is None:
-        return None
-    if not isinstance(checkpoint, (str, PathLike)):
-        raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
-    return Path(checkpoint)
 
 
 def _by_layer(

@@ -25,6 +25,9 @@ class Pieces:
         run: name of the run in which several processes use one folder together. A job that another
             of them has begun is not refused, and the pieces that it has finished are used.
 
+    Attributes:
+        folder: where they are kept, or None; what a piece under way keeps may stand there too.
+
     Raises:
         ValueError: there are pieces and ``resume`` is false, or they are of another job.
         OSError: the folder cannot be written to.
@@ -38,7 +41,7 @@ class Pieces:
         resume: bool,
         run: str | None = None,
     ) -> None:
-        self._folder, self._kind = folder, kind
+        self.folder, self._kind = folder, kind
         if folder is None:
             return
         job = folder / _JOB
@@ -58,7 +61,7 @@ class Pieces:
 
     def __contains__(self, name: str) -> bool:
         """Whether a piece is kept already, which may still turn out to be damaged."""
-        return self._folder is not None and (self._folder / name).exists()
+        return self.folder is not None and (self.folder / name).exists()
 
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a piece, from its file or made now; a damaged one is made again, with a warning.
@@ -67,9 +70,9 @@ class Pieces:
             name: name of the piece and of its file.
             make: makes the piece, of tensors and plain values as a checkpoint holds them.
         """
-        if self._folder is None:
+        if self.folder is None:
             return make()
-        path = self._folder / name
+        path = self.folder / name
         if path.exists():
             try:
                 return checkpoint.load(path, self._kind)

@@ -1,19 +1,13 @@
-"""What a training needs to go on, where it is kept, and what must be equal when it goes on."""
+"""What a training needs to go on, and what must be equal when it goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from polyadic._torch import run_of_group
 from polyadic.durable import checkpoint as durable
-
-FORMAT = "polyadic.finetune"
 
 _FIELDS = {
     "settings": dict,
@@ -34,51 +28,6 @@ _FIELDS = {
     "stopped_early": bool,
     "seconds": float,
 }
-
-
-class Keeper(Protocol):
-    """Where the state of a training is kept."""
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the state to go on from; None to begin."""
-
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Keep a state in the place of the last one."""
-
-
-@dataclass
-class FileKeeper:
-    """A checkpoint file, which a training may only go on from if that is asked for.
-
-    Processes of one group may begin a training with one file: each of them trains, and what another
-    of them wrote meanwhile is no checkpoint of another training. Where they must take the same
-    steps (``together``), because the teacher is sharded, none writes before all have read.
-    """
-
-    path: Path
-    resume: bool
-    kind: str = FORMAT
-    together: bool = False
-    _run: str | None = field(default=None, init=False)
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the state in the file; None where there is none.
-
-        Raises:
-            ValueError: there is a file and ``resume`` is false, or it is no checkpoint.
-        """
-        self._run = run_of_group(str(self.path.absolute()))
-        state = durable.load(self.path, self.kind) if durable.exists(self.path) else None
-        if state is not None and not self.resume:
-            durable.check_continued(self.path.name, state.get("run"), self._run)
-            state = None
-        if self.together:
-            torch.distributed.barrier()
-        return state
-
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Write the file; a crash leaves the old one or the new one, no half."""
-        durable.save(self.path, self.kind, {**state, "run": self._run})
 
 
 def check(

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from polyadic.batches import keeping_modes, moved
 from polyadic.checks import check_module
 from polyadic.durable import identity
+from polyadic.durable.keeper import FileKeeper, path_of
 from polyadic.finetune import models
-from polyadic.finetune.checkpoint import FileKeeper
 from polyadic.finetune.loop import Loop, Recovery
 from polyadic.finetune.settings import (
     MakeOptimizer,
     Progress,
     Schedule,
     Settings,
-    as_path,
     batch_count,
     optional_function,
     total_steps,
@@ -30,6 +29,8 @@ from polyadic.finetune.settings import (
 from polyadic.finetune.walk import drawn_by, first
 from polyadic.nn.wrapped import check_unwrapped
 from polyadic.training.rates import param_groups
+
+FORMAT = "polyadic.finetune"
 
 Loss = Literal["mse", "cosine", "kl"] | Callable[[Tensor, Tensor], Tensor]
 # The rate of a dense weight that factors follow by default, and the batches that judge by default.
@@ -177,9 +178,8 @@ def distill(
         clip=clip,
         validate_every=validate_every,
         patience=patience,
-        checkpoint=as_path(checkpoint),
+        checkpoint=path_of(checkpoint, resume),
         checkpoint_every=checkpoint_every,
-        resume=resume,
         callback=callback,
         seed=seed,
     )
@@ -200,7 +200,8 @@ def distill(
     buffers = dict(student.named_buffers()) if train_mode else {}
     keeper = None
     if settings.checkpoint is not None:
-        keeper = FileKeeper(settings.checkpoint, resume, together=models.is_sharded(teacher))
+        together = models.is_sharded(teacher)
+        keeper = FileKeeper(settings.checkpoint, resume, FORMAT, together)
         changed = {*trained, *buffers}
         record |= {
             "forward": identity.named(forward),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from polyadic.durable import identity
 from polyadic.durable.interrupts import Pending, deferred
-from polyadic.finetune.checkpoint import Keeper, check
+from polyadic.durable.keeper import Keeper
+from polyadic.finetune.checkpoint import check
 from polyadic.finetune.settings import Progress, Settings
 from polyadic.finetune.walk import Walk
 from polyadic.progress import Meter

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from polyadic.batches import call, moved
 from polyadic.checks import check_module, check_word
 from polyadic.durable.identity import of_module
+from polyadic.durable.keeper import path_of
 from polyadic.finetune import models
 from polyadic.finetune.loop import Loop
 from polyadic.finetune.match_job import Job, LayerMatch
@@ -23,7 +24,6 @@ from polyadic.finetune.settings import (
     Progress,
     Schedule,
     Settings,
-    as_path,
     batch_count,
     optional_function,
     total_steps,
@@ -136,9 +136,8 @@ def match_layers(
             clip=clip,
             validate_every=number,
             patience=None,
-            checkpoint=as_path(checkpoint),
+            checkpoint=path_of(checkpoint, resume),
             checkpoint_every=checkpoint_every,
-            resume=resume,
             callback=tell,
             seed=seed,
         )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.durable.checkpoint import same
-from polyadic.finetune.checkpoint import FileKeeper, Keeper, check_tensors
+from polyadic.durable.keeper import FileKeeper, Keeper
+from polyadic.finetune.checkpoint import check_tensors
 from polyadic.finetune.walk import random_state, set_random_state
 
 FORMAT = "polyadic.match_layers"

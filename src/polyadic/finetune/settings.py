@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,6 @@ class Settings:
     patience: int | None
     checkpoint: Path | None
     checkpoint_every: int
-    resume: bool
     callback: Callable[[Progress], object] | None
     seed: int
 
@@ -71,7 +69,6 @@ class Settings:
             positive_int(getattr(self, name), name)
         if self.patience is not None:
             positive_int(self.patience, "patience")
-        checks.check_flag(self.resume, "resume")
         for name in ("warmup", "seed"):
             checks.an_int(getattr(self, name), name, least=0)
         if self.lr is not None:
@@ -90,8 +87,6 @@ class Settings:
                 f"{self.schedule!r}"
             )
         optional_function(self.callback, "callback")
-        if self.checkpoint is None and self.resume:
-            raise ValueError("resume=True needs checkpoint=, the file to continue from")
 
     def factor(self, step: int) -> float:
         """Return the factor of the learning rate at a step, counted from 0."""
@@ -146,20 +141,3 @@ def total_steps(steps: int | None, epochs: int | None, batches: Iterable[Any]) -
 def batch_count(batches: Iterable[Any]) -> int | None:
     """Return the number of batches, or None if only a walk through them would tell."""
     return len(batches) if isinstance(batches, Sized) else None
-
-
-def as_path(checkpoint: Any) -> Path | None:
-    """Return the path of the checkpoint, or None.
-
-    Raises:
-        TypeError: it is no path.
-        ValueError: its folder does not exist.
-    """
-    if checkpoint is None:
-        return None
-    if not isinstance(checkpoint, (str, os.PathLike)):
-        raise TypeError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
-    path = Path(checkpoint)
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder of checkpoint {path} does not exist; make it first")
-    return path

@@ -15,6 +15,8 @@ by a quarter.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +27,8 @@ MOMENTUM = 0.9
 LEAST_SQUARED_ERROR = 1e-6
 # ρ is relaxed when the growth is below this fraction of its bound.
 SLACK = 0.9
+# What of a fit under way a checkpoint holds.
+_STATE = ("factors", "_before", "_objective", "_rho", "tau", "steady", "errors", "ended")
 
 
 class Descent:
@@ -41,6 +45,7 @@ class Descent:
         tau: the present weight τ of the penalty.
         errors: the relative error after each step.
         steady: number of steps since the bound on the growth last changed ρ.
+        ended: whether the fit converged and why it ended, once it has; the caller decides.
     """
 
     def __init__(
@@ -52,9 +57,11 @@ class Descent:
     ) -> None:
         self.errors: list[float] = []
         self.tau, self.steady = regularization, 0
+        self.ended: tuple[bool, str] | None = None
         self._rho = self._least_rho = regularization
         self._max_growth = max_growth
-        self._sweeper = Sweeper(problem, factors)
+        # A layout of another order in memory would round otherwise, and no state holds it.
+        self._sweeper = Sweeper(problem, [factor.contiguous() for factor in factors])
         self._norm = math.sqrt(problem.frobenius_power())
         self.factors = self._sweeper.factors
         self._before: list[Tensor] | None = None
@@ -81,6 +88,21 @@ class Descent:
         self.errors.append(math.sqrt(squared))
         self._renew_penalty(squared)
         return self.errors[-1]
+
+    def state(self) -> dict[str, Any]:
+        """Return what the fit needs to go on after a step."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def restored(self, state: Mapping[str, Any]) -> Descent:
+        """Go on from a state, and return the fit."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        device = self._sweeper.problem.matrix.device
+        self.factors = [factor.to(device) for factor in self.factors]
+        if self._before is not None:
+            self._before = [factor.to(device) for factor in self._before]
+        self._sweeper.factors = list(self.factors)
+        return self
 
     def growth(self) -> float:
         """Return √(Σ ‖w_r‖²) / ‖W‖."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polyadic._torch import whole
 from polyadic.fitting import Decomposition, decompose
 from polyadic.fitting.arguments import SweepOptions
-from polyadic.fitting.fit import Callback
+from polyadic.fitting.search import Callback
 from polyadic.formats import Rank, Shape
 from polyadic.nn.layer import CPLayer
 from polyadic.nn.peak import peak_bytes
