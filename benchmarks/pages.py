@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from polyadic.durable.files import replacing
+
 
 def between(text: str, mark: str, content: str) -> str:
     """Replace what stands between ``<!-- mark:begin -->`` and ``<!-- mark:end -->``.
@@ -79,7 +81,8 @@ def save_figures(
             drawn = draw()
             if drawn is not None:
                 saved.append(folder / f"{name}.{ending}")
-                drawn.savefig(saved[-1], dpi=100, metadata=_NAMELESS[ending])
+                with replacing(saved[-1]) as draft:
+                    drawn.savefig(draft, format=ending, dpi=100, metadata=_NAMELESS[ending])
     return saved
 
 

@@ -13,6 +13,7 @@ from benchmarks.adapters.reviews import best_rate
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import rounded
 from benchmarks.study import store
+from polyadic.durable.files import write_text
 
 MARK = "adapters"
 PAIRS = (
@@ -28,7 +29,7 @@ Record = dict[str, Any]
 
 def write(folder: Path, page: Path) -> Path:
     """Renew the page from the records in a folder."""
-    page.write_text(between(page.read_text(encoding="utf-8"), MARK, tables(folder)), "utf-8")
+    write_text(page, between(page.read_text(encoding="utf-8"), MARK, tables(folder)))
     return page
 
 

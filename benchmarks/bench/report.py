@@ -14,6 +14,7 @@ from benchmarks.bench.stored import Key, Run, fastest, geometric_mean
 from benchmarks.bench.summary import Criterion, criteria
 from benchmarks.pages import between, markdown_rows, three_digits
 from benchmarks.records import Record
+from polyadic.durable.files import write_text
 
 MARK = "benchmark"
 COLUMNS = {
@@ -76,13 +77,13 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
         sections.append(section(run, [f"figures/{path.name}" for path in figures]))
         written += figures
     docs.mkdir(parents=True, exist_ok=True)
-    page.write_text(between(text, MARK, "\n\n".join(sections)), encoding="utf-8")
+    write_text(page, between(text, MARK, "\n\n".join(sections)))
     written.append(page)
     if readme is not None and readme.exists():
         text = readme.read_text(encoding="utf-8")
         if f"<!-- {MARK}:begin -->" in text:
             short = short_table(runs.get("cpu") or next(iter(runs.values())))
-            readme.write_text(between(text, MARK, short), encoding="utf-8")
+            write_text(readme, between(text, MARK, short))
             written.append(readme)
     return written
 

@@ -95,7 +95,7 @@ def run_bench(
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{datetime.now(timezone.utc):%Y-%m-%d}-{options.device}{part}.jsonl"
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(b"")
+    unfinished.unlink(missing_ok=True)
     with _settings():
         for record in _records(cases, options, progress):
             append(unfinished, record)

@@ -28,6 +28,7 @@ from benchmarks.bench.problem import Built, Contestant, Problem
 from benchmarks.bench.run import QUICK, admit, step_of
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import TOLERANCE, Record, append, environment, read
+from polyadic.durable.files import write_text
 
 FILE, MARK = "tuned.jsonl", "tuned"
 ALLOWED = 1.05
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.report:
         page = Path("docs/benchmarks.md")
         text = page.read_text(encoding="utf-8")
-        page.write_text(between(text, MARK, section(read(path))), encoding="utf-8")
+        write_text(page, between(text, MARK, section(read(path))))
         return
     torch.set_num_threads(1)
     # See ``benchmarks.bench.run``: an allocator as after a while.

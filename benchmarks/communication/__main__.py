@@ -23,6 +23,7 @@ from benchmarks.communication.count import Count, pretended
 from benchmarks.pages import between, markdown_rows, three_digits
 from benchmarks.records import ROOT, environment
 from polyadic.distributed import RankParallel
+from polyadic.durable.files import write_text
 from polyadic.nn import CPLinear
 
 RECORD = ROOT / "benchmarks" / "results" / "communication.jsonl"
@@ -155,11 +156,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the page from the record")
     if parser.parse_args().report:
         page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(between(page, "communication", tables()), encoding="utf-8")
+        write_text(PAGE, between(page, "communication", tables()))
         return
     lines = [environment(torch.device("cpu"), torch.float32), *cells()]
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    RECORD.write_text(text, encoding="utf-8")
+    write_text(RECORD, text)
 
 
 if __name__ == "__main__":

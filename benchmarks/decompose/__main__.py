@@ -32,6 +32,7 @@ from benchmarks.pages import between
 from benchmarks.records import ROOT, append, environment
 from benchmarks.study import encoder
 from polyadic import CPTensor, decompose, second_moments, tensorize
+from polyadic.durable.files import write_text
 
 LIMIT = 8.0
 SEED_LIMIT = 2.0
@@ -316,7 +317,7 @@ def measure(out: Path) -> None:
               "seed_limit": SEED_LIMIT}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"decompose-{datetime.now(timezone.utc).date()}.jsonl"
-    path.write_bytes(b"")
+    path.unlink(missing_ok=True)
 
     def keep(record: dict[str, Any]) -> None:
         append(path, record)
@@ -357,7 +358,7 @@ def main() -> None:
     newest = sorted(chosen.out.glob("decompose-*.jsonl"))[-1]
     page = ROOT / "docs" / "decompose.md"
     text = between(page.read_text(encoding="utf-8"), "benchmark", tables(newest))
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
 
 
 if __name__ == "__main__":

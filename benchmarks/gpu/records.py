@@ -20,21 +20,12 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            _drop_cut_line(path)
 
     def write(self, kind: str, **fields: Any) -> Record:
         """Append one record and return it."""
         record = {"kind": kind, **fields}
         append(self.path, record)
         return record
-
-
-def _drop_cut_line(path: Path) -> None:
-    """A worker that was killed may have left half a line, which the next would continue."""
-    text = path.read_bytes()
-    if text and not text.endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 class Run:

@@ -17,6 +17,7 @@ from benchmarks.gpu.records import Run
 from benchmarks.gpu.table import PAIR
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
+from polyadic.durable.files import write_text
 
 MARK, HOW = "gpu", "gpu-how"
 NOTHING = (
@@ -55,7 +56,7 @@ def write_report(results: Path, docs: Path) -> None:
         (docs / "how" / "gpu.md", HOW, gains(runs)),
     ):
         text = page.read_text(encoding="utf-8")
-        page.write_text(between(text, mark, made), encoding="utf-8")
+        write_text(page, between(text, mark, made))
 
 
 def gains(runs: Sequence[Run]) -> str:

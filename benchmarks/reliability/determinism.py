@@ -20,6 +20,7 @@ from benchmarks.reliability import hostile
 from benchmarks.reliability.jobs import digest
 from benchmarks.reliability.kills import child, ended
 from polyadic import nn as cp
+from polyadic.durable.files import write_text
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 WIDE = DTYPES[:2]
@@ -146,7 +147,7 @@ def _in_threads(count: int) -> dict[str, str]:
 def _write(path: str) -> None:
     torch.set_num_threads(1)
     lines = [f"{name}\t{value}" for name, value in everything().items()]
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    write_text(Path(path), "\n".join(lines))
 
 
 def _elsewhere(start: Callable[[str], object]) -> dict[str, str]:

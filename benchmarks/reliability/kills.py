@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.reliability.jobs import JOBS, Told
+from polyadic.durable.files import write_text
 
 Job = Callable[[Path, Told], str]
 
@@ -94,7 +95,7 @@ def at_file_operations(name: str, folder: Path, most: int | None = None) -> dict
     state = folder / "state"
     fresh(state)
     counted = state / "calls"
-    process = child(lambda: counted.write_text(str(_operations(job, state, None))))
+    process = child(lambda: write_text(counted, str(_operations(job, state, None))))
     ended(process)
     calls = int(counted.read_text())
     step = 1 if most is None else max(1, calls // most)

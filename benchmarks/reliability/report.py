@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import records
 from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
+from polyadic.durable.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,7 +30,7 @@ def stored(folder: Path = RESULTS) -> tuple[list[Record], list[Record]]:
 def write() -> None:
     """Bring the page up to date."""
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(between(text, MARK, section(*stored())), encoding="utf-8")
+    write_text(PAGE, between(text, MARK, section(*stored())))
 
 
 def section(environments: list[Record], found: list[Record]) -> str:

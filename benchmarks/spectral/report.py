@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.pages import between, markdown_rows, three_digits
 from benchmarks.records import read
+from polyadic.durable.files import write_text
 
 # Columns of the table of layers, by contestant.
 COLUMNS = {
@@ -162,4 +163,4 @@ def write(folder: Path, page: Path) -> None:
         f"{sizes['tested_on']} to test on."
     )
     text = between(text, "spectral solve", f"{intro}\n\n{solves(burgers)}")
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)

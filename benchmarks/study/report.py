@@ -14,6 +14,7 @@ from benchmarks.pages import between, markdown_rows
 from benchmarks.records import Record
 from benchmarks.study import digits, fits, minilm, rates
 from benchmarks.study.store import read
+from polyadic.durable.files import write_text
 
 MARK = "compression"
 WITHIN = 0.5
@@ -47,11 +48,11 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
     text = between(
         page.read_text(encoding="utf-8"), MARK, section(encoder, by_rate, classifiers, names)
     )
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
     if readme is None:
         return [*figures, page]
     text = between(readme.read_text(encoding="utf-8"), MARK, summary(encoder[1]))
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)
     return [*figures, page, readme]
 
 

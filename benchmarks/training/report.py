@@ -14,6 +14,7 @@ from benchmarks.training.layers import parsed
 from benchmarks.training.plots import save_figures
 from benchmarks.training.results import LEAST_RATES, Contestant, Score
 from benchmarks.training.tasks import COSTS, TASKS, Task, equals, front, load
+from polyadic.durable.files import write_text
 
 MARK = "training"
 # What counts as the same loss, in nats.
@@ -44,11 +45,11 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
     text = between(
         page.read_text(encoding="utf-8"), MARK, section(tasks, load(results, "language", "cuda"))
     )
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
     if readme is None:
         return [*figures, page]
     text = between(readme.read_text(encoding="utf-8"), MARK, summary(tasks[0]))
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)
     return [*figures, page, readme]
 
 

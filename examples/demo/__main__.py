@@ -42,13 +42,14 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
     from rich.progress import Progress
 
     from examples.demo import language, models, report, training
-    from polyadic.durable.files import write_text
+    from polyadic.durable.files import drafts, write_text
     from polyadic.durable.pieces import Pieces
     from polyadic.testing import environment
 
     out.mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "results.json"):
-        (out / name).open("ab").close()  # fails now rather than when the work is done
+        with drafts(out / name):  # fails now rather than when the work is done
+            pass
     start, console = time.perf_counter(), Console()
     torch.set_num_threads(threads)
     settings = training.Settings.quick(seed) if quick else training.Settings(seed)

@@ -28,12 +28,13 @@ def complete(origin: Path, out: Path, verdict: Sequence[str], model_class: str) 
         OSError: a file cannot be read or written.
     """
     # Here, because the command line is to answer --help without loading torch.
-    from polyadic.durable.files import write_text
+    from polyadic.durable.files import replacing, write_text
 
     for name in _others(origin):
         if not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin / name, out / name)
+            with replacing(out / name) as draft:
+                shutil.copyfile(origin / name, draft)
     text = _card(origin.resolve().name, verdict, model_class, (out / "modules.json").is_file())
     write_text(out / _CARD, text)
 

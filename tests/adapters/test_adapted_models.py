@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import subprocess
 import sys
 import warnings
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 
 import polyadic.adapters as adapters
 from adapters.adapted import ALL, Words, change, indices, parts, words
+from benchmarks.reliability.kills import child, ended
 from polyadic.adapters import CPConfig, from_lora, save_as_lora, to_lora
 
 every_share = pytest.mark.parametrize("share", ["none", "layers"])
@@ -59,6 +61,25 @@ def test_it_is_saved_and_loaded(share: str, low_cpu_mem_usage: bool, tmp_path: P
     }
     first, second = (layers(loaded)[name].polyadic_cp["default"] for name in ("first", "second"))
     assert (first is second) == (share == "layers")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "README.md"])
+def test_a_full_disk_leaves_configuration_and_card_as_they_were(name: str, tmp_path: Path) -> None:
+    config = CPConfig(r=3, target_modules=["first"])
+    config.save_pretrained(str(tmp_path))
+    # So long that the card cannot be added to it, where the configuration still has room.
+    (tmp_path / "README.md").write_text("of someone else\n" * 200)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    room = len(before["adapter_config.json"]) + (100 if name == "README.md" else -100)
+
+    def fill() -> None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+        with pytest.raises(OSError, match=name):
+            config.save_pretrained(str(tmp_path))
+
+    assert ended(child(fill)) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shared_factors_are_saved_once_under_the_first_layer(tmp_path: Path) -> None:

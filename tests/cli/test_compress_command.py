@@ -13,6 +13,7 @@ import torch
 
 from polyadic import Report, register_transformers
 from polyadic.nn import CPLinear
+from polyadic_cli.folder import complete
 from polyadic_cli.main import main
 
 pytest.importorskip("typer")
@@ -151,6 +152,26 @@ def test_a_model_is_recovered_and_its_directory_is_complete(
     assert fell[0] in card
     register_transformers()
     assert transformers.BertModel.from_pretrained(out, local_files_only=True)
+
+
+def test_a_copy_that_fails_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: Any) -> None:
+    """What is there already is not copied again, so that half a file would stay for good."""
+    origin, out = tmp_path / "origin", tmp_path / "small"
+    origin.mkdir()
+    out.mkdir()
+    (origin / "tokenizer.json").write_text("whole")
+
+    def fail(source: Path, target: Path) -> None:
+        Path(target).write_text("wh")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", fail)
+        with pytest.raises(OSError, match=r"tokenizer\.json could not be written"):
+            complete(origin, out, [], "BertModel")
+    assert not list(out.iterdir())
+    complete(origin, out, [], "BertModel")
+    assert (out / "tokenizer.json").read_text() == "whole"
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
 from polyadic.adapters.register import PolyadicType
 from polyadic.checks import a_number, an_int, check_word
+from polyadic.durable.files import replacing, write_text
 from polyadic.formats import Shape, mode_sizes, positive_int
 
 SHARES = ("none", "layers")
@@ -154,15 +156,24 @@ class CPConfig(PeftConfig):  # type: ignore[misc]
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as ``adapter_config.json``, and say in the model card how such an adapter is loaded.
 
+        Each of the two files is written whole or not at all.
+
         Args:
             save_directory: made where it is missing.
             kwargs: as PEFT's own configurations take them.
+
+        Raises:
+            OSError: a file cannot be written; the one that was there is unchanged.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / CONFIG_NAME) as draft:
+            super().save_pretrained(str(draft.parent), **kwargs)
+            draft.with_name(CONFIG_NAME).replace(draft)
+        card = folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
         if "import polyadic.adapters" not in text:
-            card.write_text(text + _CARD, encoding="utf-8")
+            write_text(card, text + _CARD)
 
 
 def exact_pattern(name: str) -> str:

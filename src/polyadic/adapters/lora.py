@@ -11,14 +11,13 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from polyadic.adapters.combine import names_pattern
 from polyadic.adapters.config import CPConfig, exact_pattern
 from polyadic.adapters.model import layers_with
+from polyadic.durable import sealed
 from polyadic.durable.files import replacing
-from polyadic.durable.sealed import opened
 from polyadic.fitting import decompose
 from polyadic.formats import Shape, padded_shape, positive_int, tensorize
 
@@ -99,7 +98,7 @@ def save_as_lora(path: str | Path, model: nn.Module, adapter_name: str = "defaul
     config.save_pretrained(str(folder))
     with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as draft:
         tensors = {key: value.detach().cpu() for key, value in state.items()}
-        save_file(tensors, draft, metadata={"format": "pt"})
+        sealed.write(draft, tensors, {"format": "pt"})
 
 
 class FromLora(NamedTuple):
@@ -186,7 +185,7 @@ def _loaded(
                     f"safetensors, which is its default"
                 )
         config = PeftConfig.from_pretrained(str(adapter))
-        with opened(Path(adapter) / SAFETENSORS_WEIGHTS_NAME) as weights:
+        with sealed.opened(Path(adapter) / SAFETENSORS_WEIGHTS_NAME) as weights:
             names = weights.keys()
             state: Any = dict(zip(names, map(weights.get_tensor, names), strict=True))
     elif isinstance(adapter, tuple) and len(adapter) == 2:

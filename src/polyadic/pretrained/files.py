@@ -101,7 +101,7 @@ def _marked_config(file: Path, mark: str) -> str:
     content = json.loads(file.read_text(encoding="utf-8"))
     content["quantization_config"]["saved"] = mark
     content["transformers_weights"] = UNREGISTERED
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2) + "\n")
     return json.dumps(content["quantization_config"])
 
 
@@ -110,7 +110,7 @@ def _rename_shards(index: Path, shards: list[Path], mark: str, own: str) -> None
     names = {file.name: file.name.replace("model-", f"model-{mark}-", 1) for file in shards}
     content["weight_map"] = {n: names[file] for n, file in content["weight_map"].items()}
     content["metadata"] = {**content.get("metadata", {}), METHOD: own}
-    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(index, json.dumps(content, indent=2) + "\n")
     for file in shards:
         file.rename(file.with_name(names[file.name]))
 
