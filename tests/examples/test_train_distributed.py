@@ -7,8 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from examples import train_distributed
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 
@@ -25,6 +30,27 @@ def run(*options: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_on_gpus_each_process_takes_its_own_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU and no other process is here: what the example asks torch for is noted."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: asked.update(gpu=number))
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    monkeypatch.setattr(train_distributed, "rendezvous", lambda url: iter([(store, 3, 4)]))
+
+    def begin(backend: str, **own: Any) -> None:
+        asked.update(backend=backend, rank=own["rank"], size=own["world_size"])
+
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(train_distributed, "train", lambda options, device: asked.update(on=device))
+    train_distributed.main([])
+    wanted = {"gpu": 1, "backend": "nccl", "rank": 3, "size": 4, "on": torch.device("cuda")}
+    assert asked == wanted
 
 
 def right(printed: str) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,15 +268,20 @@ def recovery(rank: int, folder: Path) -> None:
     assert_all_close(*(dict(one.named_parameters()) for one in students))
 
 
-def compiled(rank: int, folder: Path) -> None:
+def compiled(
+    rank: int,
+    folder: Path,
+    backend: str = "aot_eager",
+    layouts: Sequence[Callable[[Any], nn.Module]] = (replicated, sharded, by_rank, by_features),
+) -> None:
     """Compiled as it is spread."""
     x = torch.randint(23, (4, 3), generator=torch.Generator().manual_seed(5))
     alone = words()
     alone(x).square().mean().backward()
-    for spread in (replicated, sharded, by_rank, by_features):
+    for spread in layouts:
         torch.compiler.reset()
         model = spread(words())
-        torch.compile(model, backend="aot_eager")(x).square().mean().backward()
+        torch.compile(model, backend=backend)(x).square().mean().backward()
         for p, q in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(getattr(p.grad, "full_tensor", lambda p=p: p.grad)(), q.grad)
 
@@ -289,3 +295,6 @@ CHECKS: dict[str, Callable[[int, Path], None]] = {
     "recovery with one file of checkpoints": recovery,
 }
 LONG = {"compiled": compiled}
+INDUCTOR = {
+    "compiled by the inductor": partial(compiled, backend="inductor", layouts=(sharded, by_rank))
+}

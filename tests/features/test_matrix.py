@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_four_processes() -> None:
             assert not error, feature
         else:
             assert matrix.outcome(layer, feature, error) == claimed(layer, feature)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("c++"), reason="the inductor needs a compiler of C++")
+def test_two_processes_compiled_by_the_inductor() -> None:
+    """FSDP2 and RankParallel, whose gradients are those of one process that is not compiled."""
+    found = matrix_distributed.outcomes(checks={}, models=distributed_models.INDUCTOR)
+    assert list(found.values()) == [""], found
 
 
 def test_the_page_shows_the_table() -> None:
