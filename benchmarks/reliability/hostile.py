@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import polyadic
-from benchmarks.reliability import hostile_models
+from benchmarks.reliability import hostile_models, hostile_tools
 from benchmarks.reliability.odd import (
     changed,
     damaged,
@@ -38,11 +38,10 @@ from benchmarks.reliability.odd import (
     sizes,
     tensor,
 )
-from polyadic import formats, functional, plans
+from polyadic import functional
 from polyadic import nn as cp
 from polyadic.compression.report import Report
 from polyadic.durable import checkpoint
-from polyadic.formats import ConvFormat, LinearFormat
 from polyadic.pretrained import from_pretrained, save_pretrained
 from polyadic.pretrained.config import ModelConfig
 
@@ -163,21 +162,6 @@ def function(draw: random.Random) -> Call:
         known |= {"stride": sizes, "padding": sizes, "dilation": sizes, "groups": size}
     given = options(draw, **known)
     return lambda: getattr(functional, name)(x, *groups, **given)
-
-
-def format_call(draw: random.Random) -> Call:
-    """Formats, plans, ranks and their predictions."""
-    which = draw.randrange(5)
-    first, second, rank, other = sizes(draw), sizes(draw), size(draw), odd(draw)
-    if which == 0:
-        return lambda: formats.tensorize(rank, size(draw), size(draw))
-    if which == 1:
-        return lambda: polyadic.explain(LinearFormat(first, second, rank), batch=other)
-    if which == 2:
-        return lambda: ConvFormat(first, second, sizes(draw), rank)
-    if which == 3:
-        return lambda: plans.LinearPlan(plans.LinearRoute(first, second, other), other)
-    return lambda: polyadic.rank_for(LAYERS["linear"], other)  # type: ignore[call-arg, arg-type]
 
 
 def network() -> nn.Module:
@@ -305,7 +289,11 @@ KINDS: dict[str, Callable[[random.Random], Call]] = {
     "CP tensors": tensor_call,
     "forwards": forward,
     "functions": function,
-    "formats, plans, ranks": format_call,
+    "formats, plans, ranks": hostile_tools.planning,
+    "conversions": hostile_tools.converting,
+    "initial values, problems": hostile_tools.filling,
+    "tuning, accelerations, saving": hostile_tools.surrounding,
+    "adapters as LoRA": hostile_tools.adapting_back,
     "whole models": hostile_models.changing,
     "rates, ranks, fits, recovery": hostile_models.asking,
     "adapters": hostile_models.adapting,

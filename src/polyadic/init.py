@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from polyadic._torch import is_spread, no_autocast
+from polyadic.checks import a_number, check_dense, check_factor_group
+from polyadic.formats import positive_int
 
 
 class Factors(nn.ParameterList):
@@ -72,7 +74,19 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
         factors: K tensors (m_k, R), filled in place; meta tensors are left alone.
         std: wanted standard deviation of an entry of the CP tensor; of complex ones, the root of
             their mean squared modulus.
+
+    Raises:
+        TypeError: ``factors`` are no sequence of tensors, or ``std`` is no number.
+        ValueError: there is no factor, they are no matrices with one number of columns, or ``std``
+            is negative or not finite.
     """
+    factors = check_factor_group(factors, "factors")
+    a_number(std, "std", least=0)
+    for factor in factors:
+        _check_filled(factor, "a factor")
+    if any(f.dim() != 2 for f in factors) or len({f.shape[1] for f in factors}) != 1:
+        shapes = ", ".join(str(tuple(f.shape)) for f in factors)
+        raise ValueError(f"factors must have the shapes (m_k, R) with one R, got {shapes}")
     if is_spread(factors[0]):
         _fill_shards(factors, lambda drawn: cp_orthonormal_(drawn, std))
         return
@@ -155,14 +169,30 @@ def torch_std(fan_in: int, dtype: torch.dtype = torch.float32) -> float:
     Args:
         fan_in: M for a linear layer, Cin·Πk for a convolution.
         dtype: of the weight.
+
+    Raises:
+        TypeError: ``fan_in`` is no int, or ``dtype`` no dtype.
+        ValueError: ``fan_in`` is below 1.
     """
+    positive_int(fan_in, "fan_in")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     return math.sqrt((2 if dtype.is_complex else 1) / (3 * fan_in))
 
 
 @torch.no_grad()
 def torch_bias_(bias: Tensor, fan_in: int) -> None:
-    """Fill a bias, of a complex one each part, as torch does: U(−1/√fan_in, 1/√fan_in)."""
-    bound = 1 / math.sqrt(fan_in)
+    """Fill a bias, of a complex one each part, as torch does: U(−1/√fan_in, 1/√fan_in).
+
+    Args:
+        bias: a tensor of floating-point or complex numbers.
+        fan_in: as in ``torch_std``.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: ``fan_in`` is below 1, or ``bias`` is an expanded tensor.
+    """
+    bound = 1 / math.sqrt(positive_int(fan_in, "fan_in"))
     bias_(bias, lambda values: values.uniform_(-bound, bound))
 
 
@@ -173,11 +203,38 @@ def bias_(bias: Tensor, draw: Callable[[Tensor], Any]) -> None:
     Args:
         bias: of any shape.
         draw: fills a tensor that it is given.
+
+    Raises:
+        TypeError: ``bias`` is no dense tensor of floating-point or complex numbers, or ``draw`` no
+            function.
+        ValueError: ``bias`` is an expanded tensor.
     """
+    _check_filled(bias, "bias")
+    if not callable(draw):
+        raise TypeError(f"draw must be a function of a tensor, got {type(draw).__name__}")
     if is_spread(bias):
         _fill_shards([bias], lambda drawn: draw(drawn[0]))
     else:
         draw(bias)
+
+
+def _check_filled(tensor: Any, name: str) -> None:
+    """Refuse what cannot be filled with random numbers.
+
+    Raises:
+        TypeError: it is no dense tensor of floating-point or complex numbers.
+        ValueError: several of its entries are one number in memory.
+    """
+    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a tensor of floating-point or complex numbers, got {got}")
+    check_dense(tensor, name)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(size > 1 and step == 0 for size, step in steps):
+        raise ValueError(
+            f"{name} must have an entry of its own at every index, got an expanded tensor; give "
+            f"its contiguous() copy"
+        )
 
 
 def _fill_shards(tensors: Sequence[Any], draw: Callable[[list[Tensor]], None]) -> None:
@@ -216,5 +273,11 @@ def mup_std(fan_in: int, fan_out: int) -> float:
     Args:
         fan_in: M.
         fan_out: N.
+
+    Raises:
+        TypeError: a number is no int.
+        ValueError: one is below 1.
     """
+    positive_int(fan_in, "fan_in")
+    positive_int(fan_out, "fan_out")
     return math.sqrt(1 / fan_in) * min(1.0, math.sqrt(fan_out / fan_in))

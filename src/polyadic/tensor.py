@@ -62,8 +62,10 @@ class CPTensor(Exchanged):
             layer sets it to that of the torch layer it stands in for.
 
     Raises:
-        TypeError: sizes or rank are not integers, or dtype is neither floating point nor complex.
-        ValueError: sizes or rank are below 1, there is no group, or an int stands behind a group.
+        TypeError: sizes or rank are not integers, dtype is neither floating point nor complex, or
+            device is none.
+        ValueError: sizes or rank are below 1, there is no group, an int stands behind a group, or
+            torch knows no such device.
     """
 
     weights: Tensor | None
@@ -100,6 +102,8 @@ class CPTensor(Exchanged):
         self._names = tuple(map(str, range(ends[-1])))
         self.rank = positive_int(rank, "rank")
         dtype = torch.get_default_dtype() if dtype is None else checks.check_dtype(dtype)
+        if device is not None:
+            checks.check_device(device)
         check_fits_memory(max(map(max, self.tensorized_shape)), self.rank)
         self.factors = Factors(
             (

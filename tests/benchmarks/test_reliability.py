@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import random
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,26 @@ from torch.distributed.tensor import Partial
 
 import polyadic
 from benchmarks.pages import between
-from benchmarks.reliability import damage, determinism, hostile, report
+from benchmarks.reliability import (
+    damage,
+    determinism,
+    hostile,
+    hostile_models,
+    hostile_tools,
+    report,
+)
 from benchmarks.reliability.__main__ import CALLS
+from polyadic import (
+    adapters,
+    distributed,
+    finetune,
+    functional,
+    init,
+    pretrained,
+    testing,
+    training,
+)
+from polyadic import nn as cp_nn
 from polyadic.adapters import CPConfig, from_lora
 from polyadic.distributed import RankParallel
 from polyadic.nn import CPConv2d, CPLinear, CPSharedInput, CPSpectralConv1d
@@ -59,6 +79,63 @@ def test_inputs_are_hostile_and_some_are_not(kind: str) -> None:
     assert found["refused"] > 0
 
 
+# What the library makes and hands out, and PEFT's class, which only PEFT makes.
+RETURNED = {
+    "Allocation", "CPModel", "Check", "ConvSaved", "DecomposeInterrupted", "Decomposition",
+    "Explanation", "FactorizeReport", "Flops", "FromLora", "KeptBytes", "LayerMatch",
+    "LinearSaved", "LiveBytes", "ModelExplanation", "Operations", "Problem", "Progress",
+    "Recovery", "Result", "TuneReport", "TunedLayer",
+}  # fmt: skip
+MODULES = (
+    polyadic, functional, finetune, pretrained, testing, training, adapters, distributed, cp_nn,
+    init,
+)  # fmt: skip
+GENERATORS = (hostile, hostile_models, hostile_tools)
+
+
+def called_by(source: str) -> set[str]:
+    """Names that the functions of a module use, and those in its tables of names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def public_names() -> Iterator[str]:
+    """Of what can be called with arguments."""
+    for module in MODULES:
+        own = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value)
+            and value.__module__ == module.__name__
+            and not name.startswith("_")
+        ]
+        names = getattr(module, "__all__", own)
+        for name in names:
+            value = getattr(module, name)
+            is_own = getattr(value, "__module__", "").startswith("polyadic")
+            if callable(value) and is_own and inspect.signature(value).parameters:
+                yield name
+
+
+def test_every_public_name_is_given_hostile_input() -> None:
+    """A name without a generator fails here; ``constructor`` draws from all of ``nn.__all__``."""
+    sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in GENERATORS]
+    reached = set().union(*map(called_by, sources))
+    assert "cp.__all__" in sources[0]
+    names = {name for name in public_names() if name not in RETURNED}
+    # register_transformers takes nothing, and calibrate measures the machine whatever it is told.
+    assert names - reached - set(cp_nn.__all__) <= {"calibrate"}
+    assert {"tune", "CPConfig", "factorize", "param_groups", "rank_for", "RankParallel"} <= names
+    assert names.isdisjoint(RETURNED)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("raw"), AttributeError("x"), ValueError("")])
 def test_a_fault_would_be_seen(error: Exception) -> None:
     def fail() -> None:
@@ -71,9 +148,14 @@ def test_a_fault_would_be_seen(error: Exception) -> None:
 @pytest.mark.parametrize("kind", CALLS)
 def test_many_hostile_calls(kind: str) -> None:
     """No fault, no hang, no growth."""
-    found = hostile.run(kind, CALLS[kind] // 2, seed=1)
+    found = hostile.run(kind, CALLS[kind], seed=1)
     assert found["faults"] == {}
     assert found["grown"] < 64
+
+
+def test_a_million_calls_are_made_of_every_kind_there_is() -> None:
+    assert sum(CALLS.values()) >= 10**6
+    assert CALLS.keys() == {*hostile.KINDS, "files"}
 
 
 @pytest.mark.parametrize(

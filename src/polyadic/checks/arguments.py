@@ -115,14 +115,14 @@ def check_device(device: Any) -> str:
     """Return the type of a device, such as ``"cpu"``.
 
     Raises:
-        TypeError: ``device`` is neither a device nor text.
+        TypeError: ``device`` is neither a device nor text nor the number of an accelerator.
         ValueError: it names no device.
     """
-    if not isinstance(device, (str, torch.device)):
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
         raise TypeError(f"device must be text such as 'cpu', got {device!r}")
     try:
         return torch.device(device).type
-    except RuntimeError:
+    except (RuntimeError, OverflowError):
         raise ValueError(f"device must be one torch knows, such as 'cpu', got {device!r}") from None
 
 

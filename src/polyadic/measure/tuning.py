@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import evaluating
-from polyadic.checks import check_module
+from polyadic.checks import check_flag, check_module
 from polyadic.kernels.backend import is_computed
 from polyadic.nn.shared import CPSharedInput
 from polyadic.nn.weight import Weighted
@@ -112,12 +112,12 @@ def tune(
         What was measured and changed.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``training`` or ``store`` is no flag.
         ValueError: the call reaches no CP layer that follows a plan.
     """
     check_module(model)
-    if training is None:
-        training = model.training
+    store = check_flag(store, "store")
+    training = model.training if training is None else check_flag(training, "training")
     calls = _calls(model, inputs, named)
     found: dict[str, TunedLayer] = {}
     kept: dict[Any, dict[str, Plan]] = {}
@@ -147,8 +147,11 @@ def untune(*, stored: bool = True) -> None:
 
     Args:
         stored: whether what was stored for later sessions is removed too.
+
+    Raises:
+        TypeError: ``stored`` is no flag.
     """
-    tuned.forget(stored)
+    tuned.forget(check_flag(stored, "stored"))
     choice.forget()
 
 

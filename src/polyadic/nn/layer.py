@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, cast
 import torch
 from torch import Tensor, nn
 
-from polyadic.checks import check_dtype
+from polyadic.checks import check_device, check_dtype
 from polyadic.formats import (
     ConvFormat,
     EmbeddingFormat,
@@ -84,7 +84,7 @@ class CPLayer(Weighted):
         if isinstance(rank, str) and rank in ("break-even", "faster"):
             return rank_of_word(rank, self._request_of_words(device, dtype))
         resolved = resolve_rank(rank, JointFormat(unit, len(joint)) if joint else unit)
-        on_meta = device is not None and torch.device(device).type == "meta"
+        on_meta = device is not None and check_device(device) == "meta"
         if not on_meta and not isinstance(unit, EmbeddingFormat):
             # A lookup in a dense table has no FLOPs that a rank could save.
             asked = self._request_of_words(device, dtype)
@@ -96,7 +96,7 @@ class CPLayer(Weighted):
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Request:
         """Return the request, at rank 1 and of a usual batch, for which words are resolved."""
-        where = torch.device(torch.get_default_device() if device is None else device).type
+        where = check_device(torch.get_default_device() if device is None else device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         batch, size = self._usual_call()
         where = "cpu" if where == "meta" else where

@@ -135,7 +135,7 @@ class _CPSpectralConv(CPLayer):
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Request:
         """The request at rank 1 for which words are resolved: the product with the weight."""
-        where = torch.device(torch.get_default_device() if device is None else device).type
+        where = checks.check_device(torch.get_default_device() if device is None else device)
         wide = COMPLEX[torch.get_default_dtype()] if dtype is None else dtype
         unit = self._format_of_rank_1()
         where = "cpu" if where == "meta" else where

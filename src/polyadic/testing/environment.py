@@ -22,7 +22,14 @@ def environment(packages: Sequence[str] = ("polyadic",)) -> dict[str, Any]:
         Plain data: ``torch``, ``python``, ``system``, ``machine`` and ``cpu`` as text, ``cores``
         (logical ones) and ``threads`` (those torch uses now) as ints, and ``versions``, a version
         for each of ``packages``, None where it is not installed.
+
+    Raises:
+        TypeError: ``packages`` is no sequence of names.
     """
+    if isinstance(packages, str) or not isinstance(packages, Sequence):
+        raise TypeError(f"packages must be a sequence of names, got {packages!r}")
+    if wrong := [name for name in packages if not isinstance(name, str)]:
+        raise TypeError(f"packages must hold names, got {wrong[0]!r}")
     return {
         "torch": str(torch.__version__),
         "python": platform.python_version(),
