@@ -28,7 +28,7 @@ SHAPES = (
 )
 
 
-def _unrounded(x: Tensor, z: Tensor, numbers_alone: bool = False) -> Tensor:
+def _unrounded(x: Tensor, z: Tensor) -> Tensor:
     """Sum in float32 as a GPU does."""
     return x.t().float() @ z.float()
 
@@ -43,6 +43,7 @@ def on_gpu() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
             for module in (linear, multilinear):
                 stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
+            stack.enter_context(mock.patch.object(linear, "matmul_tn_in_float32", _unrounded))
         yield
 
 

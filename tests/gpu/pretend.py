@@ -19,7 +19,7 @@ from polyadic.kernels import embedding, fused, pairs, products, projections
 from polyadic.kernels.triton.launch import Launcher
 
 
-def _unrounded(x: Tensor, z: Tensor, numbers_alone: bool = False) -> Tensor:
+def _unrounded(x: Tensor, z: Tensor) -> Tensor:
     """Sum in float32 as a GPU does."""
     return x.t().float() @ z.float()
 

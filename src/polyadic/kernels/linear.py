@@ -11,8 +11,9 @@ those of Z and G, are padded with zeros to R' ≥ R.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -24,9 +25,21 @@ from polyadic.kernels.multilinear import (
     partials,
     product_gradients,
 )
-from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair, unpadded
-from polyadic.kernels.products import matmul_nn, matmul_nt, matmul_tn, matmul_tn_unrounded
-from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.kernels.pairs import (
+    khatri_rao_pair,
+    launch_khatri_raos,
+    launch_mttkrps,
+    mttkrp_pair,
+    unpadded,
+)
+from polyadic.kernels.products import (
+    matmul_nn,
+    matmul_nt,
+    matmul_tn,
+    matmul_tn_in_float32,
+    matmul_tn_unrounded,
+)
+from polyadic.plans import Backend, LinearPlan, LinearRoute
 
 # A GPU computes up to this many rows from the factors in one launch or two, as when a language
 # model decodes: launching then costs more than computing.
@@ -46,6 +59,22 @@ def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
 def _numbers_alone(x: Tensor, tensors: Sequence[Tensor], route: LinearRoute) -> bool:
     """Whether Triton kernels may do the work of a pass on x and these tensors, factors first."""
     return route.by == "triton" and may_fuse(x, tensors) and x.dtype in DTYPES
+
+
+def _pieces(
+    alone: bool, by: Backend
+) -> tuple[
+    Callable[..., list[Tensor]],
+    Callable[..., list[list[Tensor]]],
+    Callable[[Tensor, Tensor], Tensor],
+]:
+    """Return who makes Khatri-Rao matrices, gradients of factors, and products Xᵀ Z of a pass.
+
+    Where it is known that numbers alone are wanted, these are the functions that ask nothing.
+    """
+    if alone:
+        return launch_khatri_raos, launch_mttkrps, matmul_tn_in_float32
+    return partial(khatri_rao_pair, by=by), partial(mttkrp_pair, by=by), matmul_tn_unrounded
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,7 @@ class LinearMap:
             alone = _numbers_alone(x, factors, route)
             if alone and self.plan.keep == "x" and x.shape[0] <= MOST_DECODED_ROWS:
                 return self._decoded(x, bias, factors), ()
-            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by, alone)
+            ka, kc = _pieces(alone, route.by)[0]((in_factors, out_factors), x.dtype)
             z = matmul_nn(x, ka)
             y = matmul_nt(z, kc, bias)
         else:
@@ -177,7 +206,8 @@ class LinearMap:
             wanted.append(in_factors)
         if wants_g:
             wanted.append(out_factors)
-        matrices = khatri_rao_pair(wanted, x.dtype, by, alone) if wanted else []
+        khatri_raos, mttkrps, matmul = _pieces(alone, by)
+        matrices = khatri_raos(wanted, x.dtype) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []
         groups: list[Sequence[Tensor]] = []
@@ -186,13 +216,13 @@ class LinearMap:
             if wrt_x:
                 d_x = matmul_nt(g, matrices[0])
             if wrt_in:
-                d_matrices.append(matmul_tn_unrounded(x, g, alone))
+                d_matrices.append(matmul(x, g))
                 groups.append(in_factors)
         if wrt_out:
             z = kept[0] if kept else matmul_nn(x, matrices[0])
-            d_matrices.append(matmul_tn_unrounded(grad_y, z, alone))
+            d_matrices.append(matmul(grad_y, z))
             groups.append(out_factors)
-        gradients = mttkrp_pair(d_matrices, groups, by, alone) if groups else []
+        gradients = mttkrps(d_matrices, groups) if groups else []
         d_in = gradients[0] if wrt_in else [None] * len(in_factors)
         d_out = gradients[-1] if wrt_out else [None] * len(out_factors)
         return d_x, [*d_in, *d_out]

@@ -47,10 +47,7 @@ def unpadded(matrix: Tensor, rank: int) -> Tensor:
 
 
 def khatri_rao_pair(
-    groups: Sequence[Group],
-    dtype: torch.dtype,
-    by: Backend = "triton",
-    numbers_alone: bool = False,
+    groups: Sequence[Group], dtype: torch.dtype, by: Backend = "triton"
 ) -> list[Tensor]:
     """Make the Khatri-Rao matrix of each group of factors.
 
@@ -60,17 +57,14 @@ def khatri_rao_pair(
         dtype: dtype of the matrices.
         by: ``"torch"`` keeps to torch's operations; with ``"triton"`` the kernel makes them where
             nothing but numbers is wanted.
-        numbers_alone: that it is known already that ``fused.may_fuse`` holds.
 
     Returns:
         (Π m_d, R) for each group; on a GPU (Π m_d, R rounded up to a multiple of 8) with zeros in
         the columns added.
     """
-    if numbers_alone:
-        return _launch_khatri_raos(groups, dtype, padded_rank(groups[0][0].shape[1]))
     factors = [factor for group in groups for factor in group]
     if by == "triton" and dtype in DTYPES and may_fuse(factors[0], factors):
-        return _launch_khatri_raos(groups, dtype, padded_rank(factors[0].shape[1]))
+        return launch_khatri_raos(groups, dtype)
     if not (factors[0].is_cuda and all(map(is_plain, factors))):
         return [khatri_rao(group, dtype) for group in groups]
     padded = padded_rank(factors[0].shape[1])
@@ -83,10 +77,7 @@ def khatri_rao_pair(
 
 
 def mttkrp_pair(
-    d_matrices: Sequence[Tensor],
-    groups: Sequence[Group],
-    by: Backend = "triton",
-    numbers_alone: bool = False,
+    d_matrices: Sequence[Tensor], groups: Sequence[Group], by: Backend = "triton"
 ) -> list[list[Tensor]]:
     """Make the gradient of every factor of every group from those of the Khatri-Rao matrices.
 
@@ -95,13 +86,10 @@ def mttkrp_pair(
             (p, Π m_d, R or more) that add up to it; in the factors' dtype or float32.
         groups: factors (m_d, R) of each matrix.
         by: as in ``khatri_rao_pair``.
-        numbers_alone: as in ``khatri_rao_pair``.
 
     Returns:
         For each group the gradients (m_d, R) of its factors, in their dtype.
     """
-    if numbers_alone:
-        return _launch_mttkrps(d_matrices, groups)
     factors = [factor for group in groups for factor in group]
     tensors = [*d_matrices, *factors]
     if (
@@ -109,7 +97,7 @@ def mttkrp_pair(
         and may_fuse(factors[0], tensors)
         and all(tensor.dtype in DTYPES for tensor in tensors)
     ):
-        return _launch_mttkrps(d_matrices, groups)
+        return launch_mttkrps(d_matrices, groups)
     if not (
         by == "triton"
         and factors[0].is_cuda
@@ -171,13 +159,18 @@ def _contiguous(groups: Sequence[Group]) -> Sequence[Group]:
     return list(map(contiguous, groups))
 
 
-def _launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype, padded: int) -> list[Tensor]:
-    return _by_triton()[0](_contiguous(groups), dtype, padded)
+def launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]:
+    """Do what ``khatri_rao_pair`` does by the kernel, for a caller that has asked ``may_fuse``."""
+    return _by_triton()[0](_contiguous(groups), dtype, padded_rank(groups[0][0].shape[1]))
 
 
-def _launch_mttkrps(
+def launch_mttkrps(
     d_matrices: Sequence[Tensor], groups: Sequence[Group], own_memory: bool = False
 ) -> list[list[Tensor]]:
+    """Do what ``mttkrp_pair`` does by the kernel, for a caller that has asked ``may_fuse``.
+
+    With ``own_memory`` no two gradients share memory.
+    """
     d_matrices = [d if d.stride(-1) == 1 else d.contiguous() for d in d_matrices]
     return _by_triton()[1](d_matrices, _contiguous(groups), own_memory)
 
@@ -185,7 +178,7 @@ def _launch_mttkrps(
 def _khatri_rao_on_cuda(
     factors: list[Tensor], lengths: list[int], dtype: torch.dtype, padded: int
 ) -> list[Tensor]:
-    return _launch_khatri_raos(_regrouped(factors, lengths), dtype, padded)
+    return launch_khatri_raos(_regrouped(factors, lengths), dtype)
 
 
 def _khatri_rao_on_cpu(
@@ -212,7 +205,7 @@ def _mttkrp_on_cuda(
     d_matrices: list[Tensor], factors: list[Tensor], lengths: list[int]
 ) -> list[Tensor]:
     # The results of an operator must not share memory.
-    groups = _launch_mttkrps(d_matrices, _regrouped(factors, lengths), own_memory=True)
+    groups = launch_mttkrps(d_matrices, _regrouped(factors, lengths), own_memory=True)
     return [gradient for group in groups for gradient in group]
 
 

@@ -50,14 +50,19 @@ def matmul_tn(x: Tensor, z: Tensor) -> Tensor:
     return x.t() @ z
 
 
-def matmul_tn_unrounded(x: Tensor, z: Tensor, numbers_alone: bool = False) -> Tensor:
+def matmul_tn_in_float32(x: Tensor, z: Tensor) -> Tensor:
+    """Return Xᵀ Z (w, r) where a fused kernel may work (see ``fused``): half precisions in float32.
+
+    A GPU adds products of half precisions in float32 and can hand its sums out as they are.
+    """
+    return torch.mm(x.t(), z, out_dtype=torch.float32) if x.dtype in HALVES else x.t() @ z
+
+
+def matmul_tn_unrounded(x: Tensor, z: Tensor) -> Tensor:
     """Return Xᵀ Z (w, r) for further sums: not rounded to half precision where that costs nothing.
 
-    A GPU adds products of half precisions in float32 and can hand its sums out as they are. With
-    ``numbers_alone`` a fused kernel may take their place (see ``fused``), and nothing is asked.
+    A GPU then hands its sums out in float32, if nothing but numbers is wanted.
     """
-    if numbers_alone:
-        return torch.mm(x.t(), z, out_dtype=torch.float32) if x.dtype in HALVES else x.t() @ z
     if (
         x.is_cuda
         and torch.version.hip is None
