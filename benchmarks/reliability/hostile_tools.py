@@ -55,20 +55,31 @@ def converting(draw: random.Random) -> Call:
     """Layers in the place of torch's, and back; layers that share a tensor."""
     which = draw.randrange(7)
     given = options(
-        draw, order=size, in_shape=sizes, out_shape=sizes, memory=odd, cp=odd, metric=tensor,
-        iterations=size, seed=size, start=word("random"), damping=number,
-    )  # fmt: skip
+        draw,
+        order=size,
+        in_shape=sizes,
+        out_shape=sizes,
+        memory=odd,
+        cp=odd,
+        metric=tensor,
+        iterations=size,
+        seed=size,
+        start=word("random"),
+        damping=number,
+    )
     given.setdefault("iterations", 2)
     if draw.random() < 0.9:
         given.setdefault("rank", size(draw))
-    classes: Any = draw.choice([
-        (cp.CPLinear.from_linear, nn.Linear(12, 8)),
-        (cp.CPConv1d.from_conv, nn.Conv1d(4, 6, 3)),
-        (cp.CPConv2d.from_conv, nn.Conv2d(4, 6, 3)),
-        (cp.CPConvTranspose2d.from_conv_transpose, nn.ConvTranspose2d(4, 6, 3)),
-        (cp.CPEmbedding.from_embedding, nn.Embedding(12, 8)),
-        (cp.CPSpectralConv1d.from_spectral_conv, nn.Conv1d(4, 6, 3)),
-    ])  # fmt: skip
+    classes: Any = draw.choice(
+        [
+            (cp.CPLinear.from_linear, nn.Linear(12, 8)),
+            (cp.CPConv1d.from_conv, nn.Conv1d(4, 6, 3)),
+            (cp.CPConv2d.from_conv, nn.Conv2d(4, 6, 3)),
+            (cp.CPConvTranspose2d.from_conv_transpose, nn.ConvTranspose2d(4, 6, 3)),
+            (cp.CPEmbedding.from_embedding, nn.Embedding(12, 8)),
+            (cp.CPSpectralConv1d.from_spectral_conv, nn.Conv1d(4, 6, 3)),
+        ]
+    )
     if which < 3:
         make, layer = classes
         other = odd(draw) if draw.random() < 0.2 else layer
@@ -86,11 +97,13 @@ def converting(draw: random.Random) -> Call:
         whole: Any = one.cp.joint if draw.random() < 0.8 else odd(draw)
         return lambda: polyadic.CPSlice(whole, odd(draw))
     bias = odd(draw)
-    back = draw.choice([
-        lambda: cp.CPEmbedding(12, 8, rank=3).as_linear(bias),
-        lambda: cp.CPTiedLinear(odd(draw), bias),
-        lambda: cp.CPLinear(12, 8, rank=3).to_linear(),
-    ])  # fmt: skip
+    back = draw.choice(
+        [
+            lambda: cp.CPEmbedding(12, 8, rank=3).as_linear(bias),
+            lambda: cp.CPTiedLinear(odd(draw), bias),
+            lambda: cp.CPLinear(12, 8, rank=3).to_linear(),
+        ]
+    )
     return back
 
 
@@ -115,10 +128,16 @@ def filling(draw: random.Random) -> Call:
         function = draw.choice([odd(draw), torch.Tensor.zero_])
         return lambda: init.bias_(filled, function)
     if which == 5:
-        counting: Any = draw.choice([
-            testing.flops, testing.launches, testing.allocations, testing.kept_bytes,
-            testing.environment, testing.verify,
-        ])  # fmt: skip
+        counting: Any = draw.choice(
+            [
+                testing.flops,
+                testing.launches,
+                testing.allocations,
+                testing.kept_bytes,
+                testing.environment,
+                testing.verify,
+            ]
+        )
         return lambda: counting(odd(draw))
     known = {"rank": size, "order": size, "batch": size, "dtype": odd, "seed": size, "weights": odd}
     if draw.random() < 0.5:
@@ -153,9 +172,12 @@ def surrounding(draw: random.Random) -> Call:
     if which == 3:
         pretrained.attach(dense())
         tokens = size(draw)
-        changed: Any = draw.choice([
-            lambda: pretrained.attach(net), lambda: pretrained.resize_token_embeddings(net, tokens)
-        ])  # fmt: skip
+        changed: Any = draw.choice(
+            [
+                lambda: pretrained.attach(net),
+                lambda: pretrained.resize_token_embeddings(net, tokens),
+            ]
+        )
         return changed
     if which == 4:
         given = options(draw, max_shard_size=odd, unknown=odd)
@@ -171,9 +193,12 @@ def surrounding(draw: random.Random) -> Call:
         torch.ones(2, 4, 5, 5), *_factors((6,), (4,), (3, 3))
     )
     back: Any
-    back, grad, state = draw.choice([
-        (functional.cp_linear_backward, y, kept), (functional.cp_conv_backward, images, stages),
-    ])  # fmt: skip
+    back, grad, state = draw.choice(
+        [
+            (functional.cp_linear_backward, y, kept),
+            (functional.cp_conv_backward, images, stages),
+        ]
+    )
     grad = grad if draw.random() < 0.3 else draw.choice([tensor, odd])(draw)
     state = state if draw.random() < 0.8 else odd(draw)
     return lambda: back(grad, state)

@@ -147,8 +147,20 @@ def test_goals_are_judged(ours: float, dense: float, floor: str, gain: str) -> N
 
 
 def test_a_missed_goal_says_what_to_run_first() -> None:
-    run = Run([*stored(1.7e-4, 7e-4), {"kind": "environment", "dtype": "bfloat16", "torch": "",
-               "python": "", "versions": {}, "commit": "", "date": ""}])  # fmt: skip
+    run = Run(
+        [
+            *stored(1.7e-4, 7e-4),
+            {
+                "kind": "environment",
+                "dtype": "bfloat16",
+                "torch": "",
+                "python": "",
+                "versions": {},
+                "commit": "",
+                "date": "",
+            },
+        ]
+    )
     (missed,) = [goal for goal in goals(run) if goal.misses]
     assert f"*Next, for: {missed.text}.* {missed.first}" in section(run)
     for goal in goals(run):

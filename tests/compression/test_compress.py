@@ -35,11 +35,15 @@ def mlp(seed: int = 0) -> nn.Sequential:
 def cnn() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 24, 3, stride=2, padding=1, groups=2), nn.ReLU(),
-        nn.ConvTranspose2d(24, 12, 2, stride=2), nn.Conv2d(12, 20, 1), nn.Flatten(),
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 12, 2, stride=2),
+        nn.Conv2d(12, 20, 1),
+        nn.Flatten(),
         nn.Linear(20 * 64, 5),
-    )  # fmt: skip
+    )
 
 
 def rows(count: int, size: int, seed: int = 3) -> torch.Tensor:
@@ -120,8 +124,9 @@ def test_a_dry_run_changes_nothing(inplace: bool) -> None:
     )
     assert same is model
     assert dict(model.named_modules()) == modules
-    assert all(torch.equal(a, b) for a, b in
-               zip(model.parameters(), before.parameters(), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    )
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert report.dry_run
@@ -173,8 +178,13 @@ def test_a_bound_on_the_error_is_met(bound: float, calibration: Any) -> None:
     assert report.error <= bound
     assert report.converted
     if calibration is None:
-        pairs = [(model.get_submodule(x.name).weight.detach(),
-                  small.get_submodule(x.name).weight.detach()) for x in report.weighed]  # fmt: skip
+        pairs = [
+            (
+                model.get_submodule(x.name).weight.detach(),
+                small.get_submodule(x.name).weight.detach(),
+            )
+            for x in report.weighed
+        ]
         lost = sum(float((a - b).double().square().sum()) for a, b in pairs)
         whole = sum(float(a.double().square().sum()) for a, _ in pairs)
         assert math.sqrt(lost / whole) <= bound
@@ -348,9 +358,14 @@ def test_a_layer_that_would_go_on_to_be_called_is_not_said_to_be_converted(inpla
 def test_the_experts_of_a_mixture_are_named() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
     _, report = polyadic.compress(transformers.MixtralForCausalLM(config), ratio=1.2, dry_run=True)
     experts = [layer for layer in report.layers if layer.name.endswith("experts")]
     assert len(experts) == 2
@@ -488,17 +503,24 @@ def test_outputs_and_positions_that_count_can_be_chosen() -> None:
     mask[:, 6:] = 0
     batch = {"x": x, "mask": mask}
     _, report = polyadic.compress(
-        Two(), ratio=2, calibration=[batch], orders=(1,), weights=lambda b: b["mask"],
+        Two(),
+        ratio=2,
+        calibration=[batch],
+        orders=(1,),
+        weights=lambda b: b["mask"],
         forward=lambda model, b: model(**b)["second"][b["mask"] > 0],
-    )  # fmt: skip
+    )
     first, second = report.layers
     assert first.importance == 0
     assert first.parameters == first.dense_parameters / 2
     assert second.importance > 0
     _, clean = polyadic.compress(
-        Two(), ratio=2, calibration=[{"x": x[:, :6], "mask": mask[:, :6]}], orders=(1,),
+        Two(),
+        ratio=2,
+        calibration=[{"x": x[:, :6], "mask": mask[:, :6]}],
+        orders=(1,),
         forward=lambda model, b: model(**b)["second"],
-    )  # fmt: skip
+    )
     assert second.importance == pytest.approx(clean.layers[1].importance, rel=1e-4)
     assert second.output_error == pytest.approx(clean.layers[1].output_error, rel=1e-4)
 
@@ -567,8 +589,9 @@ def test_the_same_seed_gives_the_same(tmp_path: Path) -> None:
     ]
     (first, one), (second, two) = runs
     assert one == two
-    assert all(torch.equal(a, b) for a, b in
-               zip(first.parameters(), second.parameters(), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 def test_half_precision_and_flags_are_kept() -> None:
@@ -591,8 +614,9 @@ def test_an_interruption_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         polyadic.compress(model, ratio=3, calibration=BATCHES, inplace=True, callback=stop)
     assert all(type(a) is type(b) for a, b in zip(model.modules(), before.modules(), strict=True))
-    assert all(torch.equal(a, b) for a, b in
-               zip(model.parameters(), before.parameters(), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    )
 
 
 def test_progress_is_told() -> None:
@@ -680,12 +704,22 @@ def test_too_few_rows_of_calibration_are_noted() -> None:
 def test_the_report_opens_with_a_verdict(change: float | None, speed: float, words: str) -> None:
     layer = dataclasses.replace(
         polyadic.compress(nn.Sequential(nn.Linear(64, 64)), ratio=2)[1].layers[0],
-        dense_parameters=100, parameters=50, dense_seconds=1.0, seconds=1 / speed,
-    )  # fmt: skip
+        dense_parameters=100,
+        parameters=50,
+        dense_seconds=1.0,
+        seconds=1 / speed,
+    )
     report = polyadic.Report(
-        budget="2 times fewer parameters", layers=(layer,), dry_run=False,
-        calibrated=change is not None, seed=0, model_parameters=100, predicted_error=0.0,
-        error=0.0, output_error=change, machine="built-in",
-    )  # fmt: skip
+        budget="2 times fewer parameters",
+        layers=(layer,),
+        dry_run=False,
+        calibrated=change is not None,
+        seed=0,
+        model_parameters=100,
+        predicted_error=0.0,
+        error=0.0,
+        output_error=change,
+        machine="built-in",
+    )
     assert words in report.verdict
     assert str(report).startswith(report.verdict)

@@ -51,9 +51,14 @@ class Form:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.metadata = SimpleNamespace(
-            num_ctas=1, num_warps=8, launch_cooperative_grid=False, launch_pdl=False,
-            global_scratch_size=0, profile_scratch_size=0, shared=1024,
-        )  # fmt: skip
+            num_ctas=1,
+            num_warps=8,
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+            global_scratch_size=0,
+            profile_scratch_size=0,
+            shared=1024,
+        )
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         def compiled(*arguments: Any) -> None:
