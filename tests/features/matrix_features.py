@@ -220,7 +220,13 @@ def _every(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def _grad(f: Any, tensors: tuple[Tensor, ...]) -> Any:
-    return grad(lambda *t: f(*t).sin().sum(), _every(tensors))(*tensors)
+    """By itself, and of an ensemble whose members differ in one tensor."""
+    found = [grad(lambda *t: f(*t).sin().sum(), _every(tensors))(*tensors)]
+    for i in range(len(tensors)):
+        dims = tuple(0 if j == i else None for j in range(len(tensors)))
+        given = [torch.stack([t, 1 - t]) if j == i else t for j, t in enumerate(tensors)]
+        found.append(grad(lambda *t, d=dims: vmap(f, d)(*t).sin().sum(), _every(tensors))(*given))
+    return found
 
 
 def _vmap(f: Any, tensors: tuple[Tensor, ...]) -> Any:
@@ -233,7 +239,14 @@ def _vmap(f: Any, tensors: tuple[Tensor, ...]) -> Any:
 
 
 def _jvp(f: Any, tensors: tuple[Tensor, ...]) -> Any:
-    return jvp(f, tensors, tuple(torch.randn_like(t) for t in tensors))
+    """By itself, of a jvp, and of a vmap."""
+    once, twice = (tuple(torch.randn_like(t) for t in tensors) for _ in range(2))
+    stacked = tuple(torch.stack([t, 1 - t]) for t in tensors)
+    return (
+        jvp(f, tensors, once),
+        jvp(lambda *t: jvp(f, t, once)[1], tensors, twice),
+        jvp(vmap(f), stacked, tuple(torch.randn_like(t) for t in stacked)),
+    )
 
 
 def _of_real(f: Any, tensors: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
@@ -266,7 +279,10 @@ def _double_backward(f: Any, tensors: tuple[Tensor, ...]) -> Any:
     grad_y = torch.randn_like(y).requires_grad_()
     first = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
     loss = sum(power(g) for g in first)
-    return torch.autograd.grad(loss, [*leaves, grad_y], materialize_grads=True)
+    second = torch.autograd.grad(loss, [*leaves, grad_y], materialize_grads=True)
+    # Gradients of several outputs at once, which autograd batches.
+    rows = torch.stack([torch.randn_like(y), torch.randn_like(y)])
+    return second, torch.autograd.grad(f(*leaves), leaves, rows, is_grads_batched=True)
 
 
 def per_sample(layer: Layer) -> None:

@@ -236,3 +236,23 @@ def test_padding_modes_under_autocast(mode: str, dims: int, dtype: torch.dtype) 
     got = torch.autograd.grad(y, list(named.values()), grad_y.to(dtype))
     for g, w in zip([y, *got], [want, *(grads[name] for name in named)], strict=True):
         assert (g.double() - w).norm() <= 8 * torch.finfo(dtype).eps * w.norm()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_an_output_size_is_what_torch_takes_for_one(dims: int) -> None:
+    name, size = f"ConvTranspose{dims}d", (12,) * dims
+    layer = getattr(pnn, f"CP{name}")(3, 4, 3, stride=2, rank=2)
+    dense = getattr(nn, name)(3, 4, 3, stride=2)
+    for lead in ((2,), ()):
+        x = torch.randn(*lead, 3, *[5] * dims)
+        for right in (size, list(size), torch.Size(size), (*lead, 4, *size)):
+            assert layer(x, right).shape == dense(x, right).shape
+        wrong = [12, "12" * dims, size[1:], (12.0,) * dims, (*size, 12, 12, 12), 12.0, object()]
+        for given in [*wrong, *([(4, *size)] if lead else [])]:
+            with pytest.raises((TypeError, ValueError), match="output_size must be"):
+                layer(x, given)
+        with pytest.raises(ValueError, match="output_size must lie between"):
+            layer(x, (13,) * dims)
+    for no_map in (3, None, torch.tensor(1.0), torch.ones(3)):
+        with pytest.raises((TypeError, ValueError), match="x must"):
+            layer(no_map, size)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
 
 import polyadic
+from cases import FEW, params
 from polyadic.nn import CPConv2d, CPLinear
 from polyadic.nn.frozen import FrozenKernel, FrozenPair, FrozenWeight
 
@@ -152,6 +157,80 @@ def test_functional_call_with_other_factors_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"polyadic\.unfreeze"):
         torch.func.functional_call(layer, other.state_dict(), (x,))
     layer(x)
+
+
+def _required(layer: Any, x: Tensor) -> Tensor:
+    layer.requires_grad_(True)
+    try:
+        return layer(x)
+    finally:
+        layer.requires_grad_(False)
+
+
+def _of_parameters(
+    transform: Callable[[Callable[..., Tensor], dict[str, Tensor]], Any],
+) -> Callable[[Any, Tensor], Any]:
+    """A transform of what a layer computes, as a function of its parameters."""
+
+    def call(layer: Any, x: Tensor) -> Any:
+        values = {name: p.detach() for name, p in layer.named_parameters()}
+        return transform(lambda given: functional_call(layer, given, (x,)), values)
+
+    return call
+
+
+def _dual(f: Callable[..., Tensor], values: dict[str, Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        return f({name: forward_ad.make_dual(p, p.clone()) for name, p in values.items()})
+
+
+def _batched(f: Callable[..., Tensor], values: dict[str, Tensor]) -> Tensor:
+    return vmap(f)({name: torch.stack([p, 2 * p]) for name, p in values.items()})
+
+
+DERIVATIVES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "requires_grad": _required,
+    "grad": _of_parameters(lambda f, values: grad(lambda given: f(given).abs().sum())(values)),
+    "jvp": _of_parameters(lambda f, values: jvp(f, (values,), (values,))),
+    "forward mode": _of_parameters(_dual),
+    "vmap": _of_parameters(_batched),
+}
+FREEZABLE = [case for case in FEW if case.kind.family in ("linear", "conv")]
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("case", params(FREEZABLE))
+def test_derivatives_by_the_factors_of_a_frozen_layer_are_refused(
+    case: Any, derivative: str
+) -> None:
+    """They would be zero or missing, as the factors have no part in what is computed."""
+    layer, x = case.make(), case.leaves().x
+    polyadic.freeze(layer, batch=256, size=9)
+    assert layer.frozen is not None
+    before = layer(x)
+    with pytest.raises(RuntimeError, match=r"derivative.*polyadic\.unfreeze"):
+        DERIVATIVES[derivative](layer, x)
+    assert torch.equal(layer(x), before)
+    values = {name: p.detach() for name, p in layer.named_parameters()}
+    if x.is_floating_point():
+        given = grad(lambda x: functional_call(layer, values, (x,)).sum())(x)
+        x = x.detach().requires_grad_()
+        torch.testing.assert_close(given, torch.autograd.grad(layer(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("name", ["joint-linear", "joint-conv2d"])
+def test_a_layer_frozen_alone_sends_no_gradient_past_shared_factors(name: str) -> None:
+    """Unfreezing one of the layers that share factors gives these their gradients back."""
+    (case,) = [case for case in FEW if case.id == name]
+    layers, x = case.cls.joint(2, **case.inner.arguments, dtype=torch.float64), case.leaves().x
+    polyadic.freeze(layers, batch=256, size=9)
+    polyadic.unfreeze(layers[0])
+    assert layers[0](x).requires_grad
+    with pytest.raises(RuntimeError, match=r"derivative.*polyadic\.unfreeze"):
+        layers[1](x)
+    with torch.no_grad():
+        frozen = layers[1](x)
+        torch.testing.assert_close(polyadic.unfreeze(layers)[1](x), frozen)
 
 
 def test_the_bias_is_free_while_the_layer_is_frozen() -> None:

@@ -271,6 +271,17 @@ def test_resolution() -> None:
     # The same band-limited function, of which the coarse grid has every other point.
     assert_close(layer(x), fine[..., ::2, ::2], "on the coarse grid", 1e-5)
     assert layer(x, output_size=(5, 7)).shape == (2, 4, 5, 7)
+    layer.resolution_scaling = (2.0, 2.0)
+    for no_map in (3, None, torch.tensor(1.0), torch.ones(3)):
+        with pytest.raises((TypeError, ValueError), match="x must"):
+            layer(no_map)
+
+
+def test_separable_is_a_flag() -> None:
+    for wrong in ("no", 2, [], 1.0):
+        with pytest.raises(TypeError, match="separable must be True or False"):
+            CPSpectralConv2d(4, 4, 4, rank=2, separable=wrong)
+    assert CPSpectralConv2d(4, 4, 4, rank=2, separable=1).separable is True
 
 
 @pytest.mark.parametrize("outs", [(4,), ()])

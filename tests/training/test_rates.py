@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler as schedulers
 
 import polyadic
@@ -69,6 +70,35 @@ def test_the_tensor_decays_as_a_dense_weight(make: Any, optimizer: Any) -> None:
         own.step()
     ratio = float(tensor.to_matrix().detach().norm() / before)
     assert math.isclose(ratio, (1 - lr * decay) ** steps, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+        lambda factors, name: prune.l1_unstructured(factors, name, 0.25),
+    ],
+    ids=["weight_norm", "orthogonal", "pruning"],
+)
+def test_a_factor_that_is_computed_leaves_the_others_their_rates(
+    make: Any, optimizer: Any, compute: Any
+) -> None:
+    torch.manual_seed(0)
+    layer = make()
+    tensor = tensor_of(layer)
+    compute(tensor.factors, "1")
+    plain = polyadic.CPTensor.from_factors(
+        tensor.tensorized_shape, [factor.detach() for factor in tensor.factors]
+    )
+    want = [*polyadic.factor_rates(plain, 1e-3, 0.1, optimizer=optimizer).values()]
+    got = polyadic.factor_rates(layer, 1e-3, 0.1, optimizer=optimizer)
+    assert [*got.values()] == [want[0], *want[2:]]
+    groups = polyadic.param_groups(layer, 1e-3, 0.1, optimizer=optimizer)
+    rates = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert rates == {p: got.get(p, (1e-3, 0.1)) for p in layer.parameters()}
 
 
 def test_sgd_moves_the_tensor_by_the_projected_gradient() -> None:

@@ -6,14 +6,19 @@ arguments are laid out for it. What has been settled is remembered by the signat
 arguments: all that checks and planner look at, and nothing computed from the values of tensors.
 
 A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward``, ``backward`` and
-``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself, which is
-all that forward mode needs; or x are indices, which have neither gradient nor tangent. It runs
+``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself; or x are
+indices, which have no gradient. It runs
 
-- by its own operations alone, if no gradient is asked for, if the graph is to be exported, or if
-  the plan leaves the backward to torch's autograd;
-- in ``_Compiled`` while a compiler traces, because compilers refuse a Function with a ``jvp``;
-- in ``_Transformed``, which has a ``jvp``, in a transform of torch.func or a level of forward mode;
-- in ``_Eager`` otherwise, which supports neither, and whose call costs a fifth of the former's.
+- by its own operations alone, if no gradient is asked for, in a level of forward mode, if the
+  graph is to be exported, or if the plan leaves the backward to torch's autograd;
+- in ``_Compiled`` while a compiler traces;
+- in ``_ClosedForm`` in a transform of torch.func;
+- in ``_Eager`` otherwise, which no transform can enter, and whose call costs a fifth of that.
+
+No Function has a ``jvp``. torch takes the tangents that one makes for constants, so that forward
+mode over forward mode (``jacfwd(jacfwd(f))``) would be zero. And where vmap meets a Function that
+saves tensors for its ``jvp`` too, torch takes their batch dimensions for those of what is saved for
+the backward.
 """
 
 from __future__ import annotations
@@ -27,8 +32,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad, profiler
-from torch.compiler import is_dynamo_compiling
+from torch.autograd import Function, profiler
 
 from polyadic._torch import (
     OWN_CLASSES,
@@ -273,10 +277,11 @@ def _traced(
 def _eager(
     layer_map: MultilinearMap, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    if layer_map.autograd_backward or not torch.is_grad_enabled():
+    without_function = layer_map.autograd_backward or not torch.is_grad_enabled()
+    if without_function or forward_mode_level() >= 0:
         return layer_map.forward(x, bias, factors)[0]
-    if transforms_active() or forward_mode_level() >= 0:
-        y: Tensor = _Transformed.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    if transforms_active():
+        y: Tensor = _ClosedForm.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
         return y
     bias = None if bias is None else unwrap_if_dead(bias)
     y = _apply_eager(layer_map, unwrap_if_dead(x), bias, *map(unwrap_if_dead, factors))
@@ -352,7 +357,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     layer_map: MultilinearMap = ctx.layer_map
     saved: tuple[Tensor, ...] = ctx.saved_tensors
     x, factors, kept = saved[0], saved[1 : 1 + n_factors], saved[1 + n_factors :]
-    if _differentiated((x, *factors)):
+    if _is_differentiated():
         # To autograd, kept intermediates are constants; for second derivatives we recompute them.
         kept = ()
     needs: tuple[bool, ...] = ctx.needs_input_grad
@@ -361,14 +366,9 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     return (None, d_x, d_bias, *d_factors)
 
 
-def _differentiated(inputs: Sequence[Tensor]) -> bool:
-    """Whether a backward is itself differentiated, in reverse or (eager only) in forward mode."""
-    if torch.is_grad_enabled():
-        return True
-    # Dynamo cannot trace the question for the level of forward mode, and must not come to it.
-    if is_dynamo_compiling() or forward_mode_level() < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+def _is_differentiated() -> bool:
+    """Whether a backward is itself differentiated."""
+    return torch.is_grad_enabled()
 
 
 class _Compiled(_ClosedForm):
@@ -415,34 +415,6 @@ class _Eager(Function):
         return _own(y)
 
     backward = _ClosedForm.backward
-
-
-class _Transformed(_ClosedForm):
-    """``_ClosedForm`` with forward mode, which torch.compile refuses to trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _ClosedForm.setup_context(ctx, inputs, output)
-        _, x, bias, *factors = inputs
-        ctx.n_kept = len(output) - 1
-        ctx.save_for_forward(x, bias, *factors)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        """Return the sum over all arguments of the map with a tangent in the argument's place."""
-        _, t_x, t_bias, *t_factors = tangents
-        x, _, *factors = ctx.saved_tensors
-        terms: list[Tensor] = []
-        if t_x is not None:
-            terms.append(ctx.layer_map.forward(t_x, None, factors)[0])
-        for position, tangent in enumerate(t_factors):
-            if tangent is not None:
-                moved = [*factors[:position], tangent, *factors[position + 1 :]]
-                terms.append(ctx.layer_map.forward(x, None, moved)[0])
-        if t_bias is not None:
-            zeros = torch.zeros_like(x)
-            terms.append(ctx.layer_map.forward(zeros, t_bias, factors)[0])
-        return (sum(terms[1:], terms[0]) if terms else None, *[None] * ctx.n_kept)
 
 
 _apply_eager = direct_apply(_Eager)

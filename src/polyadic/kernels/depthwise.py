@@ -290,7 +290,9 @@ def _as_complex(x: Tensor) -> Tensor:
 
 def _as_real_kernel(weight: Tensor, transposed: bool) -> Tensor:
     """(n, c, *k), complex → (2n, 2c, *k), real; the in channels are the rows where transposed."""
-    re, im = weight.real, -weight.imag if transposed else weight.imag
+    # Not weight.imag, which for a conjugate is a view that vmap has no rule for.
+    re, im = torch.view_as_real(weight.resolve_conj()).unbind(-1)
+    im = -im if transposed else im
     rows = torch.stack((torch.stack((re, -im), 2), torch.stack((im, re), 2)), 1)
     return rows.reshape(2 * weight.shape[0], 2 * weight.shape[1], *weight.shape[2:])
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from polyadic._torch import in_transform, no_autocast, observed
+from polyadic._torch import forward_mode_level, in_transform, no_autocast, observed
 from polyadic.plans import Transform
 
 Shape = tuple[int, ...]
@@ -63,10 +63,11 @@ class Transformation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Transform x differentiably; nothing is kept for the backward."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        alone = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        # A Function would hand tangents on as constants.
+        if alone or forward_mode_level() >= 0:
             return self.compute(x)
-        function = _Transformed if in_transform() else _Linear
-        y: Tensor = function.apply(self, x)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(self, x)  # type: ignore[no-untyped-call]
         return y
 
     def compute(self, x: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ class Synthesis(Transformation):
             x = _to_positions(x, d, self.sizes[d], self.modes[d], self.forward_by[d])
         n, k, way = self.sizes[-1], self.modes[-1], self.forward_by[-1]
         if way == "dft":
-            parts = torch.view_as_real(x.resolve_conj()).flatten(-2)
+            # reshape, not flatten, which gradients batched by autograd have no rule for.
+            parts = torch.view_as_real(x.resolve_conj()).reshape(*x.shape[:-1], 2 * k)
             return parts @ _on(_real_table, parts, n, k, self.scale, self.doubled)
         # irfft counts twice each mode that stands for its mirror image too.
         if not self.doubled or self.scale != 1.0:
@@ -160,15 +162,6 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, ctx.transformation.adjoint()(grad)
-
-
-class _Transformed(_Linear):
-    """``_Linear`` with forward mode."""
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        y: Tensor = ctx.transformation.compute(tangent)
-        return y
 
 
 def _to_modes(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:

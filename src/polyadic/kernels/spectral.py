@@ -59,6 +59,11 @@ def _pieces(count: int, at_once: int | None) -> Iterator[slice]:
         yield slice(start, min(start + at_once, count))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(s, b, c) → (s·b, c); reshape, unlike flatten, has a rule for batched gradients."""
+    return x.reshape(-1, x.shape[2])
+
+
 @dataclass(frozen=True)
 class SpectralMap:
     """The map (x, None, *factors) → y with factors = (*in, *out, λ if any, *kept modes).
@@ -104,8 +109,8 @@ class SpectralMap:
         c = khatri_rao(outs)
         if route.modes_at_once is None or not _writes_to_memory(x, *factors):
             # Products of all rows: a product for each mode would take far longer.
-            z = (x.flatten(0, 1) @ a).view(*x.shape[:2], a.shape[1])
-            y = ((z * spectral.unsqueeze(1)).flatten(0, 1) @ c.t()).view(*x.shape[:2], c.shape[0])
+            z = (_rows(x) @ a).view(*x.shape[:2], a.shape[1])
+            y = (_rows(z * spectral.unsqueeze(1)) @ c.t()).view(*x.shape[:2], c.shape[0])
             return cast(y, dtype), (z,) if self.plan.keep and route.modes_at_once is None else ()
         return cast(_forward_in_pieces(x, a, c, spectral, route), dtype), ()
 
@@ -146,13 +151,13 @@ class SpectralMap:
                 d_x = torch.bmm(grad_y, _rebuilt(spectral, [*ins, *outs], a.shape[0]).mT)
             if not wrt_factors:
                 return _cast_or_none(d_x, dtype), [None] * len(factors)
-            d_weight = torch.bmm(x.mT, grad_y).flatten(1)  # (s, i·o)
+            d_weight = torch.bmm(x.mT, grad_y).reshape(x.shape[0], -1)  # (s, i·o)
             d_channels = khatri_rao_backward(d_weight.t() @ spectral, [*ins, *outs])
             d_spectral = d_weight @ khatri_rao([*ins, *outs])
         else:
             c = khatri_rao(outs)
             if route.modes_at_once is None or kept or not _writes_to_memory(grad_y, x, *factors):
-                z = kept[0] if kept else (x.flatten(0, 1) @ a).view(*x.shape[:2], a.shape[1])
+                z = kept[0] if kept else (_rows(x) @ a).view(*x.shape[:2], a.shape[1])
                 d_x, d_a, d_c, d_spectral = _backward_at_once(grad_y, x, z, a, c, spectral, wrt_x)
             else:
                 d_x, d_a, d_c, d_spectral = _backward_in_pieces(
@@ -214,12 +219,12 @@ def _backward_at_once(
     g: Tensor, x: Tensor, z: Tensor, a: Tensor, c: Tensor, spectral: Tensor, wrt_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Return dX (None unless it is wanted), dA, dC and dK."""
-    scale, rows_g = spectral.unsqueeze(1), g.flatten(0, 1)
+    scale, rows_g = spectral.unsqueeze(1), _rows(g)
     h = (rows_g @ c).view(z.shape)
     d_spectral = (z * h).sum(1)
-    scaled = (h * scale).flatten(0, 1)
-    d_a = x.flatten(0, 1).t() @ scaled
-    d_c = rows_g.t() @ (z * scale).flatten(0, 1)
+    scaled = _rows(h * scale)
+    d_a = _rows(x).t() @ scaled
+    d_c = rows_g.t() @ _rows(z * scale)
     d_x = (scaled @ a.t()).view(x.shape) if wrt_x else None
     return d_x, d_a, d_c, d_spectral
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic import checks, functional
-from polyadic.formats import ConvFormat, Rank, Shape
+from polyadic.formats import ConvFormat, Rank, Shape, is_int
 from polyadic.kernels.depthwise import Geometry
 from polyadic.nn.conv import CPConvBase
 from polyadic.nn.convert import FitOptions, Fitted, convert, revert
@@ -161,7 +161,8 @@ class _CPConvTranspose(CPConvBase):
                 be preceded by the output's other dimensions.
 
         Raises:
-            ValueError: no output padding gives ``output_size``.
+            TypeError: ``output_size`` holds what is no int.
+            ValueError: it has another length, or no output padding gives it.
         """
         if (
             not isinstance(x, Tensor)
@@ -185,17 +186,24 @@ class _CPConvTranspose(CPConvBase):
             memory=self.memory,
         )
 
-    def _extra(self, x: Tensor, output_size: Sequence[int]) -> Shape:
+    def _extra(self, x: Tensor, output_size: Any) -> Shape:
         """Return the output padding that gives a wanted size."""
+        if not isinstance(x, Tensor) or x.dim() - self._dims not in (1, 2):
+            # The function refuses such an input, whatever is wanted of it.
+            return self.output_padding
+        wanted = tuple(output_size) if isinstance(output_size, (tuple, list)) else ()
+        wanted = wanted[-self._dims :] if len(wanted) == x.dim() else wanted
+        if len(wanted) != self._dims or not all(map(is_int, wanted)):
+            raise (TypeError if len(wanted) == self._dims else ValueError)(
+                f"output_size must be {self._dims} ints, or {x.dim()} as the whole shape of the "
+                f"output, got {output_size!r}"
+            )
         plain = checks.check_transposed_geometry(
             self.kernel_size, self.stride, self.padding, 0, self.dilation
         )
         least = plain.output_size(x.shape[-self._dims :])
-        wanted = tuple(output_size)[-self._dims :]
         most = tuple(low + s - 1 for low, s in zip(least, self.stride, strict=True))
-        if len(wanted) != self._dims or any(
-            not low <= size <= high for size, low, high in zip(wanted, least, most, strict=True)
-        ):
+        if any(not a <= size <= b for size, a, b in zip(wanted, least, most, strict=True)):
             raise ValueError(
                 f"output_size must lie between {least} and {most} for this input, got "
                 f"{tuple(output_size)}"

@@ -30,9 +30,11 @@ def freeze(model: Model, *, batch: int = 1, size: int | tuple[int, ...] = 32) ->
     parameters of frozen layers no longer require gradients until ``unfreeze``; gradients still pass
     through to the input. State dicts are as before.
 
-    A frozen layer whose factors change in place, or are replaced by others, refuses to run. A
-    change behind autograd's back (``parameter.data``) cannot be noticed, and a compiled or exported
-    graph notices none. The bias is no part of what is contracted and may change.
+    A frozen layer whose factors change in place, or are replaced by others, refuses to run, and so
+    does one by whose factors a derivative is asked for: they require gradients again, or a
+    transform of torch.func or forward mode differentiates by them. A change behind autograd's back
+    (``parameter.data``) cannot be noticed, and a compiled or exported graph notices none. The bias
+    is no part of what is contracted and may change.
 
     Args:
         model: a module that holds CP layers, or is one.

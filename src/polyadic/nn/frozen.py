@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from polyadic._torch import forward_mode_level, innermost, transforms_active
 from polyadic.kernels.products import matmul_nn, matmul_nt
 
 
@@ -70,16 +72,30 @@ class Frozen(nn.Module):
         self._versions = self._versions_now()
 
     def check(self) -> None:
-        """Raise a RuntimeError if a parameter was changed, or replaced by other values.
+        """Raise a RuntimeError where the matrices are not what is asked for.
 
-        Hooks that offload parameters put one without values in the place of each, and later one
-        with the values it had.
+        They are stale if a parameter was changed, or replaced by other values. Hooks that offload
+        parameters put one without values in the place of each, and later one with the values it
+        had. And no derivative passes through the matrices to a parameter.
         """
         if torch.compiler.is_compiling():
             return
+        replaced = any(m._modules.get(name) is not part for m, name, part in self._watched_parts)
+        now = (
+            [*self._holder[0].parameters()]
+            if replaced
+            else [module._parameters.get(name) for module, name, _ in self._watched]
+        )
+        if any(p is not None and _is_differentiated(p) for p in now):
+            raise RuntimeError(
+                "the factors of a frozen layer require gradients, or a transform of torch.func or "
+                "forward mode was given them; a derivative by them would be lost, as they are "
+                "contracted already: call polyadic.unfreeze(model), or set their requires_grad to "
+                "False"
+            )
         changed = any(p._version != version for p, version in self._versions)
-        replaced = any(m._parameters.get(name) is not p for m, name, p in self._watched) or any(
-            m._modules.get(name) is not part for m, name, part in self._watched_parts
+        replaced = replaced or any(
+            p is not old for p, (_, _, old) in zip(now, self._watched, strict=True)
         )
         if changed or (replaced and not self._same_values()):
             raise RuntimeError(
@@ -98,6 +114,17 @@ class Frozen(nn.Module):
         if len(present) == len(now):
             self._watch()
         return True
+
+
+def _is_differentiated(parameter: Tensor) -> bool:
+    """Whether autograd, a transform of torch.func or forward mode asks for a derivative by it."""
+    if parameter.requires_grad and torch.is_grad_enabled():
+        return True
+    if transforms_active() and innermost(parameter) is not parameter:
+        return True
+    if forward_mode_level() < 0:
+        return False
+    return forward_ad.unpack_dual(parameter).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -58,18 +58,18 @@ class _CPSpectralConv(CPLayer):
         super().__init__()
         self.in_channels = positive_int(in_channels, "in_channels")
         self.out_channels = positive_int(out_channels, "out_channels")
-        if separable and self.in_channels != self.out_channels:
+        self.separable = checks.check_flag(separable, "separable")
+        if self.separable and self.in_channels != self.out_channels:
             raise ValueError(
                 f"a separable spectral convolution multiplies each channel by itself: in_channels "
                 f"must be out_channels, got {in_channels} and {out_channels}"
             )
-        if separable and out_shape:
+        if self.separable and out_shape:
             raise ValueError("a separable spectral convolution has no out_shape; give in_shape")
-        self.separable = bool(separable)
         default_in, default_out = tensorize(self.in_channels, self.out_channels, order)
         self.in_shape = factored_shape(in_shape, self.in_channels, default_in, "in_shape")
         self.out_shape: Shape = ()
-        if not separable:
+        if not self.separable:
             self.out_shape = factored_shape(out_shape, self.out_channels, default_out, "out_shape")
         most, word = (n_modes, "n_modes") if max_n_modes is None else (max_n_modes, "max_n_modes")
         self.max_n_modes = checks.check_sizes(most, self._dims, word)
@@ -206,8 +206,7 @@ class _CPSpectralConv(CPLayer):
             return recorded
         (ins, *outs, modes), scale = self.cp.parts()
         if output_size is None and self.resolution_scaling is not None:
-            each = zip(x.shape[-self._dims :], self.resolution_scaling, strict=True)
-            output_size = [max(1, round(n * r)) for n, r in each]
+            output_size = self._scaled(x, self.resolution_scaling)
         return functional.cp_spectral_conv(
             x,
             ins,
@@ -220,6 +219,13 @@ class _CPSpectralConv(CPLayer):
             precision=self.precision,
             memory=self.memory,
         )
+
+    def _scaled(self, x: Any, scaling: Sequence[float]) -> list[int] | None:
+        """The grid that is so many times as fine; None where x has none and will be refused."""
+        if not isinstance(x, Tensor) or x.dim() < self._dims:
+            return None
+        each = zip(x.shape[-self._dims :], scaling, strict=True)
+        return [max(1, round(n * r)) for n, r in each]
 
     @classmethod
     def from_spectral_conv(cls, conv: Any, *, memory: Memory = "balanced") -> Any:

@@ -60,9 +60,10 @@ def param_groups(
     """Make groups for an optimizer, with which CP layers train at the dense learning rate.
 
     Factors get rates and decays of their own, such that their tensor changes, and decays, as a
-    dense weight does at ``lr`` and ``weight_decay``; everything else keeps these two. Rates follow
-    the values that the parameters have now: call it once the model is initialised, converted or
-    loaded. A scheduler multiplies every group's rate by the same number, and so keeps the rule;
+    dense weight does at ``lr`` and ``weight_decay``; everything else keeps these two, parameters
+    that a factor is computed from (by a parametrization or pruning) too. Rates follow the values
+    that the parameters have now: call it once the model is initialised, converted or loaded. A
+    scheduler multiplies every group's rate by the same number, and so keeps the rule;
     ``OneCycleLR`` and ``CyclicLR`` set peaks instead, and want one for each group:
     ``[group["lr"] for group in optimizer.param_groups]``.
 
@@ -125,7 +126,8 @@ def factor_rates(
         optimizer: as in ``param_groups``.
 
     Returns:
-        (learning rate, weight decay) by parameter, λ among them where the tensor owns one.
+        (learning rate, weight decay) by parameter, λ among them where the tensor owns one; a factor
+        that is computed from other parameters is left out.
 
     Raises:
         TypeError: ``layer`` holds no CP tensor, or a number is none.
@@ -133,21 +135,21 @@ def factor_rates(
     """
     _check_arguments(lr, weight_decay, optimizer)
     tensor = _tensor_of(layer)
-    factors = [p for p in tensor.factors if isinstance(p, nn.Parameter)]
-    parameters = [*factors, *([tensor.weights] if isinstance(tensor.weights, nn.Parameter) else [])]
-    if any(parameter.is_meta for parameter in parameters):
+    every = [*tensor.factors, *([] if tensor.weights is None else [tensor.weights])]
+    if any(factor.is_meta for factor in every):
         raise ValueError("the factors are on the meta device; give them values first")
     gains = _adamw_gains(tensor) if optimizer == "adamw" else _sgd_gains(tensor)
     found: dict[nn.Parameter, tuple[float, float]] = {}
-    for parameter, gain in zip(parameters, gains, strict=True):
+    for factor, gain in zip(every, gains, strict=True):
         if not (math.isfinite(gain) and gain > 0):
             raise ValueError(
                 "a factor, or what the others make of it, is zero or not finite, so that it has no "
                 "scale that a learning rate could follow; give these parameters a rate by hand"
             )
         rate = lr * 2 ** (round(math.log2(gain) * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE)
-        decay = 0.0 if rate == 0 else lr * weight_decay / (len(parameters) * rate)
-        found[parameter] = (rate, decay)
+        decay = 0.0 if rate == 0 else lr * weight_decay / (len(every) * rate)
+        if isinstance(factor, nn.Parameter):
+            found[factor] = (rate, decay)
     return found
 
 
