@@ -149,6 +149,16 @@ def autocast(layer: Layer, dtype: torch.dtype) -> None:
     assert {grad.dtype.to_real() for grad in grads} == {torch.float32}
     assert_near(got, want, 4 * torch.finfo(dtype).eps)
 
+    def without(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y: Tensor = module(x)
+        return y
+
+    # A backward inside of autocast is that of the forward that it belongs to.
+    with torch.autocast("cpu", dtype):
+        inside = results(module, without, x)
+    assert_same(inside, results(module, module, x), tolerance=1e-5)
+
 
 def lower(layer: Layer, dtype: torch.dtype) -> None:
     _, _, want = both(layer)

@@ -44,6 +44,7 @@ from polyadic._torch import (
     forward_mode_level,
     is_profiled,
     is_spread,
+    no_autocast,
     transforms_active,
     unwrap_if_dead,
 )
@@ -346,6 +347,10 @@ def gradients(
     if grad_y.is_complex():
         x, kept = x.conj(), [z.conj() for z in kept]
         factors = [torch.conj_physical(factor) for factor in factors]
+    if not torch.compiler.is_compiling() and any_autocast():
+        # What autocast cast in the forward has its dtype already; nothing else is to be cast.
+        with no_autocast(grad_y):
+            return layer_map.backward(grad_y, x, kept, factors, needs)
     return layer_map.backward(grad_y, x, kept, factors, needs)
 
 

@@ -124,7 +124,7 @@ def _is_differentiated(parameter: Tensor) -> bool:
         return True
     if forward_mode_level() < 0:
         return False
-    return forward_ad.unpack_dual(parameter).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(parameter).tangent is not None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
