@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adapters import layers, report, reviews
+from benchmarks.adapters import finetune, layers, report
 
 
 def tell(line: str) -> None:
@@ -19,8 +19,9 @@ def tell(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one experiment, or renew the page from the stored records."""
+    tasks = {task.key: task for task in report.TASKS}
     parser = argparse.ArgumentParser("python -m benchmarks.adapters", description=__doc__)
-    parser.add_argument("what", choices=("layers", "reviews", "page"))
+    parser.add_argument("what", choices=("layers", *tasks, "page"))
     parser.add_argument("--quick", action="store_true", help="a minute of it; to other records")
     parser.add_argument("--only", nargs="*", metavar="ADAPTER", help="some adapters, by their keys")
     parser.add_argument("--out", type=Path, default=None, help="folder of the records")
@@ -35,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen = layers.Options.quick() if given.quick else layers.Options()
             print(layers.run(chosen, out, given.only, tell))
         else:
-            options = reviews.Options.quick() if given.quick else reviews.Options()
-            print(reviews.run(options, out, given.only, tell))
+            task = tasks[given.what]
+            options = task.options.quick() if given.quick else task.options
+            print(finetune.run(task, options, out, given.only, tell))
     except (ImportError, ValueError) as error:
         sys.exit(f"benchmarks.adapters: {error}")
 

