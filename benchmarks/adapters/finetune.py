@@ -95,7 +95,6 @@ class Task:
         title: of its part of the page.
         about: the model, the data and what is predicted, as a sentence's beginning for the page.
         of: how the page says of which layers some are adapted.
-        labels: of a text.
         options: what to run.
         field: the contestants and which of them are compared.
         targets: names of the linear layers that are adapted.
@@ -108,7 +107,6 @@ class Task:
     title: str
     about: str
     of: str
-    labels: tuple[str, ...]
     options: Options
     field: Field
     targets: tuple[str, ...]
@@ -238,11 +236,12 @@ def adapted(task: Task, base: nn.Module, contestant: Contestant) -> PeftModel:
 
 def _parameters(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What trains of the adapter, and of what is new."""
-    own, new = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (new if set(name.split(".")) & set(task.new) else own).append(parameter)
-    return own, new
+    trained = [
+        (bool(set(name.split(".")) & set(task.new)), parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return [p for new, p in trained if not new], [p for new, p in trained if new]
 
 
 def _train(

