@@ -161,12 +161,13 @@ def _study(study: Study) -> str:
         f"{settings['layers']} {study.task.of} are adapted. Each contestant has the learning rate "
         f"with the least loss on {settings['valid']} other texts with one seed, of four that grow "
         f"by a factor of 2 and of one more where the best is at an end; one that is there "
-        f"nevertheless is marked. {settings['test']} texts to test on; means over {len(settings['seeds'])} seeds, with the least and the "
-        f"largest. One standard deviation of an accuracy is {noise:.1f} points by the number of "
-        f"test texts alone. File sizes are those that PEFT writes, VeRA's frozen matrices "
-        f"included. Steps are the thread's processor time on one batch of a middle length; "
-        f"contestants take turns, and the ratio is the median over turns. Peak is the most bytes "
-        f"alive in a step on the longest texts. {_where(study.environment)}.\n\n{_pairs(study)}"
+        f"nevertheless is marked. {settings['test']} texts to test on; means over "
+        f"{len(settings['seeds'])} seeds, with the least and the largest. One standard deviation "
+        f"of an accuracy is {noise:.1f} points by the number of test texts alone. File sizes are "
+        f"those that PEFT writes, VeRA's frozen matrices included. Steps are the thread's "
+        f"processor time on one batch of a middle length; contestants take turns, and the ratio "
+        f"is the median over turns. Peak is the most bytes alive in a step on the longest texts. "
+        f"{_where(study.environment)}.\n\n{_pairs(study)}"
     )
     absent = [c.label for c in study.task.field.contestants if c.key not in study.runs]
     if absent:
