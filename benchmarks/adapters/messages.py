@@ -78,6 +78,7 @@ def language_model() -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     given: Any = {"gguf_file": _FILE, "local_files_only": True}
     folder = in_package(_PACKAGE, _FILE).parent
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given).eval()
@@ -98,7 +99,7 @@ TASK = Task(
         "nothing but the adapter trains"
     ),
     of="of thirty decoder layers",
-    options=Options(train=1024, valid=320, test=960, longest=28),
+    options=Options(train=384, valid=240, test=480, batch=8, longest=28),
     field=field(small=12, shared=39, large=95, vera=242, lokr=24, head=False),
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     new=(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyadic.adapters.config import CPConfig, exact_pattern
+from polyadic.adapters.config import CPConfig, exact_pattern, names_pattern
 from polyadic.adapters.layer import AdaptedLayer, Groups, matrix
 from polyadic.fitting import decompose
 from polyadic.formats import Shape
@@ -76,16 +75,15 @@ def combined(
         layers_pattern=None,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
-        in_shape_pattern={exact_pattern(k): _side(layers[k], modes[k], "in") for k in layers},
-        out_shape_pattern={exact_pattern(k): _side(layers[k], modes[k], "out") for k in layers},
+        in_shape_pattern={
+            exact_pattern(k): list(modes[k][layer.in_groups[0]]) for k, layer in layers.items()
+        },
+        out_shape_pattern={
+            exact_pattern(k): list(modes[k][layer.out_group]) for k, layer in layers.items()
+        },
         init_weights=True,
     )
     return config, values, errors
-
-
-def names_pattern(names: Iterable[str]) -> str:
-    """A regular expression that matches these names of modules and no other."""
-    return "|".join(map(re.escape, names))
 
 
 def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
@@ -116,10 +114,6 @@ def _modes(layer: AdaptedLayer, adapters: Sequence[str], name: str) -> tuple[Sha
         )
     (modes,) = found
     return tuple(modes)
-
-
-def _side(layer: AdaptedLayer, modes: tuple[Shape, ...], side: str) -> list[int]:
-    return list(modes[layer.in_groups[0] if side == "in" else layer.out_group])
 
 
 def _shared(

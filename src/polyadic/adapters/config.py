@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -181,6 +181,11 @@ def exact_pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
+def names_pattern(names: Iterable[str]) -> str:
+    """A regular expression that matches these names of modules and no other."""
+    return "|".join(map(re.escape, names))
+
+
 def _patterns(value: Any, name: str) -> dict[str, Any]:
     if value is None:
         return {}
@@ -194,11 +199,11 @@ def _patterns(value: Any, name: str) -> dict[str, Any]:
 def _check_names(value: Any, name: str) -> None:
     """Check what names modules: None, a regular expression, or a collection of names."""
     if isinstance(value, str):
-        return _check_expression(value, name)
-    several = isinstance(value, (list, tuple, set)) and all(isinstance(n, str) for n in value)
-    if value is not None and not several:
+        _check_expression(value, name)
+    elif value is not None and not (
+        isinstance(value, (list, tuple, set)) and all(isinstance(n, str) for n in value)
+    ):
         raise TypeError(f"{name} must be names of modules, got {value!r}")
-    return None
 
 
 def _check_expression(value: Any, name: str) -> None:

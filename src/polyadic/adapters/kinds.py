@@ -21,7 +21,7 @@ class AdaptedLinear(AdaptedLayer):
 
     @classmethod
     def modes(
-        cls, base: nn.Module, order: int, ins: Shape | None, outs: Shape | None
+        cls, base: Any, order: int, ins: Shape | None, outs: Shape | None
     ) -> tuple[Shape, ...]:
         """The groups of modes of ΔW."""
         return _sides(*_features(base), order, ins, outs)
@@ -29,10 +29,6 @@ class AdaptedLinear(AdaptedLayer):
     def features(self) -> tuple[int, int]:
         """In and out features."""
         return _features(self.get_base_layer())
-
-    def fan_in(self) -> int:
-        """How many products an entry of the output sums up."""
-        return self.in_features
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
         """What an adapter adds to the output, but for its scaling."""
@@ -63,25 +59,25 @@ class AdaptedConv(AdaptedLayer):
 
     @classmethod
     def modes(
-        cls, base: nn.Module, order: int, ins: Shape | None, outs: Shape | None
+        cls, base: Any, order: int, ins: Shape | None, outs: Shape | None
     ) -> tuple[Shape, ...]:
         """The groups of modes of ΔW."""
-        out_channels, in_channels, *kernel = _conv(base).weight.shape
+        out_channels, in_channels, *kernel = base.weight.shape
         in_modes, out_modes = _sides(in_channels, out_channels, order, ins, outs)
         return out_modes, in_modes, tuple(kernel)
 
     def features(self) -> tuple[int, int]:
         """In and out channels."""
-        base = _conv(self.get_base_layer())
+        base = self.get_base_layer()
         return base.in_channels, base.out_channels
 
     def fan_in(self) -> int:
         """How many products an entry of the output sums up."""
-        return math.prod(map(int, _conv(self.get_base_layer()).weight.shape[1:]))
+        return math.prod(map(int, self.get_base_layer().weight.shape[1:]))
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
         """What an adapter adds to the output, but for its scaling."""
-        base = _conv(self.get_base_layer())
+        base = self.get_base_layer()
         outs, ins, kernel = groups
         return cp_conv(
             x,
@@ -99,12 +95,12 @@ class AdaptedConv(AdaptedLayer):
     def dense(self, groups: Groups, weights: Tensor | None) -> Tensor:
         """ΔW as the base layer stores its weight."""
         outs, ins, kernel = groups
-        shape = _conv(self.get_base_layer()).weight.shape
+        shape = self.get_base_layer().weight.shape
         return matrix(outs, (*ins, *kernel), weights).view(shape)
 
     def lora(self, adapter: str, name: str) -> dict[str, Tensor]:
         """The two matrices of the LoRA that is this adapter."""
-        base = _conv(self.get_base_layer())
+        base = self.get_base_layer()
         for option, plain in (("groups", 1), ("dilation", 1), ("padding_mode", "zeros")):
             value: Any = getattr(base, option)
             if value != plain and set(value if isinstance(value, tuple) else ()) != {plain}:
@@ -126,10 +122,10 @@ class AdaptedEmbedding(AdaptedLayer):
 
     @classmethod
     def modes(
-        cls, base: nn.Module, order: int, ins: Shape | None, outs: Shape | None
+        cls, base: Any, order: int, ins: Shape | None, outs: Shape | None
     ) -> tuple[Shape, ...]:
         """The groups of modes of ΔW."""
-        rows, columns = _table(base).weight.shape
+        rows, columns = base.weight.shape
         if ins is not None and math.prod(ins) < rows:
             raise ValueError(
                 f"in_shape_pattern must cover the {rows} rows of the embedding, got {ins}"
@@ -139,7 +135,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def features(self) -> tuple[int, int]:
         """Rows and columns."""
-        base = _table(self.get_base_layer())
+        base = self.get_base_layer()
         return base.num_embeddings, base.embedding_dim
 
     def fan_in(self) -> int:
@@ -149,7 +145,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def delta(self, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
         """What an adapter adds to the output, but for its scaling."""
-        base = _table(self.get_base_layer())
+        base = self.get_base_layer()
         ins, outs = groups
         added = cp_embedding(
             x,
@@ -165,7 +161,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def dense(self, groups: Groups, weights: Tensor | None) -> Tensor:
         """ΔW as the base layer stores its weight."""
-        base = _table(self.get_base_layer())
+        base = self.get_base_layer()
         ins, outs = groups
         table = matrix(ins, outs, weights)[: base.num_embeddings]
         if base.padding_idx is not None:
@@ -174,7 +170,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def lora(self, adapter: str, name: str) -> dict[str, Tensor]:
         """The two matrices of the LoRA that is this adapter."""
-        base = _table(self.get_base_layer())
+        base = self.get_base_layer()
         (ins, outs), weights = self.scaled_parts(adapter)
         rows = columns(ins, weights)[: base.num_embeddings].clone()
         if base.padding_idx is not None:
@@ -244,29 +240,20 @@ def _features(base: Any) -> tuple[int, int]:
     return int(base.in_features), int(base.out_features)
 
 
-def _conv(base: Any) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return base
-
-
-def _table(base: Any) -> nn.Embedding:
-    assert isinstance(base, nn.Embedding)
-    return base
-
-
 def _sides(
     in_features: int, out_features: int, order: int, ins: Shape | None, outs: Shape | None
 ) -> tuple[Shape, Shape]:
     """Modes of both sides; those that are given must multiply to the features."""
-    made = tensorize(in_features, out_features, order)
-    sides = []
-    for side, given, own, size in (
-        ("in", ins, made[0], in_features),
-        ("out", outs, made[1], out_features),
-    ):
-        if given is not None and math.prod(given) != size:
-            raise ValueError(
-                f"{side}_shape_pattern must multiply to the {size} {side} features, got {given}"
-            )
-        sides.append(own if given is None else given)
-    return sides[0], sides[1]
+    own_ins, own_outs = tensorize(in_features, out_features, order)
+    return _fitting(ins, own_ins, "in"), _fitting(outs, own_outs, "out")
+
+
+def _fitting(given: Shape | None, own: Shape, side: str) -> Shape:
+    if given is None:
+        return own
+    if math.prod(given) != math.prod(own):
+        raise ValueError(
+            f"{side}_shape_pattern must multiply to the {math.prod(own)} {side} features, got "
+            f"{given}"
+        )
+    return given

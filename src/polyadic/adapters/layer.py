@@ -122,7 +122,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise NotImplementedError
 
     @classmethod
-    def modes(cls, base: nn.Module, order: int, ins: Shape | None, outs: Shape | None) -> Any:
+    def modes(cls, base: Any, order: int, ins: Shape | None, outs: Shape | None) -> Any:
         """The groups of modes of ΔW for a base layer.
 
         Args:
@@ -158,7 +158,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def fan_in(self) -> int:
         """How many products an entry of the output sums up."""
-        raise NotImplementedError
+        return self.in_features
 
     def update_layer(self, adapter: Adapter) -> None:
         """Add an adapter, or make it anew."""

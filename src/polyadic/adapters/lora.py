@@ -13,8 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from polyadic.adapters.combine import names_pattern
-from polyadic.adapters.config import CPConfig, exact_pattern
+from polyadic.adapters.config import CPConfig, exact_pattern, names_pattern
 from polyadic.adapters.model import layers_with
 from polyadic.durable import sealed
 from polyadic.durable.files import replacing
