@@ -23,7 +23,9 @@ from polyadic.testing import environment as here
 Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("polyadic", "triton", "tensorly-torch", "tensorly", "opt_einsum", "numpy")
+PACKAGES = (
+    "polyadic", "triton", "tensorly-torch", "tensorly", "opt_einsum", "numpy", "peft"
+)  # fmt: skip
 # What every record of a kind must have; a timed measurement has the fields of both lists.
 FIELDS = {
     "environment": ("date", "torch", "cpu", "device", "dtype", "commit", "versions", "tolerance"),

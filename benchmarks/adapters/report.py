@@ -46,9 +46,10 @@ def tables(folder: Path) -> str:
 
 
 def _where(environment: Record) -> str:
+    peft = environment["versions"].get("peft")
     return (
-        f"{environment['cpu']}, 1 thread, torch {environment['torch']}, PEFT "
-        f"{environment['versions'].get('peft') or '0.21'}; {environment['date'][:10]}"
+        f"{environment['cpu']}, 1 thread, torch {environment['torch']}"
+        f"{f', PEFT {peft}' if peft else ''}; {environment['date'][:10]}"
     )
 
 
