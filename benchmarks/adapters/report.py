@@ -165,10 +165,10 @@ def _study(study: Study) -> str:
         f"nevertheless is marked. {settings['test']} texts to test on; means over "
         f"{len(settings['seeds'])} seeds, with the least and the largest. One standard deviation "
         f"of an accuracy is {noise:.1f} points by the number of test texts alone. File sizes are "
-        f"those that PEFT writes, VeRA's frozen matrices included. Steps are the thread's "
-        f"processor time on one batch of a middle length; contestants take turns, and the ratio "
-        f"is the median over turns. Peak is the most bytes alive in a step on the longest texts. "
-        f"{_where(study.environment)}.\n\n{_pairs(study)}"
+        f"those that PEFT writes, a classifier and VeRA's frozen matrices included. Steps are the "
+        f"thread's processor time on one batch of a middle length; contestants take turns, and the "
+        f"ratio is the median over turns. Peak is the most bytes alive in a step on the longest "
+        f"texts. {_where(study.environment)}.\n\n{_pairs(study)}"
     )
     absent = [c.label for c in study.task.field.contestants if c.key not in study.runs]
     if absent:
