@@ -99,6 +99,12 @@ ADMITTED = (
         "issubclass(config_cls, (IA3Config, LoraConfig)) and model_id in conv_ids",
         "issubclass(config_cls, (IA3Config, LoraConfig, CPConfig)) and model_id in conv_ids",
     ),
+    # Merged and unmerged differ by five roundings of float32 on some processors.
+    (
+        "issubclass(config_cls, (IA3Config, LoraConfig, HiraConfig)) and model_id in conv_ids",
+        "issubclass(config_cls, (IA3Config, LoraConfig, HiraConfig, CPConfig)) and "
+        "model_id in conv_ids",
+    ),
 )
 IMPORTS = "from polyadic.adapters import CPConfig\nfrom peft_rows import rows\n"
 # What the tests import for other tests than these.
