@@ -28,7 +28,7 @@ from benchmarks.adapters.texts import Labelled
 from benchmarks.records import Record, rounded
 from benchmarks.study import encoder
 from benchmarks.study.store import Store
-from polyadic.testing.counting import LiveBytes
+from polyadic.testing import LiveBytes
 
 Tell = Callable[[str], None]
 
@@ -170,9 +170,11 @@ def states(frozen: Any, tokenizer: Any, parts: Mapping[str, Labelled], options: 
     return {
         part: _batches(frozen, tokenizer, parts[part], size, options)
         for part, size in (
-            ("train", options.train), ("valid", options.valid), ("test", options.test),
+            ("train", options.train),
+            ("valid", options.valid),
+            ("test", options.test),
         )
-    }  # fmt: skip
+    }
 
 
 def _batches(
@@ -214,11 +216,19 @@ def _once(
     ]
     best = all(loss is None or valid_loss <= loss for loss in earlier)
     test_loss, test_accuracy = _measure(model, data["test"]) if best else (None, None)
-    store.add({
-        "kind": task.key, "contestant": contestant.key, "rate": rate, "seed": seed,
-        "train_loss": train_loss, "valid_loss": valid_loss, "valid_accuracy": valid_accuracy,
-        "test_loss": test_loss, "test_accuracy": test_accuracy,
-    })  # fmt: skip
+    store.add(
+        {
+            "kind": task.key,
+            "contestant": contestant.key,
+            "rate": rate,
+            "seed": seed,
+            "train_loss": train_loss,
+            "valid_loss": valid_loss,
+            "valid_accuracy": valid_accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+        }
+    )
     tell(f"{contestant.key} at {rate:g}, seed {seed}: {valid_loss:.3f}, {valid_accuracy:.3f}")
 
 
@@ -298,12 +308,17 @@ def _costs(
                 times[key].append(seconds)
     for contestant in contestants:
         model = models[contestant.key]
-        store.add({
-            "kind": "costs", "contestant": contestant.key, "label": contestant.label,
-            "parameters": sum(p.numel() for p in _parameters(task, model)[0]),
-            "file_bytes": _file_bytes(model), "peak_bytes": _peak(model, batches),
-            "turns": times[contestant.key],
-        })  # fmt: skip
+        store.add(
+            {
+                "kind": "costs",
+                "contestant": contestant.key,
+                "label": contestant.label,
+                "parameters": sum(p.numel() for p in _parameters(task, model)[0]),
+                "file_bytes": _file_bytes(model),
+                "peak_bytes": _peak(model, batches),
+                "turns": times[contestant.key],
+            }
+        )
 
 
 def _step(model: nn.Module, batch: Batch) -> float:

@@ -19,9 +19,12 @@ WINS = "Where a CP adapter wins, and where LoRA does"
 NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "vera": "VeRA"}
 # In which respect a CP adapter and another are equal, and the other's family.
 RIVALS = (
-    ("parameters", "lora"), ("rank", "lora"), ("parameters", "loha"), ("parameters", "lokr"),
+    ("parameters", "lora"),
+    ("rank", "lora"),
+    ("parameters", "loha"),
+    ("parameters", "lokr"),
     ("parameters", "vera"),
-)  # fmt: skip
+)
 # Up to this share two costs count as the same.
 LEVEL = 0.05
 
@@ -37,8 +40,9 @@ def tables(folder: Path) -> str:
     parts = ["\n## Cost of one layer, measured\n", _layers(*store.read(folder / layers.FILE))]
     studies = [
         Study(task, *store.read(folder / task.file))
-        for task in TASKS if (folder / task.file).exists()
-    ]  # fmt: skip
+        for task in TASKS
+        if (folder / task.file).exists()
+    ]
     for study in studies:
         parts += [f"\n## {study.task.title}\n", _study(study)]
     parts += [f"\n## {WINS}\n", _wins(studies)]
@@ -62,11 +66,15 @@ def _layers(environment: Record, records: Sequence[Record]) -> str:
         rows.append([f"**{ins}→{outs}, {tokens} tokens**", "", "", "", ""])
         for key, record in own.items():
             more = record["flops"] / own["base"]["flops"] - 1
-            rows.append([
-                record["label"], f"{record['parameters']:,}" if key != "base" else "",
-                f"{100 * more:.1f} %" if key != "base" else "", _bytes(record["kept_bytes"]),
-                f"{ratio(record, own['lora-64']):.2f}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    record["label"],
+                    f"{record['parameters']:,}" if key != "base" else "",
+                    f"{100 * more:.1f} %" if key != "base" else "",
+                    _bytes(record["kept_bytes"]),
+                    f"{ratio(record, own['lora-64']):.2f}",
+                ]
+            )
     return (
         f"{markdown_rows(rows, 'lrrrr')}\n\nForward and backward of the adapted layer, its base "
         f"frozen. FLOPs and bytes kept for the backward, besides input and parameters, are "
@@ -141,19 +149,33 @@ class Study:
 
 def _study(study: Study) -> str:
     settings = study.environment["settings"]
-    rows = [[
-        "", "parameters", "file", "rate", "test loss", "test accuracy", "step, of LoRA r=1", "peak"
-    ]]  # fmt: skip
+    rows = [
+        [
+            "",
+            "parameters",
+            "file",
+            "rate",
+            "test loss",
+            "test accuracy",
+            "step, of LoRA r=1",
+            "peak",
+        ]
+    ]
     for record in study.records:
         if record["kind"] == "before":
             loss, accuracy = record["test_loss"], 100 * record["test_accuracy"]
             rows.append(["before training", "", "", "", f"{loss:.3f}", f"{accuracy:.1f}", "", ""])
     for key, cost in sorted(study.costs.items(), key=lambda item: int(item[1]["parameters"])):
-        rows.append([
-            cost["label"], f"{cost['parameters']:,}", _bytes(cost["file_bytes"]),
-            *(_quality(study, key) if key in study.runs else [""] * 3),
-            f"{ratio(cost, study.costs['lora-1']):.2f}", f"{cost['peak_bytes'] / 2**20:.0f} MiB",
-        ])  # fmt: skip
+        rows.append(
+            [
+                cost["label"],
+                f"{cost['parameters']:,}",
+                _bytes(cost["file_bytes"]),
+                *(_quality(study, key) if key in study.runs else [""] * 3),
+                f"{ratio(cost, study.costs['lora-1']):.2f}",
+                f"{cost['peak_bytes'] / 2**20:.0f} MiB",
+            ]
+        )
     noise = 100 * (0.25 * 0.75 / settings["test"]) ** 0.5
     text = (
         f"{markdown_rows(rows, 'lrrrrrrr')}\n\n{study.task.about}; texts of up to "
@@ -202,12 +224,17 @@ def _pairs(study: Study) -> str:
     for equal, one, other in study.task.field.pairs:
         mine, theirs = study.costs[one], study.costs[other]
         loss, accuracy = (study.less(one, other, f) for f in ("test_loss", "test_accuracy"))
-        rows.append([
-            equal, mine["label"], theirs["label"],
-            "" if loss is None else _spread(loss, "+.3f"),
-            "" if accuracy is None else _spread([100 * a for a in accuracy], "+.1f"),
-            f"{ratio(mine, theirs):.2f}", f"{mine['peak_bytes'] / theirs['peak_bytes']:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                equal,
+                mine["label"],
+                theirs["label"],
+                "" if loss is None else _spread(loss, "+.3f"),
+                "" if accuracy is None else _spread([100 * a for a in accuracy], "+.1f"),
+                f"{ratio(mine, theirs):.2f}",
+                f"{mine['peak_bytes'] / theirs['peak_bytes']:.2f}",
+            ]
+        )
     return (
         f"{markdown_rows(rows, 'lllrrrr')}\n\nThe CP adapter's loss and accuracy less the other's "
         f"with the same seed, mean, least and largest; its step and peak over the other's."
@@ -226,16 +253,18 @@ def _wins(studies: Sequence[Study]) -> str:
         ]
         name = NAMES[family]
         costs = [(study.costs[one], study.costs[other]) for study, one, other in pairs]
-        rows.append([
-            f"equal {equal}, {name}",
-            *(
-                _who([mine[field] / theirs[field] for mine, theirs in costs], name)
-                for field in ("parameters", "file_bytes")
-            ),
-            _who([ratio(mine, theirs) for mine, theirs in costs], name),
-            _who([mine["peak_bytes"] / theirs["peak_bytes"] for mine, theirs in costs], name),
-            _lower([study.less(one, other, "test_loss") for study, one, other in pairs], name),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"equal {equal}, {name}",
+                *(
+                    _who([mine[field] / theirs[field] for mine, theirs in costs], name)
+                    for field in ("parameters", "file_bytes")
+                ),
+                _who([ratio(mine, theirs) for mine, theirs in costs], name),
+                _who([mine["peak_bytes"] / theirs["peak_bytes"] for mine, theirs in costs], name),
+                _lower([study.less(one, other, "test_loss") for study, one, other in pairs], name),
+            ]
+        )
     return (
         f"{markdown_rows(rows, 'llllll')}\n\nThe CP adapter's figure over the other's, least and "
         f"largest of all pairs of the fine-tunings above; a winner is named where every pair says "
@@ -248,9 +277,12 @@ def _wins(studies: Sequence[Study]) -> str:
 def _who(ratios: Sequence[float], other: str) -> str:
     low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
     winner = (
-        "**CP**" if max(ratios) < 1 - LEVEL else f"**{other}**" if min(ratios) > 1 + LEVEL
+        "**CP**"
+        if max(ratios) < 1 - LEVEL
+        else f"**{other}**"
+        if min(ratios) > 1 + LEVEL
         else "neither"
-    )  # fmt: skip
+    )
     return f"{winner}: {low if low == high else f'{low} to {high}'}"
 
 

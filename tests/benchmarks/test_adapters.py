@@ -196,9 +196,14 @@ def test_a_fine_tuning_is_recorded_and_continued(only: list[str] | None, tmp_pat
 
 def run(contestant: str, rate: float, valid_loss: float | None, seed: int = 0) -> report.Record:
     return {
-        "kind": "reviews", "contestant": contestant, "rate": rate, "seed": seed,
-        "valid_loss": valid_loss, "test_loss": 0.5, "test_accuracy": 0.75,
-    }  # fmt: skip
+        "kind": "reviews",
+        "contestant": contestant,
+        "rate": rate,
+        "seed": seed,
+        "valid_loss": valid_loss,
+        "test_loss": 0.5,
+        "test_accuracy": 0.75,
+    }
 
 
 def test_the_best_rate_has_the_least_validation_loss() -> None:
