@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cases.linear import FeaturesCase, linear_plans
 from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape
-from cases.weights import expanded, without_row
+from cases.weights import expanded, khatri_rao, without_row
 from polyadic import functional as PF
 from polyadic.nn import CPEmbedding, CPTiedLinear
 
@@ -92,14 +92,18 @@ class EmbeddingCase(Case):
         )
 
     def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
-        """Every occurrence of an index looked up in the factors and added by itself."""
+        """Every occurrence of an index looked up in the factors and added by itself.
+
+        One factor of the columns comes after the other, or all of them at once.
+        """
         rows, columns = self.groups(leaves.factors)
         places = torch.unravel_index(leaves.x.long(), [len(rows) for rows in rows])
-        z = math.prod(factor[place] for factor, place in zip(rows, places, strict=True))
-        z = z if leaves.weights is None else z * leaves.weights
-        if self.padding_idx is not None:
-            z = z * (leaves.x != self.padding_idx).unsqueeze(-1)
-        yield expanded(z.flatten(0, -2), columns).unflatten(0, self.lead)
+        for order in (columns, [khatri_rao(columns)]):
+            z = math.prod(factor[place] for factor, place in zip(rows, places, strict=True))
+            z = z if leaves.weights is None else z * leaves.weights
+            if self.padding_idx is not None:
+                z = z * (leaves.x != self.padding_idx).unsqueeze(-1)
+            yield expanded(z.flatten(0, -2), order).unflatten(0, self.lead)
 
     def plans(self) -> Iterator[Forced]:
         """Each distinct index looked up once or not, Z kept or not."""
@@ -143,7 +147,7 @@ class HeadCase(FeaturesCase):
 
     def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
         rows, columns = self.groups(leaves.factors)
-        yield self.one_by_one(leaves, columns, rows)
+        return self.orders(leaves, columns, rows)
 
     def plans(self) -> Iterator[Forced]:
         yield from linear_plans(*map(len, reversed(self.tensorized_shape)))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cases.protocol import COMPLEX, HALVES, Case, Forced, Leaves, Shape, paired
-from cases.weights import contracted, expanded
+from cases.weights import contracted, expanded, khatri_rao
 from polyadic import LinearPlan, LinearRoute
 from polyadic import functional as PF
 from polyadic.nn import CPLinear
@@ -76,12 +76,13 @@ class FeaturesCase(Case):
     def rows(self) -> int:
         return math.prod(self.lead)
 
-    def one_by_one(self, leaves: Leaves, into: list[Tensor], out: list[Tensor]) -> Tensor:
-        """The output by torch, one factor after the other."""
-        z = contracted(leaves.x.flatten(0, -2), into)
-        z = z if leaves.weights is None else z * leaves.weights
-        y = expanded(z, out)[:, : self.out_features].unflatten(0, self.lead)
-        return y if leaves.bias is None else y + leaves.bias
+    def orders(self, leaves: Leaves, into: list[Tensor], out: list[Tensor]) -> Iterator[Tensor]:
+        """The output by torch: one factor after the other, and each side's factors at once."""
+        for first, second in ((into, out), ([khatri_rao(into)], [khatri_rao(out)])):
+            z = contracted(leaves.x.flatten(0, -2), first)
+            z = z if leaves.weights is None else z * leaves.weights
+            y = expanded(z, second)[:, : self.out_features].unflatten(0, self.lead)
+            yield y if leaves.bias is None else y + leaves.bias
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class LinearCase(FeaturesCase):
         return PF.cp_linear(leaves.x, *groups, leaves.bias, weights=leaves.weights, **forced)
 
     def in_other_orders(self, leaves: Leaves) -> Iterator[Tensor]:
-        yield self.one_by_one(leaves, *self.groups(leaves.factors))
+        return self.orders(leaves, *self.groups(leaves.factors))
 
     def cp_forward(self, leaves: Leaves, **forced: Any) -> tuple[Tensor, Any]:
         """The explicit forward, which has no bias."""

@@ -12,11 +12,12 @@ four times, so √2 times the error; a convolution with one depthwise stage six 
 In fp32 operands are exact and what is counted are the roundings within sums, and there twice
 dense's error is no measure: one library adds a long sum in a single chain and another, or the same
 library for another processor or product, in many short ones. So in fp32 there is a second
-yardstick: the same sums by torch's own operations in other orders (factor after factor, another
-layout of memory), on the same processor. An error may be twice theirs, as long as it is no larger
-than that of a single chain. The partial sum of k terms of random sign is √k of a term and rounded
-by up to u = 2⁻²⁴ of itself, up or down; over K terms that is at most u √(1 + 2 + … + K) of a term,
-u √(K/2) of the sum. Seen: 1.36 u √(K/6) = 0.79 u √(K/2), of a split plan by MKL's oldest code.
+yardstick: the same sums by torch's own operations in other orders (factor after factor, a side's
+factors at once, another layout of memory), on the same processor. An error may be twice theirs, as
+long as it is no larger than that of a single chain. The partial sum of k terms of random sign is √k
+of a term and rounded by up to u = 2⁻²⁴ of itself, up or down; over K terms that is at most
+u √(1 + 2 + … + K) of a term, u √(K/2) of the sum. Seen: 1.36 u √(K/6) = 0.79 u √(K/2), of a split
+plan by MKL's oldest code.
 """
 
 from __future__ import annotations
