@@ -77,16 +77,19 @@ def cp_orthonormal_(factors: Sequence[Tensor], std: float) -> None:
 
     Raises:
         TypeError: ``factors`` are no sequence of tensors, or ``std`` is no number.
-        ValueError: there is no factor, they are no matrices with one number of columns, or ``std``
-            is negative or not finite.
+        ValueError: there is no factor, they are no matrices with one number of columns, one is
+            empty, or ``std`` is negative or not finite.
     """
     factors = check_factor_group(factors, "factors")
     a_number(std, "std", least=0)
     for factor in factors:
         _check_filled(factor, "a factor")
-    if any(f.dim() != 2 for f in factors) or len({f.shape[1] for f in factors}) != 1:
+    are_matrices = all(f.dim() == 2 and min(f.shape) > 0 for f in factors)
+    if not are_matrices or len({f.shape[1] for f in factors}) != 1:
         shapes = ", ".join(str(tuple(f.shape)) for f in factors)
-        raise ValueError(f"factors must have the shapes (m_k, R) with one R, got {shapes}")
+        raise ValueError(
+            f"factors must have the shapes (m_k, R) with one R and no size of 0, got {shapes}"
+        )
     if is_spread(factors[0]):
         _fill_shards(factors, lambda drawn: cp_orthonormal_(drawn, std))
         return
