@@ -138,7 +138,7 @@ def write(folder: Path, page: Path) -> None:
     found: dict[str, dict[str, Any]] = {}
     models: dict[str, dict[str, Any]] = {}
     twice: dict[str, dict[str, Any]] = {}
-    where = []
+    where: dict[str, str] = {}
     for path in sorted(folder.glob("spectral-*.jsonl")):
         records = read(path)
         later, whole = cells(records), cells(records, "model")
@@ -146,8 +146,12 @@ def write(folder: Path, page: Path) -> None:
         found |= later
         models |= whole
         twice |= cells(records, threads=2)
-        where.append(f"{', '.join([*later, *whole])}: {told(records[0])}")
-    content = [*where, "With one thread:", tables(found)]
+        where |= dict.fromkeys([*later, *whole], told(records[0]))
+    by_source: dict[str, list[str]] = {}
+    for name, source in where.items():
+        by_source.setdefault(source, []).append(name)
+    content = [f"{', '.join(names)}: {source}" for source, names in by_source.items()]
+    content += ["With one thread:", tables(found)]
     if twice:
         content += [
             "Milliseconds with two threads, by the wall clock:",
