@@ -149,8 +149,9 @@ def compress(
             callback(stage, done, total, name)
 
     found = surgery.find(model, target_modules=target_modules, exclude_modules=exclude_modules)
-    ranks = _by_layer(rank_pattern, found, "rank_pattern")
-    modes = {name: pairs_of(each) for name, each in _by_layer(shapes, found, "shapes").items()}
+    ranks = surgery.by_pattern(rank_pattern, found.layers, "rank_pattern")
+    given = surgery.by_pattern(shapes, found.layers, "shapes")
+    modes = {name: pairs_of(each) for name, each in given.items()}
     work = model if inplace else copy.deepcopy(model)
     targets, refused = find_targets(found.within(work), orders, modes)
     if not targets:
@@ -193,13 +194,6 @@ def compress(
         model, every, refused, outcome, evidence, wanted, size=size, seed=seed, dry_run=dry_run
     )
     return (model if dry_run else work), report
-
-
-def _by_layer(
-    patterns: Mapping[str, Any] | None, found: surgery.Found, what: str
-) -> dict[str, Any]:
-    """The values given by patterns of names, by layer."""
-    return {} if patterns is None else surgery.by_pattern(patterns, found.layers, what)
 
 
 def _check_calls_known(targets: Sequence[Target], calls: Calls, wanted: Budget) -> None:
