@@ -89,10 +89,17 @@ class TestOutputSize:
             )
             assert_close(layer(x, size), want, "y")
 
-    @pytest.mark.parametrize("size", [(9, 13), (13, 13), (10,)])
-    def test_out_of_reach(self, size: Shape) -> None:
+    @pytest.mark.parametrize(
+        ("size", "said"),
+        [
+            ((9, 13), r"between \(10, 13\) and \(12, 15\)"),
+            ((13, 13), r"between \(10, 13\) and \(12, 15\)"),
+            ((10,), "must be 2 ints, or 4 as the whole shape"),
+        ],
+    )
+    def test_out_of_reach(self, size: Shape, said: str) -> None:
         layer = pnn.CPConvTranspose2d(3, 4, 3, 3, 1, rank=2)
-        with pytest.raises(ValueError, match=r"between \(10, 13\) and \(12, 15\)"):
+        with pytest.raises(ValueError, match=said):
             layer(torch.randn(2, 3, 4, 5), size)
 
 
