@@ -441,7 +441,8 @@ def frozen_and_exported(layer: Layer) -> None:
     owner = getattr(module.cp, "joint", module.cp)
     owner.factors = polyadic.init.Factors(copy.deepcopy(list(owner.factors)))
     assert_close(module(x), want, "y by equal factors", 1e-5)
-    owner.factors = polyadic.init.Factors([nn.Parameter(factor * 2) for factor in owner.factors])
+    twice = [nn.Parameter(factor * 2, requires_grad=False) for factor in owner.factors]
+    owner.factors = polyadic.init.Factors(twice)
     with pytest.raises(RuntimeError, match="factors of a frozen layer were changed"):
         module(x)
 
