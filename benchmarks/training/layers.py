@@ -4,8 +4,8 @@ dense             nn.Linear
 lowrank:r64       two matrices, x A B
 cp:o3:r64         CPLinear with three modes a side
 tltorch-cp:o3:r64 tltorch's FactorizedLinear as it initialises and contracts it; also
-tltorch-tucker:o3:f60, tltorch-btt:o3:f52, of about 0.060 and 0.052 times dense's parameters
-monarch:b32       torch_structured's MonarchLinear of so many blocks
+tltorch-tucker:o3:f20, tltorch-btt:o3:f20, asked for 0.020 times dense's parameters
+monarch:b128       torch_structured's MonarchLinear of so many blocks
 paired:o2:r4      W = Σ_r A_1[:, :, r] ⊗ … ⊗ A_D[:, :, r], in plain torch
 """
 
