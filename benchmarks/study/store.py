@@ -15,12 +15,15 @@ from benchmarks.records import Record, append, rounded
 class Store:
     """A file of records: one of the environment, then one for each finished piece of work.
 
+    Where a study is continued on another processor or with other versions, a further record of the
+    environment stands before the records made there.
+
     Args:
         path: the file; made where it is missing.
         settings: of the study; those in the file must be the same.
 
     Attributes:
-        records: those in the file, without the environment's.
+        records: those in the file, without the first one of the environment.
 
     Raises:
         ValueError: the file is of other settings, or no such file.
@@ -38,6 +41,9 @@ class Store:
                     f"{path.name} holds records of other settings, {environment.get('settings')}; "
                     f"remove it, or write to another folder"
                 )
+            latest = [environment, *(r for r in self.records if r["kind"] == "environment")][-1]
+            if any(latest[name] != own[name] for name in ("cpu", "torch", "python")):
+                self.add({**own, "settings": settings})
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         append(path, {**own, "settings": settings})

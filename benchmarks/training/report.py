@@ -76,7 +76,7 @@ def section(tasks: Sequence[Task], larger: Task) -> str:
 def where(task: Task) -> str:
     """Machine, versions, sizes and commits."""
     env, settings = task.environment, task.environment["settings"]
-    machine = settings["gpu"] or f"{env['cpu']}, one thread"
+    machine = settings["gpu"] or f"{' and '.join(task.processors)}, one thread"
     sizes = f"{settings['steps']} steps"
     if task.name == "language":
         sizes += (

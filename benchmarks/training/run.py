@@ -60,7 +60,7 @@ def run(job: Job, device_type: str, checkpoints: Path | None = None) -> dict[str
 
 def made(job: Job, device: torch.device) -> Any:
     """Of a run: its model, batch of a step, loss of a batch and held-out loss."""
-    return _language(job, device) if job.task == "language" else _digits(job, device)
+    return _language(job, device) if job.task == "language" else _images(job, device)
 
 
 def _file(job: Job, checkpoints: Path | None) -> Path | None:
@@ -104,10 +104,11 @@ def _language(job: Job, device: torch.device) -> Any:
     return model, batch, loss, validate
 
 
-def _digits(job: Job, device: torch.device) -> Any:
-    model = images.DigitsNet(job.layer, job.width).to(device)
+def _images(job: Job, device: torch.device) -> Any:
+    load, stride = images.SETS[job.task]
+    model = images.ImagesNet(job.layer, job.width, stride).to(device)
     (x, y), (held_x, held_y) = (
-        tuple(part.to(device) for part in pair) for pair in images.digits(0)
+        tuple(part.to(device) for part in pair) for pair in images.split(*load())
     )
 
     def batch(step: int) -> tuple[Tensor, ...]:

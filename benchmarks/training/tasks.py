@@ -10,7 +10,7 @@ from benchmarks.records import Record
 from benchmarks.study.store import read
 from benchmarks.training.results import Contestant, contestants, resting, title
 
-TASKS = {"language": "Language model", "digits": "Digits"}
+TASKS = {"language": "Language model", "digits": "Digits", "mnist": "MNIST"}
 # What counts as an equal cost, as a fraction.
 EQUAL = 0.2
 # Costs that contestants can be equal in: how they are named, and read.
@@ -37,14 +37,16 @@ class Task:
     """The stored records of one task on one device.
 
     Attributes:
-        name: ``"language"`` or ``"digits"``.
-        environment: the record of machine, versions and settings.
+        name: a key of ``TASKS``.
+        environment: the first record of machine, versions and settings.
+        processors: those that the runs were made on, in the order of their records.
         records: of the runs, at the rate of the rest that suits the dense model best.
         contestants: gathered from them, the dense model whose layers are replaced first.
     """
 
     name: str
     environment: Record
+    processors: list[str]
     records: list[Record]
     contestants: list[Contestant]
 
@@ -84,11 +86,13 @@ def load(results: Path, name: str, device: str = "cpu") -> Task:
     environment, records = read(path)
     steps = results / steps_file(name)
     costs = read(steps)[1] if device == "cpu" and steps.exists() else []
-    records = resting(records)
+    machines = [environment, *(r for r in records if r["kind"] == "environment")]
+    processors = list(dict.fromkeys(str(machine["cpu"]) for machine in machines))
+    records = resting(record for record in records if record["kind"] == "training")
     found = contestants(records, costs)
     if not found or found[0].kind != "dense":
         raise ValueError(f"{path.name} lacks a complete sweep of the dense model; run on")
-    return Task(name, environment, records, found)
+    return Task(name, environment, processors, records, found)
 
 
 def equals(task: Task, one: Contestant, cost: str) -> list[Contestant]:

@@ -205,6 +205,12 @@ def test_records_are_added_and_found_again(tmp_path: Path) -> None:
     environment, records = read(path)
     assert environment["settings"] == {"ratios": [2.0, 4.0], "seed": 0}
     assert [r["error"] for r in records] == [0.33333]
+    # On the same machine nothing is said of it again; another one tells of itself.
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(environment | {"cpu": "another"}), *lines[1:]]) + "\n")
+    Store(path, settings)
+    Store(path, settings)
+    assert [record["kind"] for record in read(path)[1]] == ["x", "environment"]
     with pytest.raises(ValueError, match="records of other settings"):
         Store(path, {"ratios": (2.0,), "seed": 0})
     path.write_text(json.dumps({"kind": "x"}) + "\n")

@@ -299,6 +299,7 @@ def stored(folder: Path) -> None:
         (tasks.runs_file("cpu", "language"), LANGUAGE),
         (tasks.runs_file("cuda", "language"), LANGUAGE),
         (tasks.runs_file("cpu", "digits"), DIGITS),
+        (tasks.runs_file("cpu", "mnist"), DIGITS),
         (tasks.steps_file("language"), STEPS),
     ):
         lines = [json.dumps(record) for record in (ENVIRONMENT, *records)]
@@ -367,6 +368,7 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "training.md",
         "training-language.svg",
         "training-digits.svg",
+        "training-mnist.svg",
         "training-readme.svg",
     }
     before = [path.read_bytes() for path in written]
