@@ -13,7 +13,7 @@ from benchmarks.pages import between, markdown_rows
 from benchmarks.training.layers import parsed
 from benchmarks.training.plots import save_figures
 from benchmarks.training.results import LEAST_RATES, Contestant, Score
-from benchmarks.training.tasks import COSTS, TASKS, Task, equals, front, load
+from benchmarks.training.tasks import COSTS, TASKS, Task, equals, front, load, load_all
 from polyadic.durable.files import write_text
 
 MARK = "training"
@@ -39,7 +39,7 @@ def write_report(results: Path, docs: Path, readme: Path | None = None) -> list[
         ValueError: records are not stored, or a page lacks its markers.
         FileNotFoundError: there is no page.
     """
-    tasks = [load(results, name) for name in TASKS]
+    tasks = load_all(results)
     figures = save_figures(tasks, docs / "figures")
     page = docs / "training.md"
     text = between(

@@ -95,6 +95,17 @@ def load(results: Path, name: str, device: str = "cpu") -> Task:
     return Task(name, environment, processors, records, found)
 
 
+def load_all(results: Path) -> list[Task]:
+    """The stored records of all tasks; one beside the language model may not have been run yet.
+
+    Raises:
+        ValueError: as ``load``.
+    """
+    first, *others = TASKS
+    there = [name for name in others if (results / runs_file("cpu", name)).exists()]
+    return [load(results, name) for name in (first, *there)]
+
+
 def equals(task: Task, one: Contestant, cost: str) -> list[Contestant]:
     """The other contestants whose cost is within a fifth of this one's, the best first."""
     own = COSTS[cost](one)
