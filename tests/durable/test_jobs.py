@@ -35,7 +35,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 OFTEN = ("distill", "decompose")
-OTHERS = [name for name in jobs.JOBS if name not in OFTEN]
+# A run of the demo's language models takes many seconds.
+EACH = [
+    pytest.param(name, marks=pytest.mark.long if name.endswith("language") else ())
+    for name in jobs.JOBS
+]
+OTHERS = [param for param in EACH if param.values[0] not in OFTEN]
 
 
 @pytest.mark.parametrize("name", OFTEN)
@@ -61,7 +66,7 @@ def test_many_kills(folder: Path, name: str) -> None:
     assert found["equal"] == found["kills"] > 50
 
 
-@pytest.mark.parametrize("name", jobs.JOBS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("how", ["ctrl-c", "full disk"])
 def test_a_stopped_job_says_why_and_goes_on(folder: Path, name: str, how: str) -> None:
     job = jobs.JOBS[name]
