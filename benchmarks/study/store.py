@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Store:
                     f"{path.name} holds records of other settings, {environment.get('settings')}; "
                     f"remove it, or write to another folder"
                 )
-            latest = [environment, *(r for r in self.records if r["kind"] == "environment")][-1]
+            latest = environments(environment, self.records)[-1]
             if any(latest[name] != own[name] for name in ("cpu", "torch", "python")):
                 self.add({**own, "settings": settings})
             return
@@ -60,6 +60,11 @@ class Store:
         record = {**record, "commit": self._commit}
         self.records.append(rounded(record))
         append(self._path, record)
+
+
+def environments(first: Record, records: Sequence[Record]) -> list[Record]:
+    """The records of the machines that a study was made on, the first one's first."""
+    return [first, *(record for record in records if record["kind"] == "environment")]
 
 
 def read(path: Path, *, growing: bool = False) -> tuple[Record, list[Record]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.records import Record
-from benchmarks.study.store import read
+from benchmarks.study.store import environments, read
 from benchmarks.training.results import Contestant, contestants, resting, title
 
 TASKS = {"language": "Language model", "digits": "Digits", "mnist": "MNIST"}
@@ -86,7 +86,7 @@ def load(results: Path, name: str, device: str = "cpu") -> Task:
     environment, records = read(path)
     steps = results / steps_file(name)
     costs = read(steps)[1] if device == "cpu" and steps.exists() else []
-    machines = [environment, *(r for r in records if r["kind"] == "environment")]
+    machines = environments(environment, records)
     processors = list(dict.fromkeys(str(machine["cpu"]) for machine in machines))
     records = resting(record for record in records if record["kind"] == "training")
     found = contestants(records, costs)
