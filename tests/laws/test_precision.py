@@ -177,29 +177,47 @@ def test_the_other_orders_are_of_the_same_sums(case: Case) -> None:
         assert_close(y, case.dense(leaves), "y")
 
 
-def test_a_sum_that_loses_its_last_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sum over the first half of the rows keeps 20 of its 24 bits."""
+def bits_that_show(case: Case) -> int:
+    """Bits of a partial sum of which a loss of the others is noticed on every processor.
+
+    A number cut to b bits loses a uniform part of up to 2¹⁻ᵇ of a power of two below it, 0.4 · 2¹⁻ᵇ
+    of itself in the mean square, and half the terms 0.28 · 2¹⁻ᵇ of their sum. The limit of
+    any processor's errors is twice that of a chain; the loss is to be twice that again.
+    """
+    return 1 - math.ceil(math.log2(4 * of_a_chain(case) / 0.28))
+
+
+@pytest.mark.parametrize(
+    "name", ["linear-notebook", "head-large", "joint-large", "linear-wide-lambda"]
+)
+def test_a_sum_that_loses_its_last_bits_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum over the first half of the rows keeps some of its 24 bits."""
+    case = BY_ID[name]
+    lost = 24 - bits_that_show(case)
+    assert 0 < lost < 12
 
     def broken(x: Tensor, z: Tensor) -> Tensor:
         half = len(x) // 2
         partial = matmul_tn(x[:half], z[:half])
-        kept = (partial.view(torch.int32) & -16).view(torch.float32)
+        kept = (partial.view(torch.int32) & -(2**lost)).view(torch.float32)
         return kept + matmul_tn(x[half:], z[half:])
 
     monkeypatch.setattr(multilinear, "matmul_tn_unrounded", broken)
-    for name in ("linear-notebook", "head-large", "joint-large", "linear-wide-lambda"):
-        with pytest.raises(AssertionError, match="dense torch"):
-            assert_within_twice(BY_ID[name], torch.float32, {})
+    with pytest.raises(AssertionError, match="dense torch"):
+        assert_within_twice(case, torch.float32, {})
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 21)])
-def test_the_rule_can_fail(dtype: torch.dtype, bits: int) -> None:
-    """Noise of one unit in the last place of bf16 is noticed, and of a few units of fp32."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_rule_can_fail(dtype: torch.dtype) -> None:
+    """Noise of one unit in the last place of bf16 is noticed, and in fp32 of twice the limit."""
     case = BY_ID["linear-notebook"]
+    bits = 8.0 if dtype == torch.bfloat16 else -math.log2(4 * of_a_chain(case))
     results = [cp_results(case, dtype, seed, {}) for seed in range(DRAWS)]
     noisy = [
         {
-            name: (v.double() * (1 + 2**-bits * torch.randn_like(v.double()))).to(v.dtype)
+            name: (v.double() * (1 + 2.0**-bits * torch.randn_like(v.double()))).to(v.dtype)
             for name, v in result.items()
         }
         for result in results
