@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import polyadic
+from cases import every_case
+from cases.protocol import Case
 from polyadic import finetune, functional, pretrained, testing, training
 from polyadic import nn as pnn
 
@@ -107,6 +109,20 @@ def test_sparse_factors_are_refused() -> None:
     ):
         with pytest.raises(TypeError, match=r"factors\[0\] must be a dense tensor"):
             call()
+
+
+@every_case
+def test_a_remembered_call_takes_no_sparse_tensor(case: Case) -> None:
+    leaves = case.leaves()
+    case.cp(leaves)
+    # The bias of a head is added outside the function.
+    of_the_call = leaves.named().keys() - ({"bias"} if case.cls is pnn.CPTiedLinear else set())
+    for sparse in of_the_call:
+        wrong = leaves.of(
+            {name: t.to_sparse() if name == sparse else t for name, t in leaves.named().items()}
+        )
+        with pytest.raises(TypeError, match="must be a dense tensor"):
+            case.cp(wrong)
 
 
 def test_sizes_that_are_numpy_integers() -> None:

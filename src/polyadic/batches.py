@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,23 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def require_batches(batches: Any, name: str, *, once: bool = False) -> None:
+    """Raise a TypeError for what cannot be walked; or not again, unless once is enough.
+
+    A single tensor is refused too: its entries would be taken for batches.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of batches such as a list or a DataLoader, got "
+            f"{type(batches).__name__}; for one batch give a list of one"
+        )
+    if isinstance(batches, Iterator) and not once:
+        raise TypeError(
+            f"{name} must be an iterable that can be walked again, got the iterator "
+            f"{type(batches).__name__}; give a list, a DataLoader or an object with __iter__"
+        )
 
 
 def misfit(model: nn.Module, batch: Any, where: str, error: Exception) -> ValueError:

@@ -191,6 +191,10 @@ def test_a_million_calls_are_made_of_every_kind_there_is() -> None:
             lambda: polyadic.second_moments(nn.Sequential(nn.Linear(2, 2)), ["x"], ["0"]),
             "must be Tensor",
         ),
+        (
+            lambda: polyadic.second_moments(nn.Sequential(nn.Linear(2, 2)), torch.ones(2, 2), []),
+            "batches must be an iterable of batches",
+        ),
         (lambda: RankParallel(use_local_output=torch.ones(2)), "use_local_output must be True"),
         (lambda: RankParallel(output_layouts=Partial()), "output_layouts must be Replicate"),
         (lambda: init.cp_orthonormal_([torch.empty(3, 0)], 1.0), "no size of 0"),

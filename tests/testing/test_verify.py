@@ -103,6 +103,26 @@ def test_relative_error() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weights": torch.zeros(3, 3)}, TypeError, "weights must be True or False"),
+        ({"weights": torch.zeros(0)}, TypeError, "weights must be True or False"),
+        ({"batch": 2**62}, ValueError, "too large"),
+        ({"batch": 1.0}, TypeError, "batch must be an int"),
+        ({"batch": -1}, ValueError, "batch must be at least 0"),
+        ({"seed": 2**64}, ValueError, "seed must be from"),
+        ({"seed": "one"}, TypeError, "seed must be an int"),
+    ],
+)
+@pytest.mark.parametrize("draw", [linear_problem, conv_problem])
+def test_what_no_problem_can_be_drawn_of_is_refused(
+    draw: Any, arguments: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        draw(4, 6, **arguments)
+
+
+@pytest.mark.parametrize(
     ("dtype", "share"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.2)]
 )
 @pytest.mark.parametrize("draw", [linear_problem, conv_problem])

@@ -31,8 +31,16 @@ def an_int(value: Any, name: str, least: int | None = None) -> int:
 
 
 def a_seed(value: Any) -> int:
-    """Return a seed as a plain int, or raise a TypeError."""
-    return an_int(value, "seed")
+    """Return a seed as a plain int.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is none that torch's generators take.
+    """
+    seed = an_int(value, "seed")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be from -2**63 up to 2**64 - 1, got {seed}")
+    return seed
 
 
 def a_number(

@@ -53,8 +53,10 @@ def check_factors(weights: Tensor | None, **groups: Sequence[Tensor]) -> tuple[S
         TypeError: dtypes are neither floating point nor complex, or differ.
         ValueError: a factor is not 2-D, ranks or devices differ, a size is 0, λ is not (R,).
     """
-    if weights is not None and not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+    if weights is not None:
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights must be a tensor (R,), got {type(weights).__name__}")
+        check_dense(weights, "weights")
     for name, group in groups.items():
         for i, factor in enumerate(group):
             check_dense(factor, f"{name}[{i}]")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyadic.batches import keeping_modes, moved
+from polyadic.batches import keeping_modes, moved, require_batches
 from polyadic.checks import check_module
 from polyadic.durable import identity
 from polyadic.durable.keeper import FileKeeper, path_of
@@ -161,7 +161,7 @@ def distill(
     """
     check_unwrapped(student, "distill", "student")
     check_module(teacher, "teacher")
-    models.require_batches(batches, "batches")
+    require_batches(batches, "batches")
     compare = _comparison(loss)
     trained = models.select(student, trainable)
     models.refuse_shared(trained, teacher)
@@ -268,7 +268,7 @@ def _judged_by(validation: Any, seed: int, device: torch.device) -> str:
     """
     if validation is None or validation is False or callable(validation):
         return identity.in_words(validation)
-    models.require_batches(validation, "validation")
+    require_batches(validation, "validation")
     with drawn_by(seed, validation, device):
         return identity.of_batches(validation)
 
@@ -284,7 +284,7 @@ def _validator(
         def measure() -> float:
             return float(validation(student))
     else:
-        models.require_batches(validation, "validation")
+        require_batches(validation, "validation")
 
         def measure() -> float:
             values = [batch_loss(batch).item() for batch in validation]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyadic.batches import call, moved
+from polyadic.batches import call, moved, require_batches
 from polyadic.checks import check_module, check_word
 from polyadic.durable.identity import of_module
 from polyadic.durable.keeper import path_of
@@ -112,7 +112,7 @@ def match_layers(
     """
     check_unwrapped(student, "match_layers", "student")
     check_module(teacher, "teacher")
-    models.require_batches(batches, "batches")
+    require_batches(batches, "batches")
     check_word(mode, "mode", ("sequential", "joint"))
     optional_function(callback, "callback")
     layers = _layers(student, teacher, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,20 +19,6 @@ Trainable = Literal["cp", "cp+norms", "all"] | Callable[[str, nn.Parameter], boo
 
 TRAINABLE = ("cp", "cp+norms", "all")
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
-
-
-def require_batches(batches: Any, name: str) -> None:
-    """Raise a TypeError for what cannot be walked, or can be walked only once."""
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{name} must be an iterable of batches such as a list or a DataLoader, got "
-            f"{type(batches).__name__}; for one batch give a list of one"
-        )
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            f"{name} must be an iterable that can be walked again, got the iterator "
-            f"{type(batches).__name__}; give a list, a DataLoader or an object with __iter__"
-        )
 
 
 def device_of(model: nn.Module) -> torch.device:

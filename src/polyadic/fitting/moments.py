@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyadic.batches import call, evaluating
+from polyadic.batches import call, evaluating, require_batches
 
 # Most entries of patches that are unfolded at once.
 UNFOLDED = 2**22
@@ -37,8 +37,9 @@ def second_moments(
 
     Args:
         model: holds the layers.
-        batches: a tensor or another object is passed as ``model(batch)``, a tuple or list as
-            ``model(*batch)``, a mapping as ``model(**batch)``. Read once.
+        batches: an iterable of batches, read once: a tensor or another object in it is passed as
+            ``model(batch)``, a tuple or list as ``model(*batch)``, a mapping as
+            ``model(**batch)``.
         names: names of ``nn.Linear``, ``nn.Conv1d`` to ``3d``, ``nn.ConvTranspose1d`` to ``3d``
             and ``nn.Embedding`` modules, as in ``model.named_modules()``.
         weights: gets a batch and returns how much each position counts, such as an attention mask
@@ -52,11 +53,12 @@ def second_moments(
         ``metric`` of ``polyadic.decompose``.
 
     Raises:
-        TypeError: the model is no module, a name belongs to a module of another type, or the
-            weights are no tensor.
+        TypeError: the model is no module, ``batches`` is a single tensor, mapping or text, a name
+            belongs to a module of another type, or the weights are no tensor.
         ValueError: a name is not in the model, a layer was never called or saw no position, or
             the weights do not fit a layer's input, are negative or not finite.
     """
+    require_batches(batches, "batches", once=True)
     wanted = _named(model, names)
     gathered: dict[nn.Module, _Moment] = {
         module: _Moment(name, module) for name, module in wanted.items()

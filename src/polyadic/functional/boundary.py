@@ -163,7 +163,7 @@ def as_batch(x: Tensor, dims: int) -> tuple[Shape, Shape] | None:
 known_calls = Memo()
 choice.when_forgotten(known_calls.clear)
 
-_signature = attrgetter("shape", "dtype", "device")
+_signature = attrgetter("shape", "dtype", "device", "layout")
 
 
 def call(

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyadic import reference
+from polyadic.checks import a_seed, an_int, check_flag
 from polyadic.formats import ConvFormat, LinearFormat, positive_int, tensorize
 from polyadic.functional import (
     cp_conv,
@@ -37,7 +38,7 @@ from polyadic.functional import (
 from polyadic.planner.choice import choose
 from polyadic.planner.explanation import requested
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
-from polyadic.tensor import CPTensor
+from polyadic.tensor import CPTensor, check_fits_memory
 
 __all__ = ["Check", "Problem", "Result", "conv_problem", "linear_problem", "verify"]
 
@@ -410,10 +411,11 @@ def _draw(
     """Draw everything from a standard normal; the weights too, so that some are negative."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if x_shape[0] < 0:
-        raise ValueError(f"batch must be at least 0, got {x_shape[0]}")
-    rank = positive_int(rank, "rank")
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    an_int(x_shape[0], "batch", least=0)
+    rank, weights = positive_int(rank, "rank"), check_flag(weights, "weights")
+    for sizes in (x_shape, y_shape):
+        check_fits_memory(*sizes)
+    generator = torch.Generator(device="cpu").manual_seed(a_seed(seed))
 
     def normal(*size: int) -> Tensor:
         exact = torch.promote_types(dtype, torch.float64)
