@@ -150,7 +150,7 @@ def join(backend: str) -> None:
     """
     store, rank, size = next(iter(rendezvous("env://")))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    start = dist.PrefixStore(f"start {attempt}", store)  # type: ignore[attr-defined]
+    start = dist.PrefixStore(f"start {attempt}", store)
     dist.init_process_group(backend, store=start, rank=rank, world_size=size)
 
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] = ()) -> float:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         join(backend)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         return train(options, torch.device(device))

@@ -64,8 +64,9 @@ def compare(case: Case, mode: Mode) -> Record:
     )
     medians = {name: statistics.median(timing.samples) for name, timing in searched.items()}
     best = min(medians, key=medians.__getitem__)
-    forced_on = next(iter(plans.values())).build.func  # type: ignore[attr-defined]
-    own = partial(forced_on, problem, plan=after)
+    # How a plan is forced on the layer is the same function for every plan.
+    build: Any = next(iter(plans.values())).build
+    own = partial(build.func, problem, plan=after)
     closely = {LAYER: ours, BEST: forced[best], PLAN: own(), AGAIN: own()}
     times = time_interleaved(
         {name: step_of(built, mode, problem) for name, built in closely.items()},

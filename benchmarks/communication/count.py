@@ -100,7 +100,8 @@ def _is_tensor(value: Any) -> bool:
 
 def _size(args: Any) -> int:
     """The number of processes of a collective, from its group among the arguments."""
-    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009 - undeclared
+    undeclared: Any = dist.distributed_c10d
+    resolve = undeclared._resolve_process_group
     for value in tree_leaves(args):
         if isinstance(value, str) and value not in ("sum", "avg"):
             return resolve(value).size()

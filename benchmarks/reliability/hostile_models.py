@@ -252,7 +252,7 @@ def one_process() -> Iterator[Any]:
     """A mesh of this process alone, with the group that is there or one for the block."""
     own = not dist.is_initialized()
     if own:
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield dist.device_mesh.init_device_mesh("cpu", (1,))

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def at_file_operations(name: str, folder: Path, most: int | None = None) -> dict
     done = equal = 0
     for number in range(1, calls + 1, step):
         fresh(state)
-        process = child(lambda number=number: _operations(job, state, number))  # type: ignore[misc]
+        process = child(partial(_operations, job, state, number))
         done += ended(process) == -signal.SIGKILL
         equal += job(state, lambda: None) == wanted
     return {"kind": "kills at calls", "job": name, "kills": done, "ends": done, "equal": equal}

@@ -6,6 +6,7 @@ Nothing is measured here; the same records give the same text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -121,6 +122,12 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
+def _metric(record: Record, part: str, key: str) -> float:
+    """A metric of an encoder, converted (``before`` recovery) or recovered (``after``)."""
+    value: float = record[part][key]
+    return value
+
+
 def encoder_table(records: Sequence[Record]) -> str:
     """A row per method at one ratio; the best of a column is bold."""
     head = ["method", "stored", "orders", "weight error", "output error"]
@@ -131,7 +138,7 @@ def encoder_table(records: Sequence[Record]) -> str:
         (lambda r: fmean(r["output_errors"]), False, ".3f"),
     ]
     columns += [
-        (lambda r, key=key, part=part: r[part][key], True, ".3f")  # type: ignore[misc]
+        (partial(_metric, part=part, key=key), True, ".3f")
         for key, _ in METRICS
         for part in ("before", "after")
     ]

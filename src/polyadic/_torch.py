@@ -12,7 +12,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -23,6 +23,9 @@ from torch.autograd import Function, forward_ad, profiler
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map_only as tree_map_only
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -39,7 +42,8 @@ def not_traced(function: F) -> F:
 
     torch.compiler.assume_constant_result does the same, but imports the whole compiler.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    marked: Any = function
+    marked._dynamo_marked_constant = True
     return function
 
 
@@ -135,7 +139,9 @@ def is_traced() -> bool:
 # A context in which a subclass of Tensor is a plain tensor to functions of torch.
 as_plain_tensor = torch._C.DisableTorchFunctionSubclass
 # The ``__torch_function__`` of a subclass that wants to see operations below autograd alone.
-no_torch_function = torch._C._disabled_torch_function_impl
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+# The type of the class ``Tensor``.
+TensorMeta = torch._C._TensorMeta
 # An older way to ask for a tensor's memory.
 typed_storage = Tensor._typed_storage
 
@@ -164,7 +170,8 @@ def direct_apply(function: type[Function]) -> Callable[..., Any]:
     ``Function.apply`` looks for transforms and unwraps arguments in Python, which takes as long as
     one product of a small layer.
     """
-    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
+    base: Any = super(Function, function)
+    apply: Callable[..., Any] = base.apply
     return apply
 
 
@@ -193,7 +200,7 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) is FakeTensor
 
 
-def is_spread(value: Any) -> bool:
+def is_spread(value: Any) -> TypeGuard[DTensor]:
     """Whether a value is a DTensor, of which each process holds a part."""
     # Asked without torch's module of them, whose import takes long.
     return isinstance(value, Tensor) and hasattr(value, "placements")
@@ -201,8 +208,7 @@ def is_spread(value: Any) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, or all of a DTensor, which its processes then ask for together; differentiable."""
-    full: Tensor = tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
-    return full
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def autocasts(device_type: str) -> bool:
@@ -241,7 +247,8 @@ def check_before_sharding(check: Callable[[Any, Any], None]) -> None:
     """Have ``fully_shard`` call a check with each parameter and the mesh it is to be cut over."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-    make: Any = FSDPParam.__init__
+    kept: Any = FSDPParam
+    make = kept.__init__
 
     @functools.wraps(make)
     def checked(self: Any, param: Any, *args: Any, **kwargs: Any) -> None:
@@ -251,7 +258,7 @@ def check_before_sharding(check: Callable[[Any, Any], None]) -> None:
                 break
         make(self, param, *args, **kwargs)
 
-    FSDPParam.__init__ = checked  # type: ignore[method-assign]
+    kept.__init__ = checked
 
 
 def run_of_group(job: str) -> str | None:
@@ -286,12 +293,13 @@ class Memo(dict[Any, Any]):
 
 def memoized(function: Callable[P, T]) -> Callable[P, T]:
     """Remember results by argument. While torch.compile traces, the function is just called."""
-    remembered = functools.lru_cache(maxsize=MOST_ENTRIES)(function)
+    cached = functools.lru_cache(maxsize=MOST_ENTRIES)(function)
+    remembered = cast(Callable[P, T], cached)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        return remembered(*args, **kwargs)
 
     return call

@@ -138,7 +138,9 @@ class CPTensor(Exchanged):
 
     @std.setter
     def std(self, value: float) -> None:
-        setattr(self.factors, "std", value)  # noqa: B010 - a module's own attribute, to mypy a part
+        # torch's types let a module have tensors and modules alone for attributes.
+        factors: Any = self.factors
+        factors.std = value
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the factors anew so that the entries of the tensor have standard deviation ``std``.
@@ -360,12 +362,12 @@ class CPSlice(CPTensor):
         self.joint = joint
 
     @property
-    def factors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def factors(self) -> tuple[Tensor, ...]:  # type: ignore[override]  # the joint tensor's
         """The factors all layers share."""
         return tuple(factor for group in self.factor_groups() for factor in group)
 
     @property
-    def weights(self) -> Tensor:  # type: ignore[override]
+    def weights(self) -> Tensor:  # type: ignore[override]  # the joint tensor's
         """λ of this layer, formed in at least fp32 and rounded once."""
         scale = self.parts()[1]
         assert scale is not None

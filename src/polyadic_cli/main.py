@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"polyadic {importlib.metadata.version('polyadic')}")
         sys.exit(0)
     try:
-        import rich  # noqa: F401  the commands import it where they print
+        import rich  # noqa: F401 - the commands import it where they print
         import typer
 
         from polyadic_cli.commands import app

@@ -170,7 +170,7 @@ def _functions(bench: Bench, name: str, call: Call) -> None:
         call()
     profiler.disable()
     bench.timer.synchronize()
-    found: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    found: Any = vars(pstats.Stats(profiler))["stats"]
     rows = [
         [f"{Path(file).name}:{line} {function}", calls / count, 1e6 * own / count]
         for (file, line, function), (_, calls, own, _, _) in found.items()

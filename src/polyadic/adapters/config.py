@@ -38,7 +38,7 @@ exact LoRA adapter, which needs PEFT alone.
 
 
 @dataclass
-class CPConfig(PeftConfig):  # type: ignore[misc]
+class CPConfig(PeftConfig):
     """A CP adapter for PEFT: ΔW = (α/R) Σ_r λ_r ⊗_d A_d[:, r] ⊗_e C_e[:, r], which is never formed.
 
     Such an adapter of rank R is a LoRA of rank R whose two matrices are Khatri-Rao products: it

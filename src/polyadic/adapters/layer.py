@@ -53,7 +53,7 @@ class Adapter:
     shared: CPTensor | None = None
 
 
-class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A layer of a model with CP adapters, by kind in ``polyadic.adapters.kinds``.
 
     Args:
@@ -207,12 +207,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def cp(self, name: str) -> CPTensor:
         """The factors of an adapter, which other layers may have too."""
         found: Any = self.polyadic_cp[name]
-        return found  # type: ignore[no-any-return]
+        cp: CPTensor = found
+        return cp
 
     def parts(self, name: str) -> tuple[Groups, Tensor | None]:
         """The factors of an adapter by group, and λ or None; its scaling is in none of them."""
         groups, _ = self.cp(name).parts()
-        rows = self.polyadic_rows[name] if name in self.polyadic_rows else None  # noqa: SIM401
+        rows = self.polyadic_rows.get(name)
         return groups, rows
 
     def scaled_parts(self, name: str) -> tuple[Groups, Tensor | None]:

@@ -26,7 +26,7 @@ from polyadic.tensor import CPTensor
 StateDict = dict[str, Tensor]
 
 
-class CPModel(BaseTuner):  # type: ignore[misc]
+class CPModel(BaseTuner):
     """A model with CP adapters; PEFT makes it from a ``CPConfig``.
 
     Factors that layers share are held by these layers, and none by the tuner, so that direct

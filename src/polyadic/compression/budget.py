@@ -10,6 +10,9 @@ from polyadic import checks
 NEVER_SLOWER = "never-slower"
 
 
+Kind = Literal["ratio", "flops_ratio", "max_error", "speed"]
+
+
 @dataclass(frozen=True)
 class Budget:
     """The quantity that is bounded, and its bound.
@@ -21,7 +24,7 @@ class Budget:
         never_slower: whether no layer may be predicted to be slower than it was.
     """
 
-    kind: Literal["ratio", "flops_ratio", "max_error", "speed"]
+    kind: Kind
     value: float
     never_slower: bool
 
@@ -48,7 +51,7 @@ def budget(ratio: Any, flops_ratio: Any, max_error: Any, speed: Any) -> Budget:
         TypeError: a value is not a number.
         ValueError: none or several are given, or a value is out of range.
     """
-    given = {"ratio": ratio, "flops_ratio": flops_ratio, "max_error": max_error}
+    given: dict[Kind, Any] = {"ratio": ratio, "flops_ratio": flops_ratio, "max_error": max_error}
     given = {name: value for name, value in given.items() if value is not None}
     if speed is not None and speed != NEVER_SLOWER:
         raise ValueError(f"speed must be {NEVER_SLOWER!r} or None, got {speed!r}")
@@ -71,4 +74,4 @@ def budget(ratio: Any, flops_ratio: Any, max_error: Any, speed: Any) -> Budget:
             raise ValueError(f"max_error is relative and must lie in (0, 1), got {value}")
     else:
         value = checks.a_number(value, f"{name} (how many times fewer)", above=1)
-    return Budget(name, value, speed is not None)  # type: ignore[arg-type]
+    return Budget(name, value, speed is not None)

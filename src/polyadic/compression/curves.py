@@ -124,7 +124,8 @@ def fitted(
 def approximation(target: Target, candidate: Candidate, fit: Decomposition) -> Tensor:
     """Return the dense weight that a fit stands for, in torch's layout."""
     with no_autocast(target.weight):
-        dense: Tensor = target.converted(fit.cp)[target.name]._built_weight()  # type: ignore[operator]
+        layer: Any = target.converted(fit.cp)[target.name]
+        dense: Tensor = layer._built_weight()
         return dense.detach()
 
 

@@ -256,7 +256,9 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    if any(before is None or after is None for before, after in pairs):
+    befores = [before for before, _ in pairs if before is not None]
+    afters = [after for _, after in pairs if after is not None]
+    if not len(befores) == len(afters) == len(pairs):
         return None
-    total = [math.fsum(p[i] for p in pairs if p[i] is not None) for i in (0, 1)]  # type: ignore[misc]
-    return total[0] / total[1] if total[1] > 0 else None
+    total = math.fsum(afters)
+    return math.fsum(befores) / total if total > 0 else None

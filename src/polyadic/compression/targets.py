@@ -139,13 +139,13 @@ def find_targets(
         candidates: tuple[Candidate, ...] = ()
         if reason is None:
             try:
-                for layer in layers:
-                    weight_of(layer, type(layer), "compress")
+                weights = [weight_of(layer, type(layer), "compress") for layer in layers]
                 candidates = _candidates(layers[0], orders, [])
             except (TypeError, ValueError) as error:
                 reason = str(error)
-        if reason is None and not bool(layers[0].weight.isfinite().all()):  # type: ignore[operator]
-            reason = "has NaN or infinity in its weight"
+            else:
+                if not weights[0].isfinite().all():
+                    reason = "has NaN or infinity in its weight"
         if reason is None and (asked := _shapes_of(names, shapes)):
             try:
                 candidates = _candidates(layers[0], orders, asked)

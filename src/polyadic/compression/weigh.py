@@ -256,10 +256,9 @@ def ranks_of(curve: Curve) -> list[int]:
 
 def _why_not(cost: Cost, dense: Cost, budget: Budget) -> str:
     """Return why a budget does not admit an option, or an empty text."""
-    if budget.kind == "flops_ratio":
-        known = cost.flops is not None and dense.flops is not None
-        if not known or cost.flops >= dense.flops:  # type: ignore[operator]
-            return "has no fewer FLOPs in CP format at any rank weighed"
+    fewer = cost.flops is not None and dense.flops is not None and cost.flops < dense.flops
+    if budget.kind == "flops_ratio" and not fewer:
+        return "has no fewer FLOPs in CP format at any rank weighed"
     if budget.never_slower:
         if dense.seconds is None or cost.seconds is None:
             return "is not predicted to be no slower, as its calls are not known"

@@ -169,7 +169,7 @@ class _Spread(ParallelStyle):
         y = y.redistribute(placements=[self.output_layouts])
         if not self.use_local_output:
             return y
-        return _Own.apply(y.to_local())  # type: ignore[no-untyped-call]
+        return _Own.apply(y.to_local())
 
 
 class _Own(Function):

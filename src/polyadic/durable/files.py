@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,10 +16,9 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-try:
+# Windows locks no folders; drafts of killed processes stay there.
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows; drafts of killed processes stay there.
-    fcntl = None  # type: ignore[assignment]
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -136,13 +136,13 @@ def _remove_dead(folder: Path) -> None:
         # An empty folder is of a process that was killed before it made the lock.
         folder.rmdir()
     with suppress(OSError), open(folder / "lock", "rb+") as lock:
-        if fcntl is not None and _locked(lock.fileno()):
+        if sys.platform != "win32" and _locked(lock.fileno()):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked(handle: int) -> bool:
     """Lock an open file until it is closed, unless another process holds it."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -231,9 +231,11 @@ def _groups(student: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[dic
     return [group for group in kept if group["params"]]
 
 
-def _comparison(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _comparison(
+    loss: str | Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor], Tensor]:
     if callable(loss):
-        return loss  # type: ignore[no-any-return]
+        return loss
     if loss not in tuple(LOSSES):
         known = ", ".join(map(repr, LOSSES))
         raise ValueError(f"loss must be one of {known} or a function, got {loss!r}")

@@ -65,7 +65,7 @@ class Options:
         return {name: value for name, value in vars(self).items() if name != "callback"}
 
 
-class _Stopped(Exception):  # noqa: N818
+class _Stopped(Exception):  # noqa: N818 - it is no error: it ends the sweeps
     """The callback has ended the fit."""
 
 

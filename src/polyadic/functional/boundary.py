@@ -209,7 +209,8 @@ def settled(
     """
     if torch.compiler.is_compiling():
         if any(map(is_spread, (x, *groups[0]))):
-            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
+            spread: Any = SpreadCall(settled, settle, options)
+            return spread, groups
         return settle(x, groups, bias, weights, *options)
     try:
         sizes = tuple(map(len, groups))
@@ -217,7 +218,8 @@ def settled(
         classes = tuple(map(type, tensors))
         plain = OWN_CLASSES.issuperset(classes)
         if not plain and any(map(is_spread, tensors)):
-            return SpreadCall(settled, settle, options), groups  # type: ignore[return-value]
+            spread = SpreadCall(settled, settle, options)
+            return spread, groups
         key = (
             settle,
             sizes,
@@ -271,7 +273,7 @@ def _traced(
 ) -> Tensor:
     if layer_map.autograd_backward or not torch.is_grad_enabled() or exporting():
         return layer_map.forward(x, bias, factors)[0]
-    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = _Compiled.apply(layer_map, x, bias, *factors)[0]
     return y.movedim(-1, 1) if layer_map.output_channels_last else y
 
 
@@ -282,7 +284,7 @@ def _eager(
     if without_function or forward_mode_level() >= 0:
         return layer_map.forward(x, bias, factors)[0]
     if transforms_active():
-        y: Tensor = _ClosedForm.apply(layer_map, x, bias, *factors)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _ClosedForm.apply(layer_map, x, bias, *factors)[0]
         return y
     bias = None if bias is None else unwrap_if_dead(bias)
     y = _apply_eager(layer_map, unwrap_if_dead(x), bias, *map(unwrap_if_dead, factors))

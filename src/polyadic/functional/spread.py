@@ -355,7 +355,7 @@ def spread_call(
 
 @dataclass(frozen=True)
 class SpreadCall:
-    """A call on DTensors, settled by each process for what it holds .
+    """A call on DTensors, settled by each process for what it holds.
 
     Args:
         settled: what settles and remembers calls, of the boundary.

@@ -26,12 +26,12 @@ class _Once(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         here, back = ctx.where
-        return _Once.apply(grad, back, here), None, None  # type: ignore[no-untyped-call]
+        return _Once.apply(grad, back, here), None, None
 
 
 def once(bias: Tensor, here: bool) -> Tensor:
     """Return a bias where it is to be added, and zeros elsewhere, with its gradient everywhere."""
-    mine: Tensor = _Once.apply(bias, here, True)  # type: ignore[no-untyped-call]
+    mine: Tensor = _Once.apply(bias, here, True)
     return mine
 
 
@@ -54,12 +54,12 @@ class _Summed(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mesh, dim, here, back = ctx.where
-        return None, None, None, None, *_Summed.apply(mesh, dim, back, here, *grads)  # type: ignore[no-untyped-call]
+        return None, None, None, None, *_Summed.apply(mesh, dim, back, here, *grads)
 
 
 def summed(mesh: Any, dim: int, here: bool, back: bool, *tensors: Any) -> tuple[Tensor, ...]:
     """Sum tensors over a dimension of a mesh if ``here``, and their gradients if ``back``."""
-    found: tuple[Tensor, ...] = _Summed.apply(mesh, dim, here, back, *tensors)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _Summed.apply(mesh, dim, here, back, *tensors)
     return found
 
 

@@ -81,7 +81,7 @@ def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
     return _layers.on(_LayersPatch)
 
 
-def _spectral_classes() -> dict[type[nn.Module], tuple[Any, ...]]:
+def _spectral_classes() -> dict[Any, tuple[Any, ...]]:
     """Return the classes that contract, with the functions each may have chosen for a CP weight."""
     try:
         modules = [importlib.import_module(name) for name in _MODULES]
@@ -191,7 +191,7 @@ class _LayersPatch(Patch):
         cp = _cp_classes() if (classes := _spectral_classes()) else ()
         self._replaced = {cls: _Contraction(cp, functions) for cls, functions in classes.items()}
         for cls, contraction in self._replaced.items():
-            cls._contract = contraction  # type: ignore[attr-defined]
+            cls._contract = contraction
         main = importlib.import_module(_MAIN).SpectralConv
         self._why_not = self._replaced[main].why_not
         self._methods = PatchedForward({main: self._run})
@@ -206,7 +206,7 @@ class _LayersPatch(Patch):
         for cls, contraction in self._replaced.items():
             contraction.switch_off()
             if cls.__dict__.get("_contract") is contraction:
-                del cls._contract  # type: ignore[attr-defined]
+                del cls._contract
 
     def _run(self, layer: Any, x: Any, output_shape: Any = None) -> Tensor | None:
         """Return the output of the whole layer, or None to leave the call to neuraloperator."""

@@ -67,7 +67,7 @@ class Transformation:
         # A Function would hand tangents on as constants.
         if alone or forward_mode_level() >= 0:
             return self.compute(x)
-        y: Tensor = _Linear.apply(self, x)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(self, x)
         return y
 
     def compute(self, x: Tensor) -> Tensor:

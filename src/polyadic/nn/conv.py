@@ -302,19 +302,19 @@ _CONV_DOC = """{dims}-D convolution whose kernel is in CP format.
     """
 
 
-class CPConv1d(_CPConv):  # noqa: D101
+class CPConv1d(_CPConv):  # noqa: D101 - the next line is its docstring
     __doc__ = _CONV_DOC.format(dims=1)
     _dims = 1
     _torch_class = nn.Conv1d
 
 
-class CPConv2d(_CPConv):  # noqa: D101
+class CPConv2d(_CPConv):  # noqa: D101 - the next line is its docstring
     __doc__ = _CONV_DOC.format(dims=2)
     _dims = 2
     _torch_class = nn.Conv2d
 
 
-class CPConv3d(_CPConv):  # noqa: D101
+class CPConv3d(_CPConv):  # noqa: D101 - the next line is its docstring
     __doc__ = _CONV_DOC.format(dims=3)
     _dims = 3
     _torch_class = nn.Conv3d

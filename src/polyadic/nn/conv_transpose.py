@@ -260,19 +260,19 @@ _DOC = """{dims}-D transposed convolution whose kernel is in CP format.
     """
 
 
-class CPConvTranspose1d(_CPConvTranspose):  # noqa: D101
+class CPConvTranspose1d(_CPConvTranspose):  # noqa: D101 - the next line is its docstring
     __doc__ = _DOC.format(dims=1)
     _dims = 1
     _torch_class = nn.ConvTranspose1d
 
 
-class CPConvTranspose2d(_CPConvTranspose):  # noqa: D101
+class CPConvTranspose2d(_CPConvTranspose):  # noqa: D101 - the next line is its docstring
     __doc__ = _DOC.format(dims=2)
     _dims = 2
     _torch_class = nn.ConvTranspose2d
 
 
-class CPConvTranspose3d(_CPConvTranspose):  # noqa: D101
+class CPConvTranspose3d(_CPConvTranspose):  # noqa: D101 - the next line is its docstring
     __doc__ = _DOC.format(dims=3)
     _dims = 3
     _torch_class = nn.ConvTranspose3d

@@ -92,7 +92,8 @@ def unfreeze(model: Model) -> Model:
 
 
 def _freezable(model: nn.Module) -> list[CPLayer]:
-    return [layer for layer in model.modules() if is_of_family(layer, "linear", "conv")]  # type: ignore[misc]
+    layers = [layer for layer in model.modules() if isinstance(layer, CPLayer)]
+    return [layer for layer in layers if is_of_family(layer, "linear", "conv")]
 
 
 @torch.inference_mode(False)

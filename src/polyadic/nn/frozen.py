@@ -68,7 +68,7 @@ class Frozen(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the copied parameters from the versions they start with."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._versions = self._versions_now()
 
     def check(self) -> None:
@@ -140,8 +140,9 @@ class FrozenPair(Frozen):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
-        own, rows = self._buffers, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = matmul_nt(matmul_nn(rows, own["ka"]), own["kc"], bias)  # type: ignore[arg-type]
+        own: dict[str, Any] = self._buffers
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = matmul_nt(matmul_nn(rows, own["ka"]), own["kc"], bias)
         return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -153,9 +154,9 @@ class FrozenWeight(Frozen):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., M) → (..., N)."""
         self.check()
-        if x.dim() != 2:
-            return F.linear(x, self._buffers["weight"], bias)  # type: ignore[arg-type]
-        return matmul_nt(x, self._buffers["weight"], bias)  # type: ignore[arg-type]
+        own: dict[str, Any] = self._buffers
+        product = matmul_nt if x.dim() == 2 else F.linear
+        return product(x, own["weight"], bias)
 
 
 class FrozenKernel(Frozen):

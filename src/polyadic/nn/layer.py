@@ -119,7 +119,7 @@ class CPLayer(Weighted):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Tell the CP tensor again, as complex weights are drawn otherwise than real ones."""
-        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = super()._apply(fn, recurse)
         self.cp.std = self._std()
         return moved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,12 +168,13 @@ class CPLinear(Exchangeable):
         elif x.is_nested:
             return by_rows(self.forward, x)
         # The dicts are read because a module's getattr is slow. A parametrized bias is in neither.
-        parts, own = self._modules, self._parameters
+        parts: dict[str, Any] = self._modules
+        own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not looked up each time
         if parts.get("frozen") is not None:
-            y: Tensor = parts["frozen"].forward(x, bias)  # type: ignore[union-attr]
+            y: Tensor = parts["frozen"].forward(x, bias)
             return y
-        cp: CPTensor = parts["cp"]  # type: ignore[assignment]
+        cp: CPTensor = parts["cp"]
         (in_factors, out_factors), scale = cp.parts()
         return functional.cp_linear(
             x, in_factors, out_factors, bias, weights=scale, memory=self.memory

@@ -42,7 +42,8 @@ def weight_of(module: Any, kind: type[nn.Module], method: str) -> Tensor:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{expected}, got {type(module).__name__}")
     if parametrize.is_parametrized(module):
-        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        parametrized = module.get_submodule("parametrizations").named_children()
+        names = ", ".join(name for name, _ in parametrized)
         raise ValueError(
             f"{expected} with a weight of its own, but {names} of this layer is parametrized; bake "
             f"it in: torch.nn.utils.parametrize.remove_parametrizations(layer, name)"

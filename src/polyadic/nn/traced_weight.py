@@ -52,7 +52,7 @@ class TracedWeight(Tensor):
 
     dense: Tensor
     owner: str
-    __torch_function__ = no_torch_function  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @staticmethod
     def of(dense: Tensor, owner: str) -> Tensor:
@@ -66,6 +66,7 @@ class TracedWeight(Tensor):
         made.dense, made.owner = dense, owner
         return made
 
+    # mypy reads the signature of torch's method wrongly.
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name it without its entries, which it has none of."""
         return f"TracedWeight({tuple(self.shape)} of a {self.owner})"
@@ -82,7 +83,7 @@ class TracedWeight(Tensor):
         return TracedWeight._wrapping(inner["dense"], owner)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares no class method
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Refuse a write, and go on with the dense tensor in every other operation."""
@@ -120,7 +121,7 @@ def _guarded(dense: Tensor, owner: str) -> Tensor:
     # fake tensors too, but goes by way of function modes.
     if not is_fake(dense) or in_function_mode():
         return dense
-    made: Tensor = _Guarded.apply(dense, owner)  # type: ignore[no-untyped-call]
+    made: Tensor = _Guarded.apply(dense, owner)
     return made
 
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from polyadic._torch import (
+    TensorMeta,
     as_plain_tensor,
     in_transform,
     innermost,
@@ -97,15 +98,15 @@ class Source:
         return Source(constant, (), self.owner, self.like, self.shape, self.strides)
 
 
-class _ComparedWithParameters(type(Tensor)):  # type: ignore[misc]
+class _ComparedWithParameters(TensorMeta):
     """The type of ``DenseWeight``; to ask whether a parameter is one of it is answered with yes.
 
     torch.testing.assert_close compares what is related: one operand has to be an instance of the
     other's type. The weights of a CP layer and of a torch layer are compared in every other test.
     """
 
-    def __instancecheck__(cls, instance: object) -> bool:
-        return type(instance) in (cls, nn.Parameter)
+    def __instancecheck__(self, instance: object) -> bool:
+        return type(instance) in (self, nn.Parameter)
 
 
 def _is_dense_weight(value: object) -> TypeGuard[DenseWeight]:
@@ -129,7 +130,7 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
         """The tensor that is built from a source when it is used."""
         # What records a graph sees each operation on the built tensor, and has no use for another.
         if source.trained and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            made: DenseWeight = _Built.apply(source, *source.inputs)  # type: ignore[no-untyped-call]
+            made: DenseWeight = _Built.apply(source, *source.inputs)
             return made
         return DenseWeight._empty(source)
 
@@ -170,7 +171,7 @@ class DenseWeight(Tensor, metaclass=_ComparedWithParameters):
         return _views_guarded(result, built)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares no class method
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> NoReturn:
         """Refuse what passes ``__torch_function__`` by."""

@@ -206,7 +206,8 @@ def _build(config: LayerConfig, owner: Any) -> nn.Module:
             )
         tensor = shared
     layer.cp = tensor if config.joint is None else tensor.layer(*config.joint[1])
-    return layer  # type: ignore[no-any-return]
+    made: nn.Module = layer
+    return made
 
 
 def _sizes(tensor: CPTensor) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from polyadic.pretrained.layers import (
 from polyadic.tensor import CPTensor
 
 
-class PolyadicConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class PolyadicConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of ``config.json``.
 
     Args:
@@ -61,7 +61,7 @@ class PolyadicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": METHOD, **self.content.to_dict()}
 
 
-class PolyadicQuantizer(HfQuantizer):  # type: ignore[misc]
+class PolyadicQuantizer(HfQuantizer):
     """Puts CP layers into a model before its tensors are read."""
 
     requires_calibration = True

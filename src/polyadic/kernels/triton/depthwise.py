@@ -251,7 +251,7 @@ def depthwise_backward_kernel(
                 tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
                 total += gradient * tap.to(tl.float32)[None, :]
                 if SUMMED:
-                    grown = grown + (sums[t] + gradient * own,)  # noqa: RUF005
+                    grown = grown + (sums[t] + gradient * own,)  # noqa: RUF005 - Triton has no *
             sums = grown
             at = q[:, None].to(tl.int64) * maps + (g * PADDED + r)[None, :]
             tl.store(d_z1 + at, rounded(total, dtype), mask=inside[:, None] & ranked[None, :])
