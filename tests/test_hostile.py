@@ -92,8 +92,15 @@ def test_layouts_and_dtypes_that_no_layer_computes_in(layer: str) -> None:
 @pytest.mark.parametrize("layer", ["CPConv2d", "CPConvTranspose2d"])
 def test_what_is_no_size_of_a_convolution(layer: str, name: str) -> None:
     for wrong in (
-        [[1], [1]], {1: 1}, np.array([1, 1]), torch.tensor([1, 1]), torch.tensor(1.5), None, 1.5, -1
-    ):  # fmt: skip
+        [[1], [1]],
+        {1: 1},
+        np.array([1, 1]),
+        torch.tensor([1, 1]),
+        torch.tensor(1.5),
+        None,
+        1.5,
+        -1,
+    ):
         with pytest.raises((TypeError, ValueError), match=name):
             LAYERS[layer][0](**{name: wrong})
     assert LAYERS[layer][0](**{name: np.int64(1)})(LAYERS[layer][1]) is not None

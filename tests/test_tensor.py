@@ -253,8 +253,9 @@ def test_repr() -> None:
         assert fact in text, text
 
 
-@pytest.mark.parametrize(("package", "method"), [("tensorly", "to_tensorly"),
-                                                 ("tltorch", "to_tltorch")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("package", "method"), [("tensorly", "to_tensorly"), ("tltorch", "to_tltorch")]
+)
 def test_a_missing_package_is_named_with_its_extra(
     package: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

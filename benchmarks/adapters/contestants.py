@@ -69,9 +69,11 @@ def field(small: int, shared: int, large: int, vera: int, lokr: int, head: bool)
         head: whether a classifier trains beside them, which is then a contestant alone.
     """
     alone = Contestant(
-        "head", "the classifier alone",
-        lambda **more: LoraConfig(**{**more, "target_modules": DUMMY_TARGET_MODULES}), (1e-3,),
-    )  # fmt: skip
+        "head",
+        "the classifier alone",
+        lambda **more: LoraConfig(**{**more, "target_modules": DUMMY_TARGET_MODULES}),
+        (1e-3,),
+    )
     small_cp, large_cp, shared_cp = f"cp-{small}", f"cp-{large}", f"cp-shared-{shared}"
     contestants = (
         *([alone] if head else []),
@@ -83,21 +85,30 @@ def field(small: int, shared: int, large: int, vera: int, lokr: int, head: bool)
             f"vera-{vera}", f"VeRA r={vera}", lambda **more: VeraConfig(r=vera, **more), HIGH
         ),
         Contestant(
-            f"lokr-{lokr}", f"LoKr r={lokr}",
+            f"lokr-{lokr}",
+            f"LoKr r={lokr}",
             lambda **more: LoKrConfig(r=lokr, alpha=2 * lokr, **more),
             tuple(rate / 2 for rate in HIGH),
         ),
         Contestant("cp-8", "CP R=8, order 2", _cp(8, 2), HIGH),
         Contestant(shared_cp, f"CP R={shared}, order 2, shared", _cp(shared, 2, "layers"), HIGH),
         Contestant("loha-4", "LoHa r=4", lambda **more: LoHaConfig(r=4, alpha=8, **more), LOW),
-    )  # fmt: skip
+    )
     same = "parameters"
-    return Field(contestants, (
-        *([("trained or not", small_cp, "head")] if head else []),
-        (same, small_cp, "lora-1"), (same, shared_cp, "lora-1"), (same, large_cp, "lora-8"),
-        (same, small_cp, f"lokr-{lokr}"), (same, shared_cp, f"lokr-{lokr}"),
-        (same, large_cp, "loha-4"), (same, "cp-8", f"vera-{vera}"), ("rank", "cp-8", "lora-8"),
-    ))  # fmt: skip
+    return Field(
+        contestants,
+        (
+            *([("trained or not", small_cp, "head")] if head else []),
+            (same, small_cp, "lora-1"),
+            (same, shared_cp, "lora-1"),
+            (same, large_cp, "lora-8"),
+            (same, small_cp, f"lokr-{lokr}"),
+            (same, shared_cp, f"lokr-{lokr}"),
+            (same, large_cp, "loha-4"),
+            (same, "cp-8", f"vera-{vera}"),
+            ("rank", "cp-8", "lora-8"),
+        ),
+    )
 
 
 LAYERS = (

@@ -188,9 +188,14 @@ def describe(case: Case) -> dict[str, Any]:
     if isinstance(case, ConvCase):
         axes |= {"stride": case.stride, "padding": case.padding}
     return {
-        "cell": case.name, "title": case.title, "layer": case.kind, "group": case.group, **axes,
-        "parameters": fmt.parameters, "dense_parameters": fmt.dense_parameters,
-    }  # fmt: skip
+        "cell": case.name,
+        "title": case.title,
+        "layer": case.kind,
+        "group": case.group,
+        **axes,
+        "parameters": fmt.parameters,
+        "dense_parameters": fmt.dense_parameters,
+    }
 
 
 def _linear(

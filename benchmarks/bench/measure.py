@@ -153,9 +153,14 @@ class Timing:
             else ordered * 3
         )
         return {
-            "median": median, "min": ordered[0], "q1": q1, "q3": q3, "repeats": len(ordered),
-            "calls_per_repeat": self.calls, "stopped_early": self.stopped_early,
-        }  # fmt: skip
+            "median": median,
+            "min": ordered[0],
+            "q1": q1,
+            "q3": q3,
+            "repeats": len(ordered),
+            "calls_per_repeat": self.calls,
+            "stopped_early": self.stopped_early,
+        }
 
 
 def time_interleaved(

@@ -154,8 +154,15 @@ def _criteria(judged: Sequence[Criterion]) -> str:
 
 def _means(run: Run, threads: int) -> str:
     """Geometric means of each contestant's time over ours."""
-    rows = [["geometric mean of the time over ours", "linear, training", "linear, forward",
-             "conv, training", "conv, forward"]]  # fmt: skip
+    rows = [
+        [
+            "geometric mean of the time over ours",
+            "linear, training",
+            "linear, forward",
+            "conv, training",
+            "conv, forward",
+        ]
+    ]
     names = dict.fromkeys(
         r["contestant"]
         for timed in run.timed.values()

@@ -167,10 +167,15 @@ def _timed_cell(problem: Problem, gate: Gate, options: Options, threads: int) ->
         torch._dynamo.reset()
     for contestant in contestants(case, compiled=options.compiled):
         base = {
-            "kind": "measurement", "cell": case.name, "contestant": contestant.name,
-            "family": contestant.family, "layout": contestant.layout,
-            "compiled": contestant.compiled, "inference": contestant.inference, "threads": threads,
-        }  # fmt: skip
+            "kind": "measurement",
+            "cell": case.name,
+            "contestant": contestant.name,
+            "family": contestant.family,
+            "layout": contestant.layout,
+            "compiled": contestant.compiled,
+            "inference": contestant.inference,
+            "threads": threads,
+        }
         built, found = admit(contestant, problem, gate, options.dtype)
         if built is None:
             yield {**base, **found}
@@ -246,9 +251,10 @@ def admit(
     found: Record = {"error": largest, "error_of": worst}
     if not errors[worst] <= TOLERANCE[dtype]:
         return None, {
-            **found, "status": "refused",
+            **found,
+            "status": "refused",
             "reason": f"relative error {errors[worst]:.1e} of {worst} against float64 autograd",
-        }  # fmt: skip
+        }
     found |= {
         "parameter_bytes": sum(p.numel() * p.element_size() for p in built.parameters),
         "plan": plan_record(built.plan),

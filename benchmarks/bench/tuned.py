@@ -76,11 +76,18 @@ def compare(case: Case, mode: Mode) -> Record:
     seconds = {name: statistics.median(timing.samples) for name, timing in times.items()}
     polyadic.untune(stored=False)
     return {
-        "kind": "tuned", "cell": case.name, "title": case.title, "mode": mode, "threads": 1,
-        "before": plan_name(before), "after": plan_name(after),
-        "best": short_name(best), "plans": len(forced), "seconds": seconds,
+        "kind": "tuned",
+        "cell": case.name,
+        "title": case.title,
+        "mode": mode,
+        "threads": 1,
+        "before": plan_name(before),
+        "after": plan_name(after),
+        "best": short_name(best),
+        "plans": len(forced),
+        "seconds": seconds,
         "repeats": len(times[LAYER].samples),
-    }  # fmt: skip
+    }
 
 
 def _built(contestant: Contestant, problem: Problem, gate: Gate) -> Built:

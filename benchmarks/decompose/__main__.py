@@ -217,9 +217,14 @@ def errors(cell: Cell, factors: list[Tensor]) -> tuple[float, float]:
 def fit(cell: Cell, contestant: str, run: Any, seed: int, limit: float, kind: str) -> Any:
     """One record."""
     record: dict[str, Any] = {
-        "kind": kind, "cell": cell.name, "shape": cell.shape, "rank": cell.rank,
-        "contestant": contestant, "seed": seed, "limit": limit,
-    }  # fmt: skip
+        "kind": kind,
+        "cell": cell.name,
+        "shape": cell.shape,
+        "rank": cell.rank,
+        "contestant": contestant,
+        "seed": seed,
+        "limit": limit,
+    }
     began = time.perf_counter()
     try:
         factors, curve = run(cell, seed, limit)
@@ -233,9 +238,13 @@ def fit(cell: Cell, contestant: str, run: Any, seed: int, limit: float, kind: st
     elif len(curve) > 60:
         curve = [curve[round(i * (len(curve) - 1) / 59)] for i in range(60)]
     return {
-        **record, "status": "fitted", "error": error, "growth": growth, "seconds": seconds,
+        **record,
+        "status": "fitted",
+        "error": error,
+        "growth": growth,
+        "seconds": seconds,
         "curve": [[round(s, 4), round(e, 6)] for s, e in curve],
-    }  # fmt: skip
+    }
 
 
 def outputs(model: Any) -> Iterator[dict[str, Any]]:
@@ -263,9 +272,11 @@ def outputs(model: Any) -> Iterator[dict[str, Any]]:
         weight = network.get_submodule(name).weight.detach().t().contiguous()
         for ratio in (10, 4) if name == QUERY else (10,):
             for contestant, side, metric in (
-                ("SVD", 1, None), ("data-aware SVD", 1, seen[name]),
-                ("CP", 2, None), ("data-aware CP", 2, seen[name]),
-            ):  # fmt: skip
+                ("SVD", 1, None),
+                ("data-aware SVD", 1, seen[name]),
+                ("CP", 2, None),
+                ("data-aware CP", 2, seen[name]),
+            ):
                 cell = of_ratio(title, weight, side, ratio)
                 found = decompose(weight, cell.shape, cell.rank, metric=metric, iterations=100)
                 missed = (weight - found.cp.to_matrix().detach()).double()
@@ -303,18 +314,28 @@ def big(contestant: str, limit: float) -> dict[str, Any]:
     _, curve = CONTESTANTS[contestant](cell, 0, limit)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "kind": "memory", "cell": cell.name, "rank": 64, "contestant": contestant,
-        "seconds": time.perf_counter() - began, "error": curve[-1][1], "sweeps": len(curve),
-        "peak_bytes": peak * 1024 - before, "weight_bytes": cell.weight.nbytes,
-    }  # fmt: skip
+        "kind": "memory",
+        "cell": cell.name,
+        "rank": 64,
+        "contestant": contestant,
+        "seconds": time.perf_counter() - began,
+        "error": curve[-1][1],
+        "sweeps": len(curve),
+        "peak_bytes": peak * 1024 - before,
+        "weight_bytes": cell.weight.nbytes,
+    }
 
 
 def measure(out: Path) -> None:
     """Run everything and store it."""
     device = torch.device("cpu")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    record = {**environment(device, torch.float32), "load": load, "limit": LIMIT,
-              "seed_limit": SEED_LIMIT}  # fmt: skip
+    record = {
+        **environment(device, torch.float32),
+        "load": load,
+        "limit": LIMIT,
+        "seed_limit": SEED_LIMIT,
+    }
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"decompose-{datetime.now(timezone.utc).date()}.jsonl"
     path.unlink(missing_ok=True)

@@ -206,10 +206,14 @@ def _compete(bench: Bench, cell: Cell, contestants: Sequence[Contestant]) -> Non
 
 def _fields(cell: Cell, contestant: Contestant, bench: Bench) -> dict[str, Any]:
     return {
-        "cell": cell.name, "contestant": contestant.name, "family": contestant.family,
-        "layout": "given", "compiled": False, "threads": torch.get_num_threads(),
+        "cell": cell.name,
+        "contestant": contestant.name,
+        "family": contestant.family,
+        "layout": "given",
+        "compiled": False,
+        "threads": torch.get_num_threads(),
         "dtype": bench.dtype_name(),
-    }  # fmt: skip
+    }
 
 
 def _prepared(

@@ -73,31 +73,40 @@ def goals(run: Run) -> list[Goal]:
     judge = _Judge(run)
     found = [
         judge.at_most(
-            "training step in a graph ≤ 1.6 × the byte floor, d ≥ 4096, T = 8192", 1.6,
-            judge.cells("linear", T=8192, least=4096), lambda c: judge.over_bytes(c, "training"),
+            "training step in a graph ≤ 1.6 × the byte floor, d ≥ 4096, T = 8192",
+            1.6,
+            judge.cells("linear", T=8192, least=4096),
+            lambda c: judge.over_bytes(c, "training"),
             first=BYTES_FIRST,
         ),
         judge.at_least(
-            "training step in a graph ≥ 4 × as fast as dense, 4096², T ≥ 2048, R ≤ 64", 4,
+            "training step in a graph ≥ 4 × as fast as dense, 4096², T ≥ 2048, R ≤ 64",
+            4,
             judge.cells("linear", square=4096, rows=2048, most_rank=64),
             lambda c: judge.gain(c, "training", "graph"),
         ),
         judge.at_least(
-            "training step in a graph ≥ 8 × as fast as dense, 8192², T ≥ 2048, R ≤ 64", 8,
+            "training step in a graph ≥ 8 × as fast as dense, 8192², T ≥ 2048, R ≤ 64",
+            8,
             judge.cells("linear", square=8192, rows=2048, most_rank=64),
             lambda c: judge.gain(c, "training", "graph"),
         ),
         judge.at_least(
-            "eager training step ≥ 2.5 × as fast as dense, 4096², T = 2048, R ≤ 64", 2.5,
+            "eager training step ≥ 2.5 × as fast as dense, 4096², T = 2048, R ≤ 64",
+            2.5,
             judge.cells("linear", square=4096, T=2048, most_rank=64),
-            lambda c: judge.gain(c, "training", "eager"), first=EAGER_FIRST,
+            lambda c: judge.gain(c, "training", "eager"),
+            first=EAGER_FIRST,
         ),
         judge.at_most(
-            "one token in a graph ≤ 7 µs, R ≤ 64", 7.0,
+            "one token in a graph ≤ 7 µs, R ≤ 64",
+            7.0,
             judge.cells(group="decode", T=1, most_rank=64),
-            lambda c: judge.microseconds(c, "forward"), "{:.1f} µs", first=DECODE_FIRST,
+            lambda c: judge.microseconds(c, "forward"),
+            "{:.1f} µs",
+            first=DECODE_FIRST,
         ),
-    ]  # fmt: skip
+    ]
     for mode in ("forward", "training"):
         found += _beside_torch(judge, mode)
     return [
@@ -125,18 +134,27 @@ def _beside_torch(judge: _Judge, mode: str) -> list[Goal]:
     wide = [cell for cell in convs if cell["in"] >= 128]
     return [
         judge.at_least(
-            f"embedding, {mode} in a graph no slower than nn.Embedding from 2048 tokens", 1,
-            judge.cells("embedding", rows=2048), dense, first=EMBEDDING_FIRST,
+            f"embedding, {mode} in a graph no slower than nn.Embedding from 2048 tokens",
+            1,
+            judge.cells("embedding", rows=2048),
+            dense,
+            first=EMBEDDING_FIRST,
         ),
         judge.at_least(
-            f"convolution, {mode} in a graph ≥ 2 × as fast as without our kernels", 2, convs, aten,
+            f"convolution, {mode} in a graph ≥ 2 × as fast as without our kernels",
+            2,
+            convs,
+            aten,
             first=CONV_FIRST,
         ),
         judge.at_least(
-            f"convolution, {mode} in a graph ≥ cuDNN's dense from 128 channels", 1, wide, dense,
+            f"convolution, {mode} in a graph ≥ cuDNN's dense from 128 channels",
+            1,
+            wide,
+            dense,
             first=CONV_FIRST,
         ),
-    ]  # fmt: skip
+    ]
 
 
 class _Judge:

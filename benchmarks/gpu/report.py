@@ -202,8 +202,17 @@ def _steps(run: Run, group: str) -> str:
     """Training steps: times in a graph and eagerly, ratios, peak memory."""
     cells = _cells(run, group)
     graph = [f"{name}, graph" for name in WHO.values()]
-    rows = [["cell, µs", *graph, "dense over ours", "ours over byte floor", "ours, eager",
-             "dense, eager", "peak MiB (dense)"]]  # fmt: skip
+    rows = [
+        [
+            "cell, µs",
+            *graph,
+            "dense over ours",
+            "ours over byte floor",
+            "ours, eager",
+            "dense, eager",
+            "peak MiB (dense)",
+        ]
+    ]
     for cell in cells:
         name = cell["cell"]
         timed = run.timed(name, "training", "graph")
@@ -233,8 +242,15 @@ def _decode(run: Run) -> str:
 
 
 def _forward_and_step_rows(run: Run, cells: Sequence[Record], who: dict[str, str]) -> str:
-    rows = [["cell, µs", *(f"{name}, graph" for name in who.values()), "dense over ours",
-             "ours, eager", "dense, eager"]]  # fmt: skip
+    rows = [
+        [
+            "cell, µs",
+            *(f"{name}, graph" for name in who.values()),
+            "dense over ours",
+            "ours, eager",
+            "dense, eager",
+        ]
+    ]
     for cell in cells:
         timed = run.timed(cell["cell"], "forward", "graph")
         eager = run.timed(cell["cell"], "forward", "eager")
@@ -253,8 +269,19 @@ def _forward_and_step_rows(run: Run, cells: Sequence[Record], who: dict[str, str
 def _both(run: Run, group: str) -> str:
     """Forward and training step of every cell of a group."""
     cells = _cells(run, group)
-    rows = [["cell, µs", "pass", "polyadic, graph", "no kernels, graph", "dense, graph",
-             "dense over ours", "ours over byte floor", "ours, eager", "dense, eager"]]  # fmt: skip
+    rows = [
+        [
+            "cell, µs",
+            "pass",
+            "polyadic, graph",
+            "no kernels, graph",
+            "dense, graph",
+            "dense over ours",
+            "ours over byte floor",
+            "ours, eager",
+            "dense, eager",
+        ]
+    ]
     for cell in cells:
         for mode in ("forward", "training"):
             timed = run.timed(cell["cell"], mode, "graph")

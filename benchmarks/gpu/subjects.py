@@ -157,49 +157,51 @@ def step(function: Callable[[Leaves], Tensor], leaves: Leaves, grad: Tensor) -> 
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
+SMALL = [
+    Subject("linear 24→30 R=5", "linear", ((2, 3, 4), (5, 6)), 5, (9, 24), exact=True),
+    Subject(
+        "linear 8→24 R=3, λ, bias", "linear", ((2, 4), (4, 3, 2)), 3, (7, 8), True, True,
+        exact=True,
+    ),
+    Subject("linear 64→96 one factor R=16", "linear", ((64,), (96,)), 16, (130, 64), True),
+    Subject("linear 60→72 R=33, x transposed", "linear", ((3, 4, 5), (2, 6, 6)), 33, (77, 60),
+            layout="transposed"),
+    Subject("linear 48→81 order 4 R=17, one row", "linear", ((2, 2, 3, 4), (3, 3, 3, 3)), 17,
+            (1, 48), True),
+    Subject("linear no rows", "linear", ((2, 4), (3, 2)), 3, (0, 8)),
+    Subject("embedding 30×12 R=5", "embedding", ((5, 6), (3, 4)), 5, (11,), exact=True,
+            options={"num_embeddings": 29}),
+    Subject("embedding 300×35 R=19, padding, repeats", "embedding", ((4, 9, 9), (5, 7)), 19,
+            (3, 40), options={"num_embeddings": 300, "padding_idx": 2}),
+    Subject("conv 6→8 3×3 R=5", "conv", ((2, 4), (2, 3), (3, 3)), 5, (2, 6, 6, 7), exact=True,
+            options={"padding": 1}),
+    Subject("conv 12→15 3×3 R=27 stride 2, channels_last, bias", "conv",
+            ((3, 5), (3, 4), (3, 3)), 27, (2, 12, 9, 11), True,
+            options={"padding": 1, "stride": 2}, layout="channels_last"),
+    Subject("conv 6→8 3×3×3 R=5, channels_last", "conv", ((2, 4), (2, 3), (3, 3, 3)), 5,
+            (2, 6, 4, 5, 6), options={"padding": 1}, layout="channels_last"),
+    Subject("conv 6→8 5×5 R=11, channels_last", "conv", ((2, 4), (2, 3), (5, 5)), 11,
+            (2, 6, 9, 8), options={"padding": 2}, layout="channels_last"),
+    Subject("conv 8→8 k5 1-d R=9", "conv", ((2, 4), (2, 4), (5,)), 9, (3, 8, 31),
+            options={"padding": 2}),
+    Subject("transposed conv 6→10 3×3 R=7 stride 2", "transposed", ((2, 3), (2, 5), (3, 3)), 7,
+            (2, 6, 5, 6), options={"stride": 2, "padding": 1}),
+]  # fmt: skip
+_CUBE = (16, 16, 16)
+LARGE = [
+    Subject("linear 4096→4096 R=64", "linear", (_CUBE, _CUBE), 64, (300, 4096), True),
+    Subject("linear 4096→11008 R=89", "linear", (_CUBE, (16, 16, 43)), 89, (257, 4096)),
+    Subject("linear 1024→1024 R=256, λ", "linear", ((4, 16, 16),) * 2, 256, (130, 1024),
+            scaled=True),
+    Subject("embedding 50257×768 R=64", "embedding", ((37, 37, 37), (8, 8, 12)), 64, (2000,),
+            options={"num_embeddings": 50257}),
+    Subject("conv 128→128 3×3 28² R=176", "conv", ((8, 16), (8, 16), (3, 3)), 176,
+            (4, 128, 28, 28), options={"padding": 1}, layout="channels_last"),
+]  # fmt: skip
+
+
 def subjects(dry: bool) -> list[Subject]:
     """Irregular layers of every kind, and in full some of real size."""
-    small = [
-        Subject("linear 24→30 R=5", "linear", ((2, 3, 4), (5, 6)), 5, (9, 24), exact=True),
-        Subject(
-            "linear 8→24 R=3, λ, bias", "linear", ((2, 4), (4, 3, 2)), 3, (7, 8), True, True,
-            exact=True,
-        ),
-        Subject("linear 64→96 one factor R=16", "linear", ((64,), (96,)), 16, (130, 64), True),
-        Subject("linear 60→72 R=33, x transposed", "linear", ((3, 4, 5), (2, 6, 6)), 33, (77, 60),
-                layout="transposed"),
-        Subject("linear 48→81 order 4 R=17, one row", "linear", ((2, 2, 3, 4), (3, 3, 3, 3)), 17,
-                (1, 48), True),
-        Subject("linear no rows", "linear", ((2, 4), (3, 2)), 3, (0, 8)),
-        Subject("embedding 30×12 R=5", "embedding", ((5, 6), (3, 4)), 5, (11,), exact=True,
-                options={"num_embeddings": 29}),
-        Subject("embedding 300×35 R=19, padding, repeats", "embedding", ((4, 9, 9), (5, 7)), 19,
-                (3, 40), options={"num_embeddings": 300, "padding_idx": 2}),
-        Subject("conv 6→8 3×3 R=5", "conv", ((2, 4), (2, 3), (3, 3)), 5, (2, 6, 6, 7), exact=True,
-                options={"padding": 1}),
-        Subject("conv 12→15 3×3 R=27 stride 2, channels_last, bias", "conv",
-                ((3, 5), (3, 4), (3, 3)), 27, (2, 12, 9, 11), True,
-                options={"padding": 1, "stride": 2}, layout="channels_last"),
-        Subject("conv 6→8 3×3×3 R=5, channels_last", "conv", ((2, 4), (2, 3), (3, 3, 3)), 5,
-                (2, 6, 4, 5, 6), options={"padding": 1}, layout="channels_last"),
-        Subject("conv 6→8 5×5 R=11, channels_last", "conv", ((2, 4), (2, 3), (5, 5)), 11,
-                (2, 6, 9, 8), options={"padding": 2}, layout="channels_last"),
-        Subject("conv 8→8 k5 1-d R=9", "conv", ((2, 4), (2, 4), (5,)), 9, (3, 8, 31),
-                options={"padding": 2}),
-        Subject("transposed conv 6→10 3×3 R=7 stride 2", "transposed", ((2, 3), (2, 5), (3, 3)), 7,
-                (2, 6, 5, 6), options={"stride": 2, "padding": 1}),
-    ]  # fmt: skip
     if dry:
-        return [s for s in small if s.exact or s.kind == "transposed"]
-    cube = (16, 16, 16)
-    return [
-        *small,
-        Subject("linear 4096→4096 R=64", "linear", (cube, cube), 64, (300, 4096), True),
-        Subject("linear 4096→11008 R=89", "linear", (cube, (16, 16, 43)), 89, (257, 4096)),
-        Subject("linear 1024→1024 R=256, λ", "linear", ((4, 16, 16),) * 2, 256, (130, 1024),
-                scaled=True),
-        Subject("embedding 50257×768 R=64", "embedding", ((37, 37, 37), (8, 8, 12)), 64, (2000,),
-                options={"num_embeddings": 50257}),
-        Subject("conv 128→128 3×3 28² R=176", "conv", ((8, 16), (8, 16), (3, 3)), 176,
-                (4, 128, 28, 28), options={"padding": 1}, layout="channels_last"),
-    ]  # fmt: skip
+        return [s for s in SMALL if s.exact or s.kind == "transposed"]
+    return [*SMALL, *LARGE]

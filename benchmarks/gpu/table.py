@@ -19,9 +19,18 @@ STARTED = OTHER[1:]
 def short_table(run: Run) -> str:
     """All sections, the later ones cut where they are too long."""
     sections = [
-        _head, _goals, _failures, _rates, _networks, _captured, _linear, _others, _products,
-        _decode, _profiles,
-    ]  # fmt: skip
+        _head,
+        _goals,
+        _failures,
+        _rates,
+        _networks,
+        _captured,
+        _linear,
+        _others,
+        _products,
+        _decode,
+        _profiles,
+    ]
     lines: list[str] = []
     room = MOST
     for section in sections:

@@ -67,9 +67,14 @@ class Timing:
         ordered = sorted(self.samples)
         q1, median, q3 = statistics.quantiles(ordered, n=4, method="inclusive")
         return {
-            "median": median, "min": ordered[0], "q1": q1, "q3": q3, "repeats": len(ordered),
-            "calls_per_repeat": self.calls, "stopped_early": False,
-        }  # fmt: skip
+            "median": median,
+            "min": ordered[0],
+            "q1": q1,
+            "q3": q3,
+            "repeats": len(ordered),
+            "calls_per_repeat": self.calls,
+            "stopped_early": False,
+        }
 
 
 @contextmanager

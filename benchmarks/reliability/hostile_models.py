@@ -188,10 +188,18 @@ def asking(draw: random.Random) -> Call:
     teacher, x = draw.choice([dense(), odd(draw)]), torch.arange(6)
     function: Any = draw.choice([distill, match_layers])
     known: dict[str, Callable[[random.Random], Any]] = {
-        "lr": number, "optimizer": odd, "forward": odd, "checkpoint": odd, "resume": odd,
-        "checkpoint_every": size, "callback": odd, "seed": size, "warmup": size, "clip": number,
+        "lr": number,
+        "optimizer": odd,
+        "forward": odd,
+        "checkpoint": odd,
+        "resume": odd,
+        "checkpoint_every": size,
+        "callback": odd,
+        "seed": size,
+        "warmup": size,
+        "clip": number,
         "schedule": odd,
-    }  # fmt: skip
+    }
     if function is distill:
         known |= {
             "trainable": word("all", "cp+norms"),

@@ -47,8 +47,17 @@ def sizes(draw: random.Random) -> Any:
 def tensor(draw: random.Random) -> Any:
     """A tensor of any shape, dtype, layout and state."""
     shape = [draw.choice([0, 1, 2, 3, 4, 8]) for _ in range(draw.randrange(5))]
-    dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-              torch.bool, torch.complex64, torch.uint8]  # fmt: skip
+    dtypes = [
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.bool,
+        torch.complex64,
+        torch.uint8,
+    ]
     dtype = draw.choice(dtypes[:2] if draw.random() < 0.6 else dtypes)
     made = torch.zeros(shape, dtype=dtype)
     kind = draw.randrange(12)

@@ -306,13 +306,20 @@ def run(out: Path, only: str, seconds: float, threads: int) -> None:
         for one, spent, (bytes_kept, peak) in zip(every, times, kept, strict=True):
             ordered = sorted(spent)
             made = {
-                "kind": "layer" if isinstance(cell, Cell) else "model", "cell": cell.name,
-                "dims": cell.dims, "threads": threads, "contestant": one.name,
-                "q1": ordered[len(ordered) // 4], "min": ordered[0], "steps": len(ordered),
-                "kept_bytes": bytes_kept, "peak_bytes": peak, "plan": one.plan,
+                "kind": "layer" if isinstance(cell, Cell) else "model",
+                "cell": cell.name,
+                "dims": cell.dims,
+                "threads": threads,
+                "contestant": one.name,
+                "q1": ordered[len(ordered) // 4],
+                "min": ordered[0],
+                "steps": len(ordered),
+                "kept_bytes": bytes_kept,
+                "peak_bytes": peak,
+                "plan": one.plan,
                 "parameters": sum(p.numel() for p in one.parameters),
                 "error": errors.get(one.name),
-            }  # fmt: skip
+            }
             append(path, made)
         summary = ", ".join(
             f"{one.name} {1e3 * sorted(spent)[len(spent) // 4]:.1f}"

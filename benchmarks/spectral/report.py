@@ -68,38 +68,44 @@ def tables(found: dict[str, Any]) -> str:
     goals = [["", *[COLUMNS[name] for name in OURS], "over the best plan", "kept, accelerated"]]
     for name, cell in found.items():
         theirs = cell[THEIRS]
-        goals.append([
-            name,
-            *[f"{theirs['q1'] / cell[c]['q1']:.2f}" for c in OURS],
-            f"{cell['CPSpectralConv']['q1'] / best_forced(cell):.2f}",
-            f"{cell[OURS[0]]['kept_bytes'] / theirs['kept_bytes']:.2f}",
-        ])  # fmt: skip
+        goals.append(
+            [
+                name,
+                *[f"{theirs['q1'] / cell[c]['q1']:.2f}" for c in OURS],
+                f"{cell['CPSpectralConv']['q1'] / best_forced(cell):.2f}",
+                f"{cell[OURS[0]]['kept_bytes'] / theirs['kept_bytes']:.2f}",
+            ]
+        )
     names = list(COLUMNS)
-    return "\n\n".join([
-        "Milliseconds of a step, forward and backward:",
-        columns(found, names, "q1", 1e-3),
-        "MiB kept for the backward, parameters left out (x counts where it is kept):",
-        columns(found, names, "kept_bytes", 2**20),
-        "Most MiB that a step adds to what is there:",
-        columns(found, names, "peak_bytes", 2**20),
-        "How many times as fast as neuraloperator's CP layer; the time of our layer over that of "
-        "the best plan that can be forced on it; and the part of the bytes kept by neuraloperator "
-        "that the accelerated layer keeps:",
-        markdown_rows(goals, "lrrrrr"),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            "Milliseconds of a step, forward and backward:",
+            columns(found, names, "q1", 1e-3),
+            "MiB kept for the backward, parameters left out (x counts where it is kept):",
+            columns(found, names, "kept_bytes", 2**20),
+            "Most MiB that a step adds to what is there:",
+            columns(found, names, "peak_bytes", 2**20),
+            "How many times as fast as neuraloperator's CP layer; the time of our layer over that "
+            "of the best plan that can be forced on it; and the part of the bytes kept by "
+            "neuraloperator that the accelerated layer keeps:",
+            markdown_rows(goals, "lrrrrr"),
+        ]
+    )
 
 
 def tables_of_models(found: dict[str, Any]) -> str:
     """The tables of whole models: times and memory."""
-    return "\n\n".join([
-        "Whole models of four blocks, milliseconds of a step; the Tucker model is neuraloperator's "
-        "TFNO as it comes:",
-        columns(found, OF_MODELS, "q1", 1e-3),
-        "MiB that they keep for the backward:",
-        columns(found, OF_MODELS, "kept_bytes", 2**20),
-        "Most MiB that a step adds:",
-        columns(found, OF_MODELS, "peak_bytes", 2**20),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            "Whole models of four blocks, milliseconds of a step; the Tucker model is "
+            "neuraloperator's TFNO as it comes:",
+            columns(found, OF_MODELS, "q1", 1e-3),
+            "MiB that they keep for the backward:",
+            columns(found, OF_MODELS, "kept_bytes", 2**20),
+            "Most MiB that a step adds:",
+            columns(found, OF_MODELS, "peak_bytes", 2**20),
+        ]
+    )
 
 
 def solves(records: Sequence[Any]) -> str:
@@ -111,15 +117,17 @@ def solves(records: Sequence[Any]) -> str:
     rows = [["weights", "numbers in them", "seeds", "error, mean", "best", "worst", "ms a step"]]
     for name, each in by_model.items():
         errors = [r["error"] for r in each]
-        rows.append([
-            name,
-            f"{each[0]['parameters']:,}",
-            str(len(each)),
-            f"{100 * statistics.mean(errors):.2f} %",
-            f"{100 * min(errors):.2f} %",
-            f"{100 * max(errors):.2f} %",
-            three_digits(1e3 * min(r["seconds"] for r in each)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{each[0]['parameters']:,}",
+                str(len(each)),
+                f"{100 * statistics.mean(errors):.2f} %",
+                f"{100 * min(errors):.2f} %",
+                f"{100 * max(errors):.2f} %",
+                three_digits(1e3 * min(r["seconds"] for r in each)),
+            ]
+        )
     return markdown_rows(rows, "lrrrrrr")
 
 

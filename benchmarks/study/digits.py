@@ -221,12 +221,13 @@ class _Work:
     def _outcome(self, model: nn.Module, curve: training.Curve) -> dict[str, Any]:
         names, dense = self._converted, self._dense.build()
         return {
-            "accuracy": curve.accuracy[-1] / 100, "loss": curve.loss[-1],
+            "accuracy": curve.accuracy[-1] / 100,
+            "loss": curve.loss[-1],
             "diverged": not curve.loss[-1] < math.log(models.CLASSES),
             "parameters": sum(weights(model.get_submodule(name)) for name in names),
             "dense_parameters": sum(weights(dense.get_submodule(name)) for name in names),
             "growth": largest_growth(model),
-        }  # fmt: skip
+        }
 
 
 def weights(layer: nn.Module) -> int:

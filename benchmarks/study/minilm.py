@@ -151,19 +151,28 @@ def study_one(bench: Bench, method: fits.Method, ratio: float, tell: Tell) -> di
     dense = sum(layer.weight.numel() for layer in bench.layers.values())
     own = sum(_stored(student.get_submodule(name)) for name in bench.layers)
     return {
-        "kind": "encoder", "method": method.key, "label": method.label, "ratio": ratio,
-        "parameters": own, "dense_parameters": dense,
+        "kind": "encoder",
+        "method": method.key,
+        "label": method.label,
+        "ratio": ratio,
+        "parameters": own,
+        "dense_parameters": dense,
         "model_parameters": sum(p.numel() for p in student.parameters()),
         "dense_model_parameters": sum(p.numel() for p in bench.model.parameters()),
         "ranks": {name: getattr(layer, "rank", None) for name, layer in converted.items()},
         "orders": sorted({len(layer.cp.tensorized_shape[0]) for layer in converted.values()}),
-        "fit_seconds": seconds, "weight_errors": weight_errors, "output_errors": output_errors,
-        "before": asdict(before), "after": asdict(after),
+        "fit_seconds": seconds,
+        "weight_errors": weight_errors,
+        "output_errors": output_errors,
+        "before": asdict(before),
+        "after": asdict(after),
         "recovery": {
-            "steps": recovery.steps, "best_step": recovery.best_step, "seconds": recovery.seconds,
+            "steps": recovery.steps,
+            "best_step": recovery.best_step,
+            "seconds": recovery.seconds,
             "validations": recovery.validations,
         },
-    }  # fmt: skip
+    }
 
 
 def task(bench: Bench, ratio: float) -> fits.Task:

@@ -105,10 +105,13 @@ def _one(
     student = copy.deepcopy(bench.model)
     before, recovery, after = minilm.recover(bench, student, layers, lr, tell)
     return {
-        "smallest_rms": min(map(min, sizes)), "largest_rms": max(map(max, sizes)),
-        "before": asdict(before), "after": asdict(after), "validations": recovery.validations,
+        "smallest_rms": min(map(min, sizes)),
+        "largest_rms": max(map(max, sizes)),
+        "before": asdict(before),
+        "after": asdict(after),
+        "validations": recovery.validations,
         "seconds": recovery.seconds,
-    }  # fmt: skip
+    }
 
 
 def _rms(factor: Tensor) -> float:

@@ -250,12 +250,21 @@ def rates_table(records: Sequence[Record]) -> str:
     Bold is what the validation sentences choose, which need not be the best on the held-out ones.
     """
     columns = sorted({record["lr"] for record in records})
-    rows = [["cosine, recovered", "root mean squares of factors", "converted",
-             *(f"lr {lr:g}" for lr in columns)]]  # fmt: skip
+    rows = [
+        [
+            "cosine, recovered",
+            "root mean squares of factors",
+            "converted",
+            *(f"lr {lr:g}" for lr in columns),
+        ]
+    ]
     for label, members in _grouped(records, "label").items():
         chosen, first = rates.best(members), members[0]
-        row = [label, f"{first['smallest_rms']:.2g} to {first['largest_rms']:.2g}",
-               f"{first['before']['cosine']:.3f}"]  # fmt: skip
+        row = [
+            label,
+            f"{first['smallest_rms']:.2g} to {first['largest_rms']:.2g}",
+            f"{first['before']['cosine']:.3f}",
+        ]
         for lr in columns:
             found = [r for r in members if r["lr"] == lr]
             text = f"{found[0]['after']['cosine']:.3f}" if found else "-"
@@ -300,8 +309,18 @@ def _grouped(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
 def digits_table(records: Sequence[Record]) -> str:
     """A row per way of one family: means over seeds."""
     dense = _accuracies(records, "dense", "accuracy")
-    rows = [["way", "weights", "as converted, %", "after one epoch, %", "at the end, %",
-             "less than dense, points", "diverged", "growth"]]  # fmt: skip
+    rows = [
+        [
+            "way",
+            "weights",
+            "as converted, %",
+            "after one epoch, %",
+            "at the end, %",
+            "less than dense, points",
+            "diverged",
+            "growth",
+        ]
+    ]
     for way, members in _ways(records).items():
         end = _accuracies(members, way, "accuracy")
         growth = [m["growth"] for m in members if m["growth"] is not None]

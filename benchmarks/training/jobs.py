@@ -180,9 +180,13 @@ def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> l
 def _of(entry: Entry, shared: Job) -> Job:
     """A contestant's run whose rate is yet to be set, with the first seed."""
     return dataclasses.replace(
-        shared, layer=entry.layer, width=entry.width, blocks=entry.blocks, groups=entry.groups,
+        shared,
+        layer=entry.layer,
+        width=entry.width,
+        blocks=entry.blocks,
+        groups=entry.groups,
         seed=SEEDS[0],
-    )  # fmt: skip
+    )
 
 
 def _rests(dense: Entry, shared: Job, losses: Mapping[Job, float]) -> list[Job]:

@@ -33,8 +33,14 @@ AXES = {
     "FLOPs": ("MFLOP a training step", 1e-6),
     "state": ("MB of weights, gradients and optimizer state", 1e-6),
 }
-README_FAMILIES = ("dense", "low rank", "CP, order 1", "CP, order 2", "CP, order 3",
-                   "CP, order 3, another size")  # fmt: skip
+README_FAMILIES = (
+    "dense",
+    "low rank",
+    "CP, order 1",
+    "CP, order 2",
+    "CP, order 3",
+    "CP, order 3, another size",
+)
 
 
 def save_figures(tasks: Sequence[Task], folder: Path) -> list[Path]:

@@ -101,8 +101,16 @@ def where(task: Task) -> str:
 
 def table(task: Task) -> str:
     """A row per contestant, what a step costs beside its loss."""
-    head = ["contestant", "block parameters", "step, ms", "MFLOP a step", "state, MB", "best rate",
-            "held-out loss, nats", "behind dense"]  # fmt: skip
+    head = [
+        "contestant",
+        "block parameters",
+        "step, ms",
+        "MFLOP a step",
+        "state, MB",
+        "best rate",
+        "held-out loss, nats",
+        "behind dense",
+    ]
     rows = [head]
     for found in task.contestants:
         best, step = found.best, found.step
@@ -141,12 +149,26 @@ def recipe_rows(task: Task) -> list[tuple[Contestant, Score]]:
 
 def recipe_table(task: Task) -> str:
     """With param_groups at the dense model's best rate, beside the contestant's own best."""
-    rows = [["contestant", "with param_groups at dense's rate", "its own best", "at rate",
-             "behind its best"]]  # fmt: skip
+    rows = [
+        [
+            "contestant",
+            "with param_groups at dense's rate",
+            "its own best",
+            "at rate",
+            "behind its best",
+        ]
+    ]
     for found, score in recipe_rows(task):
         best = found.best
-        rows.append([task.named(found), losses(score), losses(best), rate(best),
-                     f"{score.mean - best.mean:.3f}"])  # fmt: skip
+        rows.append(
+            [
+                task.named(found),
+                losses(score),
+                losses(best),
+                rate(best),
+                f"{score.mean - best.mean:.3f}",
+            ]
+        )
     return markdown_rows(rows, "lrrrr")
 
 
@@ -258,9 +280,12 @@ def summary(task: Task) -> str:
     quick = [
         c
         for c in task.contestants
-        if c.kind in PLAIN_WORDS and c is not dense and c.step and one.step
+        if c.kind in PLAIN_WORDS
+        and c is not dense
+        and c.step
+        and one.step
         and c.step["seconds"] <= one.step["seconds"]
-    ]  # fmt: skip
+    ]
     compared = []
     if rivals:
         beside = [f"{PLAIN_WORDS[c.kind]} is {apart(c.best.mean, loss, 2)} it" for c in rivals]
@@ -287,8 +312,11 @@ def summary(task: Task) -> str:
 def larger_table(task: Task) -> str:
     """The sweeps without groups of a larger model."""
     rows = [["contestant", "block parameters", "best rate", "held-out loss, nats", "behind dense"]]
-    plain = [(c, min(by_rate, key=lambda s: s.mean)) for c in task.contestants
-             if (by_rate := [s for s in c.scores if not s.grouped])]  # fmt: skip
+    plain = [
+        (c, min(by_rate, key=lambda s: s.mean))
+        for c in task.contestants
+        if (by_rate := [s for s in c.scores if not s.grouped])
+    ]
     for found, best in plain:
         rows.append(
             [
@@ -305,8 +333,14 @@ def larger_table(task: Task) -> str:
 def larger_recipe_table(task: Task) -> str:
     """Runs with groups of the rule that divided by √K, by the rates that give the same today."""
     dense = task.dense.best
-    rows = [["contestant", "held-out loss at rate", "of these nearest to dense's best rate",
-             "behind its own best"]]  # fmt: skip
+    rows = [
+        [
+            "contestant",
+            "held-out loss at rate",
+            "of these nearest to dense's best rate",
+            "behind its own best",
+        ]
+    ]
     for found in task.contestants:
         if not any(score.grouped for score in found.scores):
             continue

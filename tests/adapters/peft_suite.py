@@ -157,9 +157,12 @@ def write_models(folder: Path) -> None:
 
     torch.manual_seed(0)
     small = {
-        "vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 1000,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "intermediate_size": 37,
-    }  # fmt: skip
+    }
     bert = t.BertConfig(**small)
     t5 = t.T5Config(
         vocab_size=1000,
@@ -228,9 +231,19 @@ def run(folder: Path) -> dict[str, str]:
     )
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "CPConfig", "-p", "no:cacheprovider",
-               *(f"--deselect=peft_tests/test_config.py::TestPeftConfig::{n}" for n in FROM_A_HUB),
-               f"--junitxml={report}", "peft_tests"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "CPConfig",
+        "-p",
+        "no:cacheprovider",
+        *(f"--deselect=peft_tests/test_config.py::TestPeftConfig::{n}" for n in FROM_A_HUB),
+        f"--junitxml={report}",
+        "peft_tests",
+    ]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -35,25 +35,29 @@ TIMES = {
 }  # fmt: skip
 
 
+# What stands before the cells in stored records.
+FIRST: list[dict[str, Any]] = [
+    {
+        "kind": "environment", "date": "2026-01-02T03:04:05+00:00", "torch": "2.13.0",
+        "python": "3.11", "system": "Linux", "machine": "x86_64", "cpu": "A processor",
+        "cores": 2, "device": "cpu", "dtype": "float32", "commit": "abc", "tolerance": 2e-5,
+        "versions": {"polyadic": "0.1.0", "peer": None},
+    },
+    {
+        "kind": "machine", "threads": 1, "flops": 1e11, "cost_model": "built-in",
+        "bandwidth": [[65536, 4e10], [2**28, 1e10]],
+    },
+    {
+        "kind": "measurement", "cell": "linear_8x8x16_8x8x16_R128_B256", "contestant": "bent",
+        "family": "dense", "layout": "given", "compiled": False, "threads": 1,
+        "status": "refused", "reason": "relative error 1.0e-03 of y against float64 autograd",
+    },
+]  # fmt: skip
+
+
 def stored(times: dict[str, float] = TIMES, **changes: Any) -> list[dict[str, Any]]:
     """Records of two cells and of a sweep whose time grows with the batch, as ``run`` writes."""
-    records: list[dict[str, Any]] = [
-        {
-            "kind": "environment", "date": "2026-01-02T03:04:05+00:00", "torch": "2.13.0",
-            "python": "3.11", "system": "Linux", "machine": "x86_64", "cpu": "A processor",
-            "cores": 2, "device": "cpu", "dtype": "float32", "commit": "abc", "tolerance": 2e-5,
-            "versions": {"polyadic": "0.1.0", "peer": None},
-        },
-        {
-            "kind": "machine", "threads": 1, "flops": 1e11, "cost_model": "built-in",
-            "bandwidth": [[65536, 4e10], [2**28, 1e10]],
-        },
-        {
-            "kind": "measurement", "cell": "linear_8x8x16_8x8x16_R128_B256", "contestant": "bent",
-            "family": "dense", "layout": "given", "compiled": False, "threads": 1,
-            "status": "refused", "reason": "relative error 1.0e-03 of y against float64 autograd",
-        },
-    ]  # fmt: skip
+    records = [dict(record) for record in FIRST]
     rates = Rates(1e11, ((65536, 4e10), (2**28, 1e10)))
     cases = [c for c in all_cases() if c.group == "scaling" or "R128_B256" in c.name]
     cases += [c for c in all_cases() if c.name.startswith("resnet18_stage1")]
@@ -194,15 +198,21 @@ def test_a_wrong_argument_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (lambda text: text[:-40], r"line \d+ of \d+ of 2026-01-02-cpu.jsonl is no JSON"),
         (lambda text: text + "[1, 2]\n", "2026-01-02-cpu.jsonl: kind must be one of"),
-        (lambda text: text.replace('"kind": "cell"', '"kind": "machine", "flops": 1, '
-                                   '"bandwidth": [], "cost_model": "", "threads": 1'),
-         "of which there is no cell line"),
-        (lambda text: text.replace('"threads": 1', '"threads": 2', 1),
-         "measurements are of 1, of which there is no machine line"),
+        (
+            lambda text: text.replace(
+                '"kind": "cell"',
+                '"kind": "machine", "flops": 1, "bandwidth": [], "cost_model": "", "threads": 1',
+            ),
+            "of which there is no cell line",
+        ),
+        (
+            lambda text: text.replace('"threads": 1', '"threads": 2', 1),
+            "measurements are of 1, of which there is no machine line",
+        ),
         (lambda text: "", "no environment line"),
     ],
     ids=["truncated", "list", "no cell", "no machine", "empty"],
-)  # fmt: skip
+)
 def test_damaged_records_are_refused_by_file_and_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any, message: str
 ) -> None:

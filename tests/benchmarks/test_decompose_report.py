@@ -21,18 +21,34 @@ def test_the_page_is_made_from_the_newest_records() -> None:
 
 def fit(cell: str, contestant: str, error: float, seconds: float) -> dict[str, Any]:
     return {
-        "kind": "fit", "cell": cell, "rank": 3, "contestant": contestant, "seed": 0,
-        "status": "fitted", "error": error, "growth": 1.0, "seconds": seconds,
+        "kind": "fit",
+        "cell": cell,
+        "rank": 3,
+        "contestant": contestant,
+        "seed": 0,
+        "status": "fitted",
+        "error": error,
+        "growth": 1.0,
+        "seconds": seconds,
         "curve": [[seconds / 2, error * 1.5], [seconds, error]],
-    }  # fmt: skip
+    }
 
 
 def test_a_defeat_is_told(tmp_path: Path) -> None:
     environment = {
-        "kind": "environment", "cpu": "one", "cores": 1, "threads": 1, "load": None,
-        "dtype": "float32", "torch": "2", "versions": {"tensorly": "0", "tensorly-torch": "0"},
-        "date": "2026-01-01", "commit": "none", "limit": 8.0, "seed_limit": 2.0,
-    }  # fmt: skip
+        "kind": "environment",
+        "cpu": "one",
+        "cores": 1,
+        "threads": 1,
+        "load": None,
+        "dtype": "float32",
+        "torch": "2",
+        "versions": {"tensorly": "0", "tensorly-torch": "0"},
+        "date": "2026-01-01",
+        "commit": "none",
+        "limit": 8.0,
+        "seed_limit": 2.0,
+    }
     others = ("tensorly svd", "tensorly random", "tltorch")
     records = [environment]
     for cell, ours in (("won", 0.1), ("level", 0.2001), ("lost", 0.3)):

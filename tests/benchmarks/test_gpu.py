@@ -108,11 +108,27 @@ def test_floors_of_a_linear_layer() -> None:
 
 def stored(ours: float, dense: float, **changes: Any) -> list[dict[str, Any]]:
     """One linear cell timed in a graph, as a run writes it."""
-    floor = {"mode": "training", "threads": 1, "route": "factorized", "flops": 1, "bytes": 1,
-             "seconds": 1e-4, "byte_seconds": 1e-4}  # fmt: skip
-    cell = {"kind": "cell", "cell": "one", "title": "4096→4096 R=64 T=8192", "layer": "linear",
-            "group": "linear", "T": 8192, "in": 4096, "out": 4096, "rank": 64,
-            "floors": [floor]}  # fmt: skip
+    floor = {
+        "mode": "training",
+        "threads": 1,
+        "route": "factorized",
+        "flops": 1,
+        "bytes": 1,
+        "seconds": 1e-4,
+        "byte_seconds": 1e-4,
+    }
+    cell = {
+        "kind": "cell",
+        "cell": "one",
+        "title": "4096→4096 R=64 T=8192",
+        "layer": "linear",
+        "group": "linear",
+        "T": 8192,
+        "in": 4096,
+        "out": 4096,
+        "rank": 64,
+        "floors": [floor],
+    }
     timed = [
         {
             "kind": "measurement",
@@ -188,8 +204,14 @@ def test_a_python_without_torch_is_named(tmp_path: Path) -> None:
 
 
 def test_a_failed_check_is_a_miss() -> None:
-    failed = {"kind": "check", "check": "repeats", "subject": "a layer", "dtype": "bfloat16",
-              "status": "failed", "reason": "not the same bits: y"}  # fmt: skip
+    failed = {
+        "kind": "check",
+        "check": "repeats",
+        "subject": "a layer",
+        "dtype": "bfloat16",
+        "status": "failed",
+        "reason": "not the same bits: y",
+    }
     goal = next(g for g in goals(Run([failed])) if "20 runs" in g.text)
     assert (goal.verdict, goal.misses) == ("missed", ("a layer bfloat16: not the same bits: y",))
 

@@ -275,8 +275,11 @@ def test_a_short_run_on_digits_is_complete_and_goes_on(tmp_path: Path) -> None:
     told: list[str] = []
     path = digits.run(digits.Options.short(), tmp_path, told.append)
     _, records = read(path)
-    ways = {"dense", *(f"scratch {v.key}" for v in digits.VARIANTS),
-            *(f"convert {m.key}" for m in fits.METHODS)}  # fmt: skip
+    ways = {
+        "dense",
+        *(f"scratch {v.key}" for v in digits.VARIANTS),
+        *(f"convert {m.key}" for m in fits.METHODS),
+    }
     assert {(r["family"], r["way"]) for r in records} == {
         (f, w) for f in digits.FAMILIES for w in ways
     }
@@ -390,21 +393,41 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def encoder_record(method: str, ratio: float, **values: Any) -> dict[str, Any]:
     quality = {"cosine": 0.5, "cosine_low": 0.3, "overlap": 0.4, "spearman": 0.6}
     return {
-        "kind": "encoder", "method": method, "label": f"label of {method}", "ratio": ratio,
-        "parameters": 100, "dense_parameters": int(100 * ratio), "orders": [2], "commit": "abc",
-        "model_parameters": 1_500_000, "dense_model_parameters": 2_000_000,
-        "weight_errors": [0.1, 0.2], "output_errors": [0.1, 0.2], "fit_seconds": 12.0,
-        "before": quality, "after": {**quality, "cosine": 0.7}, "recovery": {"seconds": 34.0},
+        "kind": "encoder",
+        "method": method,
+        "label": f"label of {method}",
+        "ratio": ratio,
+        "parameters": 100,
+        "dense_parameters": int(100 * ratio),
+        "orders": [2],
+        "commit": "abc",
+        "model_parameters": 1_500_000,
+        "dense_model_parameters": 2_000_000,
+        "weight_errors": [0.1, 0.2],
+        "output_errors": [0.1, 0.2],
+        "fit_seconds": 12.0,
+        "before": quality,
+        "after": {**quality, "cosine": 0.7},
+        "recovery": {"seconds": 34.0},
         **values,
-    }  # fmt: skip
+    }
 
 
 def digits_record(way: str, seed: int, accuracy: float, **values: Any) -> dict[str, Any]:
     return {
-        "kind": "digits", "family": "MLP", "seed": seed, "way": way, "label": f"label of {way}",
-        "accuracy": accuracy, "parameters": 10, "dense_parameters": 105, "diverged": False,
-        "growth": 1.25, "commit": "abc", **values,
-    }  # fmt: skip
+        "kind": "digits",
+        "family": "MLP",
+        "seed": seed,
+        "way": way,
+        "label": f"label of {way}",
+        "accuracy": accuracy,
+        "parameters": 10,
+        "dense_parameters": 105,
+        "diverged": False,
+        "growth": 1.25,
+        "commit": "abc",
+        **values,
+    }
 
 
 ENVIRONMENT = {
@@ -446,9 +469,7 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not stored in results; run the study first"):
         report.write_report(results, docs)
     results.mkdir()
-    for file, records in (
-        (minilm.FILE, ENCODER), (rates.FILE, RATES), (digits.FILE, CLASSIFIERS)
-    ):  # fmt: skip
+    for file, records in ((minilm.FILE, ENCODER), (rates.FILE, RATES), (digits.FILE, CLASSIFIERS)):
         lines = [json.dumps(record) for record in (ENVIRONMENT, *records)]
         (results / file).write_text("\n".join(lines) + "\n")
     readme = tmp_path / "README.md"
@@ -483,13 +504,16 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "Not: converted: label of convert cp (+1.50).",
         "1 of 6 trainings diverged.",
         "![](figures/compression-encoder.png)",
-    ):  # fmt: skip
+    ):
         assert wanted in text, wanted
     # Where tltorch was not measured, nothing is compared with it.
     assert "than tltorch" not in text
     assert {path.name for path in written} == {
-        "README.md", "compression.md", "compression-encoder.png", "compression-digits.png"
-    }  # fmt: skip
+        "README.md",
+        "compression.md",
+        "compression-encoder.png",
+        "compression-digits.png",
+    }
     before = [path.read_bytes() for path in written]
     report.write_report(results, docs, readme)
     assert [path.read_bytes() for path in written] == before

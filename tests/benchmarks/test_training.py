@@ -256,16 +256,31 @@ def run_records(
     count: int = 10,
 ) -> list[dict[str, Any]]:
     """Four rates with the first seed, worse by 1 than the best, which has all seeds."""
-    shared = {"kind": "training", "layer": layer, "width": width, "blocks": 2, "groups": groups,
-              "block_parameters": count, "commit": "abc"}  # fmt: skip
+    shared = {
+        "kind": "training",
+        "layer": layer,
+        "width": width,
+        "blocks": 2,
+        "groups": groups,
+        "block_parameters": count,
+        "commit": "abc",
+    }
     made = [{**shared, "lr": best, "seed": seed, "loss": loss} for seed, loss in enumerate(losses)]
     others = [best * factor for factor in (0.5, 2, 4)]
     return made + [{**shared, "lr": lr, "seed": 0, "loss": losses[0] + 1} for lr in others]
 
 
 def step_record(layer: str, seconds: float, flops: int, width: int = 8) -> dict[str, Any]:
-    return {"kind": "step", "layer": layer, "width": width, "blocks": 2, "seconds": seconds,
-            "flops": flops, "state_bytes": 2_000_000, "commit": "abc"}  # fmt: skip
+    return {
+        "kind": "step",
+        "layer": layer,
+        "width": width,
+        "blocks": 2,
+        "seconds": seconds,
+        "flops": flops,
+        "state_bytes": 2_000_000,
+        "commit": "abc",
+    }
 
 
 CP = report.README_LAYER

@@ -77,9 +77,11 @@ class ConvCase(Case):
     @property
     def sizes(self) -> dict[str, Any]:
         return {
-            "in_channels": self.in_features, "out_channels": self.out_features,
-            "kernel_size": self.kernel, "bias": self.bias,
-        }  # fmt: skip
+            "in_channels": self.in_features,
+            "out_channels": self.out_features,
+            "kernel_size": self.kernel,
+            "bias": self.bias,
+        }
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -65,8 +65,10 @@ class FeaturesCase(Case):
     @property
     def sizes(self) -> dict[str, Any]:
         return {
-            "in_features": self.in_features, "out_features": self.out_features, "bias": self.bias
-        }  # fmt: skip
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias,
+        }
 
     @property
     def x_shape(self) -> Shape:

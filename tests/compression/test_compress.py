@@ -437,7 +437,7 @@ def test_what_cannot_be_reached_is_said() -> None:
         ({"ratio": 2, "metric": None}, TypeError, "no option 'metric'"),
         ({"ratio": 2, "shapes": {"0": 3}}, TypeError, "shapes"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(given: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         polyadic.compress(mlp(), **given)
@@ -691,16 +691,24 @@ def test_too_few_rows_of_calibration_are_noted() -> None:
 @pytest.mark.parametrize(
     ("change", "speed", "words"),
     [
-        (0.01, 2.0, "The model is 2.00 times smaller, its layers are predicted 2.00 times as fast, "
-         "and its outputs change by 1 %."),
+        (
+            0.01,
+            2.0,
+            "The model is 2.00 times smaller, its layers are predicted 2.00 times as fast, "
+            "and its outputs change by 1 %.",
+        ),
         (0.2, 2.0, "its outputs change by 20 %. That is too much for most uses: recover it by "),
-        (0.69, 0.5, "its outputs change by 69 %. The model is not usable without recovery: recover "
-         "it by polyadic.finetune.distill, which is --recover on the command line, or choose a "
-         "smaller budget. The option speed='never-slower' leaves those dense that would be "
-         "slower."),
+        (
+            0.69,
+            0.5,
+            "its outputs change by 69 %. The model is not usable without recovery: recover "
+            "it by polyadic.finetune.distill, which is --recover on the command line, or choose a "
+            "smaller budget. The option speed='never-slower' leaves those dense that would be "
+            "slower.",
+        ),
         (None, 2.0, "how much its outputs change is not known without calibration batches."),
     ],
-)  # fmt: skip
+)
 def test_the_report_opens_with_a_verdict(change: float | None, speed: float, words: str) -> None:
     layer = dataclasses.replace(
         polyadic.compress(nn.Sequential(nn.Linear(64, 64)), ratio=2)[1].layers[0],

@@ -105,9 +105,13 @@ def test_a_stopped_job_says_why_and_goes_on(folder: Path, name: str, how: str) -
 def trained(folder: Path, **change: Any) -> Any:
     teacher = jobs.teacher()
     arguments: dict[str, Any] = {
-        "student": jobs.converted(teacher), "teacher": teacher, "steps": 3,
-        "batches": list(jobs.rows().split(8)), "checkpoint": folder / "state", "resume": True,
-    }  # fmt: skip
+        "student": jobs.converted(teacher),
+        "teacher": teacher,
+        "steps": 3,
+        "batches": list(jobs.rows().split(8)),
+        "checkpoint": folder / "state",
+        "resume": True,
+    }
     function = change.pop("function", distill)
     return function(**(arguments | change))
 
@@ -176,10 +180,13 @@ def test_what_is_not_the_job_s_own_is_refused_by_name(
 def squeezed(folder: Path, **change: Any) -> Any:
     torch.manual_seed(0)
     arguments: dict[str, Any] = {
-        "model": nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10)), "ratio": 2.0,
-        "calibration": list(jobs.rows().split(20)), "iterations": 4, "checkpoint": folder / "c",
+        "model": nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10)),
+        "ratio": 2.0,
+        "calibration": list(jobs.rows().split(20)),
+        "iterations": 4,
+        "checkpoint": folder / "c",
         "resume": True,
-    }  # fmt: skip
+    }
     return polyadic.compress(**(arguments | change))
 
 

@@ -98,11 +98,18 @@ def test_files_are_written_in_one_place() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "open(path, 'w')", "open(path, mode='ab')", "path.open('x')", "path.write_text('')",
-        "path.write_bytes(b'')", "torch.save(state, path)", "save_file(tensors, path)",
-        "shutil.copyfile(a, b)", "figure.savefig(path)", "np.save(path, x)",
+        "open(path, 'w')",
+        "open(path, mode='ab')",
+        "path.open('x')",
+        "path.write_text('')",
+        "path.write_bytes(b'')",
+        "torch.save(state, path)",
+        "save_file(tensors, path)",
+        "shutil.copyfile(a, b)",
+        "figure.savefig(path)",
+        "np.save(path, x)",
     ],
-)  # fmt: skip
+)
 def test_a_write_would_be_seen(source: str) -> None:
     assert list(writes(source))
     assert not list(writes(f"with replacing(file) as path, replacing(other) as b:\n {source}"))

@@ -21,9 +21,17 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 def run(*options: str) -> str:
     """What two workers print, who may be started anew three times, as the documents say."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", "3", str(EXAMPLE), *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+        str(EXAMPLE),
+        *options,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_GLOO_LAZY_INIT": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=400, check=False

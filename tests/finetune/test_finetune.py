@@ -99,8 +99,10 @@ def test_only_what_was_asked_for_changes() -> None:
         "cp+norms": {"0.bias", *(f"0.cp.factors.{i}" for i in range(4)), "2.weight", "2.bias"},
     }
     expected["all"] = expected["cp+norms"] | {"3.weight", "3.bias"}
-    choices: dict[Any, set[str]] = {**expected, (lambda name, p: p.dim() == 1): {
-        "0.bias", "2.weight", "2.bias", "3.bias"}}  # fmt: skip
+    choices: dict[Any, set[str]] = {
+        **expected,
+        (lambda name, p: p.dim() == 1): {"0.bias", "2.weight", "2.bias", "3.bias"},
+    }
     for trainable, names in choices.items():
         student = student_of(teacher)
         before = state(student)
@@ -149,9 +151,16 @@ def test_a_continued_training_is_the_uninterrupted_one(
     teacher = teacher_net()
     start = student_of(teacher, dropout=0.3)
     settings: dict[str, Any] = {
-        "steps": 13, "lr": 1e-2, "optimizer": optimizer, "schedule": "cosine", "warmup": 2,
-        "train_mode": True, "validation": [torch.randn(9, 12)], "validate_every": 4, "seed": 3,
-    }  # fmt: skip
+        "steps": 13,
+        "lr": 1e-2,
+        "optimizer": optimizer,
+        "schedule": "cosine",
+        "warmup": 2,
+        "train_mode": True,
+        "validation": [torch.randn(9, 12)],
+        "validate_every": 4,
+        "seed": 3,
+    }
 
     whole = copy.deepcopy(start)
     expected = distill(whole, teacher, loaders(kind), **settings)
@@ -333,9 +342,11 @@ def test_clipping_and_schedule_reach_the_optimizer() -> None:
 def test_mistakes_are_told(change: dict[str, Any], error: type[Exception], text: str) -> None:
     teacher = teacher_net()
     arguments: dict[str, Any] = {
-        "student": student_of(teacher), "teacher": teacher, "batches": [torch.ones(3, 12)],
+        "student": student_of(teacher),
+        "teacher": teacher,
+        "batches": [torch.ones(3, 12)],
         "steps": 1,
-    }  # fmt: skip
+    }
     with pytest.raises(error, match=text):
         distill(**(arguments | change))
 
@@ -453,9 +464,12 @@ def written(tmp_path: Path, **change: Any) -> tuple[Path, dict[str, Any]]:
     teacher = teacher_net()
     path = tmp_path / "state"
     arguments: dict[str, Any] = {
-        "student": student_of(teacher), "teacher": teacher, "batches": rows(2), "steps": 3,
+        "student": student_of(teacher),
+        "teacher": teacher,
+        "batches": rows(2),
+        "steps": 3,
         "checkpoint": path,
-    }  # fmt: skip
+    }
     distill(**(arguments | change))
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
     return path, arguments | {"resume": True}
@@ -658,7 +672,10 @@ def test_mistakes_in_matching_are_told() -> None:
     ]
     for change, error, text in cases:
         arguments: dict[str, Any] = {
-            "student": student, "teacher": teacher, "batches": rows(1), "steps": 1,
-        }  # fmt: skip
+            "student": student,
+            "teacher": teacher,
+            "batches": rows(1),
+            "steps": 1,
+        }
         with pytest.raises(error, match=text):
             match_layers(**(arguments | change))

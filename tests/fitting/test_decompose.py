@@ -400,7 +400,10 @@ NOT_FINITE = CPTensor.from_factors(
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given: dict[str, Any] = {
-        "weight": torch.randn(6, 4), "tensorized_shape": ((2, 3), (2, 2)), "rank": 2, **change,
-    }  # fmt: skip
+        "weight": torch.randn(6, 4),
+        "tensorized_shape": ((2, 3), (2, 2)),
+        "rank": 2,
+        **change,
+    }
     with pytest.raises(error, match=message):
         decompose(**given)

@@ -99,8 +99,10 @@ def test_weights_leave_out_what_is_padding() -> None:
             return self.linear(self.table(ids).masked_fill(mask.unsqueeze(-1) == 0, torch.nan))
 
     model = Model()
-    batch = {"ids": torch.tensor([[1, 2, 0], [3, 0, 0]]),
-             "mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}  # fmt: skip
+    batch = {
+        "ids": torch.tensor([[1, 2, 0], [3, 0, 0]]),
+        "mask": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+    }
     found = second_moments(model, [batch], ["table", "linear"], weights=lambda b: b["mask"])
     torch.testing.assert_close(found["table"][:4], torch.tensor([0, 1, 1, 1]) / 3.0)
     rows = model.table.weight.detach()[1:4]
@@ -147,11 +149,16 @@ def bypassed() -> nn.Module:
         (nn.Sequential(nn.Linear(3, 2)), ["1"], None, ValueError, "no module named '1'"),
         (nn.Sequential(nn.ReLU()), ["0"], None, TypeError, "got ReLU"),
         (bypassed(), ["layer"], None, ValueError, "layer was never called"),
-        (nn.Sequential(nn.Linear(3, 2)), ["0"], torch.ones(4, 2), ValueError,
-         r"dimensions \(4,\) of the input of 0, got \(4, 2\)"),
+        (
+            nn.Sequential(nn.Linear(3, 2)),
+            ["0"],
+            torch.ones(4, 2),
+            ValueError,
+            r"dimensions \(4,\) of the input of 0, got \(4, 2\)",
+        ),
         (nn.Sequential(nn.Linear(3, 2)), ["0"], torch.zeros(4), ValueError, "no position"),
     ],
-)  # fmt: skip
+)
 def test_errors(model: nn.Module, names: Any, weights: Any, error: Any, message: str) -> None:
     given = None if weights is None else lambda batch: weights
     with pytest.raises(error, match=message):

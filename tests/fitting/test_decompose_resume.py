@@ -49,8 +49,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 def fitted(folder: Path | None = None, **change: Any) -> Decomposition:
     arguments: dict[str, Any] = {
-        "weight": weight(), "tensorized_shape": SHAPE, "rank": 7, "iterations": 14, **change
-    }  # fmt: skip
+        "weight": weight(),
+        "tensorized_shape": SHAPE,
+        "rank": 7,
+        "iterations": 14,
+        **change,
+    }
     if folder is not None:
         arguments = {"checkpoint": folder / "state", "resume": True, **arguments}
     return polyadic.decompose(**arguments)

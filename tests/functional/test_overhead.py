@@ -229,9 +229,14 @@ RIGHT = {"stride": (1, 1), "padding": 1, "dilation": (1, 1), "groups": 1}
 @pytest.mark.parametrize("function", [PF.cp_conv, PF.cp_conv_transpose])
 @pytest.mark.parametrize(
     ("option", "wrong"),
-    [("stride", (1.0, 1)), ("stride", True), ("padding", 1.0), ("dilation", (True, 1)),
-     ("groups", True)],
-)  # fmt: skip
+    [
+        ("stride", (1.0, 1)),
+        ("stride", True),
+        ("padding", 1.0),
+        ("dilation", (True, 1)),
+        ("groups", True),
+    ],
+)
 def test_an_equal_option_of_another_type_is_another(
     function: Callable[..., Tensor], option: str, wrong: Any
 ) -> None:

@@ -213,10 +213,14 @@ def test_profilers_of_triton_see_each_start(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_ctas": 2}, {"launch_cooperative_grid": True}, {"launch_pdl": True},
-        {"global_scratch_size": 8}, {"profile_scratch_size": 8}, {"shared": 229 * 1024},
+        {"num_ctas": 2},
+        {"launch_cooperative_grid": True},
+        {"launch_pdl": True},
+        {"global_scratch_size": 8},
+        {"profile_scratch_size": 8},
+        {"shared": 229 * 1024},
     ],
-)  # fmt: skip
+)
 def test_what_takes_more_than_arguments_is_left_to_triton(
     started: Driver, changes: dict[str, Any]
 ) -> None:

@@ -165,10 +165,12 @@ def table(draw: Any) -> dict[str, Any]:
     in_shape, out_shape = draw(modes(5, 4)), draw(modes(5, 4))
     rows = math.prod(in_shape)
     return {
-        "id": "generated", "tensorized_shape": (in_shape, out_shape),
-        "rank": draw(st.integers(1, 7)), "weights": draw(st.booleans()),
+        "id": "generated",
+        "tensorized_shape": (in_shape, out_shape),
+        "rank": draw(st.integers(1, 7)),
+        "weights": draw(st.booleans()),
         "num_embeddings": draw(st.integers(max(1, rows // 2), rows)),
-    }  # fmt: skip
+    }
 
 
 @st.composite

@@ -105,9 +105,11 @@ def draw(number: random.Random) -> Drawn:
     kind = number.choice((_linear, _lookup, _convolution, _convolution, _convolution))
     while True:
         own: dict[str, Any] = {
-            "rank": number.choice((1, 1, 2, 3, 8)), "order": number.randint(1, 3),
-            "memory": number.choice(MEMORY), "dtype": torch.float64,
-        }  # fmt: skip
+            "rank": number.choice((1, 1, 2, 3, 8)),
+            "order": number.randint(1, 3),
+            "memory": number.choice(MEMORY),
+            "dtype": torch.float64,
+        }
         found = kind(number, **own)
         owner = getattr(found.layer.cp, "joint", found.layer.cp)
         if number.random() < 0.3:

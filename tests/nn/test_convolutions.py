@@ -180,12 +180,18 @@ def test_errors(call: Any, error: type[Exception], match: str) -> None:
 
 @pytest.mark.parametrize(
     ("option", "wrong"),
-    [("stride", 1.0), ("stride", True), ("stride", (1, 1.0)), ("padding", 0.0), ("groups", 1.0),
-     ("dilation", (True, 1))],
-)  # fmt: skip
+    [
+        ("stride", 1.0),
+        ("stride", True),
+        ("stride", (1, 1.0)),
+        ("padding", 0.0),
+        ("groups", 1.0),
+        ("dilation", (True, 1)),
+    ],
+)
 def test_what_equals_a_call_seen_before_is_checked_all_the_same(option: str, wrong: Any) -> None:
-    x, outs, ins, kernels = (torch.randn(1, 4, 5, 5), [torch.randn(4, 2)], [torch.randn(4, 2)],
-                             [torch.randn(3, 2), torch.randn(3, 2)])  # fmt: skip
+    x, kernels = torch.randn(1, 4, 5, 5), [torch.randn(3, 2), torch.randn(3, 2)]
+    outs, ins = [torch.randn(4, 2)], [torch.randn(4, 2)]
     right: Any = 0 if option == "padding" else 1
     right = (right, right) if isinstance(wrong, tuple) else right
     assert right == wrong

@@ -140,8 +140,9 @@ def test_second_derivatives(name: str) -> None:
     wrt = leaves(layers, x)
     found = []
     for outputs in (
-        [layer(x) for layer in layers], [case.expected(layers, i, x) for i in range(3)],
-    ):  # fmt: skip
+        [layer(x) for layer in layers],
+        [case.expected(layers, i, x) for i in range(3)],
+    ):
         loss = sum(y.sin().sum() for y in outputs)
         first = torch.autograd.grad(loss, wrt, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), wrt))

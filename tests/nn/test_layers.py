@@ -223,9 +223,14 @@ def test_extra_repr_of_linear() -> None:
     text = repr(CPLinear(256, 128, rank=100))
     assert text.startswith("CPLinear(")
     for fact in (
-        "in_features=256", "out_features=128", "bias=True", "in_shape=(4, 4, 16)",
-        "out_shape=(4, 4, 8)", "rank=100", "parameters=4000 of 32768 (8.2x fewer)",
-    ):  # fmt: skip
+        "in_features=256",
+        "out_features=128",
+        "bias=True",
+        "in_shape=(4, 4, 16)",
+        "out_shape=(4, 4, 8)",
+        "rank=100",
+        "parameters=4000 of 32768 (8.2x fewer)",
+    ):
         assert fact in text, text
     assert "bias=False" in repr(CPLinear(256, 128, bias=False, rank=100))
 
@@ -234,10 +239,17 @@ def test_extra_repr_of_conv() -> None:
     text = repr(CPConv2d(16, 32, 3, stride=2, padding="valid", dilation=(1, 2), rank=100))
     assert text.startswith("CPConv2d(")
     for fact in (
-        "16, 32", "kernel_size=(3, 3)", "stride=(2, 2)", "padding='valid'", "dilation=(1, 2)",
-        "bias=True", "out_shape=(4, 8)", "in_shape=(4, 4)", "rank=100",
+        "16, 32",
+        "kernel_size=(3, 3)",
+        "stride=(2, 2)",
+        "padding='valid'",
+        "dilation=(1, 2)",
+        "bias=True",
+        "out_shape=(4, 8)",
+        "in_shape=(4, 4)",
+        "rank=100",
         "parameters=2600 of 4608 (1.8x fewer)",
-    ):  # fmt: skip
+    ):
         assert fact in text, text
 
 
@@ -258,8 +270,14 @@ def test_positional_arguments_are_those_of_torch(
     assert ours.weight.shape == theirs.weight.shape
     assert ours.bias.shape == theirs.bias.shape
     for name in (
-        "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
-        "padding", "dilation",
-    ):  # fmt: skip
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+    ):
         if hasattr(theirs, name):
             assert getattr(ours, name) == getattr(theirs, name), name

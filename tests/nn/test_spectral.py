@@ -100,10 +100,15 @@ def plans(case: Case, at_once: tuple[int | None, ...] = (None, 1, 3)) -> list[Sp
 
 @pytest.mark.parametrize(
     "case",
-    [Case((9,), (4,)), Case((7, 6), (4, 3), (2, 3)), Case((4, 5, 6), (3, 4, 3)),
-     Case((7, 6), (4, 3), outs=()), Case((6, 8), (5, 4), batch=0)],
+    [
+        Case((9,), (4,)),
+        Case((7, 6), (4, 3), (2, 3)),
+        Case((4, 5, 6), (3, 4, 3)),
+        Case((7, 6), (4, 3), outs=()),
+        Case((6, 8), (5, 4), batch=0),
+    ],
     ids=name,
-)  # fmt: skip
+)
 def test_every_plan_computes_the_same(case: Case, poison: None) -> None:
     named = leaves(case)
     want = dense(case, named)

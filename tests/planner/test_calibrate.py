@@ -90,9 +90,17 @@ def _store(change) -> None:
         ),
     ],
     ids=[
-        "truncated", "empty", "list", "version", "foreign", "fields", "text", "zero", "nan",
+        "truncated",
+        "empty",
+        "list",
+        "version",
+        "foreign",
+        "fields",
+        "text",
+        "zero",
+        "nan",
     ],
-)  # fmt: skip
+)
 def test_a_bad_store_is_ignored_with_a_warning(cache: Path, change) -> None:
     _store(change)
     with pytest.warns(RuntimeWarning, match=r"ignoring the calibration.*polyadic\.calibrate"):

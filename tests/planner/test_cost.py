@@ -170,8 +170,12 @@ def counts(steps: list[Step]) -> tuple[int, int]:
     return sum(step.launches for step in steps), sum(step.views for step in steps)
 
 
-PLACES = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("meta", torch.float32),
-          ("meta", torch.bfloat16)]  # fmt: skip
+PLACES = [
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    ("meta", torch.float32),
+    ("meta", torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("memory", ["balanced", "least"])

@@ -34,9 +34,7 @@ def test_a_row_is_what_explain_says_of_the_layer() -> None:
     found = explain(net, X)
     assert isinstance(found, ModelExplanation)
     assert [row.name for row in found.layers] == ["0", "4", "5"]
-    alone = [
-        explain(net[0], batch=8, size=12), explain(net[4], batch=8), explain(net[5], batch=8)
-    ]  # fmt: skip
+    alone = [explain(net[0], batch=8, size=12), explain(net[4], batch=8), explain(net[5], batch=8)]
     assert [str(row.found) for row in found.layers] == [str(each) for each in alone]
     assert found.seconds == sum(each.chosen.seconds for each in alone)
     assert found.dense_seconds == sum(each.dense.seconds for each in alone)

@@ -203,8 +203,8 @@ def test_a_kept_map_with_columns_of_zeros_serves_every_backward() -> None:
 
 def test_a_plan_by_kernels_is_refused_where_they_cannot_run() -> None:
     route = LinearRoute((2,), (3,), by="triton")
-    plan, layer = LinearPlan(route, route), CPLinear(21, 30, rank=3, in_shape=(7, 3),
-                                                      out_shape=(2, 5, 3))  # fmt: skip
+    plan = LinearPlan(route, route)
+    layer = CPLinear(21, 30, rank=3, in_shape=(7, 3), out_shape=(2, 5, 3))
     message = "the plan asks for by='triton', but Triton kernels run on CUDA devices, not on 'cpu'"
     x = torch.randn(4, 21)
     for call in (functional.cp_linear, functional.cp_linear_forward):

@@ -217,9 +217,17 @@ def test_shards_are_read(saved: tuple[Net, Path]) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["../model.safetensors", "/etc/model.safetensors", "a\\b.safetensors", "x.bin", 3, None,
-     "C:x.safetensors", "a\0.safetensors"],
-)  # fmt: skip
+    [
+        "../model.safetensors",
+        "/etc/model.safetensors",
+        "a\\b.safetensors",
+        "x.bin",
+        3,
+        None,
+        "C:x.safetensors",
+        "a\0.safetensors",
+    ],
+)
 def test_an_index_points_beside_itself(saved: tuple[Net, Path], file: Any) -> None:
     places = shards(saved[1])
     index = {"weight_map": {**places, "norm.weight": file}}

@@ -32,8 +32,13 @@ def t5(**options: Any) -> Any:
 
 
 def clip() -> Any:
-    sizes = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "projection_dim": 24}  # fmt: skip
+    sizes = {
+        "hidden_size": 40,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 24,
+    }
     text = {"vocab_size": 60, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
     config = transformers.CLIPConfig(
         text_config={**sizes, **text},

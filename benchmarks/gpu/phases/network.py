@@ -93,10 +93,16 @@ def _one(
     """Time one contestant in one way."""
     torch.manual_seed(0)
     fields = {
-        "cell": cell, "contestant": name, "family": "dense" if name == "dense" else "ours",
-        "layout": "given", "compiled": launch == "compiled", "dtype": bench.dtype_name(),
-        "threads": torch.get_num_threads(), "launch": launch, "mode": "training",
-    }  # fmt: skip
+        "cell": cell,
+        "contestant": name,
+        "family": "dense" if name == "dense" else "ours",
+        "layout": "given",
+        "compiled": launch == "compiled",
+        "dtype": bench.dtype_name(),
+        "threads": torch.get_num_threads(),
+        "launch": launch,
+        "mode": "training",
+    }
     if launch == "compiled" and bench.left() < SECONDS_TO_COMPILE and not bench.dry:
         reason = f"less than {SECONDS_TO_COMPILE} s were left"
         bench.writer.write("measurement", **fields, status="skipped", reason=reason)
