@@ -57,32 +57,38 @@ def run(
     )
 
 
+def check_every_level(
+    folder: Path, tests: tuple[str, ...], first: str = SHIM, select: str = ""
+) -> tuple[set[str], list[dict[str, int]]]:
+    """Check that what passes without acceleration passes with each level of it.
+
+    Returns:
+        Which tests passed without it, and how often our functions ran with each level.
+    """
+    without, nothing = run(folder, tests, None, first, select)
+    assert not nothing
+    counts = []
+    for level in LEVELS:
+        with_it, ran = run(folder, tests, level, first, select)
+        print(f"{level}: {len(without)} passed without, {len(with_it)} with it; {ran}")
+        assert without <= with_it
+        counts.append(ran)
+    return without, counts
+
+
 @pytest.mark.slow
 def test_their_spectral_tests_pass_with_it_on(tmp_path: Path) -> None:
-    without, nothing = run(tmp_path, SPECTRAL[:1], None, select="CP")
-    with_it, ran = run(tmp_path, SPECTRAL[:1], "any transforms", select="CP")
-    assert not nothing
+    without, counts = check_every_level(tmp_path, SPECTRAL[:1], select="CP")
     assert len(without) >= 20
-    assert without <= with_it
-    assert ran.keys() == set(OURS)
+    assert all(ran.keys() == set(OURS) for ran in counts)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("forced", [False, True], ids=["as they are", "every weight CP"])
-def test_their_layer_tests_pass_with_it_on(tmp_path: Path, level: str, forced: bool) -> None:
-    first = FORCED if forced else SHIM
-    without, _ = run(tmp_path, BLOCKS, None, first)
-    with_it, ran = run(tmp_path, BLOCKS, level, first)
-    print(f"{len(without)} passed without, {len(with_it)} with it; {ran}")
-    assert without <= with_it
-    assert ran["cp_spectral_conv"] > 0
-
-
-@pytest.mark.long
-def test_their_model_tests_pass_with_it_on(tmp_path: Path) -> None:
-    without, _ = run(tmp_path, MODELS, None, FORCED)
-    with_it, ran = run(tmp_path, MODELS, "close transforms", FORCED)
-    print(f"{len(without)} passed without, {len(with_it)} with it; {ran}")
-    assert without <= with_it
-    assert ran["cp_spectral_conv"] > 0
+@pytest.mark.parametrize(
+    ("tests", "first"),
+    [(BLOCKS, SHIM), (BLOCKS, FORCED), (MODELS, FORCED)],
+    ids=["layers", "layers, every weight CP", "models, every weight CP"],
+)
+def test_their_tests_pass_with_it_on(tmp_path: Path, tests: tuple[str, ...], first: str) -> None:
+    _, counts = check_every_level(tmp_path, tests, first)
+    assert all(ran["cp_spectral_conv"] > 0 for ran in counts)

@@ -1,4 +1,4 @@
-"""The weight gradient of wide depthwise kernels: the same numbers by other calls of torch."""
+"""Depthwise convolutions that torch computes by other calls: the numbers stay what they were."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compare import assert_close
+from polyadic.functional import cp_conv, cp_conv_transpose
 from polyadic.kernels import cpu
 from polyadic.kernels.depthwise import Stage
 from polyadic.nn import CPConv1d
+from polyadic.plans import ConvPlan, ConvRoute
 
 Pair = tuple[int, int]
 
@@ -84,6 +88,81 @@ def test_gradients_of_wide_stages_are_torchs(drawn: Any) -> None:
         assert torch.equal(mine, right), stage
     assert alone[0] is None
     assert torch.equal(alone[1], expected[1])
+
+
+@given(wide_stages())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_complex_stages_by_parts_are_those_by_matrices(drawn: Any) -> None:
+    torch.manual_seed(0)
+    stage, rank = drawn[0], drawn[2]
+    pairs = zip(tensors(*drawn), tensors(*drawn), strict=True)
+    x, taps, grad = (torch.complex(re, im) for re, im in pairs)
+    bias = torch.complex(torch.arange(rank).double(), torch.ones(rank).double())
+
+    def results() -> list[Any]:
+        y = stage.forward(x, taps, bias, rank)
+        wanted = (True, True), (True, False), (False, True)
+        return [y, *[d for wrt in wanted for d in stage.backward(grad, x, taps, rank, wrt)]]
+
+    expected = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "has_fast_parts", lambda kernel_size, entries: True)
+        got = results()
+    for mine, right in zip(got, expected, strict=True):
+        assert mine is right is None or torch.equal(mine, right), stage
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivatives_of_complex_stages_by_parts(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "has_fast_parts", lambda kernel_size, entries: True)
+    plan = ConvPlan(ConvRoute(), ConvRoute())
+
+    def call(x: Tensor, *factors: Tensor) -> Tensor:
+        a, c, *taps = factors
+        if transposed:
+            return cp_conv_transpose(x, [a], [c], taps, stride=2, padding=1, plan=plan)
+        return cp_conv(x, [c], [a], taps, stride=2, padding=1, plan=plan)
+
+    inputs = [torch.randn(n, 2, dtype=torch.complex128, requires_grad=True) for n in (2, 3, 3, 2)]
+    x = torch.randn(2, 2, 4, 3, dtype=torch.complex128, requires_grad=True)
+    inputs.insert(0, x)
+    with Groups() as groups:
+        want = call(*inputs)
+    assert groups.seen == [4, 4]
+    gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+    gradgradcheck(call, inputs, fast_mode=True)
+    each = torch.func.vmap(lambda one: call(one.unsqueeze(0), *inputs[1:]).squeeze(0))
+    assert_close(each(x), want, "vmap")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_close(compiled, want, "compiled")
+    right = torch.autograd.grad(want, inputs, want.detach())
+    for mine, d in zip(torch.autograd.grad(compiled, inputs, want.detach()), right, strict=True):
+        assert_close(mine, d, "compiled gradient")
+
+
+@pytest.mark.parametrize("complex_taps", [9, 8])
+def test_a_complex_stage_of_many_taps_is_two_real_ones(complex_taps: int) -> None:
+    stage = Stage((1, complex_taps), (1, 1), (0, 0), (0, 0), (1, 1))
+    re, im = tensors(stage, (16, 16), 32, 2, last=True)[:2]
+    x, taps = torch.complex(re, re), torch.complex(im, im)
+    with Groups() as groups:
+        stage.forward(x, taps, None, 32)
+    assert groups.seen == ([64, 64] if complex_taps == 9 else [32])
+
+
+class Groups(TorchDispatchMode):
+    """The groups of every convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append(args[8])
+        return func(*args, **(kwargs or {}))
 
 
 class Widths(TorchDispatchMode):

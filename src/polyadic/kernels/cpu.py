@@ -5,6 +5,7 @@ Each constant names its unit, and the machine and the day of the measurement tha
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 
@@ -134,3 +135,15 @@ WIDE_COLUMNS, WIDE_FROM_ENTRIES = 3, 8192
 def has_wide_weight_gradient(kernel_size: tuple[int, ...], entries: int) -> bool:
     """Whether a depthwise weight gradient is split by columns, for images of so many entries."""
     return len(kernel_size) == 2 and kernel_size[1] > WIDE_COLUMNS and entries >= WIDE_FROM_ENTRIES
+
+
+# A complex depthwise convolution is one real convolution by 2×2 matrices, or two real depthwise
+# ones. With so many taps the two take 0.3 to 0.7 times as long forward, and 0.4 to 0.9 times as
+# long backward. With three or five taps, or for images of fewer entries, they take up to 1.7 times
+# as long (Xeon with AVX-512, one thread, November 2026).
+PARTS_FROM_TAPS, PARTS_FROM_ENTRIES = 9, 8192
+
+
+def has_fast_parts(kernel_size: tuple[int, ...], entries: int) -> bool:
+    """Whether a complex depthwise convolution is two real ones, for images of so many entries."""
+    return math.prod(kernel_size) >= PARTS_FROM_TAPS and entries >= PARTS_FROM_ENTRIES

@@ -100,6 +100,11 @@ class Stage:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
         if x.is_complex():
             parts = None if bias is None else torch.view_as_real(bias.resolve_conj()).reshape(-1)
+            if _by_parts(x, weight, groups):
+                x, (re, im) = _as_real(x), _taps_by_parts(weight)
+                by_re = _as_complex(self.forward(x, re, parts, 2 * groups))
+                by_im = _as_complex(self.forward(x, im, None, 2 * groups))
+                return torch.add(by_re, by_im, alpha=1j)
             block = _as_real_kernel(weight, self.transposed)
             return _as_complex(self.forward(_as_real(x), block, parts, groups))
         if _in_float32(x, weight, groups):
@@ -132,6 +137,9 @@ class Stage:
         map wants them. torch's would be products with their conjugates.
         """
         if x.is_complex():
+            # torch differentiates depthwise convolutions in three dimensions slowly.
+            if len(self.kernel_size) < 3 and _by_parts(x, weight, groups):
+                return self._backward_by_parts(grad, x, weight, wrt)
             block = _as_real_kernel(weight.conj(), self.transposed)
             d_real, d_block = self.backward(_as_real(grad), _as_real(x.conj()), block, groups, wrt)
             d_weight = None if d_block is None else _of_real_kernel(d_block, self.transposed)
@@ -163,6 +171,28 @@ class Stage:
             if excess:
                 d_x = d_x.narrow(dim, 0, size[dim])
         return d_x, d_weight
+
+    def _backward_by_parts(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wrt: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of y = re w * x + i (im w * x), which are those of two real maps.
+
+        The gradient of the output of the second one, im w * x, is i dY.
+        """
+        x, maps = _as_real(x), 2 * weight.shape[0]
+        re, im = _taps_by_parts(weight)
+        d_x, d_re = self.backward(_as_real(grad), x, re, maps, wrt)
+        d_x_too, d_im = self.backward(_as_real(1j * grad), x, im, maps, wrt)
+        d_weight = None
+        if d_re is not None and d_im is not None:
+            # d_re has re x re dY and im x im dY, d_im has -re x im dY and im x re dY.
+            (re_re, im_im), (re_im, im_re) = (
+                parts.reshape(-1, 2, *weight.shape[1:]).unbind(1) for parts in (d_re, d_im)
+            )
+            d_weight = torch.complex(re_re - im_im, im_re - re_im)
+        if d_x is None or d_x_too is None:
+            return None, d_weight
+        return _as_complex(d_x + d_x_too), d_weight
 
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Return the gradient of x alone, by the adjoint convolution; x must be padded already.
@@ -303,6 +333,23 @@ def _of_real_kernel(block: Tensor, transposed: bool) -> Tensor:
     rows = block.reshape(n, 2, c, 2, *block.shape[2:])
     im = rows[:, 1, :, 0] - rows[:, 0, :, 1]
     return torch.complex(rows[:, 0, :, 0] + rows[:, 1, :, 1], -im if transposed else im)
+
+
+# A depthwise convolution is two real ones: y = re w * x + i (im w * x).
+
+
+def _by_parts(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether a complex convolution is two real depthwise ones and not one of groups of two."""
+    if not x.is_cpu or weight.shape[:2] != (groups, 1):
+        return False
+    return cpu.has_fast_parts(tuple(weight.shape[2:]), math.prod(x.shape[1:]))
+
+
+def _taps_by_parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """(n, 1, *k), complex → its parts (2n, 1, *k), real, each for both parts of a channel."""
+    parts = torch.view_as_real(weight.resolve_conj()).movedim(-1, 0).unsqueeze(2)
+    twice = parts.expand(-1, -1, 2, *[-1] * (weight.dim() - 1))
+    return twice.reshape(2, 2 * weight.shape[0], *weight.shape[1:]).unbind(0)
 
 
 def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:
