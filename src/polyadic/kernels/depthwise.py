@@ -17,6 +17,14 @@ from torch import Tensor
 
 from polyadic._torch import known, memoized
 from polyadic.kernels import cpu
+from polyadic.kernels.complex_maps import (
+    as_complex,
+    as_real,
+    is_by_parts,
+    kernel_of_matrices,
+    taps_by_parts,
+    taps_of_matrices,
+)
 
 Ints = tuple[int, ...]
 
@@ -100,13 +108,13 @@ class Stage:
         """Convolve x (b, c, *s) with weight (n, c/groups, *k)."""
         if x.is_complex():
             parts = None if bias is None else torch.view_as_real(bias.resolve_conj()).reshape(-1)
-            if _by_parts(x, weight, groups):
-                x, (re, im) = _as_real(x), _taps_by_parts(weight)
-                by_re = _as_complex(self.forward(x, re, parts, 2 * groups))
-                by_im = _as_complex(self.forward(x, im, None, 2 * groups))
+            if is_by_parts(x, weight, groups):
+                x, (re, im) = as_real(x), taps_by_parts(weight)
+                by_re = as_complex(self.forward(x, re, parts, 2 * groups))
+                by_im = as_complex(self.forward(x, im, None, 2 * groups))
                 return torch.add(by_re, by_im, alpha=1j)
-            block = _as_real_kernel(weight, self.transposed)
-            return _as_complex(self.forward(_as_real(x), block, parts, groups))
+            block = kernel_of_matrices(weight, self.transposed)
+            return as_complex(self.forward(as_real(x), block, parts, groups))
         if _in_float32(x, weight, groups):
             wide = None if bias is None else bias.float()
             y = self.forward(x.float(), weight.float(), wide, groups)
@@ -138,12 +146,12 @@ class Stage:
         """
         if x.is_complex():
             # torch differentiates depthwise convolutions in three dimensions slowly.
-            if len(self.kernel_size) < 3 and _by_parts(x, weight, groups):
+            if len(self.kernel_size) < 3 and is_by_parts(x, weight, groups):
                 return self._backward_by_parts(grad, x, weight, wrt)
-            block = _as_real_kernel(weight.conj(), self.transposed)
-            d_real, d_block = self.backward(_as_real(grad), _as_real(x.conj()), block, groups, wrt)
-            d_weight = None if d_block is None else _of_real_kernel(d_block, self.transposed)
-            return None if d_real is None else _as_complex(d_real), d_weight
+            block = kernel_of_matrices(weight.conj(), self.transposed)
+            d_real, d_block = self.backward(as_real(grad), as_real(x.conj()), block, groups, wrt)
+            d_weight = None if d_block is None else taps_of_matrices(d_block, self.transposed)
+            return None if d_real is None else as_complex(d_real), d_weight
         if _in_float32(x, weight, groups):
             wide = self.backward(grad.float(), x.float(), weight.float(), groups, wrt)
             half_x, half_weight = (None if d is None else d.to(x.dtype) for d in wide)
@@ -179,10 +187,10 @@ class Stage:
 
         The gradient of the output of the second one, im w * x, is i dY.
         """
-        x, maps = _as_real(x), 2 * weight.shape[0]
-        re, im = _taps_by_parts(weight)
-        d_x, d_re = self.backward(_as_real(grad), x, re, maps, wrt)
-        d_x_too, d_im = self.backward(_as_real(1j * grad), x, im, maps, wrt)
+        x, maps = as_real(x), 2 * weight.shape[0]
+        re, im = taps_by_parts(weight)
+        d_x, d_re = self.backward(as_real(grad), x, re, maps, wrt)
+        d_x_too, d_im = self.backward(as_real(1j * grad), x, im, maps, wrt)
         d_weight = None
         if d_re is not None and d_im is not None:
             # d_re has re x re dY and im x im dY, d_im has -re x im dY and im x re dY.
@@ -192,7 +200,7 @@ class Stage:
             d_weight = torch.complex(re_re - im_im, im_re - re_im)
         if d_x is None or d_x_too is None:
             return None, d_weight
-        return _as_complex(d_x + d_x_too), d_weight
+        return as_complex(d_x + d_x_too), d_weight
 
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Return the gradient of x alone, by the adjoint convolution; x must be padded already.
@@ -295,61 +303,6 @@ class Stage:
             piece = _weight_gradient(part, grad, taps, stride, (0, 0), dilation, channels)
             pieces.append(piece)
         return torch.cat(pieces, 3)
-
-
-# torch.convolution takes no complex numbers. A complex convolution is a real one with twice as many
-# channels: the parts of a channel, re and im, side by side, and for each tap w the matrix of the
-# multiplication by w, [[re w, -im w], [im w, re w]], whose rows are the parts of the result. In
-# channels_last complex maps lie in memory so, and no map is copied.
-
-
-def _as_real(x: Tensor) -> Tensor:
-    """(b, c, *s), complex → (b, 2c, *s), real."""
-    parts = torch.view_as_real(x.resolve_conj()).movedim(-1, 2)
-    return parts.reshape(x.shape[0], 2 * x.shape[1], *x.shape[2:])
-
-
-def _as_complex(x: Tensor) -> Tensor:
-    """(b, 2c, *s), real → (b, c, *s), complex, in the layout of x."""
-    parts = x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:]).movedim(2, -1)
-    *strides, last = parts.stride()
-    if last == 1 and not any(stride % 2 for stride in strides):
-        return torch.view_as_complex(parts)
-    return torch.complex(parts[..., 0], parts[..., 1])
-
-
-def _as_real_kernel(weight: Tensor, transposed: bool) -> Tensor:
-    """(n, c, *k), complex → (2n, 2c, *k), real; the in channels are the rows where transposed."""
-    # Not weight.imag, which for a conjugate is a view that vmap has no rule for.
-    re, im = torch.view_as_real(weight.resolve_conj()).unbind(-1)
-    im = -im if transposed else im
-    rows = torch.stack((torch.stack((re, -im), 2), torch.stack((im, re), 2)), 1)
-    return rows.reshape(2 * weight.shape[0], 2 * weight.shape[1], *weight.shape[2:])
-
-
-def _of_real_kernel(block: Tensor, transposed: bool) -> Tensor:
-    """The adjoint of ``_as_real_kernel``: (2n, 2c, *k), real → (n, c, *k), complex."""
-    n, c = block.shape[0] // 2, block.shape[1] // 2
-    rows = block.reshape(n, 2, c, 2, *block.shape[2:])
-    im = rows[:, 1, :, 0] - rows[:, 0, :, 1]
-    return torch.complex(rows[:, 0, :, 0] + rows[:, 1, :, 1], -im if transposed else im)
-
-
-# A depthwise convolution is two real ones: y = re w * x + i (im w * x).
-
-
-def _by_parts(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether a complex convolution is two real depthwise ones and not one of groups of two."""
-    if not x.is_cpu or weight.shape[:2] != (groups, 1):
-        return False
-    return cpu.has_fast_parts(tuple(weight.shape[2:]), math.prod(x.shape[1:]))
-
-
-def _taps_by_parts(weight: Tensor) -> tuple[Tensor, ...]:
-    """(n, 1, *k), complex → its parts (2n, 1, *k), real, each for both parts of a channel."""
-    parts = torch.view_as_real(weight.resolve_conj()).movedim(-1, 0).unsqueeze(2)
-    twice = parts.expand(-1, -1, 2, *[-1] * (weight.dim() - 1))
-    return twice.reshape(2, 2 * weight.shape[0], *weight.shape[1:]).unbind(0)
 
 
 def _in_float32(x: Tensor, weight: Tensor, groups: int) -> bool:
