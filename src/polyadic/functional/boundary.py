@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -151,6 +151,29 @@ class Call:
 Settled = TypeVar("Settled", bound=Call)
 
 
+class Asked(NamedTuple):
+    """What a public function was asked for, before any check.
+
+    Attributes:
+        x: the input, as autocast casts it.
+        groups: sequences of factors.
+        bias: the bias or None.
+        weights: λ or None.
+        options: all further arguments, in the order that the function chose.
+        cast: whether autocast has cast x and the bias.
+    """
+
+    x: Any
+    groups: tuple[Any, ...]
+    bias: Any
+    weights: Any
+    options: tuple[Any, ...]
+    cast: bool = False
+
+
+Settle = Callable[[Asked], tuple[Settled, Groups]]
+
+
 def as_batch(x: Tensor, dims: int) -> tuple[Shape, Shape] | None:
     """Return ``Call.batch`` for x with ``dims`` dimensions for each element of a batch."""
     if x.dim() == dims + 1:
@@ -167,18 +190,17 @@ _signature = attrgetter("shape", "dtype", "device", "layout")
 
 
 def call(
-    settle: Callable[..., tuple[Call, Groups]],
+    settle: Settle[Call],
     x: Any,
     groups: tuple[Any, ...],
     bias: Any,
     weights: Any,
-    *options: Any,
+    options: tuple[Any, ...],
 ) -> Tensor:
     """Check, settle and run a call whose x and bias autocast may cast.
 
     Args:
-        settle: takes (x, groups, bias, weights, whether autocast has cast, *options) and returns
-            the call and the groups as tuples; raises where an argument does not fit.
+        settle: returns the call and the groups as tuples; raises where an argument does not fit.
         x: the input.
         groups: sequences of factors.
         bias: the bias or None.
@@ -188,17 +210,18 @@ def call(
     cast = False
     if torch.compiler.is_compiling() or any_autocast():
         x, bias, cast = autocast(x, bias)
-    found, groups = settled(settle, x, groups, bias, weights, cast, *options)
+    found, groups = settled(settle, x, groups, bias, weights, options, cast)
     return found.run(x, groups, bias, weights)
 
 
 def settled(
-    settle: Callable[..., tuple[Settled, Groups]],
+    settle: Settle[Settled],
     x: Any,
     groups: tuple[Any, ...],
     bias: Any,
     weights: Any,
-    *options: Any,
+    options: tuple[Any, ...],
+    cast: bool = False,
 ) -> tuple[Settled, Groups]:
     """Return what ``settle`` makes of a call, remembered; and the groups, as tuples the first time.
 
@@ -209,16 +232,16 @@ def settled(
     """
     if torch.compiler.is_compiling():
         if any(map(is_spread, (x, *groups[0]))):
-            spread: Any = SpreadCall(settled, settle, options)
+            spread: Any = SpreadCall(settled, settle, options, cast)
             return spread, groups
-        return settle(x, groups, bias, weights, *options)
+        return settle(Asked(x, groups, bias, weights, options, cast))
     try:
         sizes = tuple(map(len, groups))
         tensors = (x, *itertools.chain.from_iterable(groups))
         classes = tuple(map(type, tensors))
         plain = OWN_CLASSES.issuperset(classes)
         if not plain and any(map(is_spread, tensors)):
-            spread = SpreadCall(settled, settle, options)
+            spread = SpreadCall(settled, settle, options, cast)
             return spread, groups
         key = (
             settle,
@@ -229,6 +252,7 @@ def settled(
             x.stride(),
             None if bias is None else _signature(bias),
             None if weights is None else _signature(weights),
+            cast,
             options,
             tuple([tuple(map(type, o)) if type(o) is tuple else type(o) for o in options]),
             torch.get_num_threads(),
@@ -237,9 +261,9 @@ def settled(
         found: Settled | None = known_calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
         # Sparse tensors have no strides, which is a RuntimeError.
-        return settle(x, groups, bias, weights, *options)
+        return settle(Asked(x, groups, bias, weights, options, cast))
     if found is None:
-        found, groups = settle(x, groups, bias, weights, *options)
+        found, groups = settle(Asked(x, groups, bias, weights, options, cast))
         known_calls[key] = found
     return found, groups
 

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import no_autocast
 from polyadic.formats import ConvFormat, Shape
-from polyadic.functional.boundary import Call, Groups, as_batch, call
+from polyadic.functional.boundary import Asked, Call, Groups, as_batch, call
 from polyadic.functional.saved import Saved, explicit_backward, explicit_forward, gradient_like
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.depthwise import Geometry
@@ -56,6 +56,31 @@ class ConvSaved(Saved):
     geometry: Geometry
     plan: ConvPlan
     groups: int = 1
+
+
+class _Options(NamedTuple):
+    """What ``cp_conv`` and ``cp_conv_transpose`` are told beside tensors, as it was given.
+
+    They hand it on as a plain tuple, which takes less time to make than one with names.
+    """
+
+    transposed: bool
+    stride: Any
+    padding: Any
+    output_padding: Any  # of a transposed convolution alone
+    dilation: Any
+    groups: Any
+    padding_mode: Any
+    plan: ConvPlan | None
+    memory: Any
+
+    def geometry(self, kernel_size: Shape) -> Geometry:
+        """Check and return what a plan and a kernel need of them."""
+        if self.transposed:
+            return checks.check_transposed_geometry(
+                kernel_size, self.stride, self.padding, self.output_padding, self.dilation
+            )
+        return checks.check_geometry(kernel_size, self.stride, self.padding, self.dilation)
 
 
 @dataclass(frozen=True)
@@ -96,46 +121,31 @@ def _call(
     return Call(layer_map, sum(counts), as_batch(x, len(geometry.kernel_size) + 1), prepare)
 
 
-def _checked(
-    x: Tensor,
-    groups: Groups,
-    weights: Tensor | None,
-    cast: bool,
-    transposed: bool,
-    where: tuple[Any, ...],
-    n_groups: int,
-    padding_mode: str,
-    plan: ConvPlan | None,
-    memory: Memory,
-    rebuild: bool = True,
-) -> _Checked:
-    """Check the arguments of a convolution, and choose a plan or check the one that is given.
-
-    ``where`` are the arguments of ``checks.check_geometry``, or of
-    ``checks.check_transposed_geometry``.
-    """
-    outs = checks.check_factor_group(groups[0], "out_factors")
-    ins = checks.check_factor_group(groups[1], "in_factors")
-    kernels = checks.check_factor_group(groups[2], "kernel_factors")
+def _checked(asked: Asked, memory: Memory, rebuild: bool = True) -> _Checked:
+    """Check the arguments of a convolution, and choose a plan or check the one that is given."""
+    x, options = asked.x, _Options(*asked.options)
+    outs = checks.check_factor_group(asked.groups[0], "out_factors")
+    ins = checks.check_factor_group(asked.groups[1], "in_factors")
+    kernels = checks.check_factor_group(asked.groups[2], "kernel_factors")
     if len(kernels) > 3:
         raise ValueError(f"kernel_factors must hold 1 to 3 spatial modes, got {len(kernels)}")
     out_shape, in_shape, kernel_size, (rank,) = checks.check_factors(
-        weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
+        asked.weights, out_factors=outs, in_factors=ins, kernel_factors=kernels
     )
     # The side whose factors hold the rows of every group.
-    divided = {"in_channels": in_shape} if transposed else {"out_channels": out_shape}
+    divided = {"in_channels": in_shape} if options.transposed else {"out_channels": out_shape}
     n_groups = checks.check_channel_groups(
-        n_groups, **{k: math.prod(v) for k, v in divided.items()}
+        options.groups, **{k: math.prod(v) for k, v in divided.items()}
     )
-    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups, transposed=transposed)
-    checks.check_like_factors(x, ins[0], "x", cast=cast)
-    geometry_of = checks.check_transposed_geometry if transposed else checks.check_geometry
-    geometry = geometry_of(kernel_size, *where)
+    fmt = ConvFormat(out_shape, in_shape, kernel_size, rank, n_groups, options.transposed)
+    checks.check_like_factors(x, ins[0], "x", cast=asked.cast)
+    geometry = options.geometry(kernel_size)
     checks.check_conv_input(x, fmt, geometry)
     prepare = None
-    if checks.check_padding_mode(padding_mode) != "zeros":
-        prepare = functools.partial(_pad, widths=_widths(geometry), mode=padding_mode)
-        x, geometry = padded(x, geometry, padding_mode)
+    if checks.check_padding_mode(options.padding_mode) != "zeros":
+        prepare = functools.partial(_pad, widths=_widths(geometry), mode=options.padding_mode)
+        x, geometry = padded(x, geometry, options.padding_mode)
+    plan = options.plan
     if plan is None:
         plan = plan_conv(fmt, geometry, x, memory, rebuild)
     else:
@@ -144,34 +154,13 @@ def _checked(
     return _Checked(fmt, geometry, plan, (outs, ins, kernels), prepare)
 
 
-def _settle(
-    x: Tensor,
-    groups: Groups,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    cast: bool,
-    transposed: bool,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    dilation: Any,
-    n_groups: int,
-    padding_mode: str,
-    plan: ConvPlan | None,
-    memory: Memory,
-) -> tuple[Call, Groups]:
+def _settle(asked: Asked) -> tuple[Call, Groups]:
     """Check and plan a call of ``cp_conv`` or ``cp_conv_transpose``."""
-    where: tuple[Any, ...] = (stride, padding, dilation)
-    if transposed:
-        where = (stride, padding, output_padding, dilation)
+    memory = checks.check_memory(_Options(*asked.options).memory)
     # Nothing is kept where there are no gradients.
-    level = checks.check_memory(memory)
-    level = level if torch.is_grad_enabled() else "least"
-    found = _checked(
-        x, groups, weights, cast, transposed, where, n_groups, padding_mode, plan, level
-    )
-    checks.check_bias(bias, found.fmt.channels[1], found.groups[1][0], cast=cast)
-    return found.call(x), found.groups
+    found = _checked(asked, memory if torch.is_grad_enabled() else "least")
+    checks.check_bias(asked.bias, found.fmt.channels[1], found.groups[1][0], cast=asked.cast)
+    return found.call(asked.x), found.groups
 
 
 def _widths(where: Geometry) -> list[int]:
@@ -255,8 +244,8 @@ def cp_conv(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the kernel does not fit.
     """
-    options = False, stride, padding, None, dilation, groups, padding_mode, plan, memory
-    return call(_settle, x, (out_factors, in_factors, kernel_factors), bias, weights, *options)
+    options = (False, stride, padding, None, dilation, groups, padding_mode, plan, memory)
+    return call(_settle, x, (out_factors, in_factors, kernel_factors), bias, weights, options)
 
 
 def cp_conv_transpose(
@@ -306,8 +295,8 @@ def cp_conv_transpose(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or nothing would be left.
     """
-    options = True, stride, padding, output_padding, dilation, groups, "zeros", plan, memory
-    return call(_settle, x, (out_factors, in_factors, kernel_factors), bias, weights, *options)
+    options = (True, stride, padding, output_padding, dilation, groups, "zeros", plan, memory)
+    return call(_settle, x, (out_factors, in_factors, kernel_factors), bias, weights, options)
 
 
 def cp_conv_forward(
@@ -344,10 +333,9 @@ def cp_conv_forward(
         TypeError: see ``cp_conv``.
         ValueError: see ``cp_conv``.
     """
-    sides, where = (out_factors, in_factors, kernel_factors), (stride, padding, dilation)
-    found = _checked(
-        x, sides, weights, False, False, where, groups, "zeros", plan, "balanced", rebuild=False
-    )
+    options = (False, stride, padding, None, dilation, groups, "zeros", plan, "balanced")
+    sides = (out_factors, in_factors, kernel_factors)
+    found = _checked(Asked(x, sides, None, weights, options), "balanced", rebuild=False)
     y, kept = explicit_forward(found.call(x), x, found.groups, weights)
     fmt, geometry = found.fmt, found.geometry
     return y, ConvSaved(x, kept, *found.groups, weights, geometry, found.plan, fmt.groups)

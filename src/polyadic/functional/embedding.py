@@ -13,7 +13,7 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import transforms_active
 from polyadic.formats import EmbeddingFormat
-from polyadic.functional.boundary import Call, Groups, as_batch, joined, settled
+from polyadic.functional.boundary import Asked, Call, Groups, as_batch, joined, settled
 from polyadic.functional.spread import Layout, SpreadCall, spread_call
 from polyadic.kernels.embedding import EmbeddingMap
 from polyadic.kernels.multilinear import accumulate_dtype
@@ -68,18 +68,12 @@ class _Lookup(Call):
     dtype: torch.dtype = torch.float32
 
 
-def _settle(
-    indices: Tensor,
-    groups: Groups,
-    bias: None,
-    weights: Tensor | None,
-    padding_idx: int | None,
-    num_embeddings: int | None,
-    memory: Memory,
-) -> tuple[_Lookup, Groups]:
+def _settle(asked: Asked) -> tuple[_Lookup, Groups]:
     """Check and plan a call of ``cp_embedding``; λ comes in front, as one more in factor."""
-    ins = checks.check_factor_group(groups[0], "in_factors")
-    outs = checks.check_factor_group(groups[1], "out_factors")
+    indices, weights = asked.x, asked.weights
+    padding_idx, num_embeddings, memory = asked.options
+    ins = checks.check_factor_group(asked.groups[0], "in_factors")
+    outs = checks.check_factor_group(asked.groups[1], "out_factors")
     in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt, first = EmbeddingFormat(in_shape, out_shape, rank), ins[0]
     checks.check_indices(indices, first)
@@ -141,7 +135,7 @@ def cp_embedding(
         IndexError: an index is outside [0, V).
     """
     options = padding_idx, num_embeddings, memory
-    found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, *options)
+    found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, options)
     if isinstance(found, SpreadCall):
         return _spread(indices, tuple(map(tuple, groups)), weights, unique, options)
     flat = found.batched(indices)
@@ -167,7 +161,7 @@ def cp_embedding(
     groups = tuple(tuple([factor.to(wide) for factor in group]) for group in groups)
     weights = None if weights is None else weights.to(wide)
     # Not remembered: there is another number of distinct indices each time.
-    fewer, groups = _settle(flat, groups, None, weights, *options)
+    fewer, groups = _settle(Asked(flat, groups, None, weights, options))
     rows = fewer.run(flat, groups, None, weights)
     # torch does not differentiate an embedding of complex rows.
     copied = rows.index_select(0, places) if rows.is_complex() else F.embedding(places, rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyadic import checks
 from polyadic.formats import LinearFormat
-from polyadic.functional.boundary import Call, Groups, as_batch, call
+from polyadic.functional.boundary import Asked, Call, Groups, as_batch, call
 from polyadic.functional.saved import Saved, explicit_backward, explicit_forward, gradient_like
 from polyadic.kernels.linear import LinearMap
 from polyadic.kernels.shared import Half
@@ -42,20 +42,16 @@ class LinearSaved(Saved):
 
 
 def _checked(
-    x: Tensor,
-    groups: Groups,
-    weights: Tensor | None,
-    cast: bool,
-    plan: LinearPlan | None,
-    memory: Memory,
-    rebuild: bool = True,
+    asked: Asked, rebuild: bool = True
 ) -> tuple[LinearFormat, LinearPlan, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Check the arguments of a linear map, and choose a plan or check the one that is given."""
-    ins = checks.check_factor_group(groups[0], "in_factors")
-    outs = checks.check_factor_group(groups[1], "out_factors")
+    x, weights = asked.x, asked.weights
+    plan, memory = asked.options
+    ins = checks.check_factor_group(asked.groups[0], "in_factors")
+    outs = checks.check_factor_group(asked.groups[1], "out_factors")
     in_shape, out_shape, (rank,) = checks.check_factors(weights, in_factors=ins, out_factors=outs)
     fmt = LinearFormat(in_shape, out_shape, rank)
-    checks.check_like_factors(x, ins[0], "x", cast=cast)
+    checks.check_like_factors(x, ins[0], "x", cast=asked.cast)
     checks.check_last_dimension(x, fmt.in_features, "x")
     memory = checks.check_memory(memory)
     if plan is None:
@@ -97,19 +93,11 @@ def _call(x: Tensor, plan: LinearPlan, n_in: int, weights: Tensor | None) -> Cal
     return _LinearCall(LinearMap(plan, n_in), 0, as_batch(x, 1))
 
 
-def _settle(
-    x: Tensor,
-    groups: Groups,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    cast: bool,
-    plan: LinearPlan | None,
-    memory: Memory,
-) -> tuple[Call, Groups]:
+def _settle(asked: Asked) -> tuple[Call, Groups]:
     """Check and plan a call of ``cp_linear``."""
-    fmt, plan, ins, outs = _checked(x, groups, weights, cast, plan, memory)
-    checks.check_bias(bias, fmt.out_features, ins[0], cast=cast)
-    return _call(x, plan, len(ins), weights), (ins, outs)
+    fmt, plan, ins, outs = _checked(asked)
+    checks.check_bias(asked.bias, fmt.out_features, ins[0], cast=asked.cast)
+    return _call(asked.x, plan, len(ins), asked.weights), (ins, outs)
 
 
 def cp_linear(
@@ -145,7 +133,7 @@ def cp_linear(
         TypeError: an argument is of the wrong type, or dtypes are not floating or differ.
         ValueError: shapes, ranks or devices do not fit together, or the plan is for other modes.
     """
-    return call(_settle, x, (in_factors, out_factors), bias, weights, plan, memory)
+    return call(_settle, x, (in_factors, out_factors), bias, weights, (plan, memory))
 
 
 def cp_linear_forward(
@@ -172,9 +160,8 @@ def cp_linear_forward(
         TypeError: see ``cp_linear``.
         ValueError: see ``cp_linear``.
     """
-    _, plan, ins, outs = _checked(
-        x, (in_factors, out_factors), weights, False, plan, "balanced", rebuild=False
-    )
+    asked = Asked(x, (in_factors, out_factors), None, weights, (plan, "balanced"))
+    _, plan, ins, outs = _checked(asked, rebuild=False)
     found = _call(x, plan, len(ins), weights)
     y, kept = explicit_forward(found, x, (ins, outs), weights)
     return y, LinearSaved(x, kept, ins, outs, weights, plan)

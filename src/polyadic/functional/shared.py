@@ -13,7 +13,7 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import is_spread
 from polyadic.formats import LinearFormat, Shape
-from polyadic.functional.boundary import Call, Groups, autocast, settled
+from polyadic.functional.boundary import Asked, Call, Groups, autocast, settled
 from polyadic.functional.linear import cp_linear
 from polyadic.functional.spread import Layout, spread_call
 from polyadic.kernels import cpu
@@ -136,7 +136,7 @@ def cp_linear_shared(
     beside = [tuple([t for t in tensors if t is not None]) for tensors in (bias, scale)]
     which = [tuple([t is not None for t in tensors]) for tensors in (bias, scale)]
     firsts = tuple([next(j for j in range(count) if _same(ins[i], ins[j])) for i in range(count)])
-    found, _ = settled(_settle, x, (*ins, *outs, *beside), None, None, cast, count, firsts, *which)
+    found, _ = settled(_settle, x, (*ins, *outs, *beside), None, None, (firsts, *which), cast)
     if found.apart:
         return tuple(
             [cp_linear(x, ins[i], outs[i], bias[i], weights=scale[i]) for i in range(count)]
@@ -162,30 +162,16 @@ def better_apart(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling() and cpu.better_apart(x.numel())
 
 
-def _settle(
-    x: Tensor,
-    groups: Groups,
-    bias: None,
-    weights: None,
-    cast: bool,
-    count: int,
-    firsts: tuple[int, ...],
-    biased: tuple[bool, ...],
-    scaled: tuple[bool, ...],
-) -> tuple[_Settled, Groups]:
+def _settle(asked: Asked) -> tuple[_Settled, Groups]:
     """Check and plan a call.
 
-    Args:
-        x: the input.
-        groups: in factors of each layer, out factors of each, and all biases and all λ there are.
-        bias: None.
-        weights: None.
-        cast: whether autocast has cast x.
-        count: number of layers.
-        firsts: for each layer the first one with the very same in factors.
-        biased: which layers have a bias.
-        scaled: which have a λ.
+    Its groups are the in factors of each layer, the out factors of each, and all biases and all λ
+    there are. Its options say for each layer which is the first one with the very same in factors,
+    whether it has a bias, and whether it has a λ.
     """
+    x, groups, cast = asked.x, asked.groups, asked.cast
+    firsts, biased, scaled = asked.options
+    count = len(firsts)
     ins, outs = groups[:count], groups[count : 2 * count]
     biases, scales = map(iter, groups[2 * count :])
     formats, out_halves = [], []

@@ -13,7 +13,7 @@ from torch import Tensor
 from polyadic import checks
 from polyadic._torch import any_autocast, no_autocast
 from polyadic.formats import Shape, SpectralFormat
-from polyadic.functional.boundary import Call, Groups, as_batch, autocast_dtype, settled
+from polyadic.functional.boundary import Asked, Call, Groups, as_batch, autocast_dtype, settled
 from polyadic.kernels.dft import COMPLEX, Analysis, Synthesis
 from polyadic.kernels.spectral import SpectralMap
 from polyadic.planner.ask import plan_spectral
@@ -103,16 +103,11 @@ def _call(
     return _SpectralCall(layer_map, len(ins) + len(outs), modes=fmt.modes, **rest)
 
 
-def _settle_product(
-    x: Tensor,
-    groups: Groups,
-    bias: None,
-    weights: Tensor | None,
-    plan: SpectralPlan | None,
-    memory: Memory,
-) -> tuple[_SpectralCall, Groups]:
+def _settle_product(asked: Asked) -> tuple[_SpectralCall, Groups]:
     """Check and plan a call of ``cp_spectral_product``."""
-    fmt, groups = _format(groups, weights)
+    x, weights = asked.x, asked.weights
+    plan, memory = asked.options
+    fmt, groups = _format(asked.groups, weights)
     first = groups[0][0]
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
@@ -169,9 +164,8 @@ def cp_spectral_product(
         TypeError: an argument is of the wrong type, or dtypes are not complex or differ.
         ValueError: shapes, ranks or devices do not fit together, or the plan does not.
     """
-    found, groups = settled(
-        _settle_product, x, (in_factors, out_factors, mode_factors), None, weights, plan, memory
-    )
+    factors: Any = (in_factors, out_factors, mode_factors)
+    found, groups = settled(_settle_product, x, factors, None, weights, (plan, memory))
     return found.run(x, groups, None, weights)
 
 
@@ -183,20 +177,11 @@ def _scales(norm: Norm, sizes: Shape, out_sizes: Shape) -> tuple[float, float]:
     return (1.0, 1 / out) if norm == "backward" else (n**-0.5, out**-0.5)
 
 
-def _settle(
-    x: Tensor,
-    groups: Groups,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    norm: Norm,
-    out_sizes: Shape | None,
-    precision: Precision,
-    transforms: Transforms,
-    plan: SpectralPlan | None,
-    memory: Memory,
-) -> tuple[_SpectralCall, Groups]:
+def _settle(asked: Asked) -> tuple[_SpectralCall, Groups]:
     """Check and plan a call of ``cp_spectral_conv``, whose factors are cut to what is kept."""
-    fmt, groups = _format(groups, weights)
+    x, weights = asked.x, asked.weights
+    norm, out_sizes, precision, transforms, plan, memory = asked.options
+    fmt, groups = _format(asked.groups, weights)
     first, dims = groups[0][0], len(fmt.modes)
     real = torch.empty(0, dtype=REAL[first.dtype], device=first.device)
     if x.dtype in (torch.bfloat16, torch.float16):
@@ -212,7 +197,7 @@ def _settle(
             f"x must have shape (B, {fmt.in_channels}, {sizes_text}) or ({fmt.in_channels}, "
             f"{sizes_text}), got {tuple(x.shape)}"
         )
-    checks.check_bias(bias, fmt.out_channels, real, cast=False)
+    checks.check_bias(asked.bias, fmt.out_channels, real, cast=False)
     sizes = tuple(x.shape[-dims:])
     out_sizes = sizes if out_sizes is None else out_sizes
     memory = checks.check_memory(memory)
@@ -347,5 +332,5 @@ def cp_spectral_conv(
     resized = None if out_sizes == sizes else out_sizes
     options = fft_norm, resized, precision, transforms, plan, memory
     with no_autocast(x):
-        found, groups = settled(_settle, x, groups, bias, weights, *options)
+        found, groups = settled(_settle, x, groups, bias, weights, options)
         return found.run(x, groups, bias, weights)

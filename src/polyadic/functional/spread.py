@@ -361,11 +361,13 @@ class SpreadCall:
         settled: what settles and remembers calls, of the boundary.
         settle: settles it on plain tensors.
         options: what decides beside the tensors.
+        cast: whether autocast has cast x and the bias.
     """
 
     settled: Callable[..., tuple[Any, Any]]
     settle: Callable[..., tuple[Any, Any]]
     options: tuple[Any, ...]
+    cast: bool
 
     def run(self, x: Any, groups: Groups, bias: Any, weights: Any) -> Any:
         """The output as a DTensor."""
@@ -377,7 +379,7 @@ class SpreadCall:
     ) -> tuple[Tensor]:
         """What this process computes; with sharded features there is a sum in the middle."""
         (bias,), (scale,) = biases, weights
-        here, _ = self.settled(self.settle, x, groups, bias, scale, *self.options)
+        here, _ = self.settled(self.settle, x, groups, bias, scale, self.options, self.cast)
         if found.ins or found.outs:
             return (here.run_in_halves(x, groups, bias, scale, found.between),)
         return (here.run(x, groups, bias, scale),)
