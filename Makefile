@@ -9,7 +9,7 @@ NUMERICAL := tests/laws tests/kernels tests/nn/test_convolutions.py tests/nn/tes
   tests/fitting/test_decompose.py tests/fitting/test_decompose_metric.py
 NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(NUMERICAL)
 
-.PHONY: demo test test-isa matrix lint docs bench clean
+.PHONY: demo test test-isa test-models matrix lint docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -23,6 +23,11 @@ test-isa: $(VENV)/.dev
 	  $(NUMERICAL_TESTS) --torch-seed 1
 	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	  $(NUMERICAL_TESTS) --torch-seed 2
+
+# What needs models and tools of others, which the extra dev does not have.
+test-models: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test-models]"
+	$(BIN)/python -m pytest -n 2 -rs tests/models tests/training tests/adapters/test_quantized.py
 
 # Every layer with every feature of torch; the table in docs/compatibility.md.
 matrix: $(VENV)/.dev

@@ -15,18 +15,19 @@ pytest.importorskip("peft")
 from peft import get_peft_model
 
 from adapters.adapted import change, parts
+from other_packages import imported
 from polyadic.adapters import CPConfig
 
 
 def by_bitsandbytes(layer: nn.Linear) -> nn.Module:
-    bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb: Any = imported("bitsandbytes")
     made = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
     made.load_state_dict(layer.state_dict())
     return made.to("cpu")
 
 
 def by_bitsandbytes_to_four_bits(layer: nn.Linear) -> nn.Module:
-    bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb: Any = imported("bitsandbytes")
     made = bnb.nn.Linear4bit(
         layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4"
     )
@@ -41,9 +42,7 @@ def torchao_config() -> Any:
 
 
 def by_torchao(layer: nn.Linear) -> nn.Module:
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    from torchao.quantization import quantize_
-
+    quantize_ = imported("torchao.quantization").quantize_
     model = nn.Sequential(layer)
     quantize_(model, torchao_config())
     return model[0]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import polyadic
 from hatch_build import for_an_index
@@ -55,3 +58,28 @@ def test_the_torch_of_the_tests_is_named_on_the_page() -> None:
     page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     (pinned,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert re.search(rf"^\| {re.escape(pinned)} \| the whole suite", page, re.MULTILINE)
+
+
+def missing(extra: str, required: Sequence[str]) -> set[str]:
+    """What an extra asks for, itself or through other extras, and is not installed."""
+    found: set[str] = set()
+    for one in map(Requirement, required):
+        if one.marker is None or not one.marker.evaluate({"extra": extra}):
+            continue
+        if one.name == "polyadic":
+            found = found.union(*[missing(other, required) for other in one.extras])
+            continue
+        try:
+            if not one.specifier.contains(version(one.name), prereleases=True):
+                found.add(str(one))
+        except PackageNotFoundError:
+            found.add(str(one))
+    return found
+
+
+def test_what_the_tests_need_is_installed() -> None:
+    """Tests of a package that is missing are skipped, so that a usual run would not show it."""
+    assert missing("dev", requires("polyadic") or ()) == set()
+    asked = ['polyadic[a]; extra == "dev"', 'no-such-package; extra == "a"', 'pytest; extra == "b"']
+    assert missing("dev", asked) == {'no-such-package; extra == "a"'}
+    assert missing("dev", ['pytest>=999; extra == "dev"'])

@@ -1,13 +1,12 @@
 """Models of timm, torchvision and transformers through a whole life, where these are installed.
 
 Converted, trained with the in-place activations they come with, saved, loaded, frozen, exported.
-The extra ``test-models`` brings the packages; where one cannot be imported, as a torchvision that
-is made for another torch, its tests are skipped and say so.
+``make test-models`` installs the packages and runs these tests, which ``make test`` skips where the
+packages are missing: torchvision has to be one that is made for the torch that is tested.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import polyadic
+from other_packages import imported
 from polyadic.nn.layer import CPLayer
 
 pytestmark = pytest.mark.slow
@@ -29,14 +29,6 @@ TIMM = (
 )  # fmt: skip
 TORCHVISION = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5")
 TRANSFORMERS = ("Bert", "T5", "ViT", "ResNet")
-
-
-def imported(name: str) -> Any:
-    """A package, or a skip that says why there is none; what it raises may be anything."""
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
 
 
 def life(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -10,15 +9,8 @@ import torch
 from torch import nn
 
 import polyadic
+from other_packages import imported
 from polyadic.nn import CPConv2d, CPLinear
-
-
-def imported(name: str) -> Any:
-    """A package, or a skip that says why there is none; what it raises may be anything."""
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler as schedulers
 
 import polyadic
+from other_packages import imported
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear
 
 LAYERS: list[Any] = [
@@ -176,7 +177,7 @@ def test_a_scheduler_keeps_the_ratios(scheduler: str) -> None:
 
 
 def test_lightning_takes_the_groups(tmp_path: Any) -> None:
-    lightning = pytest.importorskip("pytorch_lightning")
+    lightning = imported("pytorch_lightning")
 
     class Model(lightning.LightningModule):
         def __init__(self) -> None:

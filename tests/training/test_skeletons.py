@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import polyadic
+from other_packages import imported
 from polyadic.nn import CPConv2d, CPEmbedding, CPLinear, CPTiedLinear
 
 
@@ -176,11 +177,11 @@ def skeletons() -> list[Any]:
         return transformers.GPT2LMHeadModel(config), {"input_ids": torch.randint(300, (2, 7))}
 
     def resnet18() -> Any:
-        models = pytest.importorskip("torchvision.models", exc_type=Exception)
+        models = imported("torchvision.models")
         return models.resnet18(num_classes=10), {"x": torch.randn(2, 3, 32, 32)}
 
     def vit() -> Any:
-        timm = pytest.importorskip("timm", exc_type=Exception)
+        timm = imported("timm")
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10)
         return model, {"x": torch.randn(2, 3, 32, 32)}
 
