@@ -14,34 +14,58 @@ from polyadic.compression.targets import find_targets
 from polyadic.fitting.work import sweep_work
 from polyadic.planner.calibrated import machine_at
 from polyadic.planner.request import place_now
-from polyadic.progress import Meter
+from polyadic.progress import Meter, clock
 from polyadic.surgery import find
 
 
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands still unless its only entry is changed."""
-    clock = [0.0]
-    monkeypatch.setattr(progress, "now", lambda: clock[0])
-    return clock
+    at = [0.0]
+    monkeypatch.setattr(progress, "now", lambda: at[0])
+    return at
 
 
-def test_time_left_is_that_of_all_stages_at_the_pace_so_far(seconds: list[float]) -> None:
+def test_time_left_is_that_of_the_stage_at_the_pace_so_far(seconds: list[float]) -> None:
     said: list[str] = []
     meter = Meter("work", said.append)
-    meter.plan("first", [10.0, 30.0])
-    meter.plan("second", [20.0])
+    meter.plan("first", [100.0, 300.0])
     meter.tell("first", 0, 2)
-    seconds[0] = 20.0  # twice as long as planned
+    seconds[0] = 200.0  # twice as long as planned, in a quarter of the work
     meter.tell("first", 1, 2, "a")
-    assert said.pop() == "work, first, 1 of 2, a, 0:20 so far, about 1:40 left"
-    meter.plan("second", [5.0])  # by now it is known better
-    seconds[0] = 80.0
+    left = 300 * (200 + 40) / (100 + 40)
+    assert said.pop() == f"work, first, 1 of 2, a, 3:20 so far, about {clock(left)} left for first"
+    seconds[0] = 800.0
     meter.tell("first", 2, 2)
-    assert said.pop() == "work, first, 2 of 2, 1:20 so far, about 0:10 left"
-    seconds[0] = 90.0
-    meter.tell("second", 1, 1)
-    assert said.pop() == "work, second, 1 of 1, 1:30 so far, about 0:00 left"
+    assert said.pop() == "work, first, 2 of 2, 13:20 so far"
+    meter.plan("second", [50.0, 50.0])  # goes on at the pace of the first stage
+    meter.tell("second", 0, 2)
+    seconds[0] = 900.0
+    meter.tell("second", 1, 2)
+    left = 50 * (900 + 50) / (450 + 50)
+    assert said == [f"work, second, 1 of 2, 15:00 so far, about {clock(left)} left for second"]
+
+
+def test_small_first_pieces_do_not_tell_the_time_of_large_ones(seconds: list[float]) -> None:
+    """A hundredth of the work that takes ten times as long moves the time left by little."""
+    said: list[str] = []
+    meter = Meter("work", said.append)
+    meter.plan("layers", [1.0, 199.0])
+    meter.tell("layers", 0, 2)
+    seconds[0] = 11.0
+    meter.tell("layers", 1, 2, "small")
+    words = f"about {clock(199 * 31 / 21)} left for layers"
+    assert said == [f"work, layers, 1 of 2, small, 0:11 so far, {words}"]
+
+
+def test_parts_without_a_plan_say_no_time_left(seconds: list[float]) -> None:
+    """Of two parts, one may take a second and the other a minute."""
+    said: list[str] = []
+    meter = Meter("work", said.append)
+    meter.tell("reading", 0, 2)
+    seconds[0] = 11.0
+    meter.tell("reading", 1, 2)
+    assert said == ["work, reading, 1 of 2, 0:11 so far"]
 
 
 def test_without_a_plan_pieces_count_alike(seconds: list[float]) -> None:

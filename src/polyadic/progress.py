@@ -17,6 +17,9 @@ from typing import Any
 LOGGER = logging.getLogger("polyadic")
 # Seconds after which work counts as long, between two moves of a bar, and between two lines.
 LONG, MOVE, LINE = 2.0, 0.1, 10.0
+# A plan is trusted as if this share of it had been done at the pace that it expects, since small
+# first pieces, which may take many times as long as was planned, say little of the others.
+TRUST = 0.1
 
 
 def now() -> float:
@@ -75,16 +78,16 @@ class Meter:
             words = [self._what, *([stage] if stage else []), f"{done} of {total}"]
             words += [note] if note else []
             words.append(f"{clock(at - self._began)} so far")
-            left = self._left(stage, done, total, at)
+            left = self._left(stage, done, total, at) if done < total else None
             if left is not None:
-                words.append(f"about {clock(left)} left")
+                words.append(f"about {clock(left)} left" + (f" for {stage}" if stage else ""))
             self._line(", ".join(words))
 
     def plan(self, stage: str, seconds: Sequence[float]) -> None:
         """Say how long the pieces of a stage are expected to take, before or while it goes on.
 
-        The time left then covers all planned stages. It is corrected by how much longer or shorter
-        the finished pieces took than was expected.
+        The time left of the stage is what is expected of its other pieces, corrected by how much
+        longer or shorter than expected the finished pieces of all stages took.
         """
         self._plans[stage] = list(seconds)
 
@@ -96,17 +99,23 @@ class Meter:
             self._line(f"{self._what}, {text}")
 
     def _left(self, stage: str, done: int, total: int, at: float) -> float | None:
-        """Predict the seconds that are left; None as long as nothing is known."""
+        """Predict the seconds that are left of a stage; None as long as nothing is known.
+
+        The pieces of a part of the work may differ much, so that without a plan their number tells
+        nothing.
+        """
         began, before = self._stages[stage]
         if stage not in self._plans:
-            return (at - began) * (total - done) / (done - before) if done > before else None
-        expected = sum(sum(p[self._done.get(name, 0) :]) for name, p in self._plans.items())
+            known = done > before and not stage
+            return (at - began) * (total - done) / (done - before) if known else None
         begun = {name: self._stages[name] for name in self._plans if name in self._stages}
         taken = at - min(when for when, _ in begun.values())
         planned = sum(
             sum(self._plans[name][first : self._done[name]]) for name, (_, first) in begun.items()
         )
-        return expected * (taken / planned if planned > 0 else 1.0)
+        trusted = TRUST * sum(map(sum, self._plans.values()))
+        pace = (taken + trusted) / (planned + trusted) if trusted > 0 else 1.0
+        return sum(self._plans[stage][done:]) * pace
 
     def _show(self, stage: str, done: int, total: int, note: str) -> bool:
         """Move the bar, and return whether there is one."""

@@ -76,6 +76,7 @@ def compress(
     passes of both models, and the original is held in memory for it.
     """
     import copy
+    import dataclasses
 
     import polyadic
 
@@ -114,7 +115,9 @@ def compress(
         with _lines_of_progress():
             made, report = polyadic.compress(model, inplace=True, **options)
             if original is not None and report.converted:
-                found.append(_recovered(made, original, options, recover, seed))
+                sentence, change = _recovered(made, original, options, recover, seed)
+                found.append(sentence)
+                report = dataclasses.replace(report, recovered_error=change)
         if held is not None and report.converted:
             found.append(held.sentence(made))
     except ImportError as error:
@@ -290,9 +293,15 @@ def _lines_of_progress() -> Iterator[None]:
 
 def _recovered(
     made: nn.Module, original: nn.Module, options: dict[str, Any], steps: int, seed: int
-) -> str:
-    """Train the converted model towards the original, and say what that won."""
+) -> tuple[str, float]:
+    """Train the converted model towards the original.
+
+    Returns:
+        A sentence on what that won, and the relative change of the outputs that is left, measured
+        as ``polyadic.compress`` measures it.
+    """
     import polyadic
+    from polyadic.compression.calibration import Calibration
 
     recovery = polyadic.finetune.distill(
         made,
@@ -304,10 +313,12 @@ def _recovered(
         seed=seed,
     )
     before = recovery.validations[0][1]
+    calibration = Calibration(original, options["calibration"], _output, None)
+    calibration.watch({})
     return (
-        f"that was before {steps} steps of recovery, in which the squared difference of the "
-        f"outputs on calibration texts fell from {before:.3g} to {recovery.best:.3g}"
-    )
+        f"in {steps} steps of recovery the squared difference of the outputs on calibration texts "
+        f"fell from {before:.3g} to {recovery.best:.3g}"
+    ), calibration.changed(made) ** 0.5
 
 
 def _write(report: Any, html: Path | None, json: Path | None, model: str) -> None:

@@ -137,8 +137,15 @@ def test_a_model_is_recovered_and_its_directory_is_complete(
         capsys=capsys,
     )
     assert code == 0, err
-    assert printed.startswith("The model is ")
-    assert "The option speed='never-slower'" in printed
+    first = printed.splitlines()[0]
+    assert re.match(
+        r"The model is .* times smaller.* and after its recovery its outputs chang", first
+    )
+    change = re.search(r"change by (\S+) % \((\S+) % before it\)", first)
+    assert change
+    assert float(change[1]) < float(change[2])
+    assert "--recover" not in first
+    assert "The option speed='never-slower'" in first
     fell = re.search(r"fell from (\S+) to (\S+)", printed)
     assert fell
     assert float(fell[2]) < float(fell[1])
@@ -150,6 +157,7 @@ def test_a_model_is_recovered_and_its_directory_is_complete(
     assert "BertModel.from_pretrained(folder)" in card
     assert "SentenceTransformer(folder)" in card
     assert fell[0] in card
+    assert change[0] in card
     register_transformers()
     assert transformers.BertModel.from_pretrained(out, local_files_only=True)
 

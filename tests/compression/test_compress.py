@@ -702,14 +702,52 @@ def test_too_few_rows_of_calibration_are_noted() -> None:
             0.69,
             0.5,
             "its outputs change by 69 %. The model is not usable without recovery: recover "
-            "it by polyadic.finetune.distill, which is --recover on the command line, or choose a "
-            "smaller budget. The option speed='never-slower' leaves those dense that would be "
-            "slower.",
+            "it by polyadic.finetune.distill, --recover on the command line, or choose a smaller "
+            "budget. The option speed='never-slower' leaves those dense that would be slower.",
         ),
         (None, 2.0, "how much its outputs change is not known without calibration batches."),
     ],
 )
 def test_the_report_opens_with_a_verdict(change: float | None, speed: float, words: str) -> None:
+    report = _report(change, speed)
+    assert words in report.verdict
+    assert str(report).startswith(report.verdict)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (0.69, 0.03, "and after its recovery its outputs change by 3 % (69 % before it)."),
+        (
+            0.69,
+            0.2,
+            "by 20 % (69 % before it). That is too much for most uses: recover it in more "
+            "steps, or choose a smaller budget.",
+        ),
+        (
+            0.85,
+            0.6,
+            "by 60 % (85 % before it). The model is not usable yet: recover it in more "
+            "steps, or choose a smaller budget.",
+        ),
+    ],
+)
+def test_the_verdict_after_a_recovery_is_of_the_recovered_model(
+    before: float, after: float, words: str
+) -> None:
+    converted = _report(before, 2.0)
+    report = dataclasses.replace(converted, recovered_error=after)
+    assert report.verdict.endswith(words)
+    assert "distill" not in report.verdict
+    assert f"the same change after the recovery: {after:g}" in str(report)
+    again = json.loads(json.dumps(report.to_dict()))
+    assert polyadic.Report.from_dict(again).verdict == report.verdict
+    del again["recovered_error"]  # as older versions wrote it
+    assert polyadic.Report.from_dict(again) == converted
+
+
+def _report(change: float | None, speed: float) -> polyadic.Report:
+    """A report of one layer of half the size."""
     layer = dataclasses.replace(
         polyadic.compress(nn.Sequential(nn.Linear(64, 64)), ratio=2)[1].layers[0],
         dense_parameters=100,
@@ -717,7 +755,7 @@ def test_the_report_opens_with_a_verdict(change: float | None, speed: float, wor
         dense_seconds=1.0,
         seconds=1 / speed,
     )
-    report = polyadic.Report(
+    return polyadic.Report(
         budget="2 times fewer parameters",
         layers=(layer,),
         dry_run=False,
@@ -729,5 +767,3 @@ def test_the_report_opens_with_a_verdict(change: float | None, speed: float, wor
         output_error=change,
         machine="built-in",
     )
-    assert words in report.verdict
-    assert str(report).startswith(report.verdict)

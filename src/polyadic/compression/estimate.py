@@ -53,7 +53,9 @@ class Estimate:
         self._rate = SHARE_OF_GEMM * machine.gemm / 2
 
     def announce(self, meter: Meter, ranks: Mapping[str, Rank], dry_run: bool) -> None:
-        """Plan the stages of a meter, and say how long they will take if that is long.
+        """Plan the curves' stage of a meter, and say how long all will take if that is long.
+
+        The fits are planned when it is chosen which there are (``of_fits``).
 
         Args:
             meter: the meter.
@@ -62,7 +64,6 @@ class Estimate:
         """
         curves, fits = self.of_curves(ranks), [] if dry_run else self.most_of_fits()
         meter.plan("curves", curves)
-        meter.plan("fits", fits)
         if sum(curves) + sum(fits) >= LONG:
             more = "" if dry_run else f", the fits after them {clock(sum(fits))} at most"
             meter.announce(f"the error curves will take about {clock(sum(curves))}" + more)

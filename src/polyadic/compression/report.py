@@ -40,6 +40,8 @@ class Report:
             None without calibration and in a dry run.
         machine: where the rates behind predicted times come from.
         notes: reasons not to trust these numbers.
+        recovered_error: ``output_error``, measured once more after the model was recovered; None
+            where it was not.
     """
 
     budget: str
@@ -53,6 +55,7 @@ class Report:
     output_error: float | None
     machine: str
     notes: tuple[str, ...] = ()
+    recovered_error: float | None = None
 
     @property
     def weighed(self) -> tuple[LayerReport, ...]:
@@ -127,7 +130,8 @@ class Report:
                 f"{version!r}"
             )
         try:
-            fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+            fields = {field.name: data[field.name] for field in dataclasses.fields(cls)[:-1]}
+            fields["recovered_error"] = data.get("recovered_error")  # older reports have none
             layers = tuple(layer_from(layer) for layer in data["layers"])
             return cls(**{**fields, "layers": layers, "notes": tuple(data["notes"])})
         except (AttributeError, LookupError, TypeError) as error:
@@ -167,26 +171,33 @@ class Report:
                 advice.append(
                     "the option speed='never-slower' leaves those dense that would be slower"
                 )
-        change = self.output_error
+        changed, about_it = self._on_outputs()
+        return (
+            ". ".join(text[0].upper() + text[1:] for text in [said + changed, *about_it, *advice])
+            + "."
+        )
+
+    def _on_outputs(self) -> tuple[str, list[str]]:
+        """How much the outputs change, as the end of a sentence, and what to do about it."""
+        change, after = self.output_error, self.recovered_error
         if change is None and self.calibrated:
             change = self.predicted_error
         if change is None:
-            said += "; how much its outputs change is not known without calibration batches"
-        else:
-            word = "are predicted to change" if self.output_error is None else "change"
-            said += f", and its outputs {word} by {100 * change:.2g} %"
-            if change > MUCH:
-                if change > TOO_MUCH:
-                    state = "would not be" if self.dry_run else "is not"
-                    judged = f"the model {state} usable without recovery"
-                else:
-                    judged = "that is too much for most uses"
-                advice.insert(
-                    0,
-                    f"{judged}: recover it by polyadic.finetune.distill, which is --recover on the "
-                    f"command line, or choose a smaller budget",
-                )
-        return ". ".join(text[0].upper() + text[1:] for text in [said, *advice]) + "."
+            return "; how much its outputs change is not known without calibration batches", []
+        last, how = change, "recover it by polyadic.finetune.distill, --recover on the command line"
+        too_much = "the model is not usable without recovery"
+        word = "are predicted to change" if self.output_error is None else "change"
+        said = f", and its outputs {word} by {100 * change:.2g} %"
+        if self.dry_run:
+            too_much = "the model would not be usable without recovery"
+        if after is not None:
+            last, how, too_much = after, "recover it in more steps", "the model is not usable yet"
+            said = f", and after its recovery its outputs change by {100 * after:.2g} %"
+            said += f" ({100 * change:.2g} % before it)"
+        if last <= MUCH:
+            return said, []
+        judged = too_much if last > TOO_MUCH else "that is too much for most uses"
+        return said, [f"{judged}: {how}, or choose a smaller budget"]
 
     def summary(self) -> list[str]:
         """Return the sums over all layers, one sentence each."""
@@ -218,6 +229,8 @@ class Report:
                 f"relative change of the model's outputs on the calibration batches, measured: "
                 f"{self.output_error:.3g}"
             )
+        if self.recovered_error is not None:
+            lines.append(f"the same change after the recovery: {self.recovered_error:.3g}")
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def __str__(self) -> str:
