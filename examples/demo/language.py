@@ -113,17 +113,25 @@ def _trained(job: Job, folder: Path | None) -> dict[str, Any]:
     }
 
 
+def size(one: Trained, other: Trained) -> str:
+    """Say how many parameters a model has, by those of another."""
+    times = one.parameters / other.parameters
+    return "about as many" if 1 / 1.1 <= times <= 1.1 else f"{times:.2g} times as many"
+
+
 def verdict(trained: Sequence[Trained]) -> str:
     """Say in a sentence whether CP wins, and at what."""
     by = {one.contestant: one for one in trained}
     dense, cp, others = by[DENSE], by[CP], [by[NARROW], by[LOW_RANK]]
     wins = "CP wins" if all(cp.loss < one.loss for one in others) else "CP does not win"
-    beside = " and ".join(f"{one.contestant.label} at {one.loss:.2f}" for one in others)
+    beside = " and ".join(
+        f"{one.contestant.label} ({size(one, cp)}) at {one.loss:.2f}" for one in others
+    )
     ahead = dense.loss - cp.loss
     return (
-        f"On text {wins} among language models of equal size: with {cp.parameters:,} parameters in "
-        f"the blocks it ends at {cp.loss:.2f} nats a byte, {beside}. The full dense model, of "
-        f"{dense.parameters / cp.parameters:.0f} times as many, ends at {dense.loss:.2f}, "
-        f"{abs(ahead):.2f} nats {'behind' if ahead > 0 else 'ahead of'} CP, whose step takes "
+        f"On text {wins} against a narrow and a low-rank language model: with {cp.parameters:,} "
+        f"parameters in the blocks it ends at {cp.loss:.2f} nats a byte, {beside}. The full dense "
+        f"model ({size(dense, cp)}) ends at {dense.loss:.2f}, {abs(ahead):.2f} nats "
+        f"{'behind' if ahead > 0 else 'ahead of'} CP, whose step takes "
         f"{cp.seconds / dense.seconds:.2f} times as long."
     )

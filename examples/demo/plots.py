@@ -1,28 +1,21 @@
-"""The report's figures: each a small panel of SVG, so that a page can set them side by side or not.
-
-Lines and letters have the colour of the page's text, so that they show on light and on dark.
-"""
+"""The report's figures: each a small panel, so that a page can set them side by side or not."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from io import StringIO
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from examples.demo import language
 from examples.demo.training import Result
+from polyadic.compression.html import TEXT
 from polyadic.nn import CPLinear
 
-# What stands in for the colour of the page's text until it is replaced.
-TEXT = "#010203"
 # Okabe and Ito's colours, told apart by readers with colour-blindness too; one per rank.
 LOOKS: dict[Any, Any] = {
     "dense": (TEXT, "s", "-"), "narrow": ("#7f7f7f", "X", "--"), 4: ("#e69f00", "o", "-"),
@@ -32,37 +25,6 @@ LANGUAGE_LOOKS = {
     language.DENSE: (TEXT, "s"), language.NARROW: ("#7f7f7f", "X"), language.CP: ("#009e73", "D"),
     language.LOW_RANK: ("#e69f00", "o"),
 }  # fmt: skip
-STYLE: Any = {
-    "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.axisbelow": True, "grid.color": "#8080804d", "legend.frameon": False,
-    "svg.fonttype": "none", "font.family": "sans-serif", "text.color": TEXT,
-    "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
-}  # fmt: skip
-Draw = Callable[[Figure, Any], None]
-
-
-def svg(name: str, width: float, height: float, draw: Draw, what: Any) -> str:
-    """Draw something into a figure of so many inches, as SVG to stand in a page.
-
-    Args:
-        name: tells the figure's inner names from those of others on the page.
-        width: inches.
-        height: inches.
-        draw: draws ``what`` into a figure; matplotlib's global state is left alone.
-        what: handed to ``draw``.
-    """
-    with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure, text = Figure((width, height), layout="constrained"), StringIO()
-        draw(figure, what)
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    drawn = text.getvalue()
-    drawn = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->", "", drawn[drawn.index("<svg") :], flags=re.DOTALL
-    )
-    drawn = re.sub(r' xmlns(:\w+)?="[^"]*"| id="(?!\w*[0-9a-f]{10})[^"]*"', "", drawn)
-    drawn = re.sub(r"\n\s+", "\n", drawn)
-    sized = f'<svg role="img" aria-label="{name}" style="max-width: {width * 100:.0f}px"'
-    return drawn.replace("xlink:href", "href").replace(TEXT, "currentColor").replace("<svg", sized)
 
 
 def losses(figure: Figure, what: tuple[Sequence[language.Trained], str]) -> None:

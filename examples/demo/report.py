@@ -15,26 +15,10 @@ from torch import nn
 from examples.demo.language import STEPS, Trained, verdict
 from examples.demo.models import NARROW_LIKE_RANK
 from examples.demo.training import Result, Settings
+from polyadic.compression.html import document, svg
 
 COLUMNS = ("parameters", "in con-\nverted", "ratio", "accuracy\n(%)", "step\n(ms)", "kept\n(KiB)")
-CSS = """:root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --quiet: #57606a;
-  --line: #d0d7de; --verdict: #e8f3ee; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --text: #e6e9ec; --quiet: #9aa4ae;
-  --line: #363c43; --verdict: #17312a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
-  background: var(--page); color: var(--text); }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; }
-.verdict { background: var(--verdict); padding: .8rem 1rem; border-radius: .5rem; }
-.wide { overflow-x: auto; } .wide > svg { min-width: 56rem; }
-.panels { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .5rem; text-align: right; }
-td { white-space: nowrap; } th { vertical-align: bottom; }
-td { border-bottom: 1px solid var(--line); } td:first-child, th:first-child { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; text-align: left; }
-figure { margin: 1rem 0; } svg { width: 100%; height: auto; } figcaption { color: var(--quiet); }"""
+STYLE = ".wide > svg { min-width: 56rem; }"
 EXPLANATION = """<p>A linear layer multiplies by a matrix <i>W</i> of M × N weights. A CP layer
 (CP: canonical polyadic decomposition) reads M and N as products of small <b>modes</b> and <i>W</i>
 as a sum of R outer products of one vector per mode: W = (A₁ ⊙ A₂) (C₁ ⊙ C₂)ᵀ. R is the <b>rank</b>;
@@ -161,21 +145,20 @@ def figures(
     small = (4.6, 3.4)
     made = {
         "language": [
-            plots.svg(f"language-{cost}", *small, plots.losses, (trained, cost))
+            svg(f"language-{cost}", *small, plots.losses, (trained, cost))
             for cost in ("parameters", "time")
         ],
-        "factorization": [plots.svg("factorization", 9.6, 6.2, plots.factorization, layer)],
+        "factorization": [svg("factorization", 9.6, 6.2, plots.factorization, layer)],
     }
     for family, members in grouped.items():
-        accuracy = plots.svg(f"{family}-accuracy", *small, plots.accuracy, members)
+        accuracy = svg(f"{family}-accuracy", *small, plots.accuracy, members)
         made[f"{family}-accuracy"] = [accuracy]
         for caption, draw, kinds in (
             ("curves", plots.curves, ("loss", "accuracy")),
             ("costs", plots.costs, ("time", "kept")),
         ):
             made[f"{family}-{caption}"] = [
-                plots.svg(f"{family}-{caption}-{kind}", *small, draw, (members, kind))
-                for kind in kinds
+                svg(f"{family}-{caption}-{kind}", *small, draw, (members, kind)) for kind in kinds
             ]
     return made
 
@@ -219,16 +202,11 @@ def html(
     quick = settings == Settings.quick(settings.seed)
     warning = "<b>This was a quick run</b>: its numbers do not mean much." if quick else ""
     language_rows_ = "".join(map(_row, language_rows(trained)))
-    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>polyadic: CP and dense networks, trained from scratch</title>
-<style>{CSS}</style></head><body>
-<h1>CP and dense networks, trained from scratch</h1>
+    body = f"""<h1>CP and dense networks, trained from scratch</h1>
 <p class="verdict">{escape(verdict(trained))} {escape(digits_verdict(grouped))} {warning}</p>
 <h2>A language model</h2>
 <p>A small transformer learns to predict the bytes of Python's standard library; its linear layers
-are dense, CP or low rank. The narrow and the low-rank model have about as many parameters in
-their blocks as the CP model. One seed, {STEPS} steps unless this was a quick run, each contestant
+are dense, CP or low rank. One seed, {STEPS} steps unless this was a quick run, each contestant
 with the best of four learning rates or more; the study in <code>docs/training.md</code> is larger,
 with three seeds and more contestants.</p>
 {_table(LANGUAGE_COLUMNS, language_rows_)}
@@ -251,5 +229,5 @@ none was tuned. The same seed gives the same losses with the same threads, versi
 Time is the median processor time of {settings.rounds} steps on one batch; the models of a family
 take turns. Kept for backward are all tensors that autograd saves from images to loss, without
 parameters, images and labels.</p>
-<div class="wide"><table><tbody>{place}</tbody></table></div></body></html>
-"""
+<div class="wide"><table><tbody>{place}</tbody></table></div>"""
+    return document("polyadic: CP and dense networks, trained from scratch", body, STYLE)

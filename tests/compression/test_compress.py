@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -650,7 +651,14 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     report.to_html(tmp_path / "report.html", "a <small> model")
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")
-    assert page.count('<img alt="') == page.count("data:image/png;base64,") == 2
+    assert page.count("<svg") == 1 + sum(bool(layer.curves) for layer in report.layers) > 2
+    assert page.index('class="verdict"') < page.index("<ul>")
+    # Light and dark: lines and letters of the figures have the colour of the page's text.
+    assert "prefers-color-scheme: dark" in page
+    assert "currentColor" in page
+    assert "#010203" not in page
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(names) == len(set(names))
     assert "<h1>Compression of a &lt;small&gt; model</h1>" in page
     assert f"polyadic {polyadic.__version__}, 20" in page
     assert "<b>odd" not in page

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from io import StringIO
@@ -270,8 +270,10 @@ def test_examples_take_the_training_study_alone_from_the_benchmarks() -> None:
         assert all(own and one.startswith("from benchmarks.training.") for one in taken), path
 
 
-def _language(**losses: float) -> list[language.Trained]:
-    parameters = {"dense": 396_544, "cp": 24_064, "narrow": 25_408, "low": 23_808}
+SIZES = {"dense": 396_544, "cp": 24_064, "narrow": 25_408, "low": 23_808}
+
+
+def _language(parameters: Mapping[str, int] = SIZES, **losses: float) -> list[language.Trained]:
     members = dict(zip(parameters, language.CONTESTANTS, strict=True))
     return [
         language.Trained(members[n], parameters[n], loss, [[500, loss]], 0.04)
@@ -281,12 +283,18 @@ def _language(**losses: float) -> list[language.Trained]:
 
 def test_the_verdict_says_whether_cp_wins() -> None:
     said = language.verdict(_language(dense=2.08, cp=2.13, narrow=2.27, low=2.42))
-    assert said.startswith("On text CP wins among language models of equal size: with 24,064")
-    assert "dense, narrow at 2.27 and low rank, rank 5 at 2.42" in said
-    assert "of 16 times as many, ends at 2.08, 0.05 nats ahead of CP" in said
+    assert said.startswith("On text CP wins against a narrow and a low-rank language model: with")
+    assert "24,064 parameters in the blocks it ends at 2.13 nats a byte, dense, narrow" in said
+    assert "dense, narrow (about as many) at 2.27 and low rank, rank 5 (about as many)" in said
+    assert "The full dense model (16 times as many) ends at 2.08, 0.05 nats ahead of CP" in said
     lost = language.verdict(_language(dense=2.2, cp=2.13, narrow=2.1, low=2.42))
-    assert lost.startswith("On text CP does not win among")
+    assert lost.startswith("On text CP does not win against")
     assert "0.07 nats behind CP" in lost
+    # The models of a quick run differ in size, which is said and not hidden.
+    sizes = {"dense": 25_000, "cp": 17_000, "narrow": 1_900, "low": 6_000}
+    quick = language.verdict(_language(sizes, dense=5.2, cp=5.1, narrow=5.3, low=5.3))
+    assert "narrow (0.11 times as many) at 5.30 and low rank, rank 5 (0.35 times as" in quick
+    assert "equal" not in quick
     small = report.digits_verdict({"MLP": FABRICATED})
     assert "1 of 2 CP models take longer a step than the dense one" in small
 

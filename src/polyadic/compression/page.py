@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from polyadic.compression.html import document, figure, new_figure, png, style
+from polyadic.compression.html import TEXT, document, svg
 from polyadic.compression.layer_report import LayerReport, modes_text
 from polyadic.planner.report import count_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # One colour per order, from Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLORS = {1: "#000000", 2: "#0072b2", 3: "#e69f00"}
+_COLORS = {1: TEXT, 2: "#0072b2", 3: "#e69f00"}
 _OTHER = "#009e73"
+_DENSE, _AFTER = "#80808060", "#0072b2"
+# The table has many columns; those with words may be broken, and so do long names of layers.
+_STYLE = """body { max-width: 86rem; } p, ul, figcaption { max-width: 50rem; }
+.layers table { font-size: .75rem; } .layers :is(th, td) { padding: .3rem .25rem; }
+.layers :is(td:first-child, td:last-child) { white-space: normal; overflow-wrap: anywhere;
+  min-width: 8rem; } .layers td:nth-child(5) { white-space: normal; }
+.layers :is(th, td):last-child { text-align: left; } .wide > svg { min-width: 36rem; }
+.panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
+"""
 # Most layers that get a panel of their own.
 _PANELS = 24
 _HEADINGS = (
@@ -25,12 +34,15 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def html(title: str, lead: str, summary: Sequence[str], layers: Sequence[LayerReport]) -> str:
+def html(
+    title: str, verdict: str, lead: str, summary: Sequence[str], layers: Sequence[LayerReport]
+) -> str:
     """Write the page.
 
     Args:
         title: its title.
-        lead: a sentence on what the page is about.
+        verdict: what came of the compression.
+        lead: sentences on what was done.
         summary: sums over all layers, one sentence each.
         layers: the layers in the order of the table.
 
@@ -52,40 +64,37 @@ def html(title: str, lead: str, summary: Sequence[str], layers: Sequence[LayerRe
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(layer)) + "</tr>"
         for layer in layers
     )
-    pictures = []
+    pictures = ""
     weighed = [layer for layer in layers if layer.decision != "skipped"]
     if weighed:
-        pictures.append(
-            figure(
-                "Bars of parameters per layer",
-                _parameters(weighed),
-                "Parameters of the layers weighed, before and after.",
-            )
+        bars = svg("parameters", 9.6, 1.2 + 0.24 * len(weighed), _parameters, weighed)
+        caption = "Parameters of the layers weighed, before and after."
+        pictures += (
+            f'<figure><div class="wide">{bars}</div><figcaption>{caption}</figcaption></figure>'
         )
     drawn = [layer for layer in weighed if layer.curves]
     if drawn:
-        more = (
-            f" The first {_PANELS} of {len(drawn)} layers are shown."
-            if len(drawn) > _PANELS
-            else ""
+        panels = "".join(svg(layer.name, 3.6, 2.7, _curve, layer) for layer in drawn[:_PANELS])
+        caption = (
+            "Relative error, in the metric of the fit, against the fraction of the dense "
+            "parameters. Lines: plain low rank, exact. Points: other orders, short fits. "
+            "Crosses: what was chosen."
         )
-        pictures.append(
-            figure(
-                "Error against parameters for each layer",
-                _curves(drawn[:_PANELS]),
-                "Relative error, in the metric of the fit, against the fraction of the dense "
-                "parameters. Lines: plain low rank, exact. Points: other orders, short fits. "
-                f"Crosses: what was chosen.{more}",
-            )
+        if len(drawn) > _PANELS:
+            caption += f" The first {_PANELS} of {len(drawn)} layers are shown."
+        pictures += (
+            f'<figure><div class="panels">{panels}</div><figcaption>{caption}</figcaption></figure>'
         )
+    table = f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>"
     body = f"""<h1>{escape(title)}</h1>
-<p class="lead">{escape(lead)}</p>
+<p class="verdict">{escape(verdict)}</p>
+<p>{escape(lead)}</p>
 <ul>{sums}</ul>
 <h2>Layers</h2>
-<div class="scroll"><table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table></div>
+<div class="wide layers">{table}</div>
 <h2>Plots</h2>
-{"".join(pictures)}"""
-    return document(title, body)
+{pictures}"""
+    return document(title, body, _STYLE)
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
@@ -125,48 +134,21 @@ def _short(layer: LayerReport) -> str:
     return layer.name if len(layer.name) <= 36 else "…" + layer.name[-35:]
 
 
-def _parameters(layers: Sequence[LayerReport]) -> bytes:
+def _parameters(figure: Figure, layers: Sequence[LayerReport]) -> None:
     """Draw bars of the parameters of each layer."""
-    places = range(len(layers))
-    with style():
-        canvas = new_figure(9.6, 1.2 + 0.24 * len(layers))
-        axes = canvas.subplots()
-        axes.barh(
-            places,
-            [layer.dense_parameters for layer in layers],
-            height=0.8,
-            color="#d9dde3",
-            label="dense",
-        )
-        axes.barh(
-            places,
-            [layer.parameters for layer in layers],
-            height=0.5,
-            color="#0072b2",
-            label="after",
-        )
-        axes.set_yticks(places, [_short(layer) for layer in layers])
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_xlabel("parameters")
-        axes.legend()
-        return png(canvas)
+    axes, places = figure.subplots(), range(len(layers))
+    before, after = zip(*((x.dense_parameters, x.parameters) for x in layers), strict=True)
+    axes.barh(places, before, height=0.8, color=_DENSE, label="dense")
+    axes.barh(places, after, height=0.5, color=_AFTER, label="after")
+    axes.set_yticks(places, [_short(layer) for layer in layers])
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlabel("parameters")
+    axes.legend()
 
 
-def _curves(layers: Sequence[LayerReport]) -> bytes:
-    """Draw the error curves of each layer in a panel."""
-    columns = min(3, len(layers))
-    rows = math.ceil(len(layers) / columns)
-    with style():
-        canvas = new_figure(3.3 * columns, 2.5 * rows)
-        grid = canvas.subplots(rows, columns, squeeze=False)
-        for axes, layer in zip(grid.flat, layers, strict=False):
-            _curve(axes, layer)
-        for axes in list(grid.flat)[len(layers) :]:
-            axes.set_axis_off()
-        return png(canvas)
-
-
-def _curve(axes: Axes, layer: LayerReport) -> None:
+def _curve(figure: Figure, layer: LayerReport) -> None:
+    """Draw the error curves of a layer."""
+    axes: Axes = figure.subplots()
     for curve in layer.curves:
         fractions = [count / layer.dense_parameters for count in curve.parameters]
         color = _COLORS.get(curve.order, _OTHER)

@@ -154,9 +154,10 @@ class Report:
         how = "weighed by calibration batches" if self.calibrated else "of the weights alone"
         state = "plan of a dry run" if self.dry_run else "done"
         made = f"polyadic {version('polyadic')}, {date.today().isoformat()}"
-        lead = f"{self.verdict} Budget: {self.budget} ({state}); errors {how}; seed {self.seed}."
+        lead = f"Budget: {self.budget} ({state}); errors {how}; seed {self.seed}. {made}."
         title = f"Compression of {model}"
-        write_text(Path(path), html(title, f"{lead} {made}.", self.summary(), self.layers))
+        page = html(title, self.verdict, lead, self.summary(), self.layers)
+        write_text(Path(path), page)
 
     @property
     def verdict(self) -> str:
