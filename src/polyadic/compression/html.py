@@ -40,6 +40,7 @@ td { white-space: nowrap; } th { vertical-align: bottom; }
 td { border-bottom: 1px solid var(--line); } td:first-child, th:first-child { text-align: left; }
 td.text { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 figure { margin: 1rem 0; } svg { width: 100%; height: auto; } figcaption { color: var(--quiet); }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding: .3rem .25rem; } }
 """
 
 

@@ -22,9 +22,10 @@ _DENSE, _AFTER = "#80808060", "#0072b2"
 _STYLE = """body { max-width: 86rem; } p, ul, figcaption { max-width: 50rem; }
 .layers table { font-size: .75rem; } .layers :is(th, td) { padding: .3rem .25rem; }
 .layers :is(td:first-child, td:last-child) { white-space: normal; overflow-wrap: anywhere;
-  min-width: 8rem; } .layers td:nth-child(5) { white-space: normal; }
+  min-width: 10rem; } .layers td:nth-child(5) { white-space: normal; }
 .layers :is(th, td):last-child { text-align: left; } .wide > svg { min-width: 36rem; }
 .panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
+@media (max-width: 60rem) { .layers td:last-child { min-width: 24rem; } }
 """
 # Most layers that get a panel of their own.
 _PANELS = 24
