@@ -255,8 +255,9 @@ def test_pyplot_stays_out() -> None:
     program = """
 import sys
 from examples.demo import models, plots
+from polyadic.compression.html import svg
 layer = models.Contestant("MLP", "cp", 256, 4).build()[1]
-assert plots.svg("layer", 9, 6, plots.factorization, layer).startswith("<svg")
+assert svg("layer", 9, 6, plots.factorization, layer).startswith("<svg")
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
