@@ -373,7 +373,7 @@ NOT_FINITE = CPTensor.from_factors(
         ({"regularization": math.nan}, ValueError, "regularization"),
         ({"max_growth": 0.5}, ValueError, "max_growth must be finite and at least 1"),
         ({"seed": 1.5}, TypeError, "seed must be an int"),
-        ({"callback": 3}, TypeError, "callback must be callable"),
+        ({"callback": 3}, TypeError, "callback must be a function or None"),
         ({"start": "best"}, ValueError, "one of .*orthogonal.*got 'best'"),
         ({"start": ()}, ValueError, "at least one start"),
         ({"start": 3}, TypeError, "a name, factors or a sequence"),

@@ -147,7 +147,7 @@ def test_progress_is_told() -> None:
         ({"order": 0}, ValueError, "order"),
         ({"target_modules": "nothing"}, ValueError, "matches none of the layers"),
         ({"rank_pattern": {"nothing": 3}}, ValueError, "matches none of the layers"),
-        ({"callback": 3}, TypeError, "callback must be callable"),
+        ({"callback": 3}, TypeError, "callback must be a function or None"),
         ({"model": nn.ReLU()}, ValueError, "has no layer to put into CP format"),
     ],
 )

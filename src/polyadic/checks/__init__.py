@@ -8,9 +8,11 @@ from polyadic.checks.arguments import (
     check_device,
     check_dtype,
     check_flag,
+    check_function,
     check_memory,
     check_module,
     check_plan,
+    check_tensor,
     check_word,
 )
 from polyadic.checks.factors import (
@@ -54,6 +56,7 @@ __all__ = [
     "check_factor_group",
     "check_factors",
     "check_flag",
+    "check_function",
     "check_geometry",
     "check_in_range",
     "check_indices",
@@ -68,6 +71,7 @@ __all__ = [
     "check_sizes",
     "check_spatial_size",
     "check_table_rows",
+    "check_tensor",
     "check_transposed_geometry",
     "check_word",
 ]

@@ -68,6 +68,18 @@ def check_module(model: object, argument: str = "model") -> None:
         raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Raise a TypeError for anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_function(value: object, name: str) -> None:
+    """Raise a TypeError for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r:.80}")
+
+
 def check_flag(value: Any, name: str) -> bool:
     """Return an option that is on or off as a bool; None is off, and 0 and 1 are accepted too.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import is_traced, memoized
+from polyadic.checks.arguments import check_tensor
 from polyadic.formats import Shape
 from polyadic.kernels.backend import is_computed
 
@@ -30,8 +31,7 @@ def check_factor_group(factors: Any, name: str) -> tuple[Tensor, ...]:
     if not group:
         raise ValueError(f"{name} must hold at least one factor, got none")
     for i, factor in enumerate(group):
-        if not isinstance(factor, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor, got {type(factor).__name__}")
+        check_tensor(factor, f"{name}[{i}]")
     return group
 
 
@@ -128,8 +128,7 @@ def check_like_factors(tensor: Any, like: Tensor, name: str, *, cast: bool = Fal
     Raises:
         RuntimeError: under torch.jit.trace, where no size is a number to plan by.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(tensor, name)
     if not torch.compiler.is_compiling() and is_traced():
         raise RuntimeError(
             "CP layers do not support torch.jit.trace, which torch has deprecated; use "

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyadic.checks.arguments import check_tensor
 from polyadic.checks.factors import check_dense
 from polyadic.formats import Shape, is_int, positive_int
 
 
 def check_indices(value: Any, like: Tensor) -> None:
     """Check that ``value`` is a tensor of indices on the factors' device."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"indices must be a tensor, got {type(value).__name__}")
+    check_tensor(value, "indices")
     check_dense(value, "indices")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32, got {value.dtype}; cast them")

@@ -29,8 +29,7 @@ def batches_of(calibration: Any, forward: Any, weights: Any) -> list[Any] | None
     for name, value in (("forward", forward), ("weights", weights)):
         if value is not None and calibration is None:
             raise ValueError(f"{name} says how to run calibration batches; give calibration= too")
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+        checks.check_function(value, name)
     if calibration is None:
         return None
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
@@ -57,8 +56,7 @@ def check_options(orders: Any, seed: Any, callback: Any, fit: Mapping[str, Any])
         for order in orders:
             positive_int(order, "each of orders")
     checks.a_seed(seed)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+    checks.check_function(callback, "callback")
     wrong = [name for name in fit if name in _NOT_OPTIONS or name not in _options()]
     if wrong:
         raise TypeError(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic.batches import keeping_modes, moved, require_batches
-from polyadic.checks import check_module
+from polyadic.checks import check_function, check_module
 from polyadic.durable import identity
 from polyadic.durable.keeper import FileKeeper, path_of
 from polyadic.finetune import models
@@ -23,7 +23,6 @@ from polyadic.finetune.settings import (
     Schedule,
     Settings,
     batch_count,
-    optional_function,
     total_steps,
 )
 from polyadic.finetune.walk import drawn_by, first
@@ -165,7 +164,7 @@ def distill(
     compare = _comparison(loss)
     trained = models.select(student, trainable)
     models.refuse_shared(trained, teacher)
-    optional_function(forward, "forward")
+    check_function(forward, "forward")
     run_model = forward or models.output_tensor
     device = models.device_of(student)
     total = total_steps(steps, epochs, batches)

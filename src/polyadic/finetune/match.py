@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyadic.batches import call, moved, require_batches
-from polyadic.checks import check_module, check_word
+from polyadic.checks import check_function, check_module, check_word
 from polyadic.durable.identity import of_module
 from polyadic.durable.keeper import path_of
 from polyadic.finetune import models
@@ -25,7 +25,6 @@ from polyadic.finetune.settings import (
     Schedule,
     Settings,
     batch_count,
-    optional_function,
     total_steps,
 )
 from polyadic.nn.wrapped import check_unwrapped
@@ -114,7 +113,7 @@ def match_layers(
     check_module(teacher, "teacher")
     require_batches(batches, "batches")
     check_word(mode, "mode", ("sequential", "joint"))
-    optional_function(callback, "callback")
+    check_function(callback, "callback")
     layers = _layers(student, teacher, names)
     trained = {
         f"{name}.{own}": parameter

@@ -86,7 +86,7 @@ class Settings:
                 f"schedule must be one of {known} or a function of the part done, got "
                 f"{self.schedule!r}"
             )
-        optional_function(self.callback, "callback")
+        checks.check_function(self.callback, "callback")
 
     def factor(self, step: int) -> float:
         """Return the factor of the learning rate at a step, counted from 0."""
@@ -109,12 +109,6 @@ class Settings:
             "patience": self.patience,
             "seed": self.seed,
         }
-
-
-def optional_function(value: Any, name: str) -> None:
-    """Raise a TypeError for what is neither None nor can be called."""
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function or None, got {value!r}")
 
 
 def total_steps(steps: int | None, epochs: int | None, batches: Iterable[Any]) -> int:

@@ -58,8 +58,7 @@ def weight(value: Any, shape: tuple[Shape, ...]) -> None:
         TypeError: it is neither a floating-point nor a complex tensor.
         ValueError: its shape does not fit, it is not finite, or a process holds only a part of it.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
+    checks.check_tensor(value, "weight")
     if not is_computed(value.dtype):
         raise TypeError(f"weight must be floating point or complex, got {value.dtype}; cast it")
     if value.is_meta:
@@ -183,8 +182,7 @@ def options(
     if max_growth is not None:
         checks.a_number(max_growth, "max_growth", least=1)
     checks.a_seed(seed)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+    checks.check_function(callback, "callback")
 
 
 def starts(value: Any, shape: tuple[Shape, ...], *, is_complex: bool) -> list[Start]:

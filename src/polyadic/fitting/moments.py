@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyadic.batches import call, evaluating, require_batches
+from polyadic.checks import check_module
 
 # Most entries of patches that are unfolded at once.
 UNFOLDED = 2**22
@@ -83,8 +84,7 @@ def second_moments(
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, nn.Module] = {}
     for name in [names] if isinstance(names, str) else names:

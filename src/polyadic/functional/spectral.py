@@ -109,8 +109,7 @@ def _settle_product(asked: Asked) -> tuple[_SpectralCall, Groups]:
     plan, memory = asked.options
     fmt, groups = _format(asked.groups, weights)
     first = groups[0][0]
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    checks.check_tensor(x, "x")
     rounded = x.dtype == torch.complex32 and first.dtype == torch.complex64
     if not rounded:
         checks.check_like_factors(x, first, "x")
@@ -251,8 +250,7 @@ def _checked_options(
     """Return the mode factors as a tuple, and the sizes of both grids."""
     modes = checks.check_factor_group(mode_factors, "mode_factors")
     dims = len(modes)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    checks.check_tensor(x, "x")
     if dims > 3 or x.dim() not in (dims + 1, dims + 2) or 0 in x.shape[-dims:]:
         raise ValueError(
             f"x must have {dims} spatial dimensions, one for each of 1 to 3 mode factors, none of "

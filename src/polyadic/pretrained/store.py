@@ -274,8 +274,7 @@ def attach(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if any(map(_is_transformers, model.modules())):
         _bridge().attach(model)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from polyadic import surgery
+from polyadic.checks import check_function
 from polyadic.formats import Rank, Shape, positive_int
 from polyadic.nn.convert import Exchangeable, shaped
 from polyadic.nn.kinds import BY_DENSE, family_of
@@ -136,8 +137,7 @@ def factorize(
     check_unwrapped(model, "factorize")
     if order is not None:
         positive_int(order, "order")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+    check_function(callback, "callback")
     if isinstance(target_modules, str) and target_modules == ALL_LINEAR:
         target_modules = _all_linear(model)
     found = surgery.find(model, target_modules=target_modules, exclude_modules=exclude_modules)
