@@ -167,6 +167,7 @@ def test_a_million_calls_are_made_of_every_kind_there_is() -> None:
         (lambda: CPLinear(4, 4, rank=2, dtype=0), "dtype must be floating point"),
         (lambda: CPLinear(torch.ones(2), 4, rank=2), "must be a positive int"),
         (lambda: CPLinear(4, 4, rank=2, order=2**31), "order must be a positive int of at most 64"),
+        (lambda: CPLinear.joint(2**70, 4, 4, rank=2), "layers must be a positive int of at most"),
         (lambda: CPLinear(2**61 - 1, 4, rank=2), "in_features must be a positive int of at most"),
         (lambda: CPLinear(4, 4, rank=2**62, order=1), "is too large|at most"),
         (lambda: CPLinear(4, 4, rank=2)(torch.eye(4).to_sparse()), "must be a dense tensor"),

@@ -32,6 +32,8 @@ from polyadic.tensor import CPTensor, check_fits_memory
 
 # The arguments of a layer's constructor.
 Arguments = ParamSpec("Arguments")
+# Layers that one call makes; a longer sequence of arguments may be given.
+MOST_LAYERS = 4096
 
 
 class CPLayer(Weighted):
@@ -190,8 +192,8 @@ class CPLayer(Weighted):
         add up, and a state dict names them in each layer, as it does tied weights.
 
         Args:
-            layers: how many; or for each of them a mapping of arguments that differ, such as
-                ``[{}, {"stride": 2}]``.
+            layers: how many, at most 4096; or for each of them a mapping of arguments that differ,
+                such as ``[{}, {"stride": 2}]``.
             args: arguments of one layer, as the class takes them.
             options: keyword arguments of one layer. A rank given as a float is the fraction of the
                 parameters of all dense layers together.
@@ -270,4 +272,4 @@ def _differences(layers: Any) -> list[Mapping[str, Any]]:
         if not layers:
             raise ValueError("layers must be at least one, got an empty sequence")
         return list(layers)
-    return [{}] * positive_int(layers, "layers")
+    return [{}] * positive_int(layers, "layers", MOST_LAYERS)
