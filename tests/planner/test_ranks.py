@@ -145,8 +145,16 @@ def test_a_rank_that_pays_warns_of_nothing(rank: Any) -> None:
         (lambda: CPConv2d(64, 64, 3, rank=10**6), ValueError, "rank must be at most"),
         (lambda: rank_for(LINEAR), ValueError, "one of parameters, flops and speedup, got none"),
         (lambda: rank_for(LINEAR, flops=1, speedup=2), ValueError, "got flops and speedup"),
-        (lambda: rank_for(LINEAR, speedup=0.0), ValueError, "speedup must be above 0, got 0.0"),
-        (lambda: rank_for(LINEAR, speedup=float("nan")), ValueError, "speedup must be above 0"),
+        (
+            lambda: rank_for(LINEAR, speedup=0.0),
+            ValueError,
+            "speedup must be finite and above 0, got 0.0",
+        ),
+        (
+            lambda: rank_for(LINEAR, speedup=float("nan")),
+            ValueError,
+            "speedup must be finite and above 0",
+        ),
         (lambda: rank_for(LINEAR, parameters=1.5), ValueError, r"in \(0, 1\], got 1.5"),
         (lambda: rank_for(LINEAR, flops="x"), TypeError, "flops must be a number, got 'x'"),
         (lambda: rank_for((3, 4, 5), flops=1), ValueError, "in_features, out_features"),

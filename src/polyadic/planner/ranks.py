@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,9 +98,7 @@ def rank_for(
 
 
 def _bound(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not 0.0 < value < math.inf or (name == "parameters" and value > 1):
-        allowed = "in (0, 1]" if name == "parameters" else "above 0"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return float(value)
+    found = checks.a_number(value, name, above=0)
+    if name == "parameters" and found > 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    return found
