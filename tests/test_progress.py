@@ -103,6 +103,15 @@ def test_a_compression_says_how_long_before_its_first_fit(
     assert asked[0] == words
 
 
+def test_fits_that_take_no_time_are_not_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("polyadic.compression.estimate.LONG", 0.0)
+    with caplog.at_level("INFO", "polyadic"):
+        polyadic.compress(nn.Sequential(nn.Linear(24, 36)), ratio=2, orders=(1,))
+    assert caplog.messages[0] == "compress, the error curves will take about 0:00"
+
+
 def test_the_work_of_a_sweep_is_that_of_its_products() -> None:
     """Where the rank is small, the weight times two Khatri-Rao matrices is nearly all of it."""
     assert sweep_work(((40, 50), (30, 20)), 1, None, (0,)) == pytest.approx(2.4e6, rel=0.01)

@@ -65,7 +65,7 @@ class Estimate:
         curves, fits = self.of_curves(ranks), [] if dry_run else self.most_of_fits()
         meter.plan("curves", curves)
         if sum(curves) + sum(fits) >= LONG:
-            more = "" if dry_run else f", the fits after them {clock(sum(fits))} at most"
+            more = f", the fits after them {clock(sum(fits))} at most" if sum(fits) >= 1 else ""
             meter.announce(f"the error curves will take about {clock(sum(curves))}" + more)
 
     def of_curves(self, ranks: Mapping[str, Rank]) -> list[float]:

@@ -313,7 +313,7 @@ def _warn_of_padding(embedding: nn.Embedding) -> None:
     if index is not None and embedding.weight.detach()[index].any():
         warnings.warn(
             f"row {index} of the embedding, its padding_idx, is not zero; a CPEmbedding gives "
-            f"zeros there. To keep the row, set padding_idx of the embedding to None before",
+            f"zeros there. Set padding_idx of the embedding to None first to keep the row",
             UserWarning,
             stacklevel=3,
         )
