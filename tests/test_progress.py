@@ -68,6 +68,16 @@ def test_parts_without_a_plan_say_no_time_left(seconds: list[float]) -> None:
     assert said == ["work, reading, 1 of 2, 0:11 so far"]
 
 
+def test_pieces_planned_to_take_no_time_say_no_time_left(seconds: list[float]) -> None:
+    said: list[str] = []
+    meter = Meter("work", said.append)
+    meter.plan("fits", [0.0, 0.0])
+    meter.tell("fits", 0, 2)
+    seconds[0] = 11.0
+    meter.tell("fits", 1, 2)
+    assert said == ["work, fits, 1 of 2, 0:11 so far"]
+
+
 def test_without_a_plan_pieces_count_alike(seconds: list[float]) -> None:
     said: list[str] = []
     meter = Meter("work", said.append)

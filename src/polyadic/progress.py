@@ -102,7 +102,7 @@ class Meter:
         """Predict the seconds that are left of a stage; None as long as nothing is known.
 
         The pieces of a part of the work may differ much, so that without a plan their number tells
-        nothing.
+        nothing. Neither does a plan by which nothing is left to do.
         """
         began, before = self._stages[stage]
         if stage not in self._plans:
@@ -115,7 +115,7 @@ class Meter:
         )
         trusted = TRUST * sum(map(sum, self._plans.values()))
         pace = (taken + trusted) / (planned + trusted) if trusted > 0 else 1.0
-        return sum(self._plans[stage][done:]) * pace
+        return sum(self._plans[stage][done:]) * pace or None
 
     def _show(self, stage: str, done: int, total: int, note: str) -> bool:
         """Move the bar, and return whether there is one."""
