@@ -12,7 +12,7 @@ Groups = tuple[int, ...]
 Kind = Literal["factorized", "dense"]
 Backend = Literal["torch", "triton"]
 Memory = Literal["fast", "balanced", "least"]
-Transform = Literal["dft", "fft"]
+Transform = Literal["dft", "fft", "fft-dft"]
 # Of which of them the planner may choose: of all, or of those that round like torch's.
 Transforms = Literal["any", "close"]
 # What a linear layer or an embedding keeps for its backward; Z is X KA, or the product of the rows.
@@ -283,9 +283,10 @@ class SpectralRoute:
         modes_at_once: number of kept modes that are contracted together, so that their (B, R) maps
             stay in a cache; None for all of them at once.
         kind: ``"factorized"``, or ``"dense"`` to rebuild the weight of every kept mode.
-        transforms: for each spatial dimension ``"dft"``, a product with a truncated DFT matrix, or
-            ``"fft"``, a fast transform that is cut to the kept modes; () where the input is a
-            spectrum already.
+        transforms: for each spatial dimension ``"dft"``, products with truncated DFT matrices;
+            ``"fft"``, fast transforms that are cut to the kept modes; or ``"fft-dft"``, a fast
+            transform into the spectrum and a product out of it. () where the input is a spectrum
+            already.
         components_at_once: number of components of the weight that are contracted together, so that
             their part of the factors stays in a cache beside those maps; None for all of them, as
             where all modes are contracted at once.
@@ -311,11 +312,11 @@ class SpectralRoute:
             )
         if not isinstance(self.transforms, tuple):
             raise ValueError(
-                f"transforms must be a tuple of 'dft' and 'fft', one for each spatial dimension, "
-                f"got {self.transforms!r}"
+                f"transforms must be a tuple of 'dft', 'fft' and 'fft-dft', one for each spatial "
+                f"dimension, got {self.transforms!r}"
             )
         for transform in self.transforms:
-            _one_of(transform, ("dft", "fft"), "each of transforms")
+            _one_of(transform, ("dft", "fft", "fft-dft"), "each of transforms")
 
     def __str__(self) -> str:
         if self.kind == "dense":

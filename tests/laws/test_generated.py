@@ -246,7 +246,7 @@ def transformed(draw: Any) -> Check:
     )
 
     def route() -> SpectralRoute:
-        ways = draw(st.tuples(*[st.sampled_from(["dft", "fft"])] * dims))
+        ways = draw(st.tuples(*[st.sampled_from(["dft", "fft", "fft-dft"])] * dims))
         if not outs or draw(st.integers(0, 3)) == 3:
             return SpectralRoute(None, "dense", ways)
         at_once = draw(st.none() | st.integers(1, 9))

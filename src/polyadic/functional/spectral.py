@@ -304,8 +304,9 @@ def cp_spectral_conv(
         precision: ``"full"``; or ``"mixed"``, which rounds both spectra to half precision and keeps
             that of x so for the backward.
         transforms: of which the planner chooses one for each dimension. ``"any"`` are torch's fast
-            transforms and products with Fourier matrices; ``"close"`` has these products for at
-            most 32 positions alone, up to which they round like fast transforms.
+            transforms and products with Fourier matrices; ``"close"`` has these products into the
+            spectrum of at most 32 positions and out of at most 32 kept modes alone, up to which
+            they round like fast transforms.
         plan: a SpectralPlan to obey; None lets the planner choose.
         memory: ``"balanced"`` and ``"least"`` keep the kept modes of x's spectrum for the backward,
             ``"fast"`` may keep (K, B, R) numbers besides. A given plan says itself what is kept.

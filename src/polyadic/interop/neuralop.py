@@ -61,7 +61,8 @@ def accelerate_neuralop(*, transforms: bool = False) -> Acceleration:
         transforms: where the whole layer is run, let the planner take products with truncated
             Fourier matrices in the place of torch's fast transforms for any number of positions.
             They round up to three times as coarsely at 1024 positions. Without it they are taken
-            for at most 32 positions, up to which they round like fast transforms.
+            into the spectrum of at most 32 positions and out of at most 32 kept modes, up to which
+            they round like fast transforms.
 
     Returns:
         An ``Acceleration``. Its ``undo()`` ends it, and so does leaving it as a context; its

@@ -15,7 +15,8 @@ the whole backward.
 
 The dimensions are transformed one after the other, and each is cut before the next is transformed,
 which then works on few modes. A dimension takes either a product with the truncated matrix
-(w_f(j)), of real numbers in the last dimension, or a fast transform and a cut.
+(w_f(j)), of real numbers in the last dimension, or a fast transform and a cut. ``"fft-dft"`` is the
+fast transform in an analysis and the product in a synthesis.
 
 Axes: b batch, c channels, n positions and k modes of a dimension, l all dimensions in front of one,
 t all behind it.
@@ -125,7 +126,7 @@ class Synthesis(Transformation):
         for d in range(len(self.sizes) - 1):
             x = _to_positions(x, d, self.sizes[d], self.modes[d], self.forward_by[d])
         n, k, way = self.sizes[-1], self.modes[-1], self.forward_by[-1]
-        if way == "dft":
+        if way != "fft":
             # reshape, not flatten, which gradients batched by autograd have no rule for.
             parts = torch.view_as_real(x.resolve_conj()).reshape(*x.shape[:-1], 2 * k)
             return parts @ _on(_real_table, parts, n, k, self.scale, self.doubled)
@@ -176,8 +177,9 @@ def _to_modes(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
 
 def _to_positions(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
     """(b, c, …, k, …) → (b, c, …, n, …) in spatial dimension d, of complex numbers."""
-    if way == "dft":
-        return _times(_on(_complex_table, x.real, n, k).mH, x, d, n)
+    if way != "fft":
+        # As a view that is yet to be conjugated, it would be copied for each row of the batch.
+        return _times(_on(_complex_table, x.real, n, k).mH.resolve_conj(), x, d, n)
     negative = k // 2
     below, above = x.narrow(d + 2, 0, negative), x.narrow(d + 2, negative, k - negative)
     zeros = x.new_zeros(*x.shape[: d + 2], n - k, *x.shape[d + 3 :])

@@ -18,11 +18,12 @@ from polyadic.planner.request import Request
 from polyadic.planner.steps import Step, gemm, stream, transpose
 from polyadic.plans import SpectralPlan, SpectralRoute, Transform
 
-TRANSFORMS: tuple[Transform, ...] = ("dft", "fft")
-# Up to so many positions a product with a Fourier matrix rounds like a fast transform. Root mean
-# square errors in float32 with MKL, 2026-11: 1.5 times those of rfft at 32 positions and 0.9 times
-# those of irfft, 1.7 and 0.9 times at 64, 3.0 and 2.7 times at 1024.
-CLOSE_POSITIONS = 32
+TRANSFORMS: tuple[Transform, ...] = ("dft", "fft", "fft-dft")
+# A product with a Fourier matrix of at most so many columns rounds like a fast transform. They are
+# positions on the way into the spectrum, and modes on the way out of it. Root mean square errors in
+# float32 with MKL, 2026-11: 1.3 to 1.5 times those of a fast transform with 32 columns, whether the
+# grid has 32 positions or 1024; 1.6 to 1.8 times with 64 columns and 3 times with 1024.
+CLOSE_COLUMNS = 32
 # Complex numbers of single precision in a vector of 64 bytes.
 LANES_OF_COMPLEX = 8
 # The Z of a piece and, backward, the H beside it take this share of a cache each.
@@ -83,11 +84,8 @@ def _keep(request: Request) -> int:
 
 
 def candidates(request: Request) -> list[SpectralPlan]:
-    """List the plans that take one route in both directions, and one transform for all dimensions.
-
-    The best ones mix transforms; ``choose`` decides each dimension by itself.
-    """
-    allowed = [_transforms_allowed(request, n) for n in request.size]
+    """List the plans of one route both ways and one transform; ``choose`` takes one for each d."""
+    allowed = [_transforms_allowed(request, d) for d in range(len(request.size))]
     ways = [way for way in TRANSFORMS if all(way in each for each in allowed)]
     return [
         SpectralPlan(route, route, _keep(request))
@@ -96,16 +94,18 @@ def candidates(request: Request) -> list[SpectralPlan]:
     ]
 
 
-def _transforms_allowed(request: Request, positions: int) -> tuple[Transform, ...]:
-    """Return the transforms to choose from: TF32 would round the products with DFT matrices."""
-    far = request.transforms == "close" and positions > CLOSE_POSITIONS
-    return ("fft",) if request.tf32 or far else TRANSFORMS
+def _transforms_allowed(request: Request, d: int) -> tuple[Transform, ...]:
+    """Return transforms to choose from: TF32 would round the products with DFT matrices."""
+    if request.tf32:
+        return ("fft",)
+    if request.transforms == "any" or request.size[d] <= CLOSE_COLUMNS:
+        return TRANSFORMS
+    return ("fft", "fft-dft") if _format(request).modes[d] <= CLOSE_COLUMNS else ("fft",)
 
 
 def simplest(request: Request) -> SpectralPlan:
     """Return a plan that is right for any sizes, for when they are not known."""
-    fast: Transform = "fft"
-    whole = (fast,) * len(request.size)
+    whole: tuple[Transform, ...] = ("fft",) * len(request.size)
     route = SpectralRoute(None, "dense" if _format(request).separable else "factorized", whole)
     return SpectralPlan(route, route, _keep(request))
 
@@ -113,15 +113,15 @@ def simplest(request: Request) -> SpectralPlan:
 def choose(request: Request) -> SpectralPlan:
     """Return the cheapest plan for the request as it is; ``choice.choose`` remembers it."""
     machine, fmt = machine_for(request), _format(request)
-    ends = _ends(request)
+    ends = (*_ends(request), *_backward_ends(request))
     ways = tuple(
         min(
-            _transforms_allowed(request, n),
+            _transforms_allowed(request, d),
             key=lambda way: machine.total(
-                [s for steps in ends for s in _one_dimension(request, steps, d, way)]
+                [step for end in ends for step in _one_dimension(request, end, d, way)]
             ),
         )
-        for d, n in enumerate(request.size)
+        for d in range(len(request.size))
     )
     routes = _routes(request, ways)
 
@@ -165,22 +165,27 @@ def forward_steps(request: Request, route: SpectralRoute) -> list[Step]:
 
 def backward_steps(request: Request, route: SpectralRoute, *, kept: int) -> list[Step]:
     """List the steps that make the gradients of x and of all factors."""
-    into, out = _ends(request)
-    # The adjoint of a transform into the spectrum is one out of it, with other scales.
+    into, out = _backward_ends(request)
     return [
-        *_transform_steps(request, ("out of dY", *out[1:]), route.transforms),
+        *_transform_steps(request, into, route.transforms),
         *_product_backward(request, route, kept=kept),
-        *_transform_steps(request, ("into dX", *into[1:]), route.transforms),
+        *_transform_steps(request, out, route.transforms),
     ]
 
 
-# What is transformed: a name and the number of channels.
-End = tuple[str, int]
+# What is transformed: a name, the number of channels, and whether into the spectrum or out of it.
+End = tuple[str, int, bool]
 
 
 def _ends(request: Request) -> tuple[End, End]:
     fmt = _format(request)
-    return ("X", fmt.in_channels), ("Y", fmt.out_channels)
+    return ("X", fmt.in_channels, True), ("Y", fmt.out_channels, False)
+
+
+def _backward_ends(request: Request) -> tuple[End, End]:
+    """The adjoint of a transform out of the spectrum is one into it, with other scales."""
+    fmt = _format(request)
+    return ("out of dY", fmt.out_channels, True), ("into dX", fmt.in_channels, False)
 
 
 def _transform_steps(request: Request, end: End, transforms: tuple[Transform, ...]) -> list[Step]:
@@ -194,7 +199,9 @@ def _transform_steps(request: Request, end: End, transforms: tuple[Transform, ..
 
 def _one_dimension(request: Request, end: End, d: int, way: Transform) -> list[Step]:
     """List the steps that transform one dimension; those behind it are cut to the kept modes."""
-    name, channels = end
+    name, channels, into = end
+    if way == "fft-dft":
+        way = "fft" if into else "dft"
     sizes, modes = request.size, _format(request).modes
     n, k, last = sizes[d], modes[d], d == len(sizes) - 1
     lead = request.batch * channels * math.prod(sizes[:d])
@@ -225,12 +232,14 @@ def _one_dimension(request: Request, end: End, d: int, way: Transform) -> list[S
         ]
     # A radix-2 transform of n complex numbers is about 5 n log n operations; of real ones half.
     passes = math.log2(max(2, n))
-    if last:
-        work, nbytes = int(2.5 * lead * n * passes), item * lead * (n + 1)
-        return [Step(label, "fft", 0, nbytes, elements=lead * (n // 2 + 1), padded_flops=work)]
-    work, moved = int(5 * lead * n * trail * passes), lead * n * trail
     cut = stream(f"{label}, cut", 2 * item * lead * k * trail, lead * k * trail, views=2)
-    return [Step(label, "fft", 0, 2 * item * moved, elements=moved, padded_flops=work), cut]
+    if last:
+        work, nbytes, made = int(2.5 * lead * n * passes), item * lead * (n + 1), n // 2 + 1
+        return [Step(label, "fft", 0, nbytes, elements=lead * made, padded_flops=work), cut]
+    work, moved = int(5 * lead * n * trail * passes), lead * n * trail
+    # torch copies the map so that the positions of the dimension lie side by side.
+    rows = transpose(request, f"{label}, rows", moved)
+    return [rows, Step(label, "fft", 0, 2 * item * moved, elements=moved, padded_flops=work), cut]
 
 
 def _matrices(request: Request, *, channels: bool) -> list[Step]:
