@@ -105,7 +105,7 @@ def _transforms_allowed(request: Request, d: int) -> tuple[Transform, ...]:
 
 def simplest(request: Request) -> SpectralPlan:
     """Return a plan that is right for any sizes, for when they are not known."""
-    whole: tuple[Transform, ...] = ("fft",) * len(request.size)
+    whole: tuple[Transform, ...] = tuple(["fft" for _ in request.size])
     route = SpectralRoute(None, "dense" if _format(request).separable else "factorized", whole)
     return SpectralPlan(route, route, _keep(request))
 
