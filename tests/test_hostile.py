@@ -132,6 +132,31 @@ def test_a_remembered_call_takes_no_sparse_tensor(case: Case) -> None:
             case.cp(wrong)
 
 
+FLAGS: dict[str, Callable[[Any], object]] = {
+    "weights": lambda on: polyadic.CPTensor(((4,), (4,)), 2, weights=on),
+    "scale_grad_by_freq": lambda on: pnn.CPEmbedding(4, 4, rank=2, scale_grad_by_freq=on),
+    "sparse": lambda on: pnn.CPEmbedding(4, 4, rank=2, sparse=on),
+    "unique": lambda on: functional.cp_embedding(
+        torch.zeros(1).long(), [torch.ones(4, 2)], [torch.ones(4, 2)], unique=on
+    ),
+    "train_mode": lambda on: finetune.distill(
+        pnn.CPLinear(4, 4, rank=1), nn.Linear(4, 4), [torch.ones(1, 4)], steps=1, train_mode=on
+    ),
+    "resume": lambda on: finetune.distill(
+        pnn.CPLinear(4, 4, rank=1), nn.Linear(4, 4), [torch.ones(1, 4)], steps=1, resume=on
+    ),
+    "dry_run": lambda on: polyadic.compress(nn.Sequential(nn.Linear(8, 8)), ratio=2.0, dry_run=on),
+    "inplace": lambda on: polyadic.compress(nn.Sequential(nn.Linear(8, 8)), ratio=2.0, inplace=on),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_is_neither_on_nor_off(name: str) -> None:
+    for wrong in ("no", 2.5, torch.ones(2, 2), torch.zeros(0)):
+        with pytest.raises(TypeError, match=f"{name} must be True or False"):
+            FLAGS[name](wrong)
+
+
 def test_sizes_that_are_numpy_integers() -> None:
     model = nn.Sequential(pnn.CPConv2d(4, 6, 3, rank=2), nn.Flatten(), pnn.CPLinear(54, 8, rank=2))
     polyadic.freeze(model, batch=np.int64(4), size=np.int64(5))

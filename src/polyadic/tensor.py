@@ -113,7 +113,8 @@ class CPTensor(Exchanged):
             ),
             1 / math.sqrt(self.shape[self.layer_modes]) if std is None else std,
         )
-        scale = torch.empty(self.rank, device=device, dtype=dtype) if weights else None
+        with_weights = checks.check_flag(weights, "weights")
+        scale = torch.empty(self.rank, device=device, dtype=dtype) if with_weights else None
         self.register_parameter("weights", None if scale is None else nn.Parameter(scale))
 
     @classmethod

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from polyadic import surgery
 from polyadic._torch import run_of_group
 from polyadic.batches import Forward
+from polyadic.checks import check_flag
 from polyadic.compression.arguments import Callback, batches_of, check_options, pairs_of
 from polyadic.compression.assemble import report_of
 from polyadic.compression.budget import Budget, budget
@@ -138,6 +139,7 @@ def compress(
     check_options(orders, seed, callback, fit)
     batches = batches_of(calibration, forward, weights)
     folder = path_of(checkpoint, resume, "folder")
+    dry_run, inplace = check_flag(dry_run, "dry_run"), check_flag(inplace, "inplace")
 
     meter = Meter("compress")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyadic.batches import keeping_modes, moved, require_batches
-from polyadic.checks import check_function, check_module
+from polyadic.checks import check_flag, check_function, check_module
 from polyadic.durable import identity
 from polyadic.durable.keeper import FileKeeper, path_of
 from polyadic.finetune import models
@@ -161,6 +161,7 @@ def distill(
     check_unwrapped(student, "distill", "student")
     check_module(teacher, "teacher")
     require_batches(batches, "batches")
+    train_mode = check_flag(train_mode, "train_mode")
     compare = _comparison(loss)
     trained = models.select(student, trainable)
     models.refuse_shared(trained, teacher)

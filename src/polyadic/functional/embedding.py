@@ -134,6 +134,8 @@ def cp_embedding(
         ValueError: shapes, ranks or devices do not fit together.
         IndexError: an index is outside [0, V).
     """
+    if unique is not None:
+        unique = checks.check_flag(unique, "unique")
     options = padding_idx, num_embeddings, memory
     found, groups = settled(_settle, indices, (in_factors, out_factors), None, weights, options)
     if isinstance(found, SpreadCall):

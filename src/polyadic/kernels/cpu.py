@@ -138,9 +138,9 @@ def has_wide_weight_gradient(kernel_size: tuple[int, ...], entries: int) -> bool
 
 
 # A complex depthwise convolution is one real convolution by 2×2 matrices, or two real depthwise
-# ones. With so many taps the two take 0.3 to 0.7 times as long forward, and 0.4 to 0.9 times as
-# long backward. With three or five taps, or for images of fewer entries, they take up to 1.7 times
-# as long (Xeon with AVX-512, one thread, November 2026).
+# ones. With so many taps the two take 0.3 to 0.7 times as long forward. With three or five taps, or
+# for images of fewer entries, they take up to 1.7 times as long (Xeon with AVX-512, one thread,
+# November 2026).
 PARTS_FROM_TAPS, PARTS_FROM_ENTRIES = 9, 8192
 
 

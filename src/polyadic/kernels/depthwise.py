@@ -145,9 +145,6 @@ class Stage:
         map wants them. torch's would be products with their conjugates.
         """
         if x.is_complex():
-            # torch differentiates depthwise convolutions in three dimensions slowly.
-            if len(self.kernel_size) < 3 and is_by_parts(x, weight, groups):
-                return self._backward_by_parts(grad, x, weight, wrt)
             block = kernel_of_matrices(weight.conj(), self.transposed)
             d_real, d_block = self.backward(as_real(grad), as_real(x.conj()), block, groups, wrt)
             d_weight = None if d_block is None else taps_of_matrices(d_block, self.transposed)
@@ -179,28 +176,6 @@ class Stage:
             if excess:
                 d_x = d_x.narrow(dim, 0, size[dim])
         return d_x, d_weight
-
-    def _backward_by_parts(
-        self, grad: Tensor, x: Tensor, weight: Tensor, wrt: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of y = re w * x + i (im w * x), which are those of two real maps.
-
-        The gradient of the output of the second one, im w * x, is i dY.
-        """
-        x, maps = as_real(x), 2 * weight.shape[0]
-        re, im = taps_by_parts(weight)
-        d_x, d_re = self.backward(as_real(grad), x, re, maps, wrt)
-        d_x_too, d_im = self.backward(as_real(1j * grad), x, im, maps, wrt)
-        d_weight = None
-        if d_re is not None and d_im is not None:
-            # d_re has re x re dY and im x im dY, d_im has -re x im dY and im x re dY.
-            (re_re, im_im), (re_im, im_re) = (
-                parts.reshape(-1, 2, *weight.shape[1:]).unbind(1) for parts in (d_re, d_im)
-            )
-            d_weight = torch.complex(re_re - im_im, im_re - re_im)
-        if d_x is None or d_x_too is None:
-            return None, d_weight
-        return as_complex(d_x + d_x_too), d_weight
 
     def _input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Return the gradient of x alone, by the adjoint convolution; x must be padded already.

@@ -102,8 +102,8 @@ class CPEmbedding(Exchangeable):
         super().__init__()
         refused = {
             "max_norm": max_norm is not None,
-            "scale_grad_by_freq": scale_grad_by_freq,
-            "sparse": sparse,
+            "scale_grad_by_freq": checks.check_flag(scale_grad_by_freq, "scale_grad_by_freq"),
+            "sparse": checks.check_flag(sparse, "sparse"),
         }
         for name, given in refused.items():
             if given:
