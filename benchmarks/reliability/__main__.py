@@ -40,12 +40,12 @@ PARTS = ("kills", "files", "determinism", "hostile")
 
 
 def works(
-    part: str, share: float, seed: int, folder: Path, inputs: Sequence[str]
+    part: str, share: float, seed: int, folder: Path, chosen: Sequence[str]
 ) -> Iterator[Callable[[], Any]]:
     """What is done in a part, each as a function that makes its record."""
     if part == "kills":
         few = max(2, round(KILLS * share))
-        for name in JOBS:
+        for name in chosen or JOBS:
             yield functools.partial(kills.at_random_moments, name, folder, few, seed)
             most = None if share >= 1 else few
             yield functools.partial(kills.at_file_operations, name, folder, most)
@@ -61,7 +61,7 @@ def works(
         yield determinism.two_threads
         yield determinism.calibrated
     else:
-        for kind in inputs:
+        for kind in chosen or CALLS:
             yield functools.partial(hostile.run, kind, round(CALLS[kind] * share), seed)
 
 
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", choices=PARTS, action="append", help="of the work; all of it")
     parser.add_argument("--input", choices=CALLS, action="append", help="hostile; all of it")
+    parser.add_argument("--job", choices=JOBS, action="append", help="killed; all of them")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the records")
     parser.add_argument("--pages", action="store_true", help="write the page from the records")
     given = parser.parse_args()
@@ -83,8 +84,8 @@ def main() -> None:
         environment = records.environment(torch.device("cpu"), torch.float32)
         records.append(file, {**environment, "share": given.share, "seed": given.seed})
         with tempfile.TemporaryDirectory() as folder:
-            inputs = given.input or list(CALLS)
-            for work in works(part, given.share, given.seed, Path(folder) / "work", inputs):
+            chosen = given.job if part == "kills" else given.input
+            for work in works(part, given.share, given.seed, Path(folder) / "work", chosen or ()):
                 began = time.perf_counter()
                 record = {**work(), "seconds": time.perf_counter() - began}
                 records.append(file, record)
