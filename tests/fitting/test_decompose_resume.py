@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,15 @@ def test_stopped_after_every_few_sweeps_it_ends_equal(case: str, tmp_path: Path)
 def test_ctrl_c_saves_the_sweep(tmp_path: Path) -> None:
     def interrupt(iteration: int, error: float) -> None:
         if iteration == 7:
-            os.kill(os.getpid(), 2)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(DecomposeInterrupted) as caught:
-        fitted(tmp_path, start="random", callback=interrupt, checkpoint_every=100)
+    # A shell that starts a command in the background has it ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(DecomposeInterrupted) as caught:
+            fitted(tmp_path, start="random", callback=interrupt, checkpoint_every=100)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert caught.value.decomposition.iterations == 7
     seen: list[int] = []
     found = fitted(tmp_path, start="random", callback=lambda i, _: seen.append(i))
