@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def spread(samples: Sequence[float]) -> Record:
+    """The fields of a timed measurement that tell of its samples, at least one."""
+    ordered = sorted(samples)
+    q1, median, q3 = (
+        statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    )
+    return {"median": median, "min": ordered[0], "q1": q1, "q3": q3, "repeats": len(ordered)}
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

@@ -58,24 +58,19 @@ def test_small_first_pieces_do_not_tell_the_time_of_large_ones(seconds: list[flo
     assert said == [f"work, layers, 1 of 2, small, 0:11 so far, {words}"]
 
 
-def test_parts_without_a_plan_say_no_time_left(seconds: list[float]) -> None:
-    """Of two parts, one may take a second and the other a minute."""
+@pytest.mark.parametrize("plan", [None, [0.0, 0.0]], ids=["none", "of no time"])
+def test_a_part_of_which_no_plan_tells_says_no_time_left(
+    plan: list[float] | None, seconds: list[float]
+) -> None:
+    """Of two pieces, one may take a second and the other a minute."""
     said: list[str] = []
     meter = Meter("work", said.append)
+    if plan is not None:
+        meter.plan("reading", plan)
     meter.tell("reading", 0, 2)
     seconds[0] = 11.0
     meter.tell("reading", 1, 2)
     assert said == ["work, reading, 1 of 2, 0:11 so far"]
-
-
-def test_pieces_planned_to_take_no_time_say_no_time_left(seconds: list[float]) -> None:
-    said: list[str] = []
-    meter = Meter("work", said.append)
-    meter.plan("fits", [0.0, 0.0])
-    meter.tell("fits", 0, 2)
-    seconds[0] = 11.0
-    meter.tell("fits", 1, 2)
-    assert said == ["work, fits, 1 of 2, 0:11 so far"]
 
 
 def test_without_a_plan_pieces_count_alike(seconds: list[float]) -> None:

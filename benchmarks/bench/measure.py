@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench.problem import Built, Form, Problem, apply_dense, dense_weight
+from benchmarks.records import spread
 from polyadic.testing import KeptBytes, LiveBytes
 
 
@@ -146,18 +146,8 @@ class Timing:
 
     def record(self) -> dict[str, Any]:
         """Median, least and quartiles in seconds."""
-        ordered = sorted(self.samples)
-        q1, median, q3 = (
-            statistics.quantiles(ordered, n=4, method="inclusive")
-            if len(ordered) > 1
-            else ordered * 3
-        )
         return {
-            "median": median,
-            "min": ordered[0],
-            "q1": q1,
-            "q3": q3,
-            "repeats": len(ordered),
+            **spread(self.samples),
             "calls_per_repeat": self.calls,
             "stopped_early": self.stopped_early,
         }

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.records import spread
+
 Call = Callable[[], Any]
 Context = Callable[[], AbstractContextManager[Any]]
 WARM_CALLS = 3
@@ -64,14 +66,8 @@ class Timing:
 
     def record(self) -> dict[str, Any]:
         """Median, least and quartiles in seconds, with the fields of the CPU benchmark."""
-        ordered = sorted(self.samples)
-        q1, median, q3 = statistics.quantiles(ordered, n=4, method="inclusive")
         return {
-            "median": median,
-            "min": ordered[0],
-            "q1": q1,
-            "q3": q3,
-            "repeats": len(ordered),
+            **spread(self.samples),
             "calls_per_repeat": self.calls,
             "stopped_early": False,
         }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
 
-from torch import Tensor
-
 from polyadic import checks
+from polyadic.batches import require_batches
 from polyadic.fitting import decompose
 from polyadic.formats import Shape, mode_sizes, positive_int
 
@@ -32,11 +31,7 @@ def batches_of(calibration: Any, forward: Any, weights: Any) -> list[Any] | None
         checks.check_function(value, name)
     if calibration is None:
         return None
-    if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
-        raise TypeError(
-            f"calibration must be an iterable of batches such as a list or a DataLoader, got "
-            f"{type(calibration).__name__}; for one batch give a list of one"
-        )
+    require_batches(calibration, "calibration", once=True)
     batches = list(calibration)
     if not batches:
         raise ValueError("calibration must have at least one batch, got none")
