@@ -396,14 +396,43 @@ def test_saving_over_polyadics_own_format(tmp_path: Path) -> None:
     same(model, from_pretrained(tmp_path, transformers.BertModel(bert_config())))
 
 
+def by_polyadic(model: Any, folder: Path) -> None:
+    save_pretrained(model, folder)
+
+
+def by_transformers(model: Any, folder: Path) -> None:
+    polyadic.pretrained.attach(model)
+    model.save_pretrained(folder)
+
+
+def by_transformers_once_loaded(model: Any, folder: Path) -> None:
+    save_pretrained(model, folder / "first")
+    loaded(model, folder / "first").save_pretrained(folder)
+
+
+def by_trainer(model: Any, folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    polyadic.pretrained.attach(model)
+    arguments = transformers.TrainingArguments(folder, use_cpu=True, report_to=[])
+    transformers.Trainer(model, arguments).save_model(str(folder))
+
+
+def in_shards(model: Any, folder: Path) -> None:
+    polyadic.pretrained.attach(model)
+    model.save_pretrained(folder, max_shard_size="8KB")
+
+
+@pytest.mark.parametrize(
+    "save", [by_polyadic, by_transformers, by_transformers_once_loaded, by_trainer, in_shards]
+)
 def test_without_registering_transformers_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What polyadic saved, by any class; the message says what to call, and that helps."""
+    """Whoever saved, by any class; the message says what to call, and that helps."""
     from transformers.quantizers import auto
 
     model = exchange(transformers.BertModel(bert_config()))
-    save_pretrained(model, tmp_path)
+    save(model, tmp_path)
     for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, "polyadic")  # as in a process where nothing has registered
     for kind in (transformers.BertModel, transformers.AutoModel):
@@ -411,8 +440,20 @@ def test_without_registering_transformers_refuses(
             kind.from_pretrained(tmp_path)
     same(model, from_pretrained(tmp_path, transformers.BertModel(bert_config())))
     polyadic.register_transformers()
-    same(model, loaded(model, tmp_path))
-    assert not hasattr(loaded(model, tmp_path).config, "transformers_weights")
+    again = loaded(model, tmp_path)
+    same(model, again)
+    polyadic.merge(again).save_pretrained(tmp_path / "dense")
+    assert "polyadic" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+def test_a_fusion_that_was_asked_for_stays(tmp_path: Path) -> None:
+    model = exchange(transformers.BertModel(bert_config()))
+    model.config.fusion_config = {"patch_embeddings": False}
+    save_pretrained(model, tmp_path)
+    again = loaded(model, tmp_path)
+    assert set(again.config.fusion_config) == set(model.config.fusion_config)
+    polyadic.merge(again)
+    assert again.config.fusion_config == {"patch_embeddings": False}
 
 
 def test_registering_twice_does_nothing() -> None:

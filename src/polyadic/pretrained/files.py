@@ -24,13 +24,6 @@ TRANSFORMERS_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 METHOD = "polyadic"
-# Stands in ``config.json`` where transformers looks for the name of the file of tensors. It is no
-# such name, so that transformers raises an error that quotes it. Our quantizer, once it is
-# registered, removes it.
-UNREGISTERED = (
-    "none, because this model has CP layers of polyadic; call polyadic.register_transformers() "
-    "before from_pretrained"
-)
 _TRIES = 100
 
 
@@ -94,13 +87,9 @@ def write_by(directory: Path, save: Callable[[Path], None]) -> None:
 
 
 def _marked_config(file: Path, mark: str) -> str:
-    """Mark the description in a configuration of transformers, and return it as text.
-
-    The configuration is made one that transformers refuses without polyadic.
-    """
+    """Mark the description in a configuration of transformers, and return it as text."""
     content = json.loads(file.read_text(encoding="utf-8"))
     content["quantization_config"]["saved"] = mark
-    content["transformers_weights"] = UNREGISTERED
     write_text(file, json.dumps(content, indent=2) + "\n")
     return json.dumps(content["quantization_config"])
 

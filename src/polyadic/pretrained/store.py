@@ -214,9 +214,7 @@ def register_transformers() -> None:
 
     It registers a quantizer under the name ``"polyadic"``, which ``config.json`` of a saved model
     asks for. Call it once in a process, before the first such model is loaded; a second call does
-    nothing. Without it transformers refuses a model that ``polyadic.save_pretrained`` wrote, with
-    an error that names this function. Of one that its own ``save_pretrained`` wrote it warns of an
-    unknown quantization type, and builds random weights in the place of the CP layers.
+    nothing. Without it transformers refuses such a model, with an error that names this function.
 
     Raises:
         ImportError: transformers is not installed.

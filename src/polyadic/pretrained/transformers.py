@@ -27,7 +27,7 @@ from polyadic.nn.kinds import is_torch_layer
 from polyadic.pretrained.config import ModelConfig
 from polyadic.pretrained.dense import merge_layers
 from polyadic.pretrained.exchange import prepare, refuse
-from polyadic.pretrained.files import METHOD, UNREGISTERED, held_by_tensors
+from polyadic.pretrained.files import METHOD, held_by_tensors
 from polyadic.pretrained.layers import (
     DTYPES,
     LayerConfig,
@@ -37,6 +37,13 @@ from polyadic.pretrained.layers import (
     of_another_size,
 )
 from polyadic.tensor import CPTensor
+
+# The name of a fusion of layers that a configuration asks for. transformers raises an error that
+# quotes a name it does not know. Our quantizer, once it is registered, removes it before that.
+UNREGISTERED = (
+    f"{METHOD}, because this model has CP layers; call polyadic.register_transformers() before "
+    f"from_pretrained"
+)
 
 
 class PolyadicConfig(QuantizationConfigMixin):
@@ -69,9 +76,8 @@ class PolyadicQuantizer(HfQuantizer):
     resized: Sequence[str] = ()
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Called with the configuration before files are looked for, to give them their names."""
-        if getattr(config, "transformers_weights", None) == UNREGISTERED:
-            del config.transformers_weights
+        """Called with the configuration before its fusions are looked for."""
+        _ask_for_no_fusion(config)
         return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
@@ -135,6 +141,7 @@ class PolyadicQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         merge_layers(model)
+        _ask_for_no_fusion(model.config)
         _restore_ties(model)
         return model.to(dtype)
 
@@ -167,6 +174,7 @@ def detach(model: nn.Module) -> None:
         ours = isinstance(getattr(part, "hf_quantizer", None), PolyadicQuantizer)
         if ours and not describe(part):
             part.hf_quantizer.remove_quantization_config(part)
+            _ask_for_no_fusion(part.config)
             _restore_ties(part)
 
 
@@ -174,9 +182,21 @@ def _attach(model: PreTrainedModel) -> None:
     content = ModelConfig(describe(model), dtype=_name(model.dtype))
     config = PolyadicConfig(**content.to_dict())
     model.config.quantization_config = config
+    asked = getattr(model.config, "fusion_config", None) or {}
+    model.config.fusion_config = {**asked, UNREGISTERED: True}
     model.hf_quantizer = PolyadicQuantizer(config, pre_quantized=True)
     # Nothing is quantized: half(), float() and training are as for any model.
     model.is_quantized = False
+
+
+def _ask_for_no_fusion(config: Any) -> None:
+    """Take our name out of the fusions that a configuration asks for."""
+    asked = getattr(config, "fusion_config", None) or {}
+    others = {name: value for name, value in asked.items() if not name.startswith(METHOD)}
+    if others:
+        config.fusion_config = others
+    elif asked:
+        del config.fusion_config
 
 
 def _outermost(model: nn.Module) -> list[PreTrainedModel]:
