@@ -676,6 +676,14 @@ def test_the_table_names_every_layer() -> None:
     assert f"{report.ratio:.2f} times fewer" in text
 
 
+def test_a_report_of_lookups_alone_is_printed() -> None:
+    """A dense lookup has no FLOPs, one in CP format has some."""
+    table = nn.Sequential(nn.Embedding(64, 16))
+    _, report = polyadic.compress(table, ratio=2, orders=(1,))
+    assert report.flops_ratio == 0
+    assert "these layers compute now, where lookups had no FLOPs" in str(report)
+
+
 def test_a_dry_run_that_would_convert_nothing_is_one() -> None:
     small = nn.Sequential(nn.Linear(4, 4))
     for dry_run in (True, False):

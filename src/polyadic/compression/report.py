@@ -210,7 +210,9 @@ class Report:
             f"{self.model_parameters_after:,} of {self.model_parameters:,} in the whole model: "
             f"{self.model_ratio:.2f} times fewer"
         )
-        if self.flops_ratio is not None:
+        if self.flops_ratio == 0:
+            lines.append("these layers compute now, where lookups had no FLOPs")
+        elif self.flops_ratio is not None:
             less = self.flops_ratio >= 1
             times = self.flops_ratio if less else 1 / self.flops_ratio
             lines.append(f"{times:.2f} times {'fewer' if less else 'more'} FLOPs in these layers")
