@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,17 +200,32 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
             "models are loaded by transformers: pip install 'polyadic[compress]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_default_handler()
     register_transformers()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     named = list(config.architectures or [])
     cls = getattr(transformers, named[0], None) if named else None
     cls = cls or transformers.AutoModel
-    model = cls.from_pretrained(folder, local_files_only=True, config=config)
+    model, found = cls.from_pretrained(
+        folder, local_files_only=True, config=config, output_loading_info=True
+    )
+    _warn_of_other_tensors(cls.__name__, folder, found)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None
     return model.eval(), tokenizer
+
+
+def _warn_of_other_tensors(model: str, folder: Path, found: dict[str, Any]) -> None:
+    """Say in a sentence each what transformers reports in a table."""
+    for keys, said in (
+        ("missing_keys", f"{model} has tensors that {folder} lacks, and which are random now"),
+        ("unexpected_keys", f"{folder} holds tensors that {model} has no place for"),
+    ):
+        if names := sorted(found[keys]):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warnings.warn(f"{said}: {names[0]}{more}", UserWarning, stacklevel=2)
 
 
 def _lines(path: Path) -> list[str]:

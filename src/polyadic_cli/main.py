@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+from polyadic_cli import warned
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check failed, 2 a wrong argument.
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # the base of every usage error; by version, typer brings its own click or imports it
     usage_error = typer.BadParameter.__mro__[1]
     try:
-        code = app(args=given, prog_name="polyadic", standalone_mode=False)
+        with warned.in_plain_words():
+            code = app(args=given, prog_name="polyadic", standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
