@@ -73,12 +73,12 @@ def compare(seed: int, quick: bool, tell: Callable[[str], None], pieces: Pieces)
 
     Args:
         seed: of weights and batches.
-        quick: make a few steps of narrower models, whose losses then mean little.
+        quick: make a few steps, after which losses mean little.
         tell: told of each training that begins.
         pieces: keeps those that are done.
     """
     shared = common("language", 8 if quick else STEPS, LENGTH, SEQUENCES)
-    jobs = [_job(contestant, shared, seed, 4 if quick else 1) for contestant in CONTESTANTS]
+    jobs = [_job(contestant, shared, seed) for contestant in CONTESTANTS]
     found = []
     for contestant, job in zip(CONTESTANTS, jobs, strict=True):
         tell(f"training language model {contestant.label}")
@@ -92,11 +92,11 @@ def compare(seed: int, quick: bool, tell: Callable[[str], None], pieces: Pieces)
     ]
 
 
-def _job(contestant: Contestant, shared: Job, seed: int, narrower: int) -> Job:
+def _job(contestant: Contestant, shared: Job, seed: int) -> Job:
     return dataclasses.replace(
         shared,
         layer=contestant.layer,
-        width=contestant.width // narrower,
+        width=contestant.width,
         blocks=BLOCKS,
         lr=contestant.rate,
         seed=seed,

@@ -58,8 +58,8 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "MLP": Family(build_mlp, "wide", 256, (4, 16, 64), range(8, 128), ("1", "3")),
-    "CNN": Family(build_cnn, "channels", 64, (16, 64), range(8, 48, 2), ("2", "5")),
+    "MLP": Family(build_mlp, "wide", 256, (4, 16, 48), range(8, 128), ("1", "3")),
+    "CNN": Family(build_cnn, "channels", 64, (16, 48), range(8, 48, 2), ("2", "5")),
 }
 
 

@@ -19,7 +19,7 @@ from polyadic.nn import CPLinear
 # Okabe and Ito's colours, told apart by readers with colour-blindness too; one per rank.
 LOOKS: dict[Any, Any] = {
     "dense": (TEXT, "s", "-"), "narrow": ("#7f7f7f", "X", "--"), 4: ("#e69f00", "o", "-"),
-    16: ("#0072b2", "^", "-"), 64: ("#009e73", "D", "-"),
+    16: ("#0072b2", "^", "-"), 48: ("#009e73", "D", "-"),
 }  # fmt: skip
 LANGUAGE_LOOKS = {
     language.DENSE: (TEXT, "s"), language.NARROW: ("#7f7f7f", "X"), language.CP: ("#009e73", "D"),

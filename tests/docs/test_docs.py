@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tokenize
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 import torch
 
 import polyadic
+from polyadic.nn.ranks import _warned as warned_before
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "polyadic"
@@ -79,15 +81,21 @@ def checked_print(path: Path, expected: dict[int, str]) -> Callable[..., None]:
 
 
 def run_blocks(path: Path) -> None:
-    """Run the python blocks of a file one after the other in one namespace."""
+    """Run the python blocks of a file one after the other in one namespace, without a warning."""
     names: dict[str, Any] = {"__name__": path.stem, "__builtins__": builtins}
+    warned_before.clear()
     try:
-        for first, code in blocks(path, "python"):
-            names["print"] = checked_print(path, promised(first, code))
-            # Empty lines in front: a traceback then shows the line of the file.
-            exec(compile("\n" * (first - 1) + code, str(path), "exec"), names)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for first, code in blocks(path, "python"):
+                names["print"] = checked_print(path, promised(first, code))
+                # Empty lines in front: a traceback then shows the line of the file.
+                exec(compile("\n" * (first - 1) + code, str(path), "exec"), names)
     finally:
         torch.set_default_dtype(torch.float32)
+    # Those of other packages about themselves are not the page's.
+    ours = [w for w in found if w.filename == str(path) or w.filename.startswith(str(SOURCE))]
+    assert not ours, "\n".join(f"{w.filename}:{w.lineno}: {w.message}" for w in ours)
 
 
 @named(DOCS)
