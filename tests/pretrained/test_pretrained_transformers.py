@@ -28,6 +28,14 @@ from polyadic.pretrained import (
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.tensor([[1, 5, 9, 2], [3, 4, 59, 7]])
+# Whether transformers compares the shapes of tensors that are read into such a model, and then
+# knows what to do by ignore_mismatched_sizes. The last version for Python 3.10 does not.
+COMPARES = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+REFUSAL: Any = (
+    pytest.raises(RuntimeError, match="ignore_mismatched_sizes")
+    if COMPARES
+    else pytest.raises(ValueError, match="tensors of other shapes .* install transformers 5.23")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -261,7 +269,7 @@ def test_the_bias_of_a_new_head_is_zero(tmp_path: Path) -> None:
     class WithHead(transformers.PreTrainedModel):
         config_class = transformers.BertConfig
         base_model_prefix = "model"
-        _tied_weights_keys: ClassVar = {"head.weight": "model.embed.weight"}
+        _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embed.weight"}
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -480,8 +488,10 @@ def test_another_number_of_labels(tmp_path: Path) -> None:
     again = loaded(model, tmp_path)
     same(model, again)
     load = type(model).from_pretrained
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+    with REFUSAL:
         load(tmp_path, num_labels=3)
+    if not COMPARES:
+        return
     new, told = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True, output_loading_info=True)
     assert type(new.classifier) is nn.Linear
     assert [name for name, _ in new.classifier.named_parameters()] == ["weight", "bias"]
@@ -495,14 +505,24 @@ def test_another_number_of_labels(tmp_path: Path) -> None:
     same(new, loaded(new, tmp_path / "new"))
 
 
+def test_another_size_of_a_dense_layer_is_refused(tmp_path: Path) -> None:
+    """It stands beside CP layers, whose quantizer made transformers forget to compare."""
+    model = exchange(classifier(6))
+    save_pretrained(model, tmp_path)
+    with REFUSAL:
+        type(model).from_pretrained(tmp_path, num_labels=3)
+
+
 @pytest.mark.parametrize("tokens", [62, 70])
 def test_another_number_of_tokens_when_loading(tokens: int, tmp_path: Path) -> None:
     """A table and its head, which become new dense ones together; 62 fit into the padded table."""
     model = exchange(transformers.BertForMaskedLM(bert_config()), *MODELS[3][2])
     save_pretrained(model, tmp_path)
     load = type(model).from_pretrained
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+    with REFUSAL:
         load(tmp_path, vocab_size=tokens)
+    if not COMPARES:
+        return
     new = load(tmp_path, vocab_size=tokens, ignore_mismatched_sizes=True)
     table, head = new.bert.embeddings.word_embeddings, new.cls.predictions.decoder
     assert type(table) is nn.Embedding

@@ -9,10 +9,11 @@ imported with this module, which is therefore imported where it is needed and no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
@@ -74,6 +75,8 @@ class PolyadicQuantizer(HfQuantizer):
     requires_calibration = True
     # Names of layers that the model has in another size than was saved, while it is loaded.
     resized: Sequence[str] = ()
+    # Of all tensors of the model, before they are loaded.
+    shapes: Mapping[str, torch.Size]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called with the configuration before its fusions are looked for."""
@@ -102,8 +105,20 @@ class PolyadicQuantizer(HfQuantizer):
         for name in self.resized:
             _stand_in(model.get_submodule(name), layers[name])
         _declare_ties(model)
+        self.shapes = {name: value.shape for name, value in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        # From 5.23 on transformers compares the shapes itself, and knows ignore_mismatched_sizes.
+        refuse(
+            f"transformers {transformers.__version__} would load tensors of other shapes than the "
+            "model's; load the model with the sizes it was saved with, or install transformers 5.23 "
+            "or later, which takes ignore_mismatched_sizes for such a model",
+            (
+                f"{name} has {tuple(value.shape)}, the model {tuple(self.shapes[name])}"
+                for name, value in model.state_dict().items()
+                if value.shape != self.shapes.get(name, value.shape)
+            ),
+        )
         for name in self.resized:
             del model.get_submodule(name).cp
         layers = {name: model.get_submodule(name) for name in describe(model)}
