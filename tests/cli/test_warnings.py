@@ -97,10 +97,13 @@ def test_a_command_warns_in_a_line(
         assert "LOAD REPORT" not in "".join(lines)
 
 
-def test_others_warn_in_a_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_others_warn_in_a_line_too(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """torch names its own source, and transformers colours and breaks what it logs."""
     before = warnings.showwarning
-    with in_plain_words():
+    # Another test may have made transformers quiet.
+    with in_plain_words(), caplog.at_level(logging.WARNING, logger="transformers.models"):
         warnings.warn(
             "beta.\n  Use it (Triggered internally at /a/b.cpp:3.)", UserWarning, stacklevel=1
         )
