@@ -111,8 +111,8 @@ class PolyadicQuantizer(HfQuantizer):
         # From 5.23 on transformers compares the shapes itself, and knows ignore_mismatched_sizes.
         refuse(
             f"transformers {transformers.__version__} would load tensors of other shapes than the "
-            "model's; load the model with the sizes it was saved with, or install transformers 5.23 "
-            "or later, which takes ignore_mismatched_sizes for such a model",
+            "model's; load the model with the sizes it was saved with, or install transformers "
+            "5.23 or later, which takes ignore_mismatched_sizes for such a model",
             (
                 f"{name} has {tuple(value.shape)}, the model {tuple(self.shapes[name])}"
                 for name, value in model.state_dict().items()
