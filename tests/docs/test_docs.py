@@ -287,6 +287,16 @@ def test_commands_exist(path: Path) -> None:
             assert program in {"git", "cd", "pip", ".venv/bin/python"}, f"{path.name}: {program}"
 
 
+def test_the_text_to_try_a_conversion_on_is_made(tmp_path: Path) -> None:
+    """By the page's own line: enough of it to calibrate on and to hold out."""
+    ((_, block),) = blocks(ROOT / "docs" / "how" / "convert.md", "bash")
+    made = block[block.index('python -c "\n') :].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(made, shell=True, cwd=tmp_path, check=True)
+    lines = (tmp_path / "texts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 256 + 64
+    assert all(8 <= len(line.split()) <= 60 for line in lines)
+
+
 def test_every_command_is_in_the_readme() -> None:
     pytest.importorskip("typer")
     from polyadic_cli.commands import app
