@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from compiled import Form, pointers_to
 from data import DTYPES, device, draw, draw_groups, judge, poisoned, short
-from pretend import counted, fused_kernels, judge_together
+from pretend import fused_kernels, judge_together
 from torch import Tensor
 
-from polyadic.functional import cp_conv
 from polyadic.kernels import fused_conv
 from polyadic.kernels.conv import ConvMap
 from polyadic.kernels.depthwise import Geometry
@@ -79,9 +78,6 @@ def check() -> Iterator[str]:
                 _check_backward(name, *shape, dtype, integers)
                 yield name
     yield from _layers()
-    # Up to 64 out channels, and more, of which the projection is a launch of its own.
-    for channels, count in ((8, 11), (96, 12)):
-        yield _launches(channels, count)
 
 
 def _turn(number: int) -> torch.dtype:
@@ -214,9 +210,11 @@ def _layers() -> Iterator[str]:
             with fused_kernels():
                 found = _step(layer_map, x, bias, factors, grad_y)
                 for needs in (True, False, False), (False, True, True), (True, True, False):
-                    parts = _step(layer_map, x, bias, factors, grad_y, needs)
-                    for part, whole in zip(parts, found, strict=True):
+                    *parts, d_bias = _step(layer_map, x, bias, factors, grad_y, needs)
+                    for part, whole in zip(parts, found[:-1], strict=True):
                         assert part is None or torch.equal(part, whole), f"{name} {needs}"
+                    # It is summed in another order where no factor needs a gradient.
+                    torch.testing.assert_close(d_bias, found[-1])
             there = x.cpu(), bias.cpu(), [f.cpu() for f in factors], grad_y.cpu()
             torchs = _step(layer_map, *there)
             wide = x.cpu().double(), bias.cpu().double(), [f.double() for f in there[2]]
@@ -241,30 +239,17 @@ def _step(
     needs: tuple[bool, bool, bool] = (True, True, True),
     ways: tuple[AbstractContextManager[None], ...] = (nullcontext(), nullcontext()),
 ) -> list[Tensor | None]:
-    """Output and gradients, None where they are not needed: of x, the out factors, the others."""
+    """Output and gradients, None where they are not needed: of x, the out factors, the others.
+
+    The gradient of the bias, which is always wanted, is the last.
+    """
     with ways[0]:
         y, kept = layer_map.forward(x, bias, factors)
     cut = layer_map.n_out
     wanted = [needs[0], *[needs[1]] * cut, *[needs[2]] * (len(factors) - cut)]
     with ways[1]:
-        d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, wanted)
-    return [y, d_x, *d_factors]
-
-
-def _launches(channels: int, count: int) -> str:
-    """How many kernels a training step launches, the gradient of the bias among them."""
-    sides = draw_groups(((channels // 2, 2), (3, 2), (3, 3)), 8, torch.bfloat16, False)
-    x = draw((2, 6, 5, 5), torch.bfloat16, False).contiguous(memory_format=torch.channels_last)
-    bias = draw((channels,), torch.bfloat16, False)
-    leaves = [t.requires_grad_() for t in (x, bias, *[f for side in sides for f in side])]
-    route = ConvRoute("channels_last", "merged", by="triton")
-    plan = ConvPlan(route, route, 1)
-    with torch.enable_grad(), counted() as launches:
-        y = cp_conv(x, *sides, bias, padding=1, plan=plan)
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
-    names = [name for name in launches.names if name != "ones_like"]
-    assert len(names) == count, names
-    return f"{len(names)} launches for {channels} channels"
+        d_x, others = layer_map.backward(grad_y, x, kept, factors, wanted, wrt_bias=True)
+    return [y, d_x, *others]
 
 
 def forms() -> Iterator[Form]:

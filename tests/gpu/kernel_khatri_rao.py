@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from compiled import Form, pointers_to
-from data import DTYPES, draw_groups, judge, poisoned, short
+from data import DTYPES, draw, draw_groups, judge, poisoned, short
 
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.kernels.pairs import padded_rank
@@ -46,7 +47,37 @@ def check() -> Iterator[str]:
                         assert torch.equal(real, torchs), f"{name}: other bits than torch's"
                         assert not matrix[:, rank:].any(), f"{name}: padding is not zero"
                     yield name
+    yield from _with_sums()
     yield from _aligned_or_not()
+
+
+# Shape of dY, and the modes of the matrices and their rank: one row, a row more than a program
+# sums, sums in one strip of columns and in several, matrices wider than a tile.
+SUMS = (
+    ((1, 5), ((4, 3), (5,)), 8),
+    ((129, 130), ((2, 3), (13, 10), (3, 3)), 5),
+    ((700, 33), ((3,), (33,)), 130),
+)
+
+
+def _with_sums() -> Iterator[str]:
+    """Partial sums of dY beside the matrices, which have the bits that they have without them."""
+    for dtype in DTYPES:
+        for shape, modes, rank in SUMS:
+            for integers in (True, False):
+                name = f"{short(dtype)} sums of {shape} beside {modes} rank {rank} {integers=}"
+                groups, padded = draw_groups(modes, rank, dtype, integers), padded_rank(rank)
+                d_y = draw(shape, dtype, integers)
+                with poisoned():
+                    alone = subject.khatri_rao_matrices(groups, dtype, padded)
+                    once, sums = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
+                    _, again = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
+                assert all(map(torch.equal, once, alone)), f"{name}: other matrices"
+                assert torch.equal(sums, again), f"{name}: differs from run to run"
+                assert sums.dtype == torch.float32
+                exact = d_y.cpu().double().sum(0)
+                judge(name, sums.sum(0), exact, d_y.cpu().float().sum(0), integers)
+                yield name
 
 
 def _aligned_or_not() -> Iterator[str]:
@@ -79,4 +110,20 @@ def forms() -> Iterator[Form]:
                 subject.form_of(modes, rank, padded).constants,
                 warps=subject.WARPS,
                 wide_loads=rank * dtype.itemsize % 16 == 0,
+            )
+            sums = subject.sums_constants(math.prod(modes[1]) if len(modes) > 1 else rank)
+            yield Form(
+                f"{modes} rank {rank} {short(dtype)} and sums",
+                subject.khatri_rao_and_sums_kernel,
+                (
+                    factors,
+                    pointers_to(dtype, len(modes)),
+                    *pointers_to(dtype, 1),
+                    "*fp32",
+                    "i32",
+                    "i32",
+                ),
+                (*subject.form_of(modes, rank, padded).constants, *sums),
+                warps=subject.WARPS,
+                wide_loads=sums[0] * dtype.itemsize % 16 == 0,
             )

@@ -52,9 +52,11 @@ def step(
 ) -> dict[str, Tensor]:
     """Output and gradients by name."""
     y, kept = layer_map.forward(x, bias, factors)
-    d_x, d_factors = layer_map.backward(grad_y, x, kept, factors, (True,) * (1 + len(factors)))
+    needs = (True,) * (1 + len(factors))
+    d_x, others = layer_map.backward(grad_y, x, kept, factors, needs, wrt_bias=True)
     named: dict[str, Any] = {"y": y, "d_x": d_x}
-    named |= {f"d_factor {d}": gradient for d, gradient in enumerate(d_factors)}
+    named |= {f"d_factor {d}": gradient for d, gradient in enumerate(others[:-1])}
+    named["d_bias"] = others[-1]
     return named
 
 
@@ -113,13 +115,20 @@ def _pooled(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 
 def _check_parts(layer_map: LinearMap, whole: dict[str, Tensor], given: Any) -> None:
-    """Gradients asked for apart have the same bits."""
+    """Gradients asked for apart have the same bits.
+
+    That of the bias is summed in another order where no other gradient is a sum of that kind.
+    """
     x, bias, factors, grad_y = given
     n_in, n = layer_map.n_in, len(factors)
     for d_x, d_in, d_out in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)):
         needs = [bool(d_x), *[bool(d_in)] * n_in, *[bool(d_out)] * (n - n_in)]
         _, kept = layer_map.forward(x, bias, factors)
-        grad_x, gradients = layer_map.backward(grad_y, x, kept, factors, needs)
+        grad_x, gradients = layer_map.backward(grad_y, x, kept, factors, needs, wrt_bias=True)
+        needs.append(True)
         for key, number, wanted in zip(list(whole)[1:], [grad_x, *gradients], needs, strict=True):
             assert number is not None or not wanted, f"{key} with {needs}"
-            assert number is None or torch.equal(number, whole[key]), f"{key} with {needs}"
+            if key == "d_bias":
+                torch.testing.assert_close(number, whole[key])
+            else:
+                assert number is None or torch.equal(number, whole[key]), f"{key} with {needs}"

@@ -15,11 +15,12 @@ from polyadic.kernels.triton import mttkrp as subject
 
 # Modes of each group, the rank, and in how many pieces each dK comes. The sum for the scale of the
 # last but one, and those over the pieces of the last, are longer than what a program takes at once.
+# Each dK has as many pieces as it needs.
 SHAPES = (
     (((4, 4), (2, 5)), 3, (1, 1)),
     (((13,), (11,)), 5, (1, 1)),
     (((1, 2, 2, 3, 2, 2), (3, 2)), 8, (3, 3)),
-    (((1, 4, 5), (2, 3, 2), (3, 3)), 17, (1, 2, 2)),
+    (((1, 4, 5), (2, 3, 2), (3, 3)), 17, (5, 1, 2)),
     (((2, 70), (3, 2)), 33, (1, 1)),
     (((1, 33, 32),), 12, (1,)),
     (((2, 3), (1, 3, 3)), 12, (1, 70)),
@@ -48,6 +49,11 @@ def check() -> Iterator[str]:
                     name = f"{short(dtype)} of {short(low)} {modes} rank {rank} {integers=}"
                     _check_one(name, modes, rank, pieces, dtype, low, integers)
                     yield name
+        for count, width in ((1, 5), (7, 24), (520, 130)):
+            for integers in (True, False):
+                name = f"{short(dtype)} {count} partial sums of {width} {integers=}"
+                _check_sums(name, count, width, dtype, integers)
+                yield name
 
 
 def _check_one(
@@ -80,6 +86,22 @@ def _check_one(
             judge(f"{name} factor {d}", numbers, exact, torchs, integers)
 
 
+def _check_sums(name: str, count: int, width: int, dtype: torch.dtype, integers: bool) -> None:
+    """Partial sums beside pieces of another number, and what these give without them."""
+    groups = draw_groups(((3, 4), (2, 2)), 16, dtype, integers)
+    d_matrices = [draw((3, 12, 16), torch.float32, integers), draw((4, 16), dtype, integers)]
+    sums = draw((count, width), torch.float32, integers)
+    with poisoned():
+        alone = subject.mttkrps(d_matrices, groups)
+        *once, (total,) = subject.mttkrps(d_matrices, groups, sums=sums)
+        *_, (again,) = subject.mttkrps(d_matrices, groups, sums=sums)
+    for gradients, others in zip(once, alone, strict=True):
+        assert all(map(torch.equal, gradients, others)), f"{name}: other gradients of factors"
+    assert torch.equal(total, again), f"{name}: differs from run to run"
+    there = sums.cpu()
+    judge(name, total, there.double().sum(0), there.sum(0).to(dtype), integers)
+
+
 def forms() -> Iterator[Form]:
     """What is compiled ahead of time."""
     for modes, rank, in_pieces in (
@@ -95,11 +117,22 @@ def forms() -> Iterator[Form]:
                 [math.prod(g) * padded if n in in_pieces else 0 for n, g in enumerate(modes)]
             )
             factors = tuple([pointers_to(dtype, len(group)) for group in modes])
-            form = subject.form_of(modes, rank, each, apart)
+            ranks = (rank,) * len(modes)
+            if len(modes) < subject.MOST_GROUPS:
+                # The sums of a bias, as the last group.
+                width = math.prod(modes[-1])
+                modes, ranks, each = (*modes, (1,)), (*ranks, width), (*each, width)
+                apart, factors = (*apart, width), (*factors, pointers_to(dtype, 1))
+            form = subject.form_of(modes, ranks, each, apart)
             yield Form(
                 f"{modes} rank {rank} {short(dtype)}, in pieces {in_pieces}",
                 subject.mttkrp_kernel,
-                (pointers_to(torch.float32, len(modes)), factors, factors, "i32"),
+                (
+                    pointers_to(torch.float32, len(modes)),
+                    factors,
+                    factors,
+                    *("i32",) * subject.MOST_GROUPS,
+                ),
                 form.constants,
                 warps=subject.WARPS,
                 wide_loads=rank * dtype.itemsize % 16 == 0,

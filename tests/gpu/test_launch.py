@@ -298,8 +298,8 @@ def test_gradients_share_memory_only_where_each_begins_aligned() -> None:
     modes = ((3, 5), (2,))
     for rank, own_memory, pieces in ((8, False, 1), (8, True, 3), (5, False, 3)):
         factors = [torch.zeros(mode, rank) for group in modes for mode in group]
-        form = mttkrp.form_of(modes, rank, (rank, rank), (0, 0))
-        found = mttkrp._new(factors, form, own_memory)
+        rows = tuple([mode for group in modes for mode in group])
+        found = mttkrp._new(factors, rows, own_memory)
         assert [gradient.shape for gradient in found] == [factor.shape for factor in factors]
         assert all(f.is_contiguous() and f.data_ptr() % 16 == 0 for f in found)
         assert len({f.untyped_storage().data_ptr() for f in found}) == pieces

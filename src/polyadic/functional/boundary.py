@@ -5,8 +5,8 @@ checks the arguments, has a plan chosen, and returns a ``Call``, which is the ma
 arguments are laid out for it. What has been settled is remembered by the signature of the
 arguments: all that checks and planner look at, and nothing computed from the values of tensors.
 
-A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward``, ``backward`` and
-``bias_gradient``. Its output is linear in x, in the bias and in each factor by itself; or x are
+A map (``LinearMap``, ``ConvMap``, …) is frozen and hashable and has ``forward`` and ``backward``.
+Its output is linear in x, in the bias and in each factor by itself; or x are
 indices, which have no gradient. It runs
 
 - by its own operations alone, if no gradient is asked for, in a level of forward mode, if the
@@ -82,11 +82,12 @@ class MultilinearMap(Protocol):
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         needs: Sequence[bool],
+        wrt_bias: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of x and of each factor."""
+        """Return the gradients of x and of each factor, and behind them that of the bias if asked.
 
-    def bias_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of the bias."""
+        ``needs`` says whether x and each factor needs its gradient.
+        """
 
 
 def joined(groups: Groups, weights: Tensor | None, weights_at: int) -> tuple[Tensor, ...]:
@@ -360,8 +361,9 @@ def gradients(
     kept: Sequence[Tensor],
     factors: Sequence[Tensor],
     needs: Sequence[bool],
+    wrt_bias: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x and of each factor, of complex numbers as torch defines them.
+    """What the map's ``backward`` returns, of complex numbers as torch defines their gradients.
 
     Of a real loss L torch's gradient with respect to z = a + ib is ∂L/∂a + i ∂L/∂b. For a
     holomorphic y = f(z) the chain rule makes it that of y times the conjugate of f'(z). A map
@@ -376,8 +378,8 @@ def gradients(
     if not torch.compiler.is_compiling() and any_autocast():
         # What autocast cast in the forward has its dtype already; nothing else is to be cast.
         with no_autocast(grad_y):
-            return layer_map.backward(grad_y, x, kept, factors, needs)
-    return layer_map.backward(grad_y, x, kept, factors, needs)
+            return layer_map.backward(grad_y, x, kept, factors, needs, wrt_bias)
+    return layer_map.backward(grad_y, x, kept, factors, needs, wrt_bias)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -392,9 +394,10 @@ def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         # To autograd, kept intermediates are constants; for second derivatives we recompute them.
         kept = ()
     needs: tuple[bool, ...] = ctx.needs_input_grad
-    d_x, d_factors = gradients(layer_map, grad_y, x, kept, factors, (needs[1], *needs[3:]))
-    d_bias = layer_map.bias_gradient(grad_y) if needs[2] else None
-    return (None, d_x, d_bias, *d_factors)
+    wrt = needs[1], *needs[3:]
+    d_x, others = gradients(layer_map, grad_y, x, kept, factors, wrt, needs[2])
+    d_bias = others.pop() if needs[2] else None
+    return (None, d_x, d_bias, *others)
 
 
 def _is_differentiated() -> bool:

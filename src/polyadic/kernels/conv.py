@@ -179,8 +179,9 @@ class ConvMap:
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         needs: Sequence[bool],
+        wrt_bias: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of x and of the factors.
+        """Return the gradients of x and of the factors, and that of the bias if it is wanted.
 
             dZ2 = dY ×_c KCᵀ   dKC = dY · Z2   (dZ1, dk) = depthwise backward
             dX = dZ1 ×_c KAᵀ   dKA = X · dZ1   (· sums over batch and positions)
@@ -191,13 +192,23 @@ class ConvMap:
             kept: what ``forward`` kept; empty to recompute it (as second derivatives need).
             factors: (*out, *in, λ if any, *kernel).
             needs: whether x and each factor needs its gradient.
+            wrt_bias: whether that of the bias (n,) is to follow.
         """
         if self._lifted:
             x, grad_y = x.unsqueeze(2), grad_y.unsqueeze(2)
-        if self.plan.backward.kind == "dense":
-            d_x, grads = self._backward_dense(grad_y, x, factors, needs)
+        route = self.plan.backward
+        split = self._stages(route.depthwise, factors)
+        # The gradients of the out factors alone take few steps, which need no kernel.
+        whole = needs[0] or any(needs[1 + self.n_out :])
+        if whole and is_fused(route, split, x, (grad_y, *factors)):
+            d_x, grads = self._backward_fused(grad_y, x, kept, factors, split, (*needs, wrt_bias))
         else:
-            d_x, grads = self._backward_factorized(grad_y, x, kept, factors, needs)
+            if route.kind == "dense":
+                d_x, grads = self._backward_dense(grad_y, x, factors, needs)
+            else:
+                d_x, grads = self._backward_factorized(grad_y, x, kept, factors, needs)
+            if wrt_bias:
+                grads = [*grads, self.bias_gradient(grad_y)]
         return (d_x.squeeze(2) if self._lifted and d_x is not None else d_x), grads
 
     def _backward_dense(
@@ -250,9 +261,6 @@ class ConvMap:
         split = self._stages(self.plan.backward.depthwise, factors)
         wrt_x, wrt_out = needs[0], any(needs[1 : 1 + self.n_out])
         wrt_rest = any(needs[1 + self.n_out :])
-        if (wrt_x or wrt_rest) and is_fused(self.plan.backward, split, x, (grad_y, *factors)):
-            wrt = wrt_x, wrt_out, wrt_rest
-            return self._backward_fused(grad_y, x, kept, factors, split, wrt)
         if not split.depthwise:
             in_factors = [*kernel_factors, *in_factors]
         if kept and kept[0].shape[1] != self.groups * in_factors[0].shape[1]:
@@ -316,19 +324,26 @@ class ConvMap:
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         split: Stages,
-        wrt: tuple[bool, bool, bool],
+        needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """``backward`` by kernels; ``needs`` are of x, of each factor and of the bias."""
         fused = self._fused(split, *self._split(factors))
         taken = _strided(x, split.skip)
         maps = kept if fused.keeps(kept) else ()
-        d_x, (d_in, d_out, d_kernel) = fused.backward(grad_y, taken, maps, wrt)
+        wrt_x, *wrt_factors, wrt_bias = needs
+        wrt = wrt_x, any(wrt_factors[: self.n_out]), any(wrt_factors[self.n_out :]), wrt_bias
+        d_x, (d_in, d_out, d_kernel), d_bias = fused.backward(grad_y, taken, maps, wrt)
         if not split.depthwise:
             # The factors of a 1×1 kernel stood in front of the in factors.
             cut = len(factors) - self.n_out - self.n_in
             d_in, d_kernel = d_in[cut:], d_in[:cut]
         none_out, none_rest = [None] * self.n_out, [None] * (len(factors) - self.n_out)
-        d_x = None if d_x is None else _unstrided(d_x, x, split.skip)
-        return d_x, [*(d_out or none_out), *([*d_in, *d_kernel] or none_rest)]
+        if d_x is not None and taken is not x:
+            # ``_unstrided`` can be differentiated, for a clone and two launches more a dimension.
+            part, d_x = d_x, torch.zeros_like(x)
+            _strided(d_x, split.skip).copy_(part)
+        grads = [*(d_out or none_out), *([*d_in, *d_kernel] or none_rest)]
+        return d_x, grads if d_bias is None else [*grads, d_bias]
 
     def _outer(self, x: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
         """Return the gradient of ``matrix``, a Khatri-Rao matrix that projects x to z or z to x."""

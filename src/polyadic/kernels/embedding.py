@@ -157,6 +157,7 @@ class EmbeddingMap:
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         needs: Sequence[bool],
+        wrt_bias: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradients of the factors; an index has none.
 
@@ -168,11 +169,13 @@ class EmbeddingMap:
             kept: what ``forward`` kept; empty to recompute it (as second derivatives need).
             factors: (λ if any, *in, *out).
             needs: whether x (never) and each factor needs its gradient.
+            wrt_bias: whether that of the bias (e,) is to follow.
         """
         with no_autocast(x):
-            if is_plain(grad_y) and self._is_fused(x, factors, self.plan.backward):
-                return None, self._backward_fused(grad_y, x, kept, factors, needs[1:])
-            return None, self._backward(grad_y, x, kept, factors, needs[1:])
+            fused = is_plain(grad_y) and self._is_fused(x, factors, self.plan.backward)
+            backward = self._backward_fused if fused else self._backward
+            grads = backward(grad_y, x, kept, factors, needs[1:])
+        return None, [*grads, grad_y.sum(0)] if wrt_bias else grads
 
     def _backward_fused(
         self,
@@ -253,8 +256,3 @@ class EmbeddingMap:
                 after = rows[d] if after is None else rows[d] * after
             stop -= groups[d]
         return grads
-
-    @staticmethod
-    def bias_gradient(grad_y: Tensor) -> Tensor:
-        """Sum over the indices, (b, e) → (e,)."""
-        return grad_y.sum(0)

@@ -28,6 +28,7 @@ from polyadic.kernels.multilinear import (
 from polyadic.kernels.pairs import (
     khatri_rao_pair,
     launch_khatri_raos,
+    launch_khatri_raos_and_sums,
     launch_mttkrps,
     mttkrp_pair,
     unpadded,
@@ -131,8 +132,9 @@ class LinearMap:
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         needs: Sequence[bool],
+        wrt_bias: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of x and of the factors.
+        """Return the gradients of x and of the factors, and that of the bias if it is wanted.
 
             Z = X KA, G = dY KC (B, R)    dX = G KAᵀ    dKA = Xᵀ G    dKC = dYᵀ Z
 
@@ -142,6 +144,7 @@ class LinearMap:
             kept: what ``forward`` kept; empty to recompute it (as second derivatives need).
             factors: (*in_factors, *out_factors).
             needs: whether x and each factor needs its gradient.
+            wrt_bias: whether that of the bias (N,) is to follow.
         """
         in_factors, out_factors = factors[: self.n_in], factors[self.n_in :]
         wrt_x = wrt_in = wrt_out = True
@@ -151,23 +154,33 @@ class LinearMap:
         route = self.plan.backward
         d_x, d_in, d_out = None, None, None
         if route.kind == "dense":
-            ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+            groups, wanted = (in_factors, out_factors), wrt_in or wrt_out
+            sums: Tensor | None = None
+            mttkrps = partial(mttkrp_pair, by=route.by)
+            if wrt_bias and wanted and _numbers_alone(x, (*factors, grad_y), route):
+                # The gradient of the bias as in ``_backward_in_pairs``.
+                (ka, kc), sums = launch_khatri_raos_and_sums(groups, x.dtype, grad_y.contiguous())
+                mttkrps = partial(launch_mttkrps, sums=sums)
+            else:
+                ka, kc = khatri_rao_pair(groups, x.dtype, route.by)
             if wrt_x:
                 d_x = matmul_nn(grad_y, matmul_nt(kc, ka))
-            if x.is_cuda and (wrt_in or wrt_out):
+            if x.is_cuda and wanted:
                 d_weight = matmul_tn(grad_y, x)
                 d_ka, d_kc = (
                     matmul_tn_unrounded(d_weight, kc),
                     matmul_tn_unrounded(d_weight.t(), ka),
                 )
-                d_in, d_out = mttkrp_pair((d_ka, d_kc), (in_factors, out_factors), route.by)
-            elif wrt_in or wrt_out:
+                d_in, d_out, *d_bias = mttkrps((d_ka, d_kc), groups)
+                if sums is not None:
+                    return d_x, [*d_in, *d_out, *d_bias[0]]
+            elif wanted:
                 d_weight = matmul_tn(grad_y, x)
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
         elif _in_pairs(x, route):
             wrt = wrt_x, wrt_in, wrt_out
-            return self._backward_in_pairs(grad_y, x, kept, in_factors, out_factors, wrt)
+            return self._backward_in_pairs(grad_y, x, kept, in_factors, out_factors, wrt, wrt_bias)
         else:
             if kept:
                 z = unpadded(kept[0], in_factors[0].shape[1])
@@ -183,7 +196,10 @@ class LinearMap:
                     x, g, in_factors, route.in_groups, wrt_x=wrt_x, wrt_factors=wrt_in
                 )
         none_in, none_out = [None] * self.n_in, [None] * len(out_factors)
-        return d_x, [*(d_in or none_in), *(d_out or none_out)]
+        grads: list[Tensor | None] = [*(d_in or none_in), *(d_out or none_out)]
+        if wrt_bias:
+            grads.append(self.bias_gradient(grad_y))
+        return d_x, grads
 
     def _backward_in_pairs(
         self,
@@ -193,10 +209,13 @@ class LinearMap:
         in_factors: Sequence[Tensor],
         out_factors: Sequence[Tensor],
         wrt: tuple[bool, bool, bool],
+        wrt_bias: bool,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """``backward`` with the matrices of both sides at once, and all factors' gradients at once.
 
-        KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
+        KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need. The
+        kernel that makes them begins the gradient of the bias, and the one that makes the gradients
+        of the factors ends it.
         """
         by, (wrt_x, wrt_in, wrt_out) = self.plan.backward.by, wrt
         alone = _numbers_alone(x, (*in_factors, *out_factors, grad_y, *kept), self.plan.backward)
@@ -207,7 +226,12 @@ class LinearMap:
         if wants_g:
             wanted.append(out_factors)
         khatri_raos, mttkrps, matmul = _pieces(alone, by)
-        matrices = khatri_raos(wanted, x.dtype) if wanted else []
+        sums: Tensor | None = None
+        if wrt_bias and alone and wanted and grad_y.is_contiguous() and (wrt_in or wrt_out):
+            matrices, sums = launch_khatri_raos_and_sums(wanted, x.dtype, grad_y)
+            mttkrps = partial(mttkrps, sums=sums)
+        else:
+            matrices = khatri_raos(wanted, x.dtype) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []
         groups: list[Sequence[Tensor]] = []
@@ -224,8 +248,11 @@ class LinearMap:
             groups.append(out_factors)
         gradients = mttkrps(d_matrices, groups) if groups else []
         d_in = gradients[0] if wrt_in else [None] * len(in_factors)
-        d_out = gradients[-1] if wrt_out else [None] * len(out_factors)
-        return d_x, [*d_in, *d_out]
+        d_out = gradients[wrt_in] if wrt_out else [None] * len(out_factors)
+        if not wrt_bias:
+            return d_x, [*d_in, *d_out]
+        d_bias = self.bias_gradient(grad_y) if sums is None else gradients[-1][0]
+        return d_x, [*d_in, *d_out, d_bias]
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:

@@ -145,12 +145,16 @@ def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list
 
 
 @functools.cache
-def _by_triton() -> tuple[Callable[..., list[Tensor]], Callable[..., list[list[Tensor]]]]:
+def _by_triton() -> tuple[
+    Callable[..., list[Tensor]],
+    Callable[..., list[list[Tensor]]],
+    Callable[..., tuple[list[Tensor], Tensor]],
+]:
     """Import the kernels' functions; an import at each call would cost as much as a launch."""
-    from polyadic.kernels.triton.khatri_rao import khatri_rao_matrices
+    from polyadic.kernels.triton.khatri_rao import khatri_rao_matrices, khatri_raos_and_sums
     from polyadic.kernels.triton.mttkrp import mttkrps
 
-    return khatri_rao_matrices, mttkrps
+    return khatri_rao_matrices, mttkrps, khatri_raos_and_sums
 
 
 def _contiguous(groups: Sequence[Group]) -> Sequence[Group]:
@@ -164,15 +168,38 @@ def launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype) -> list[Tens
     return _by_triton()[0](_contiguous(groups), dtype, padded_rank(groups[0][0].shape[1]))
 
 
+def launch_khatri_raos_and_sums(
+    groups: Sequence[Group], dtype: torch.dtype, d_y: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Do what ``launch_khatri_raos`` does, and begin the gradient of a bias in the same launch.
+
+    Args:
+        groups: as there.
+        dtype: as there.
+        d_y: (B, N), contiguous.
+
+    Returns:
+        What ``launch_khatri_raos`` does; and partial sums of d_y over its rows, which
+        ``launch_mttkrps`` adds up.
+    """
+    padded = padded_rank(groups[0][0].shape[1])
+    return _by_triton()[2](_contiguous(groups), dtype, padded, d_y)
+
+
 def launch_mttkrps(
-    d_matrices: Sequence[Tensor], groups: Sequence[Group], own_memory: bool = False
+    d_matrices: Sequence[Tensor],
+    groups: Sequence[Group],
+    own_memory: bool = False,
+    sums: Tensor | None = None,
 ) -> list[list[Tensor]]:
     """Do what ``mttkrp_pair`` does by the kernel, for a caller that has asked ``may_fuse``.
 
-    With ``own_memory`` no two gradients share memory.
+    With ``own_memory`` no two gradients share memory. With ``sums``, which
+    ``launch_khatri_raos_and_sums`` has made, the gradient (N,) of the bias follows in a list of its
+    own.
     """
     d_matrices = [d if d.stride(-1) == 1 else d.contiguous() for d in d_matrices]
-    return _by_triton()[1](d_matrices, _contiguous(groups), own_memory)
+    return _by_triton()[1](d_matrices, _contiguous(groups), own_memory, sums)
 
 
 def _khatri_rao_on_cuda(

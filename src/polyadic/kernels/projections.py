@@ -17,7 +17,7 @@ from polyadic.kernels.products import matmul_nn, matmul_tn_unrounded, plus_bias
 PRODUCT_PER_IMAGE_FROM_POSITIONS = 64
 
 
-def _is_rows(x: Tensor) -> bool:
+def is_rows(x: Tensor) -> bool:
     """Whether the channels are innermost, so that positions are rows of a matrix."""
     return x.stride(1) == 1
 
@@ -52,7 +52,7 @@ def project(
     if layout == "channels_first":
         y = torch.matmul(matrix.t(), _columns(x)).view(x.shape[0], matrix.shape[1], *x.shape[2:])
         return y if bias is None else plus_bias(y, bias.view(-1, *[1] * (x.dim() - 2)))
-    if _is_rows(x):
+    if is_rows(x):
         return _volume(matmul_nn(as_rows(x), matrix, bias), x)
     columns, matrices = _columns(x).transpose(1, 2), matrix.expand(x.shape[0], *matrix.shape)
     return _volume(plus_bias(torch.bmm(columns, matrices), bias), x)
@@ -64,7 +64,7 @@ def project_back(z: Tensor, matrix: Tensor, like: Tensor, layout: str, groups: i
     If the input came in channels_first, the GEMM writes its gradient in that layout, so that nobody
     has to convert it.
     """
-    turned = layout == "channels_last" and groups == 1 and not _is_rows(like)
+    turned = layout == "channels_last" and groups == 1 and not is_rows(like)
     if not turned or math.prod(z.shape[2:]) < PRODUCT_PER_IMAGE_FROM_POSITIONS:
         return project(z, matrix.mT, layout, groups)
     matrices = matrix.expand(z.shape[0], *matrix.shape)
@@ -81,7 +81,7 @@ def _project_groups(
 ) -> Tensor:
     """``project`` with groups: (b, g·c, *s) → (b, g·r, *s)."""
     if layout == "channels_last":
-        if _is_rows(x):
+        if is_rows(x):
             rows = as_rows(x).view(-1, groups, x.shape[1] // groups)
             own = matrix.dim() == 3
             y = (rows.transpose(0, 1) @ matrix).transpose(0, 1) if own else rows @ matrix
@@ -104,9 +104,9 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
     ``each`` that of each group's own (g, c/g, r).
     """
     last = layout == "channels_last"
-    if last and not _is_rows(x) and better_as_rows(z.shape[1], groups * math.prod(x.shape[2:])):
+    if last and not is_rows(x) and better_as_rows(z.shape[1], groups * math.prod(x.shape[2:])):
         x = in_layout(x, layout)
-    if last and _is_rows(x):
+    if last and is_rows(x):
         if groups == 1:
             return matmul_tn_unrounded(as_rows(x), as_rows(z))
         rows, maps = (as_rows(t).view(-1, groups, t.shape[1] // groups) for t in (x, z))
@@ -118,7 +118,12 @@ def outer(x: Tensor, z: Tensor, layout: str, groups: int = 1, each: bool = False
     if groups > 1:
         products = _by_group(x, groups) @ _by_group(z, groups).mT
         return products.sum(0 if each else (0, 1), dtype=wide)
-    return torch.bmm(_columns(x), _columns(z).transpose(1, 2)).sum(0, dtype=wide)
+    return outer_of_images(x, z).sum(0, dtype=wide)
+
+
+def outer_of_images(x: Tensor, z: Tensor) -> Tensor:
+    """Return Σ_s x[b, c, s] z[b, r, s] → (b, c, r), a product for each image."""
+    return torch.bmm(_columns(x), _columns(z).transpose(1, 2))
 
 
 def better_as_rows(maps: int, positions: int) -> bool:

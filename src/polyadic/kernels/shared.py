@@ -93,6 +93,7 @@ class Half:
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         needs: Sequence[bool],
+        wrt_bias: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradients of the input, and of the factors, which are the MTTKRPs of dK.
 
@@ -102,7 +103,14 @@ class Half:
             kept: nothing, as the forward keeps nothing.
             factors: (n_d, R).
             needs: whether the input and each factor needs its gradient.
+            wrt_bias: whether that of the bias (N,) is to follow; the in half has no bias.
         """
+        d_x, grads = self._backward(grad_y, x, factors, needs)
+        return d_x, [*grads, grad_y.sum(0)] if wrt_bias else grads
+
+    def _backward(
+        self, grad_y: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         wrt_x, wrt_factors = needs[0], any(needs[1:])
         wide, narrow = (grad_y, x) if self.expands else (x, grad_y)  # (B, N) and (B, R)
         grads: list[Tensor | None] = [None] * len(factors)
@@ -131,8 +139,3 @@ class Half:
         else:
             d_x = d_wide
         return d_x, [*(found or grads)]
-
-    @staticmethod
-    def bias_gradient(grad_y: Tensor) -> Tensor:
-        """Sum over the batch, (B, N) → (N,); the in half has no bias."""
-        return grad_y.sum(0)

@@ -121,6 +121,7 @@ class SpectralMap:
         kept: Sequence[Tensor],
         factors: Sequence[Tensor],
         needs: Sequence[bool],
+        wrt_bias: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradients of x and of each factor, by the formulas at the top of this module.
 
@@ -130,6 +131,7 @@ class SpectralMap:
             kept: what ``forward`` kept; empty to compute it again, as second derivatives need.
             factors: (*in, *out, λ if any, *kept modes).
             needs: whether x and each factor needs its gradient.
+            wrt_bias: False; a bias is added in space.
         """
         dtype, route, wide = x.dtype, self.plan.backward, factors[0].dtype
         ins, outs, modes = self._groups(factors)
@@ -168,11 +170,6 @@ class SpectralMap:
             d_channels = [*khatri_rao_backward(d_a, ins), *khatri_rao_backward(d_c, outs)]
         d_factors: list[Tensor | None] = [*d_channels, *khatri_rao_backward(d_spectral, modes)]
         return _cast_or_none(d_x, dtype), d_factors
-
-    @staticmethod
-    def bias_gradient(grad_y: Tensor) -> Tensor:
-        """Refuse: this map has no bias."""
-        raise NotImplementedError("a bias is added in space, not to the spectrum")
 
 
 def _cast_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

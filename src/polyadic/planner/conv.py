@@ -317,7 +317,7 @@ def _fused_forward(s: _Sizes) -> list[Step]:
     if not s.request.channels_last:
         steps.append(s.to_rows("X", s.fmt.channels[0], s.positions))
     steps.append(s.project("Z1 = X KA", s.taken, s.c, s.rank))
-    if s.n > MOST_PROJECTED_CHANNELS and s.stages.depthwise:
+    if s.groups == 1 and s.n > MOST_PROJECTED_CHANNELS and s.stages.depthwise:
         flops = 2 * s.out_positions * s.maps * s.depthwise_taps
         moved = s.item * s.maps * (s.taken + s.out_positions)
         stage = Step("Z2 from Z1", "fused", flops, moved, elements=s.out_positions * s.maps)

@@ -2,6 +2,10 @@
 
 One program makes BLOCK rows of one matrix, COLUMNS columns wide. Entries are multiplied in float32
 and rounded once, as ``multilinear.khatri_rao`` does, so that both give the same bits.
+
+In a backward the same launch can begin the gradient of the bias, which is the sum of dY over its
+rows: further programs leave partial sums, which the launch that makes the gradients of the factors
+adds up (see ``mttkrp``). So a bias costs no launch in a backward.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from polyadic.kernels.triton.numerics import (
 )
 
 BLOCK_ROWS, MOST_COLUMNS, WARPS = 32, 128, 4
+# Rows of dY that a program of a sum reads at once, how often it does so at least, and the number of
+# such programs that fills a large GPU a few times over (an H100 has 132 multiprocessors).
+SUMMED_ROWS, LEAST_TURNS, MANY_SUMS = 32, 4, 512
 
 
 @triton.jit
@@ -57,7 +64,36 @@ def khatri_rao_kernel(
         BLOCK: rows that a program makes.
         COLUMNS: columns that a program makes.
     """
-    program = tl.program_id(0)
+    write_rows(
+        tl.program_id(0),
+        factors,
+        matrices,
+        MODES,
+        RIGHT,
+        ROWS,
+        FIRST,
+        RANK,
+        PADDED,
+        BLOCK,
+        COLUMNS,
+    )
+
+
+@triton.jit
+def write_rows(
+    program,
+    factors,
+    matrices,
+    MODES: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write the rows of one program."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     for g in tl.static_range(len(MODES)):
         if (program >= FIRST[g]) & (program < FIRST[g + 1]):
@@ -71,7 +107,71 @@ def khatri_rao_kernel(
             tl.store(at, rounded(k, dtype), mask=inside & (columns < PADDED)[None, :])
 
 
+@triton.jit(do_not_specialize=["rows", "share"])
+def khatri_rao_and_sums_kernel(
+    factors,
+    matrices,
+    d_y,
+    sums,
+    rows,
+    share,
+    MODES: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SUMMED: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """Do what ``khatri_rao_kernel`` does, and sum d_y (rows, WIDTH) over its rows in pieces.
+
+    Args:
+        factors: as there.
+        matrices: as there.
+        d_y: summed by the programs behind those of the matrices.
+        sums: (pieces, WIDTH) in float32, the sum over ``share`` rows each.
+        rows: of d_y.
+        share: rows that a program sums.
+        MODES: as there.
+        RIGHT: as there.
+        ROWS: as there.
+        FIRST: as there.
+        RANK: as there.
+        PADDED: as there.
+        BLOCK: as there.
+        COLUMNS: as there.
+        WIDTH: columns of d_y.
+        SUMMED: rows that a program reads at once.
+        STRIP: columns that a program sums.
+    """
+    program = tl.program_id(0)
+    matrix_programs: tl.constexpr = FIRST[len(MODES)]
+    if program < matrix_programs:
+        write_rows(
+            program, factors, matrices, MODES, RIGHT, ROWS, FIRST, RANK, PADDED, BLOCK, COLUMNS
+        )
+    elif tl.program_id(1) == 0:
+        strips: tl.constexpr = (WIDTH + STRIP - 1) // STRIP
+        piece = (program - matrix_programs) // strips
+        columns = (program - matrix_programs) % strips * STRIP + tl.arange(0, STRIP)
+        real = (columns < WIDTH)[None, :]
+        count = tl.minimum(share, rows - piece * share)
+        first = d_y + (piece * share).to(tl.int64) * WIDTH
+        total = tl.zeros((SUMMED, STRIP), tl.float32)
+        for start in range(0, count, SUMMED):
+            row = start + tl.arange(0, SUMMED)
+            at = first + row[:, None].to(tl.int64) * WIDTH + columns[None, :]
+            mask = (row < count)[:, None] & real
+            total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(sums + piece * WIDTH + columns, tl.sum(total, 0), mask=columns < WIDTH)
+
+
 LAUNCHER = Launcher(khatri_rao_kernel)
+WITH_SUMS = Launcher(khatri_rao_and_sums_kernel)
 Modes = tuple[tuple[int, ...], ...]
 shape_of = operator.attrgetter("shape")
 
@@ -144,3 +244,54 @@ def khatri_rao_matrices(
         warps=WARPS,
     )
     return matrices
+
+
+def sums_constants(width: int) -> tuple[int, int, int]:
+    """Return the constants of the sums over rows of so many columns."""
+    return width, SUMMED_ROWS, min(MOST_COLUMNS, up_to_power_of_two(width))
+
+
+def khatri_raos_and_sums(
+    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int, d_y: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return what ``khatri_rao_matrices`` returns, and d_y summed over its rows in pieces.
+
+    Args:
+        groups: as there.
+        dtype: as there.
+        padded: as there.
+        d_y: (B, N), contiguous, not empty.
+
+    Returns:
+        (Π m_d, padded) for each group; (p, N) in float32, to be added over the pieces p. How many
+        there are depends on B and N alone.
+    """
+    factors = [*itertools.chain.from_iterable(groups)]
+    form = _form_of_shapes(tuple(map(shape_of, factors)), tuple(map(len, groups)), padded)
+    leader = factors[0]
+    matrices = [leader.new_empty((rows, padded), dtype=dtype) for rows in form.rows]
+    rows, width = d_y.shape
+    constants = sums_constants(width)
+    strips = -(-width // constants[-1])
+    turns = max(LEAST_TURNS, -(-rows * strips // (MANY_SUMS * SUMMED_ROWS)))
+    share = turns * SUMMED_ROWS
+    pieces = -(-rows // share)
+    sums = d_y.new_empty((pieces, width), dtype=torch.float32)
+    WITH_SUMS(
+        (form, leader.dtype, dtype, constants, d_y.dtype),
+        (form.grid[0] + pieces * strips, form.grid[1], 1),
+        [*factors, *matrices, d_y, sums],
+        (rows, share),
+        lambda: (
+            tuple(map(tuple, groups)),
+            tuple(matrices),
+            d_y,
+            sums,
+            rows,
+            share,
+            *form.constants,
+            *constants,
+        ),
+        warps=WARPS,
+    )
+    return matrices, sums
