@@ -133,6 +133,13 @@ def test_neither_dtype_nor_order_nor_scale_costs_a_launch(
         assert len(names) == 10 + (channels > MOST_PROJECTED_CHANNELS), names
 
 
+def test_autocast_multiplies_matrices_of_the_inputs_dtype() -> None:
+    """Factors stay in float32; the backward runs without autocast, and nothing casts there."""
+    with torch.autocast("cpu", torch.bfloat16):
+        names = conv_launches(96, dtype=torch.float32)
+    assert "mttkrp_kernel" in names
+
+
 @pytest.mark.parametrize("kernel", [(3, 9), (5, 5), (MOST_FUSED_TAPS,), (3, 3, 3)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_large_kernels_and_strides(kernel: tuple[int, ...], stride: int) -> None:
