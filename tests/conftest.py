@@ -22,7 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, for tensors this small; a cache of its own; no notes from torch about itself."""
-    torch.set_num_threads(config.getoption("--torch-threads"))
+    threads = config.getoption("--torch-threads")
+    torch.set_num_threads(threads)
+    # Processes that tests start have as many: those of OpenMP spin while they wait for each other.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     if not hasattr(config, "workerinput"):
         # Plans rest on the built-in numbers, not on a calibration of whoever runs the tests.
         folder = tempfile.TemporaryDirectory(prefix="polyadic-tests-")
