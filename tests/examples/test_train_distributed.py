@@ -47,7 +47,7 @@ def test_on_gpus_each_process_takes_its_own_and_nccl(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: asked.update(gpu=number))
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()
     monkeypatch.setattr(train_distributed, "rendezvous", lambda url: iter([(store, 3, 4)]))
 
     def begin(backend: str, **own: Any) -> None:
