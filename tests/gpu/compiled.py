@@ -6,10 +6,12 @@ instructions chosen can be read on any machine.
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 
 _NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Bytes of shared memory that a program may have, by compute capability.
+BYTES_OF_INSTRUCTION = 16
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
@@ -66,6 +69,7 @@ class Code:
         registers: of a thread.
         assembly: the machine code.
         parameters: bits of each parameter, where they are not those that the driver is given.
+        asserts: whether it can fail an assertion.
     """
 
     stack: int
@@ -73,19 +77,43 @@ class Code:
     registers: int
     assembly: str
     parameters: tuple[int, ...] = ()
+    asserts: bool = False
 
     def count(self, pattern: str) -> int:
         """How many instructions match."""
         return len(re.findall(pattern, self.assembly))
 
 
-def compiled(form: Form, capability: int) -> Code:
+def compiled(forms: Sequence[Form], capability: int) -> list[Code]:
     """Compile for a compute capability (90 is 9.0)."""
+    kernels = [_compiled(form, capability) for form in forms]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "code")
+        dumps, codes = [], []
+        for kernel in kernels:
+            file.write_bytes(kernel.asm["cubin"])
+            dumps.append(_output("cuobjdump", "-res-usage", "-elf", str(file)))
+            codes.append(_machine_code(dumps[-1]))
+        # The disassembler takes half a second to start, so that it reads all forms at once.
+        file.write_bytes(b"".join(codes))
+        processor = f"SM{capability}{'a' * (capability >= 90)}"
+        assembly = _output("nvdisasm", "-b", processor, "-ndf", str(file))
+    every = iter(re.findall(r"/\*(\w+)\*/\s+(.*)", assembly))
+    found, end = [], 0
+    for form, kernel, dump, code in zip(forms, kernels, dumps, codes, strict=True):
+        begin, end = end, end + len(code)
+        instructions = list(itertools.islice(every, len(code) // BYTES_OF_INSTRUCTION))
+        assert int(instructions[0][0], 16) == begin
+        text = "\n".join(instruction for _, instruction in instructions)
+        found.append(_code(form, kernel, dump, text))
+    assert next(every, None) is None
+    return found
+
+
+def _compiled(form: Form, capability: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from polyadic.kernels.triton.driver import expected_bits, parameter_bits
 
     names = form.kernel.arg_names
     values = (*form.pointers, *form.constants)
@@ -105,7 +133,7 @@ def compiled(form: Form, capability: int) -> Code:
         constexprs=dict(zip(names[cut:], form.constants, strict=True)),
         attrs=aligned,
     )
-    kernel = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={
@@ -115,19 +143,34 @@ def compiled(form: Form, capability: int) -> Code:
             **({"debug": True, "sanitize_overflow": False} if form.asserts else {}),
         },
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
-        assembly = _output("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, f"no usage in {usage!r}"
+
+
+def _machine_code(dump: str) -> bytes:
+    """The kernel's instructions, of what is dumped of its file."""
+    found = re.search(r"^\.text\.\w+\n(?:.*=.*\n)?((?:0x\w{8}[^\n]*\n)+)", dump, re.MULTILINE)
+    assert found is not None, "no code in the file"
+    words = [int(word, 16) for word in found[1].split()]
+    return struct.pack(f"<{len(words)}I", *words)
+
+
+def _code(form: Form, kernel: Any, dump: str, assembly: str) -> Code:
+    from polyadic.kernels.triton.driver import expected_bits, parameter_bits
+
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    assert found is not None, "no usage in the dump"
     kinds = [kind for value in form.pointers for _, kind in _leaves(value, ())]
     numbers = kinds.count("i32")
     assert "i32" not in kinds[: len(kinds) - numbers], "numbers must stand behind pointers"
     bits = parameter_bits(kernel.asm["ptx"])
-    strange = () if bits == expected_bits(len(kinds) - numbers, numbers) else bits
-    return Code(int(found[2]), kernel.metadata.shared, int(found[1]), assembly, strange)
+    return Code(
+        stack=int(found[2]),
+        shared=kernel.metadata.shared,
+        registers=int(found[1]),
+        assembly=assembly,
+        parameters=() if bits == expected_bits(len(kinds) - numbers, numbers) else bits,
+        # The address of what a failed assertion calls is filled in where the code is loaded.
+        asserts=re.search(r"^0x\w+ +__assertfail +R_CUDA", dump, re.MULTILINE) is not None,
+    )
 
 
 def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -157,7 +200,7 @@ def faults(form: Form, code: Code, capability: int) -> list[str]:
         found.append("no instruction of tensor cores")
     if form.wide_loads and not code.count(r"\b(LDG|LDGSTS)\S*\.128"):
         found.append("no load of 16 bytes")
-    if form.asserts and "__assertfail" not in code.assembly:
+    if form.asserts and not code.asserts:
         found.append("no assertion")
     if code.parameters:
         found.append(f"parameters of {code.parameters} bits")
