@@ -143,9 +143,9 @@ def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> l
 
     The dense model alone chooses the rate of what no contestant makes, such as the embedding: at
     its best rate for all it tries higher ones. Then each contestant, dense too, runs at each of
-    its rates with the first seed, on while the best is the last of them, and with the other seeds
-    at the best. With param_groups it also runs with every seed at the best rate of the first
-    entry, the dense model: does its recipe hold?
+    its rates with the first seed, on while the best is the last of them. After all sweeps come
+    the other seeds, each contestant's at its best rate. With param_groups it also runs with every
+    seed at the best rate of the first entry, the dense model: does its recipe hold?
 
     Args:
         entries: the contestants, dense first.
@@ -157,6 +157,7 @@ def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> l
         return found
     shared = dataclasses.replace(shared, rest=min(found, key=lambda job: losses[job]).rest)
     dense: Job | None = None
+    seeds: list[Job] = []
     for entry in entries:
         own = _of(entry, shared)
         swept = _swept([dataclasses.replace(own, lr=lr) for lr in entry.rates], losses)
@@ -168,13 +169,13 @@ def due(entries: Sequence[Entry], shared: Job, losses: Mapping[Job, float]) -> l
             dense = dense or best
         if entry.groups and dense is not None:
             chosen[dense.lr] = dataclasses.replace(own, lr=dense.lr)
-        found += [
+        seeds += [
             dataclasses.replace(job, seed=seed)
             for job in chosen.values()
             if math.isfinite(losses.get(job, 0.0))
             for seed in SEEDS
         ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + seeds))
 
 
 def _of(entry: Entry, shared: Job) -> Job:
