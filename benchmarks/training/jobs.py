@@ -84,24 +84,24 @@ def language_entries(width: int, blocks: int) -> list[Entry]:
         Entry("dense", width * 5 // 8, blocks, LOW_RANK_RATES),
         Entry("cp:o2:r64", width, blocks, DENSE_RATES, groups=True),
         Entry("cp:o2:r64", width, blocks, FACTOR_RATES),
-        # Other formats of about as many parameters.
+        # Other formats of about as many parameters, and CP as tltorch makes it.
         Entry("paired:o2:r4", width, blocks, FACTOR_RATES),
         Entry("monarch:b128", width, blocks, FACTOR_RATES),
         Entry("tltorch-cp:o3:r64", width, blocks, FACTOR_RATES),
-        Entry("tltorch-btt:o3:f20", width, blocks, FACTOR_RATES),
-        Entry("tltorch-tucker:o3:f20", width, blocks, FACTOR_RATES),
         # Other ranks and orders; R=256 has about the dense model's step time.
-        Entry("cp:o3:r16", width, blocks, DENSE_RATES, groups=True),
-        Entry("cp:o2:r256", width, blocks, DENSE_RATES, groups=True),
-        Entry("cp:o1:r64", width, blocks, DENSE_RATES, groups=True),
-        Entry("cp:o3:r128", width, blocks, DENSE_RATES, groups=True),
         Entry("cp:o3:r256", width, blocks, DENSE_RATES, groups=True),
-        Entry("cp:o2:r16", width, blocks, DENSE_RATES, groups=True),
-        Entry("lowrank:r16", width, blocks, LOW_RANK_RATES),
+        Entry("cp:o1:r64", width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o3:r16", width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o3:r128", width, blocks, DENSE_RATES, groups=True),
         # Wider and deeper; twice as wide is slower than the dense model.
         Entry("cp:o3:r64", wide, blocks, DENSE_RATES, groups=True),
         Entry("cp:o3:r32", width, deep, DENSE_RATES, groups=True),
+        Entry("tltorch-btt:o3:f20", width, blocks, FACTOR_RATES),
+        Entry("tltorch-tucker:o3:f20", width, blocks, FACTOR_RATES),
+        Entry("cp:o2:r256", width, blocks, DENSE_RATES, groups=True),
         Entry("cp:o3:r64", 2 * width, blocks, DENSE_RATES, groups=True),
+        Entry("cp:o2:r16", width, blocks, DENSE_RATES, groups=True),
+        Entry("lowrank:r16", width, blocks, LOW_RANK_RATES),
     ]
 
 
