@@ -132,7 +132,12 @@ class SpectralMap:
             factors: (*in, *out, λ if any, *kept modes).
             needs: whether x and each factor needs its gradient.
             wrt_bias: False; a bias is added in space.
+
+        Raises:
+            NotImplementedError: the gradient of a bias is wanted.
         """
+        if wrt_bias:
+            raise NotImplementedError("a bias is added in space, not to the spectrum")
         dtype, route, wide = x.dtype, self.plan.backward, factors[0].dtype
         ins, outs, modes = self._groups(factors)
         # The boundary hands over a conjugate as a view, which each product would resolve again.

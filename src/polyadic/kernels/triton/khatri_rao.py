@@ -219,6 +219,16 @@ def _form_of_shapes(
     return form_of(modes_of(shapes, lengths), shapes[0][1], padded)
 
 
+def _allocated(
+    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int
+) -> tuple[list[Tensor], _Form, list[Tensor]]:
+    """Return all factors, their form, and memory for the matrix of each group."""
+    factors = [*itertools.chain.from_iterable(groups)]
+    # A layer asks at each pass, so that sizes are looked up as they are.
+    form = _form_of_shapes(tuple(map(shape_of, factors)), tuple(map(len, groups)), padded)
+    return factors, form, [factors[0].new_empty((n, padded), dtype=dtype) for n in form.rows]
+
+
 def khatri_rao_matrices(
     groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int
 ) -> list[Tensor]:
@@ -230,13 +240,9 @@ def khatri_rao_matrices(
         dtype: dtype of the matrices.
         padded: number of columns, at least R.
     """
-    factors = [*itertools.chain.from_iterable(groups)]
-    # A layer asks at each pass, so that sizes are looked up as they are.
-    form = _form_of_shapes(tuple(map(shape_of, factors)), tuple(map(len, groups)), padded)
-    leader = factors[0]
-    matrices = [leader.new_empty((rows, padded), dtype=dtype) for rows in form.rows]
+    factors, form, matrices = _allocated(groups, dtype, padded)
     LAUNCHER(
-        (form, leader.dtype, dtype),
+        (form, factors[0].dtype, dtype),
         form.grid,
         factors + matrices,
         (),
@@ -266,10 +272,7 @@ def khatri_raos_and_sums(
         (Π m_d, padded) for each group; (p, N) in float32, to be added over the pieces p. How many
         there are depends on B and N alone.
     """
-    factors = [*itertools.chain.from_iterable(groups)]
-    form = _form_of_shapes(tuple(map(shape_of, factors)), tuple(map(len, groups)), padded)
-    leader = factors[0]
-    matrices = [leader.new_empty((rows, padded), dtype=dtype) for rows in form.rows]
+    factors, form, matrices = _allocated(groups, dtype, padded)
     rows, width = d_y.shape
     constants = sums_constants(width)
     strips = -(-width // constants[-1])
@@ -278,7 +281,7 @@ def khatri_raos_and_sums(
     pieces = -(-rows // share)
     sums = d_y.new_empty((pieces, width), dtype=torch.float32)
     WITH_SUMS(
-        (form, leader.dtype, dtype, constants, d_y.dtype),
+        (form, factors[0].dtype, dtype, constants, d_y.dtype),
         (form.grid[0] + pieces * strips, form.grid[1], 1),
         [*factors, *matrices, d_y, sums],
         (rows, share),
