@@ -10,6 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# The compiler notes the attributes of tensors when it is imported. Tests that pretend some, such as
+# is_cuda, would otherwise leave theirs in it if they are the first to import it.
+import torch._dynamo.variables.tensor
+
 from poisoning import poisoned
 
 
