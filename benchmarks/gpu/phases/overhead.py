@@ -1,18 +1,23 @@
 """What the host spends on one eager step, taken apart: which piece costs how many microseconds.
 
 Sizes are so small that the GPU waits for the host. Each piece is timed alone, a backward both on
-the thread that autograd keeps for the device and on the caller's own, and the layer's forward and
-backward are profiled function by function.
+the thread that autograd keeps for the device and on the caller's own. A piece takes longer within a
+step than alone, because the processor's caches hold less of it then; so some are timed there too.
+The layer's forward and its step are profiled function by function.
 """
 
 from __future__ import annotations
 
 import cProfile
+import functools
 import pstats
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +25,15 @@ from torch import Tensor, nn
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.contest import train
 from benchmarks.gpu.timer import Call
+from polyadic.functional import boundary
 from polyadic.functional.boundary import Call as Settled
 from polyadic.kernels.linear import LinearMap
+from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
 from polyadic.nn import CPLinear
-from polyadic.plans import LinearPlan, LinearRoute
+from polyadic.plans import Backend, LinearPlan, LinearRoute
 
 ROWS, FEATURES, RANK = 16, 4096, 64
-CALLS, PROFILED, MOST_FUNCTIONS = 50, 200, 30
+CALLS, PROFILED, MOST_FUNCTIONS = 50, 100, 30
 
 
 class Nothing(torch.autograd.Function):
@@ -54,10 +61,28 @@ def run(bench: Bench) -> None:
         _timed(bench, name, call)
     for name, call in _pieces(bench, layer, x, grad):
         _timed(bench, name, call)
-    for name, call in _parts(layer, x.detach(), grad):
+    for name, call in _parts(layer, x.detach(), grad, "torch"):
+        _timed(bench, f"{name}, by torch", call)
+    # Nobody serves a route by "triton" where the benchmark is tried out without a GPU.
+    by: Backend = "triton" if bench.device.type == "cuda" else "torch"
+    for name, call in _parts(layer, x.detach(), grad, by):
         _timed(bench, name, call)
         with bench.guarded(name):
             _functions(bench, name, call)
+    step = partial(train, layer, x, grad)
+    alone = partial(_on_one_thread, step)
+    whole: list[tuple[str, Call]] = [
+        ("ours, forward without grad", partial(_without_grad, layer, x)),
+        ("ours, forward with grad", partial(layer, x)),
+        ("ours, step on the caller's thread", alone),
+    ]
+    for name, call in whole:
+        with bench.guarded(name):
+            _functions(bench, name, call)
+    for name, owner, attribute in _timed_within():
+        with bench.guarded(name):
+            _within(bench, f"{name}, within a step", owner, attribute, step)
+            _within(bench, f"{name}, within a step on one thread", owner, attribute, alone)
 
 
 def _timed(bench: Bench, name: str, call: Call) -> None:
@@ -129,11 +154,11 @@ def _pieces(bench: Bench, layer: CPLinear, x: Tensor, grad: Tensor) -> Iterator[
         yield "current_device", torch.cuda.current_device
 
 
-def _parts(layer: CPLinear, x: Tensor, grad: Tensor) -> Iterator[tuple[str, Call]]:
+def _parts(layer: CPLinear, x: Tensor, grad: Tensor, by: Backend) -> Iterator[tuple[str, Call]]:
     """The layer's map called directly, without autograd, on the caller's thread."""
     ins, outs = layer.cp.factor_groups()
     factors = [f.detach() for f in (*ins, *outs)]
-    route = LinearRoute((len(ins),), (len(outs),))
+    route = LinearRoute((len(ins),), (len(outs),), by=by)
     layer_map = LinearMap(LinearPlan(route, route), len(ins))
     needs = (True,) * (1 + len(factors))
     with torch.no_grad():
@@ -142,14 +167,47 @@ def _parts(layer: CPLinear, x: Tensor, grad: Tensor) -> Iterator[tuple[str, Call
     yield "map, backward", _quietly(lambda: layer_map.backward(grad, x, kept, factors, needs))
     leaves, settled = [f.clone().requires_grad_() for f in factors], Settled(layer_map, 0)
     yield "map behind autograd, forward", lambda: settled.run(x, (leaves,), None, None)
-    try:
-        from polyadic.kernels.pairs import khatri_rao_pair, mttkrp_pair
-    except ImportError:
-        return
     groups = (factors[: len(ins)], factors[len(ins) :])
     wide = khatri_rao_pair(groups, torch.float32)
-    yield "Khatri-Rao matrices of both sides", _quietly(lambda: khatri_rao_pair(groups, x.dtype))
-    yield "gradients of all factors", _quietly(lambda: mttkrp_pair(wide, groups))
+    yield (
+        "Khatri-Rao matrices of both sides",
+        _quietly(lambda: khatri_rao_pair(groups, x.dtype, by)),
+    )
+    yield "gradients of all factors", _quietly(lambda: mttkrp_pair(wide, groups, by))
+
+
+def _timed_within() -> Iterator[tuple[str, Any, str]]:
+    """Names of pieces, and the attributes that a step calls for them."""
+    yield "settling the call", boundary, "settled"
+    yield "map, forward", LinearMap, "forward"
+    yield "map, backward", LinearMap, "backward"
+    try:
+        from polyadic.kernels.triton.driver import Code
+    except ImportError:
+        return
+    yield "starting a kernel", Code, "start"
+
+
+def _within(bench: Bench, name: str, owner: Any, attribute: str, call: Call) -> None:
+    """Time a piece whenever a call comes to it; nothing is written where it does not."""
+    seconds: list[float] = []
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        result = original(*args, **kwargs)
+        seconds.append(time.perf_counter() - begun)
+        return result
+
+    call()
+    with mock.patch.object(owner, attribute, watched):
+        for _ in range(2 if bench.dry else PROFILED):
+            call()
+    bench.timer.synchronize()
+    if seconds:
+        value = statistics.median(seconds)
+        bench.writer.write("rate", name=f"overhead: {name}", value=value, unit="s")
 
 
 def _quietly(call: Callable[[], Any]) -> Call:
