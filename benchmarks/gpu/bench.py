@@ -128,9 +128,22 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+# Letters that a record keeps of an exception's message, at its beginning and at its end.
+HEAD_LETTERS, TAIL_LETTERS = 400, 500
+# How torch's compiler begins those lines of its messages that are advice.
+ADVICE = ("Hint:", "For more details", "Set TORCHDYNAMO_VERBOSE")
+
+
 def said(error: BaseException) -> str:
-    """An exception in one line, with the place it comes from."""
-    text = " ".join(str(error).split())[:300]
+    """An exception in one line, with the place it comes from.
+
+    Of a long message the middle is left out: a compiler says first what it could not do, and last
+    in which line of the code that it was given.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(" ".join(line for line in lines if not line.startswith(ADVICE)).split())
+    if len(text) > HEAD_LETTERS + TAIL_LETTERS:
+        text = f"{text[:HEAD_LETTERS]} … {text[-TAIL_LETTERS:]}"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"

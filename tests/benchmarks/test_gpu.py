@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import benchmarks.gpu.__main__ as command
 from benchmarks.gpu import worker
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import HEAD_LETTERS, TAIL_LETTERS, Bench, said
 from benchmarks.gpu.contest import Contestant, compete
 from benchmarks.gpu.floors import Rates, linear
 from benchmarks.gpu.goals import goals
@@ -42,6 +43,28 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return next(out.glob("gpu-*-dry.jsonl")), done.stdout
+
+
+def traced(x: Tensor, depth: int) -> Tensor:
+    """What no compiler traces, found deep in the code that it is given."""
+    return by_another(x, depth - 1) if depth else [x][str(x.shape)]
+
+
+def by_another(x: Tensor, depth: int) -> Tensor:
+    """Calls that take turns are all listed in a message."""
+    return traced(x, depth)
+
+
+def test_a_record_says_what_a_compiler_could_not_trace_and_where() -> None:
+    compiled = torch.compile(traced, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported) as found:
+        compiled(torch.ones(2), 8)
+    text = said(found.value)
+    assert str(found.value).count("in traced") == 9
+    assert len(text) < HEAD_LETTERS + TAIL_LETTERS + 100
+    assert "TypeError" in text
+    line = traced.__code__.co_firstlineno + 2
+    assert f"line {line}, in traced" in text
 
 
 def test_every_phase_ends_well(dry: tuple[Path, str]) -> None:

@@ -248,7 +248,7 @@ class LinearMap:
             groups.append(out_factors)
         gradients = mttkrps(d_matrices, groups) if groups else []
         d_in = gradients[0] if wrt_in else [None] * len(in_factors)
-        d_out = gradients[wrt_in] if wrt_out else [None] * len(out_factors)
+        d_out = gradients[len(groups) - 1] if wrt_out else [None] * len(out_factors)
         if not wrt_bias:
             return d_x, [*d_in, *d_out]
         d_bias = self.bias_gradient(grad_y) if sums is None else gradients[-1][0]
