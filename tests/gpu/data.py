@@ -24,6 +24,23 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def dtypes_of(number: int) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a table checks the shape of this number: all of them on a GPU.
+
+    The interpreter, which is slow, takes single precision and one of 16 bits, each in its turn.
+    """
+    return DTYPES if device() == "cuda" else (torch.float32, DTYPES[1 + number % 2])
+
+
+def repeats(dtype: torch.dtype) -> bool:
+    """Whether a second run is worth its time in a dtype.
+
+    The interpreter runs the programs of a kernel one after the other. Only what the first run left
+    behind can change its second result, whatever the dtype.
+    """
+    return device() == "cuda" or dtype == torch.float32
+
+
 def guarded(tensor: Tensor, shift: int = 0) -> Tensor:
     """The numbers of a tensor on the device, between NaNs; ``shift`` elements off an alignment."""
     flat = torch.full(

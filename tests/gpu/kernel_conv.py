@@ -10,7 +10,17 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from compiled import Form, pointers_to
-from data import DTYPES, device, draw, draw_groups, judge, poisoned, short
+from data import (
+    DTYPES,
+    device,
+    draw,
+    draw_groups,
+    dtypes_of,
+    judge,
+    poisoned,
+    repeats,
+    short,
+)
 from pretend import fused_kernels, judge_together
 from torch import Tensor
 
@@ -67,8 +77,8 @@ def rows_of(maps: Tensor) -> Tensor:
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
-    for dtype in DTYPES:
-        for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(SHAPES):
+        for dtype in dtypes_of(number):
             # A GPU's time goes to compiling: there each shape is checked in one dtype.
             if device() == "cuda" and dtype != _turn(number):
                 continue
@@ -148,7 +158,9 @@ def _check_backward(
     with poisoned():
         stage = depthwise.depthwise(z1, taps, where, size, out, groups)
         once = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
-        twice = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
+        twice = once
+        if repeats(dtype):
+            twice = depthwise.depthwise_backward(*given, wrt_taps=True, again=True)
         alone = depthwise.depthwise_backward(*given, wrt_taps=False, again=False)
     assert alone[1] is None
     assert alone[2] is None
@@ -182,9 +194,9 @@ def _check_backward(
 LAYERS: tuple[tuple[tuple[int, ...], int, Geometry, int], ...] = (
     ((2, 6, 7, 8), 1, Geometry((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)), 1),
     ((2, 6, 7, 8), 1, Geometry((1, 3), (2, 2), ((0, 0), (0, 1)), (1, 1)), 2),
-    ((2, 6, 7, 8), 2, Geometry((3, 2), (1, 1), ((2, 2), (0, 1)), (2, 1)), 0),
+    ((2, 6, 5, 4), 2, Geometry((3, 2), (1, 1), ((2, 2), (0, 1)), (2, 1)), 0),
     ((2, 6, 9), 1, Geometry((4,), (1,), ((1, 2),), (1,)), 1),
-    ((2, 6, 4, 5, 6), 1, Geometry((3, 2, 3), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1)), 1),
+    ((2, 6, 3, 2, 4), 1, Geometry((3, 2, 2), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1)), 1),
     ((2, 6, 7, 8), 2, Geometry((1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1)), 1),
 )
 

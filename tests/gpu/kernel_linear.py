@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from data import DTYPES, device, draw, draw_groups, error_of, short
+from data import device, draw, draw_groups, dtypes_of, error_of, repeats, short
 from torch import Tensor
 
 from polyadic.kernels import fused, linear, multilinear, pairs
@@ -75,8 +75,8 @@ def _plans(n_in: int, n_out: int, mixed: bool) -> Iterator[LinearPlan]:
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
-    for dtype in DTYPES:
-        for in_modes, out_modes, rank, rows in SHAPES:
+    for number, (in_modes, out_modes, rank, rows) in enumerate(SHAPES):
+        for dtype in dtypes_of(number):
             # Routes of two kinds meet in a rank that is padded.
             mixed = rank == 11
             for plan in _plans(len(in_modes), len(out_modes), mixed):
@@ -90,7 +90,7 @@ def check() -> Iterator[str]:
                 given = (x, bias, [*ins, *outs], grad_y)
                 with on_gpu():
                     found = step(layer_map, *given)
-                    again = step(layer_map, *given)
+                    again = step(layer_map, *given) if repeats(dtype) else found
                     if dtype == torch.float32:
                         _check_parts(layer_map, found, given)
                 there = (x.cpu(), bias.cpu(), [f.cpu() for f in given[2]], grad_y.cpu())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from compiled import Form, pointers_to
-from data import DTYPES, draw, draw_groups, judge, poisoned, short
+from data import draw, draw_groups, dtypes_of, judge, poisoned, repeats, short
 from torch import Tensor
 
 from polyadic.kernels.pairs import padded_rank
@@ -42,14 +42,15 @@ def gradient(d_matrix: Tensor, group: Sequence[Tensor], own: int, dtype: torch.d
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
-    for dtype in DTYPES:
-        for low in dict.fromkeys((torch.float32, dtype)):
-            for modes, rank, pieces in SHAPES:
+    for number, (modes, rank, pieces) in enumerate(SHAPES):
+        for dtype in dtypes_of(number):
+            for low in dict.fromkeys((torch.float32, dtype)):
                 for integers in (True, False) if low == torch.float32 else (False,):
                     name = f"{short(dtype)} of {short(low)} {modes} rank {rank} {integers=}"
                     _check_one(name, modes, rank, pieces, dtype, low, integers)
                     yield name
-        for count, width in ((1, 5), (7, 24), (520, 130)):
+    for number, (count, width) in enumerate(((1, 5), (7, 24), (520, 130))):
+        for dtype in dtypes_of(number):
             for integers in (True, False):
                 name = f"{short(dtype)} {count} partial sums of {width} {integers=}"
                 _check_sums(name, count, width, dtype, integers)
@@ -75,7 +76,7 @@ def _check_one(
     given = [d_matrix if len(d_matrix) > 1 else d_matrix[0] for d_matrix in d_matrices]
     with poisoned():
         once = subject.mttkrps(given, groups)
-        again = subject.mttkrps(given, groups)
+        again = subject.mttkrps(given, groups) if repeats(dtype) else once
     for d_matrix, group, gradients, others in zip(d_matrices, groups, once, again, strict=True):
         there = [factor.cpu() for factor in group]
         real = d_matrix.cpu()[..., :rank]
@@ -94,7 +95,9 @@ def _check_sums(name: str, count: int, width: int, dtype: torch.dtype, integers:
     with poisoned():
         alone = subject.mttkrps(d_matrices, groups)
         *once, (total,) = subject.mttkrps(d_matrices, groups, sums=sums)
-        *_, (again,) = subject.mttkrps(d_matrices, groups, sums=sums)
+        again = total
+        if repeats(dtype):
+            *_, (again,) = subject.mttkrps(d_matrices, groups, sums=sums)
     for gradients, others in zip(once, alone, strict=True):
         assert all(map(torch.equal, gradients, others)), f"{name}: other gradients of factors"
     assert torch.equal(total, again), f"{name}: differs from run to run"
