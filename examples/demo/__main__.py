@@ -42,13 +42,16 @@ def run(out: Path, seed: int = 0, quick: bool = False, threads: int = 1) -> None
     from rich.progress import Progress
 
     from examples.demo import language, models, report, training
-    from polyadic.durable.files import drafts, write_text
+    from polyadic.durable.files import check_regular, drafts, write_text
     from polyadic.durable.pieces import Pieces
     from polyadic.testing import environment
 
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", "results.json"):
-        with drafts(out / name):  # fails now rather than when the work is done
+    for file in (out / "report.html", out / "results.json"):
+        # What cannot be written fails now rather than when the work is done.
+        if file.exists():
+            check_regular(file)
+        with drafts(file):
             pass
     start, console = time.perf_counter(), Console()
     torch.set_num_threads(threads)

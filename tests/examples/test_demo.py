@@ -247,7 +247,9 @@ class TestRefusals:
         with pytest.raises(SystemExit) as exit_:
             main(["--quick", "--out", str(tmp_path)])
         assert exit_.value.code == 2
-        assert "report.html" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert "report.html is a directory" in said.err
+        assert said.out == "", "a model was trained before the folder was refused"
 
     @pytest.mark.parametrize("module", ["sklearn.datasets", "rich.console"])
     def test_a_package_is_missing(
