@@ -42,14 +42,9 @@ def eager(layer: Layer) -> None:
 
 
 def compiled(layer: Layer) -> None:
-    """Changed in the layer's own graph, and by eager code behind it."""
+    """In the layer's own graph; ``matrix_features.compiled`` changes it behind the graph."""
     torch.compiler.reset()
     module, x = layer.make(), layer.input()
-    alone = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for name in ("relu", "y[...] = 0"):
-        change = CHANGES[name]
-        want = results(module, lambda x, c=change: c(layer.dense(module, x)), x)
-        assert_same(results(module, lambda x, c=change: c(alone(x)), x), want)
 
     def both(x: Tensor) -> Tensor:
         return F.relu(zeroed(module(x)), inplace=True)
