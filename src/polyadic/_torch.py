@@ -190,6 +190,30 @@ current_raw_stream: Callable[[int], int] = getattr(
 )
 
 
+# Memory for a tensor of a shape, strides and dtype, on a CPU and on the current CUDA device, as
+# compiled code asks for it, in a third of the time that torch.empty takes.
+Empty = Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]
+_EMPTY_ON_CPU: Empty | None = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+_EMPTY_ON_CUDA: Empty | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+# Whether torch keeps to deterministic algorithms.
+deterministic = torch._C._get_deterministic_algorithms
+
+
+def empty_beside(leader: Tensor) -> Empty:
+    """Return a function that makes tensors without contents on the device of a plain tensor."""
+    index = leader.get_device()
+    quick = _EMPTY_ON_CPU if index < 0 else _EMPTY_ON_CUDA
+    # Torch can be told to fill such memory, and then has deterministic algorithms too.
+    if quick is not None and not deterministic() and (index < 0 or index == current_cuda_device()):
+        return quick
+    device = leader.device
+    return lambda shape, strides, dtype: torch.empty_strided(
+        shape, strides, dtype=dtype, device=device
+    )
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is of one of torch's own classes and not of a subclass of them."""
     return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)

@@ -37,7 +37,7 @@ def check() -> Iterator[str]:
                     groups = draw_groups(modes, rank, dtype, integers)
                     padded = padded_rank(rank)
                     with poisoned():
-                        matrices = subject.khatri_rao_matrices(groups, result, padded)
+                        matrices, _ = subject.khatri_raos(groups, result, padded)
                     for matrix, group in zip(matrices, groups, strict=True):
                         there = [factor.cpu() for factor in group]
                         exact = khatri_rao([factor.double() for factor in there])
@@ -69,11 +69,11 @@ def _with_sums() -> Iterator[str]:
                 groups, padded = draw_groups(modes, rank, dtype, integers), padded_rank(rank)
                 d_y = draw(shape, dtype, integers)
                 with poisoned():
-                    alone = subject.khatri_rao_matrices(groups, dtype, padded)
-                    once, sums = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
+                    alone, _ = subject.khatri_raos(groups, dtype, padded)
+                    once, sums = subject.khatri_raos(groups, dtype, padded, d_y)
                     again = sums
                     if repeats(dtype):
-                        _, again = subject.khatri_raos_and_sums(groups, dtype, padded, d_y)
+                        _, again = subject.khatri_raos(groups, dtype, padded, d_y)
                 assert all(map(torch.equal, once, alone)), f"{name}: other matrices"
                 assert torch.equal(sums, again), f"{name}: differs from run to run"
                 assert sums.dtype == torch.float32
@@ -87,7 +87,7 @@ def _aligned_or_not() -> Iterator[str]:
     modes, rank = ((4, 6), (3, 5)), 16
     for shift in (1, 0, 3, 0):
         groups = draw_groups(modes, rank, torch.bfloat16, False, shift)
-        matrices = subject.khatri_rao_matrices(groups, torch.bfloat16, rank)
+        matrices, _ = subject.khatri_raos(groups, torch.bfloat16, rank)
         for matrix, group in zip(matrices, groups, strict=True):
             expected = khatri_rao([factor.cpu() for factor in group])
             assert torch.equal(matrix.cpu(), expected), f"shifted by {shift}"

@@ -16,7 +16,7 @@ import torch
 from data import device, draw, draw_groups, dtypes_of, error_of, repeats, short
 from torch import Tensor
 
-from polyadic.kernels import fused, linear, multilinear, pairs
+from polyadic.kernels import fused, fused_linear, linear, multilinear, pairs
 from polyadic.kernels.linear import LinearMap
 from polyadic.plans import LinearPlan, LinearRoute
 
@@ -43,7 +43,7 @@ def on_gpu() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "triton_serves", return_value=True))
             for module in (linear, multilinear):
                 stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
-            stack.enter_context(mock.patch.object(linear, "matmul_tn_in_float32", _unrounded))
+            stack.enter_context(mock.patch.object(fused_linear, "matmul_tn_in_float32", _unrounded))
         yield
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from polyadic.checks import arguments
-from polyadic.kernels import embedding, fused, fused_conv, linear, pairs, products
-from polyadic.kernels.triton.launch import Launcher
+from polyadic.kernels import embedding, fused, fused_conv, fused_linear, linear, pairs, products
+from polyadic.kernels.triton.launch import Form
 
 # Where products Xᵀ Z are made that a GPU does not round.
 PRODUCTS = (
     (embedding, "matmul_tn_unrounded"),
     (linear, "matmul_tn_unrounded"),
-    (linear, "matmul_tn_in_float32"),
+    (fused_linear, "matmul_tn_in_float32"),
     (fused_conv, "matmul_tn_in_float32"),
 )
 
@@ -111,14 +111,14 @@ def counted(*, computing: bool = True) -> Iterator[Launches]:
 
     Without ``computing`` the kernels are counted and not started, so that no number is right.
     """
-    start = Launcher.__call__
+    start = Form.__call__
 
-    def started(launcher: Launcher, *args: Any, **kwargs: Any) -> None:
-        launches.names.append(launcher.kernel.fn.__name__)
+    def started(form: Form, *args: Any) -> None:
+        launches.names.append(form.kernel.fn.__name__)
         # What an interpreter does is nobody's launch.
         if computing:
             with _disable_current_modes():
-                start(launcher, *args, **kwargs)
+                start(form, *args)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(fused_kernels())
@@ -126,7 +126,7 @@ def counted(*, computing: bool = True) -> Iterator[Launches]:
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cpu", False))
         for module, name in PRODUCTS:
             stack.enter_context(mock.patch.object(module, name, products.matmul_tn))
-        stack.enter_context(mock.patch.object(fused, "observed", return_value=False))
-        stack.enter_context(mock.patch.object(Launcher, "__call__", started))
+        stack.enter_context(mock.patch.object(fused, "count_dispatch_modes", int))
+        stack.enter_context(mock.patch.object(Form, "__call__", started))
         launches = stack.enter_context(Launches())
         yield launches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
+from ctypes import c_int32, c_uint64
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
@@ -93,17 +94,19 @@ def test_tensors_that_start_elsewhere_take_tritons_way() -> None:
     assert kernel.calls == ["triton 4", "triton 4", "triton 4", "compiled"]
 
 
-class OnDevice:
+class OnDevice(Tensor):
     """A tensor on a CUDA device, as far as a launcher asks."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    index: int
 
     def get_device(self) -> int:
         return self.index
 
-    def data_ptr(self) -> int:
-        return 256
+
+def on_device(index: int) -> Tensor:
+    tensor = torch.zeros(64).as_subclass(OnDevice)
+    tensor.index = index
+    return tensor
 
 
 def test_each_device_has_its_own_form_and_becomes_the_current_one() -> None:
@@ -125,7 +128,7 @@ def test_each_device_has_its_own_form_and_becomes_the_current_one() -> None:
         mock.patch("torch.cuda.device", on),
     ):
         for index in (0, 1, 0, 1):
-            start(launcher, OnDevice(index))
+            start(launcher, on_device(index))
     assert kernel.calls == ["triton 4", "triton 4", "compiled", "compiled"]
     assert entered == [1, 1]
 
@@ -133,7 +136,7 @@ def test_each_device_has_its_own_form_and_becomes_the_current_one() -> None:
 def test_a_form_that_never_ran_cannot_be_captured() -> None:
     kernel = Kernel()
     launcher = launch.Launcher(kernel)
-    tensor: Any = OnDevice(0)
+    tensor = on_device(0)
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
     with mock.patch.object(launch, "current_cuda_device", return_value=0):
         with capturing, pytest.raises(RuntimeError, match="once with inputs of the same shapes"):
@@ -145,6 +148,19 @@ def test_a_form_that_never_ran_cannot_be_captured() -> None:
     assert kernel.calls == ["triton 4", "compiled"]
 
 
+class Config(ctypes.Structure):
+    """What CUDA calls a CUlaunchConfig."""
+
+    _fields_: ClassVar = [
+        ("programs", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("how_many", ctypes.c_uint),
+    ]
+
+
 class Driver:
     """Stands for the driver's function that starts code, and reads what it is given."""
 
@@ -152,13 +168,15 @@ class Driver:
         self.status = 0
         self.calls: list[tuple[Any, ...]] = []
 
-    def __call__(self, function: int, *sizes: Any) -> int:
-        *grid_and_threads, stream, addresses, extra = sizes
-        pointer = ctypes.c_uint64.from_address(addresses[0]).value
-        number = ctypes.c_int32.from_address(addresses[1]).value
-        more = [ctypes.c_uint64.from_address(addresses[n]).value for n in (2, 3)]
-        assert extra is None
-        self.calls.append((function, grid_and_threads, stream, pointer, number, more))
+    def __call__(self, config: int, function: int, parameters: int, extra: None) -> int:
+        given = Config.from_address(config)
+        at = (ctypes.c_void_p * 4).from_address(parameters)
+        pointer, number = c_uint64.from_address(at[0]).value, c_int32.from_address(at[1]).value
+        more = [c_uint64.from_address(at[n]).value for n in (2, 3)]
+        assert given.attributes is None
+        assert given.how_many == 0
+        sizes = [*given.programs, *given.threads, given.shared]
+        self.calls.append((function, sizes, given.stream, pointer, number, more))
         return self.status
 
 
@@ -256,7 +274,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 0
 
     monkeypatch.setattr(driver, "launch_function", lambda: by_driver)
-    monkeypatch.setattr(driver, "current_raw_stream", int)
+    monkeypatch.setattr(driver, "current_raw_stream", lambda index: 0)
     taken = driver.parameter_bits(Form.asm["ptx"])
     monkeypatch.setattr(driver, "expected_bits", lambda pointers, numbers: taken)
     for module in (khatri_rao, mttkrp):
@@ -290,16 +308,3 @@ def test_a_warm_step_makes_few_calls(stubbed: list[str]) -> None:
     assert own_calls(forward)[0] <= 23
     assert own_calls(backward(forward()))[0] <= 37
     assert stubbed == ["driver"] * 4
-
-
-def test_gradients_share_memory_only_where_each_begins_aligned() -> None:
-    from polyadic.kernels.triton import mttkrp
-
-    modes = ((3, 5), (2,))
-    for rank, own_memory, pieces in ((8, False, 1), (8, True, 3), (5, False, 3)):
-        factors = [torch.zeros(mode, rank) for group in modes for mode in group]
-        rows = tuple([mode for group in modes for mode in group])
-        found = mttkrp._new(factors, rows, own_memory)
-        assert [gradient.shape for gradient in found] == [factor.shape for factor in factors]
-        assert all(f.is_contiguous() and f.data_ptr() % 16 == 0 for f in found)
-        assert len({f.untyped_storage().data_ptr() for f in found}) == pieces

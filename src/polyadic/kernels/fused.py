@@ -13,7 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyadic._torch import OWN_CLASSES, forward_mode_level, observed, transforms_active
+from polyadic._torch import (
+    OWN_CLASSES,
+    count_dispatch_modes,
+    forward_mode_level,
+    tracing_state,
+    transforms_active,
+)
 from polyadic.kernels.backend import DTYPES, triton_serves
 
 # Sizes and numbers of rows are 32-bit integers in the kernels.
@@ -38,11 +44,11 @@ def will_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
         and not torch.compiler.is_compiling()
         and factors[0].dtype in DTYPES
         and x.numel() > 0
-        and type(x) in OWN_CLASSES
-        and OWN_CLASSES.issuperset(map(type, factors))
+        and OWN_CLASSES.issuperset(map(type, (x, *factors)))
         and not transforms_active()
         and forward_mode_level() < 0
-        and not observed()
+        and count_dispatch_modes() == 0
+        and tracing_state() is None
         and triton_serves(x.get_device())
     )
 

@@ -6,12 +6,13 @@ A weight vector λ (R,) enters as one more in factor with a mode of size 1.
 
 On a GPU, where each operation costs its launch, both Khatri-Rao matrices of the explicit route come
 from one launch and the gradients of all factors from another (see ``pairs``); their columns, and
-those of Z and G, are padded with zeros to R' ≥ R.
+those of Z and G, are padded with zeros to R' ≥ R. Where numbers alone are wanted, ``fused_linear``
+computes that route.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from polyadic.kernels.backend import DTYPES
 from polyadic.kernels.fused import contiguous, may_fuse
+from polyadic.kernels.fused_linear import fused_of
 from polyadic.kernels.multilinear import (
     contract,
     expand,
@@ -27,7 +29,6 @@ from polyadic.kernels.multilinear import (
 )
 from polyadic.kernels.pairs import (
     khatri_rao_pair,
-    launch_khatri_raos,
     launch_khatri_raos_and_sums,
     launch_mttkrps,
     mttkrp_pair,
@@ -37,10 +38,9 @@ from polyadic.kernels.products import (
     matmul_nn,
     matmul_nt,
     matmul_tn,
-    matmul_tn_in_float32,
     matmul_tn_unrounded,
 )
-from polyadic.plans import Backend, LinearPlan, LinearRoute
+from polyadic.plans import LinearPlan, LinearRoute
 
 # A GPU computes up to this many rows from the factors in one launch or two, as when a language
 # model decodes: launching then costs more than computing.
@@ -59,23 +59,7 @@ def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
 
 def _numbers_alone(x: Tensor, tensors: Sequence[Tensor], route: LinearRoute) -> bool:
     """Whether Triton kernels may do the work of a pass on x and these tensors, factors first."""
-    return route.by == "triton" and may_fuse(x, tensors) and x.dtype in DTYPES
-
-
-def _pieces(
-    alone: bool, by: Backend
-) -> tuple[
-    Callable[..., list[Tensor]],
-    Callable[..., list[list[Tensor]]],
-    Callable[[Tensor, Tensor], Tensor],
-]:
-    """Return who makes Khatri-Rao matrices, gradients of factors, and products Xᵀ Z of a pass.
-
-    Where it is known that numbers alone are wanted, these are the functions that ask nothing.
-    """
-    if alone:
-        return launch_khatri_raos, launch_mttkrps, matmul_tn_in_float32
-    return partial(khatri_rao_pair, by=by), partial(mttkrp_pair, by=by), matmul_tn_unrounded
+    return route.by == "triton" and x.dtype in DTYPES and may_fuse(x, tensors)
 
 
 @dataclass(frozen=True)
@@ -107,12 +91,14 @@ class LinearMap:
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             return matmul_nt(x, matmul_nt(kc, ka), bias), ()
         if _in_pairs(x, route):
-            alone = _numbers_alone(x, factors, route)
-            if alone and self.plan.keep == "x" and x.shape[0] <= MOST_DECODED_ROWS:
-                return self._decoded(x, bias, factors), ()
-            ka, kc = _pieces(alone, route.by)[0]((in_factors, out_factors), x.dtype)
-            z = matmul_nn(x, ka)
-            y = matmul_nt(z, kc, bias)
+            if _numbers_alone(x, factors, route):
+                if self.plan.keep == "x" and x.shape[0] <= MOST_DECODED_ROWS:
+                    return self._decoded(x, bias, factors), ()
+                y, z = fused_of(x, factors, self.n_in).forward(x, bias, factors)
+            else:
+                ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
+                z = matmul_nn(x, ka)
+                y = matmul_nt(z, kc, bias)
         else:
             z = contract(x, in_factors, route.in_groups)
             y = expand(z, out_factors, route.out_groups, bias)
@@ -158,7 +144,7 @@ class LinearMap:
             sums: Tensor | None = None
             mttkrps = partial(mttkrp_pair, by=route.by)
             if wrt_bias and wanted and _numbers_alone(x, (*factors, grad_y), route):
-                # The gradient of the bias as in ``_backward_in_pairs``.
+                # The gradient of the bias as in ``fused_linear``.
                 (ka, kc), sums = launch_khatri_raos_and_sums(groups, x.dtype, grad_y.contiguous())
                 mttkrps = partial(launch_mttkrps, sums=sums)
             else:
@@ -179,8 +165,13 @@ class LinearMap:
                 d_in = product_gradients(d_weight, kc, in_factors)
                 d_out = product_gradients(d_weight.t(), ka, out_factors)
         elif _in_pairs(x, route):
-            wrt = wrt_x, wrt_in, wrt_out
-            return self._backward_in_pairs(grad_y, x, kept, in_factors, out_factors, wrt, wrt_bias)
+            if _numbers_alone(x, (*factors, grad_y, *kept), route):
+                wrt = wrt_x, wrt_in, wrt_out, wrt_bias
+                fused = fused_of(x, factors, self.n_in)
+                return fused.backward(grad_y, x, kept, factors, wrt)
+            d_x, d_in, d_out = self._backward_in_pairs(
+                grad_y, x, kept, in_factors, out_factors, (wrt_x, wrt_in, wrt_out)
+            )
         else:
             if kept:
                 z = unpadded(kept[0], in_factors[0].shape[1])
@@ -209,29 +200,19 @@ class LinearMap:
         in_factors: Sequence[Tensor],
         out_factors: Sequence[Tensor],
         wrt: tuple[bool, bool, bool],
-        wrt_bias: bool,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """``backward`` with the matrices of both sides at once, and all factors' gradients at once.
+    ) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:
+        """Return dX and the gradients of both sides, with the matrices of both sides at once.
 
-        KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need. The
-        kernel that makes them begins the gradient of the bias, and the one that makes the gradients
-        of the factors ends it.
+        KA is needed for dX, and for Z where it was not kept; KC for G, which dX and dKA need.
         """
         by, (wrt_x, wrt_in, wrt_out) = self.plan.backward.by, wrt
-        alone = _numbers_alone(x, (*in_factors, *out_factors, grad_y, *kept), self.plan.backward)
         wants_g, wants_ka = wrt_x or wrt_in, wrt_x or (wrt_out and len(kept) == 0)
         wanted: list[Sequence[Tensor]] = []
         if wants_ka:
             wanted.append(in_factors)
         if wants_g:
             wanted.append(out_factors)
-        khatri_raos, mttkrps, matmul = _pieces(alone, by)
-        sums: Tensor | None = None
-        if wrt_bias and alone and wanted and grad_y.is_contiguous() and (wrt_in or wrt_out):
-            matrices, sums = launch_khatri_raos_and_sums(wanted, x.dtype, grad_y)
-            mttkrps = partial(mttkrps, sums=sums)
-        else:
-            matrices = khatri_raos(wanted, x.dtype) if wanted else []
+        matrices = khatri_rao_pair(wanted, x.dtype, by) if wanted else []
         d_x: Tensor | None = None
         d_matrices: list[Tensor] = []
         groups: list[Sequence[Tensor]] = []
@@ -240,19 +221,14 @@ class LinearMap:
             if wrt_x:
                 d_x = matmul_nt(g, matrices[0])
             if wrt_in:
-                d_matrices.append(matmul(x, g))
+                d_matrices.append(matmul_tn_unrounded(x, g))
                 groups.append(in_factors)
         if wrt_out:
             z = kept[0] if kept else matmul_nn(x, matrices[0])
-            d_matrices.append(matmul(grad_y, z))
+            d_matrices.append(matmul_tn_unrounded(grad_y, z))
             groups.append(out_factors)
-        gradients = mttkrps(d_matrices, groups) if groups else []
-        d_in = gradients[0] if wrt_in else [None] * len(in_factors)
-        d_out = gradients[len(groups) - 1] if wrt_out else [None] * len(out_factors)
-        if not wrt_bias:
-            return d_x, [*d_in, *d_out]
-        d_bias = self.bias_gradient(grad_y) if sums is None else gradients[-1][0]
-        return d_x, [*d_in, *d_out, d_bias]
+        gradients = mttkrp_pair(d_matrices, groups, by) if groups else []
+        return d_x, gradients[0] if wrt_in else None, gradients[-1] if wrt_out else None
 
     @staticmethod
     def bias_gradient(grad_y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,16 +146,12 @@ def _mttkrps(d_matrices: Sequence[Tensor], groups: Sequence[Group]) -> list[list
 
 
 @functools.cache
-def _by_triton() -> tuple[
-    Callable[..., list[Tensor]],
-    Callable[..., list[list[Tensor]]],
-    Callable[..., tuple[list[Tensor], Tensor]],
-]:
+def _by_triton() -> tuple[Callable[..., Any], Callable[..., list[list[Tensor]]]]:
     """Import the kernels' functions; an import at each call would cost as much as a launch."""
-    from polyadic.kernels.triton.khatri_rao import khatri_rao_matrices, khatri_raos_and_sums
+    from polyadic.kernels.triton.khatri_rao import khatri_raos
     from polyadic.kernels.triton.mttkrp import mttkrps
 
-    return khatri_rao_matrices, mttkrps, khatri_raos_and_sums
+    return khatri_raos, mttkrps
 
 
 def _contiguous(groups: Sequence[Group]) -> Sequence[Group]:
@@ -165,7 +162,9 @@ def _contiguous(groups: Sequence[Group]) -> Sequence[Group]:
 
 def launch_khatri_raos(groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]:
     """Do what ``khatri_rao_pair`` does by the kernel, for a caller that has asked ``may_fuse``."""
-    return _by_triton()[0](_contiguous(groups), dtype, padded_rank(groups[0][0].shape[1]))
+    padded = padded_rank(groups[0][0].shape[1])
+    matrices: list[Tensor] = _by_triton()[0](_contiguous(groups), dtype, padded)[0]
+    return matrices
 
 
 def launch_khatri_raos_and_sums(
@@ -182,24 +181,21 @@ def launch_khatri_raos_and_sums(
         What ``launch_khatri_raos`` does; and partial sums of d_y over its rows, which
         ``launch_mttkrps`` adds up.
     """
-    padded = padded_rank(groups[0][0].shape[1])
-    return _by_triton()[2](_contiguous(groups), dtype, padded, d_y)
+    made: tuple[list[Tensor], Tensor]
+    made = _by_triton()[0](_contiguous(groups), dtype, padded_rank(groups[0][0].shape[1]), d_y)
+    return made
 
 
 def launch_mttkrps(
-    d_matrices: Sequence[Tensor],
-    groups: Sequence[Group],
-    own_memory: bool = False,
-    sums: Tensor | None = None,
+    d_matrices: Sequence[Tensor], groups: Sequence[Group], sums: Tensor | None = None
 ) -> list[list[Tensor]]:
     """Do what ``mttkrp_pair`` does by the kernel, for a caller that has asked ``may_fuse``.
 
-    With ``own_memory`` no two gradients share memory. With ``sums``, which
-    ``launch_khatri_raos_and_sums`` has made, the gradient (N,) of the bias follows in a list of its
-    own.
+    With ``sums``, which ``launch_khatri_raos_and_sums`` has made, the gradient (N,) of the bias
+    follows in a list of its own.
     """
     d_matrices = [d if d.stride(-1) == 1 else d.contiguous() for d in d_matrices]
-    return _by_triton()[1](d_matrices, _contiguous(groups), own_memory, sums)
+    return _by_triton()[1](d_matrices, _contiguous(groups), sums)
 
 
 def _khatri_rao_on_cuda(
@@ -231,8 +227,7 @@ def _khatri_rao_shapes(
 def _mttkrp_on_cuda(
     d_matrices: list[Tensor], factors: list[Tensor], lengths: list[int]
 ) -> list[Tensor]:
-    # The results of an operator must not share memory.
-    groups = launch_mttkrps(d_matrices, _regrouped(factors, lengths), own_memory=True)
+    groups = launch_mttkrps(d_matrices, _regrouped(factors, lengths))
     return [gradient for group in groups for gradient in group]
 
 

@@ -18,7 +18,7 @@ import functools
 import re
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton import knobs
 
@@ -28,18 +28,22 @@ WARP_THREADS, POINTER_BYTES, NUMBER_BYTES = 32, 8, 4
 # Two pointers that Triton puts behind the arguments of each kernel, for memory that ours never ask
 # for; they are null.
 MORE_POINTERS = 2
+RUNTIME = knobs.runtime
+# The fields of a ``CUlaunchConfig`` for ``struct``: programs and threads along three axes, bytes of
+# shared memory, the stream, and where attributes are and how many.
+CONFIG = "=7I4xQQI4x"
 # Above this, Triton asks the driver for another division of the memory on a chip.
 MOST_SHARED_BYTES = 228 * 1024
 
 
 @functools.cache
 def launch_function() -> Callable[..., int] | None:
-    """Return ``cuLaunchKernel``, None where there is no driver of that name."""
+    """Return ``cuLaunchKernelEx``, None where there is no driver that has it."""
     try:
-        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
     except (OSError, AttributeError):
         return None
-    function.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    function.argtypes = [ctypes.c_void_p] * 4
     function.restype = ctypes.c_int
     launch: Callable[..., int] = function
     return launch
@@ -56,18 +60,20 @@ def expected_bits(pointers: int, numbers: int) -> tuple[int, ...]:
     return (*(64,) * pointers, *(32,) * numbers, *(64,) * MORE_POINTERS)
 
 
-class _Parameters:
-    """Memory for the parameters of one start, and where each of them stands."""
+class _Memory(NamedTuple):
+    """What the driver reads at one start: where it is to start the code, and the parameters.
 
-    def __init__(self, pointers: int, numbers: int) -> None:
-        behind = pointers * POINTER_BYTES + numbers * NUMBER_BYTES
-        behind += -behind % POINTER_BYTES
-        at = [n * POINTER_BYTES for n in range(pointers)]
-        at += [pointers * POINTER_BYTES + n * NUMBER_BYTES for n in range(numbers)]
-        at += [behind + n * POINTER_BYTES for n in range(MORE_POINTERS)]
-        self.memory = ctypes.create_string_buffer(behind + MORE_POINTERS * POINTER_BYTES)
-        first = ctypes.addressof(self.memory)
-        self.addresses = (ctypes.c_void_p * len(at))(*[first + offset for offset in at])
+    Attributes:
+        written: both, one behind the other.
+        config: the address of the first, which is a ``CUlaunchConfig``.
+        parameters: the address of a list of the addresses of all parameters.
+        listed: that list.
+    """
+
+    written: ctypes.Array[ctypes.c_char]
+    config: int
+    parameters: int
+    listed: ctypes.Array[ctypes.c_void_p]
 
 
 class Code:
@@ -94,42 +100,48 @@ class Code:
         index: int,
     ) -> None:
         self.launch, self.function, self.index = launch, function, index
-        self.threads, self.shared = threads, shared
+        self.program = threads, 1, 1, shared
         self.sizes = pointers, numbers
-        self.write = struct.Struct(f"={pointers}Q{numbers}i").pack_into
+        self.write = struct.Struct(f"{CONFIG}{pointers}Q{numbers}i").pack_into
         # A start takes what is free, so that two threads never write into the same memory. The
-        # driver copies the parameters before it returns.
-        self.free: list[_Parameters] = []
+        # driver copies everything before it returns.
+        self.free: list[_Memory] = []
 
-    def start(self, grid: tuple[int, int, int], values: Sequence[int]) -> bool:
+    def start(
+        self, grid: tuple[int, int, int], addresses: Sequence[int], numbers: Sequence[int]
+    ) -> bool:
         """Start the code on the current stream, and return whether the driver took it.
 
         Args:
             grid: number of programs along three axes.
-            values: addresses and numbers, in the order of the kernel's arguments.
+            addresses: the kernel's pointers.
+            numbers: its numbers, which stand behind them.
         """
         # A profiler of Triton's wants to see each start.
-        hook = knobs.runtime.launch_enter_hook
+        hook = RUNTIME.launch_enter_hook
         if getattr(hook, "calls", hook):
             return False
-        try:
-            parameters = self.free.pop()
-        except IndexError:
-            parameters = _Parameters(*self.sizes)
-        self.write(parameters.memory, 0, *values)
-        status = self.launch(
-            self.function,
-            *grid,
-            self.threads,
-            1,
-            1,
-            self.shared,
-            current_raw_stream(self.index),
-            parameters.addresses,
-            None,
-        )
-        self.free.append(parameters)
+        memory = self.free.pop() if self.free else self._memory()
+        stream = current_raw_stream(self.index)
+        self.write(memory[0], 0, *grid, *self.program, stream, 0, 0, *addresses, *numbers)
+        status = self.launch(memory[1], self.function, memory[2], None)
+        self.free.append(memory)
         return status == 0
+
+    def _memory(self) -> _Memory:
+        """Return memory for one more start."""
+        pointers, numbers = self.sizes
+        start = struct.calcsize(CONFIG)
+        behind = start + pointers * POINTER_BYTES
+        at = [*range(start, behind, POINTER_BYTES)]
+        at += [behind + n * NUMBER_BYTES for n in range(numbers)]
+        behind += numbers * NUMBER_BYTES
+        behind += -behind % POINTER_BYTES
+        at += [behind + n * POINTER_BYTES for n in range(MORE_POINTERS)]
+        written = ctypes.create_string_buffer(behind + MORE_POINTERS * POINTER_BYTES)
+        first = ctypes.addressof(written)
+        listed = (ctypes.c_void_p * len(at))(*[first + offset for offset in at])
+        return _Memory(written, first, ctypes.addressof(listed), listed)
 
 
 def code_of(kernel: Any, pointers: int, numbers: int, index: int) -> Code | None:

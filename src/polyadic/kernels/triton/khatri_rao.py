@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polyadic._torch import empty_beside
 from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import (
     khatri_rao_rows,
@@ -212,44 +213,91 @@ def modes_of(shapes: Sequence[Sequence[int]], lengths: Sequence[int]) -> Modes:
     return tuple([tuple(itertools.islice(rows, length)) for length in lengths])
 
 
-@functools.lru_cache(maxsize=4096)
-def _form_of_shapes(
-    shapes: tuple[Sequence[int], ...], lengths: tuple[int, ...], padded: int
-) -> _Form:
-    return form_of(modes_of(shapes, lengths), shapes[0][1], padded)
-
-
-def _allocated(
-    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int
-) -> tuple[list[Tensor], _Form, list[Tensor]]:
-    """Return all factors, their form, and memory for the matrix of each group."""
-    factors = [*itertools.chain.from_iterable(groups)]
-    # A layer asks at each pass, so that sizes are looked up as they are.
-    form = _form_of_shapes(tuple(map(shape_of, factors)), tuple(map(len, groups)), padded)
-    return factors, form, [factors[0].new_empty((n, padded), dtype=dtype) for n in form.rows]
-
-
-def khatri_rao_matrices(
-    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int
-) -> list[Tensor]:
-    """Return K (Π m_d, padded) of each group of factors, zero in the columns beyond the rank.
+class Matrices:
+    """Makes the matrices of groups of factors of certain sizes and dtypes.
 
     Args:
-        groups: factors (m_d, R) of each matrix, contiguous, of one dtype and device; the last mode
-            varies fastest.
-        dtype: dtype of the matrices.
-        padded: number of columns, at least R.
+        shapes: of the factors of all groups.
+        lengths: how many factors each group has.
+        padded: columns of the matrices.
+        dtype: of the factors.
+        result: dtype of the matrices.
     """
-    factors, form, matrices = _allocated(groups, dtype, padded)
-    LAUNCHER(
-        (form, factors[0].dtype, dtype),
-        form.grid,
-        factors + matrices,
-        (),
-        lambda: (tuple(map(tuple, groups)), tuple(matrices), *form.constants),
-        warps=WARPS,
-    )
-    return matrices
+
+    def __init__(
+        self,
+        shapes: tuple[Sequence[int], ...],
+        lengths: tuple[int, ...],
+        padded: int,
+        dtype: torch.dtype,
+        result: torch.dtype,
+    ) -> None:
+        self.form = form_of(modes_of(shapes, lengths), shapes[0][1], padded)
+        self.lengths, self.result, self.key = lengths, result, (self.form, dtype, result)
+        self.sizes, self.strides = [(rows, padded) for rows in self.form.rows], (padded, 1)
+        self.start = LAUNCHER.form(self.key, warps=WARPS)
+
+    def __call__(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Return K (Π m_d, padded) of each group, zero in the columns beyond the rank.
+
+        Args:
+            factors: those of all groups in a row, contiguous, on one device.
+        """
+        empty, strides, result = empty_beside(factors[0]), self.strides, self.result
+        matrices = [empty(size, strides, result) for size in self.sizes]
+        self.start(
+            self.form.grid,
+            (*factors, *matrices),
+            (),
+            lambda: (grouped(factors, self.lengths), tuple(matrices), *self.form.constants),
+        )
+        return matrices
+
+    def with_sums(self, factors: Sequence[Tensor], d_y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the matrices, and d_y summed over its rows in pieces.
+
+        Args:
+            factors: as in a call.
+            d_y: (B, N), contiguous, not empty.
+
+        Returns:
+            As a call returns; (p, N) in float32, to be added over the pieces p. How many there are
+            depends on B and N alone.
+        """
+        empty, strides, result = empty_beside(factors[0]), self.strides, self.result
+        matrices = [empty(size, strides, result) for size in self.sizes]
+        rows, width = d_y.shape
+        constants = sums_constants(width)
+        strips = -(-width // constants[-1])
+        turns = max(LEAST_TURNS, -(-rows * strips // (MANY_SUMS * SUMMED_ROWS)))
+        share = turns * SUMMED_ROWS
+        pieces = -(-rows // share)
+        sums = empty((pieces, width), (width, 1), torch.float32)
+        across, along, _ = self.form.grid
+        WITH_SUMS(
+            (self.key, constants, d_y.dtype),
+            (across + pieces * strips, along, 1),
+            (*factors, *matrices, d_y, sums),
+            (rows, share),
+            lambda: (
+                grouped(factors, self.lengths),
+                tuple(matrices),
+                d_y,
+                sums,
+                rows,
+                share,
+                *self.form.constants,
+                *constants,
+            ),
+            warps=WARPS,
+        )
+        return matrices, sums
+
+
+def grouped(tensors: Sequence[Tensor], lengths: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+    """Return tensors in groups of such lengths."""
+    rest = iter(tensors)
+    return tuple([tuple(itertools.islice(rest, length)) for length in lengths])
 
 
 def sums_constants(width: int) -> tuple[int, int, int]:
@@ -257,44 +305,23 @@ def sums_constants(width: int) -> tuple[int, int, int]:
     return width, SUMMED_ROWS, min(MOST_COLUMNS, up_to_power_of_two(width))
 
 
-def khatri_raos_and_sums(
-    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int, d_y: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Return what ``khatri_rao_matrices`` returns, and d_y summed over its rows in pieces.
+# A layer asks at each pass, so that shapes are looked up as they are.
+matrices_of = functools.lru_cache(maxsize=4096)(Matrices)
+
+
+def khatri_raos(
+    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, padded: int, d_y: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return what ``Matrices`` makes of such groups, with the sums of d_y if it is given.
 
     Args:
-        groups: as there.
-        dtype: as there.
-        padded: as there.
-        d_y: (B, N), contiguous, not empty.
-
-    Returns:
-        (Π m_d, padded) for each group; (p, N) in float32, to be added over the pieces p. How many
-        there are depends on B and N alone.
+        groups: factors (m_d, R) of each matrix, contiguous, of one dtype and device; the last mode
+            varies fastest.
+        dtype: dtype of the matrices.
+        padded: number of columns, at least R.
+        d_y: as in ``Matrices.with_sums``, or None.
     """
-    factors, form, matrices = _allocated(groups, dtype, padded)
-    rows, width = d_y.shape
-    constants = sums_constants(width)
-    strips = -(-width // constants[-1])
-    turns = max(LEAST_TURNS, -(-rows * strips // (MANY_SUMS * SUMMED_ROWS)))
-    share = turns * SUMMED_ROWS
-    pieces = -(-rows // share)
-    sums = d_y.new_empty((pieces, width), dtype=torch.float32)
-    WITH_SUMS(
-        (form, factors[0].dtype, dtype, constants, d_y.dtype),
-        (form.grid[0] + pieces * strips, form.grid[1], 1),
-        [*factors, *matrices, d_y, sums],
-        (rows, share),
-        lambda: (
-            tuple(map(tuple, groups)),
-            tuple(matrices),
-            d_y,
-            sums,
-            rows,
-            share,
-            *form.constants,
-            *constants,
-        ),
-        warps=WARPS,
-    )
-    return matrices, sums
+    factors = [*itertools.chain.from_iterable(groups)]
+    shapes = tuple(map(shape_of, factors))
+    make = matrices_of(shapes, tuple(map(len, groups)), padded, factors[0].dtype, dtype)
+    return (make(factors), None) if d_y is None else make.with_sums(factors, d_y)

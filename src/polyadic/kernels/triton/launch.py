@@ -24,13 +24,77 @@ from polyadic.kernels.triton.numerics import INTERPRETED
 
 ALIGNMENT_BYTES = 16
 
-_address = operator.methodcaller("data_ptr")
+_address = Tensor.data_ptr
+
+
+class Form:
+    """One form of a kernel: its code for certain sizes and dtypes, on each device that it runs on.
+
+    Args:
+        kernel: what ``triton.jit`` made.
+        options: what Triton is to be told when it compiles it.
+    """
+
+    def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+        # Triton's compiled kernel by device, and how the driver starts it, if it can.
+        self.loaded: dict[int, tuple[Any, Code | None]] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: Sequence[Tensor],
+        numbers: tuple[int, ...],
+        arguments: Callable[[], tuple[Any, ...]],
+    ) -> None:
+        """Start the kernel on the device and the current stream of the tensors.
+
+        A tensor that does not begin at a multiple of 16 bytes, such as a view into a flat
+        parameter, takes Triton's own way, which compiles for it apart.
+
+        Args:
+            grid: number of programs along three axes.
+            tensors: every tensor among the arguments, in their order, none empty, all on one
+                device.
+            numbers: 32-bit integers among the arguments that the kernel does not specialize on;
+                they stand behind the tensors, and the constants behind them.
+            arguments: makes all arguments of the kernel, in its order, for Triton's own way;
+                pointers may come in nested tuples.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and this form has never run, as no code
+                may be loaded then.
+        """
+        # Negative on a CPU, where kernels are interpreted.
+        index = tensors[0].get_device()
+        if index >= 0 and index != current_cuda_device():
+            # Triton starts kernels on the current device, wherever the tensors are.
+            with torch.cuda.device(index):
+                self(grid, tensors, numbers, arguments)
+            return
+        addresses = [*map(_address, tensors)]
+        aligned = functools.reduce(operator.or_, addresses) % ALIGNMENT_BYTES == 0
+        if aligned and index in self.loaded:
+            kernel, code = self.loaded[index]
+            if code is None or not code.start(grid, addresses, numbers):
+                kernel[grid](*arguments())
+            return
+        if aligned and index >= 0 and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a kernel of this layer has not run before, and its code cannot be loaded while a "
+                "CUDA graph is captured; run the layer (forward and backward) once with inputs of "
+                "the same shapes before the capture"
+            )
+        kernel = self.kernel[grid](*arguments(), **self.options)
+        # The interpreter compiles nothing.
+        if aligned and kernel is not None and not INTERPRETED.value:
+            self.loaded[index] = kernel, code_of(kernel, len(tensors), len(numbers), index)
 
 
 class Launcher:
-    """One Triton kernel and its compiled forms.
+    """One Triton kernel and its forms.
 
-    Compiled forms are never dropped, as a CUDA graph may hold their code.
+    Forms are never dropped, as a CUDA graph may hold their code.
 
     Args:
         kernel: what ``triton.jit`` made.
@@ -38,9 +102,24 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, asserts: bool = False) -> None:
-        self.kernel, self.asserts = kernel, asserts
-        # Triton's compiled kernel, and how the driver starts it, if it can.
-        self.forms: dict[Hashable, tuple[Any, Code | None]] = {}
+        self.kernel = kernel
+        # What Triton calls debugging is its assertions alone, without those of integer overflow.
+        self.assertions = {"debug": True, "sanitize_overflow": False} if asserts else {}
+        self.forms: dict[Hashable, Form] = {}
+
+    def form(self, key: Hashable, *, warps: int = 4, stages: int = 1) -> Form:
+        """Return the form for a key.
+
+        Args:
+            key: all that decides the code, except the device: sizes, dtypes and ``warps``.
+            warps: warps of a program.
+            stages: depth of the pipelines of loops.
+        """
+        found = self.forms.get(key)
+        if found is None:
+            options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+            found = self.forms[key] = Form(self.kernel, {**options, **self.assertions})
+        return found
 
     def __call__(
         self,
@@ -53,54 +132,5 @@ class Launcher:
         warps: int = 4,
         stages: int = 1,
     ) -> None:
-        """Start the kernel on the device and the current stream of the tensors.
-
-        A tensor that does not begin at a multiple of 16 bytes, such as a view into a flat
-        parameter, takes Triton's own way, which compiles for it apart.
-
-        Args:
-            key: all that decides the code, except the device: sizes, dtypes and ``warps``.
-            grid: number of programs along three axes.
-            tensors: every tensor among the arguments, in their order, none empty, all on one
-                device.
-            numbers: 32-bit integers among the arguments that the kernel does not specialize on;
-                they stand behind the tensors, and the constants behind them.
-            arguments: makes all arguments of the kernel, in its order, for Triton's own way;
-                pointers may come in nested tuples.
-            warps: warps of a program.
-            stages: depth of the pipelines of loops.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured and this form has never run, as no code
-                may be loaded then.
-        """
-        # Negative on a CPU, where kernels are interpreted.
-        index = tensors[0].get_device()
-        if index >= 0 and index != current_cuda_device():
-            # Triton starts kernels on the current device, wherever the tensors are.
-            with torch.cuda.device(index):
-                self(key, grid, tensors, numbers, arguments, warps=warps, stages=stages)
-            return
-        addresses = tuple(map(_address, tensors))
-        aligned = functools.reduce(operator.or_, addresses) % ALIGNMENT_BYTES == 0
-        form = self.forms.get((index, key)) if aligned else None
-        if form is not None:
-            kernel, code = form
-            if code is None or not code.start(grid, addresses + numbers):
-                kernel[grid](*arguments())
-            return
-        if aligned and index >= 0 and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a kernel of this layer has not run before, and its code cannot be loaded while a "
-                "CUDA graph is captured; run the layer (forward and backward) once with inputs of "
-                "the same shapes before the capture"
-            )
-        # What Triton calls debugging is its assertions alone, without those of integer overflow.
-        assertions = {"debug": True, "sanitize_overflow": False} if self.asserts else {}
-        kernel = self.kernel[grid](
-            *arguments(), num_warps=warps, num_stages=stages, enable_fp_fusion=True, **assertions
-        )
-        # The interpreter compiles nothing.
-        if aligned and kernel is not None and not INTERPRETED.value:
-            code = code_of(kernel, len(tensors), len(numbers), index)
-            self.forms[index, key] = kernel, code
+        """Start a form; ``form`` and ``Form.__call__`` say what is what."""
+        self.form(key, warps=warps, stages=stages)(grid, tensors, numbers, arguments)

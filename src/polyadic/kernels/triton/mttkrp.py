@@ -32,8 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polyadic.kernels.triton.khatri_rao import Modes, modes_of, shape_of
-from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
+from polyadic._torch import empty_beside
+from polyadic.kernels.triton.khatri_rao import Modes, grouped, modes_of, shape_of
+from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import (
     khatri_rao_rows,
     right_of,
@@ -203,51 +204,87 @@ def form_of(
     return _Form((program, 1, 1), constants)
 
 
-@functools.lru_cache(maxsize=4096)
-def _form_of_shapes(
-    d_shapes: tuple[Sequence[int], ...],
-    d_strides: tuple[tuple[int, ...], ...],
-    shapes: tuple[Sequence[int], ...],
-    lengths: tuple[int, ...],
-) -> tuple[_Form, tuple[int, ...], tuple[int, ...]]:
-    """Return the form for such tensors, the rows of all factors, and of how many pieces each dK is.
+class Gradients:
+    """Makes the gradients of groups of factors of certain sizes and dtypes.
 
-    Sums (p, N), of which there is at most one and that is the last, are pieces of a dK (1, N).
+    Args:
+        d_shapes: of dK of each group.
+        d_strides: their strides.
+        d_dtypes: their dtypes.
+        shapes: of the factors of all groups.
+        lengths: how many factors each group has.
+        dtype: of the factors.
+        width: N, the size of a bias whose gradient is made too; 0 for none. Its partial sums
+            (p, N) are pieces of a dK (1, N) of one group more.
     """
-    modes = modes_of(shapes, lengths)
-    ranks, strides, apart, pieces = [], [], [], []
-    for n, (shape, stride) in enumerate(zip(d_shapes, d_strides, strict=True)):
-        sums = n == len(lengths)
-        ranks.append(shape[1] if sums else shapes[0][1])
-        strides.append(stride[-2])
-        in_pieces = sums or len(shape) == 3
-        apart.append(stride[0] if in_pieces else 0)
-        pieces.append(shape[0] if in_pieces else 1)
-    if len(d_shapes) > len(lengths):
-        modes = (*modes, (1,))
-    form = form_of(modes, tuple(ranks), tuple(strides), tuple(apart))
-    rows = tuple([shape[0] for shape in shapes])
-    return form, rows, (*pieces, *(1,) * (MOST_GROUPS - len(pieces)))
+
+    def __init__(
+        self,
+        d_shapes: tuple[Sequence[int], ...],
+        d_strides: tuple[tuple[int, ...], ...],
+        d_dtypes: tuple[torch.dtype, ...],
+        shapes: tuple[Sequence[int], ...],
+        lengths: tuple[int, ...],
+        dtype: torch.dtype,
+        width: int = 0,
+    ) -> None:
+        modes, ranks = modes_of(shapes, lengths), (shapes[0][1],) * len(lengths)
+        strides = tuple([stride[-2] for stride in d_strides])
+        whole = [len(shape) == 2 for shape in d_shapes]
+        apart = tuple([0 if one else s[0] for one, s in zip(whole, d_strides, strict=True)])
+        self.pieces = tuple([1 if one else s[0] for one, s in zip(whole, d_shapes, strict=True)])
+        # Shape and strides of each gradient.
+        self.sizes: list[tuple[Sequence[int], Sequence[int]]]
+        self.sizes = [(tuple(shape), (shape[1], 1)) for shape in shapes]
+        if width:
+            modes, ranks, strides = (*modes, (1,)), (*ranks, width), (*strides, width)
+            apart, d_dtypes, lengths = (*apart, width), (*d_dtypes, torch.float32), (*lengths, 1)
+            self.sizes.append(((width,), (1,)))
+        self.lengths, self.dtype = lengths, dtype
+        self.more_pieces = (1,) * (MOST_GROUPS - len(lengths))
+        self.form = form_of(modes, ranks, strides, apart)
+        self.start = LAUNCHER.form((self.form, dtype, *d_dtypes), warps=WARPS)
+
+    def __call__(
+        self, d_matrices: Sequence[Tensor], factors: Sequence[Tensor], sums: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return the gradients of all factors, and behind them that of the bias if there is one.
+
+        Args:
+            d_matrices: dK of each group.
+            factors: those of all groups in a row, contiguous.
+            sums: (p, N) in float32, contiguous, partial sums of the gradient of a bias; or None.
+        """
+        empty, dtype = empty_beside(factors[0]), self.dtype
+        gradients = [empty(shape, strides, dtype) for shape, strides in self.sizes]
+        pieces = self.pieces
+        if sums is not None:
+            d_matrices, pieces = (*d_matrices, sums), (*pieces, sums.shape[0])
+            # The gradient of the only factor of a group does not depend on it, so that this one is
+            # not read.
+            factors = (*factors, gradients[-1])
+        pieces += self.more_pieces
+        self.start(
+            self.form.grid,
+            (*d_matrices, *factors, *gradients),
+            pieces,
+            lambda: (
+                tuple(d_matrices),
+                grouped(factors, self.lengths),
+                grouped(gradients, self.lengths),
+                *pieces,
+                *self.form.constants,
+            ),
+        )
+        return gradients
 
 
-def _new(factors: Sequence[Tensor], rows: tuple[int, ...], own_memory: bool) -> Sequence[Tensor]:
-    """Memory for the gradient of every factor: in one piece, as each piece costs its allocation.
-
-    With ``own_memory``, and where some would not begin at a multiple of 16 bytes, each has its own.
-    """
-    leader = factors[0]
-    rank = leader.shape[1]
-    if own_memory or rank * leader.itemsize % ALIGNMENT_BYTES:
-        return list(map(torch.empty_like, factors))
-    # The method that torch.split calls, after as much time as it takes itself.
-    return leader.new_empty((sum(rows), rank)).split_with_sizes(rows)
+# A layer asks at each pass, so that shapes are looked up as they are.
+gradients_of = functools.lru_cache(maxsize=4096)(Gradients)
 
 
 def mttkrps(
-    d_matrices: Sequence[Tensor],
-    groups: Sequence[Sequence[Tensor]],
-    own_memory: bool = False,
-    sums: Tensor | None = None,
+    d_matrices: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], sums: Tensor | None = None
 ) -> list[list[Tensor]]:
     """Return the gradient of every factor of every group, in the factors' dtype.
 
@@ -258,40 +295,16 @@ def mttkrps(
             are to be added; in the factors' dtype or float32. Columns are adjacent in memory, and
             those beyond R are not read.
         groups: factors (m_d, R) of each matrix, contiguous, of one dtype and device; at most three.
-        own_memory: whether no two gradients may lie in one piece of memory.
-        sums: (p, N) in float32, contiguous, partial sums of the gradient of a bias; or None.
+        sums: as in ``Gradients``.
     """
     factors = [*itertools.chain.from_iterable(groups)]
-    if sums is not None:
-        d_matrices = [*d_matrices, sums]
-    # A layer asks at each pass, so that sizes are looked up as they are.
-    lengths = tuple(map(len, groups))
-    form, rows, pieces = _form_of_shapes(
+    make = gradients_of(
         tuple(map(shape_of, d_matrices)),
         tuple(map(Tensor.stride, d_matrices)),
+        tuple(map(dtype_of, d_matrices)),
         tuple(map(shape_of, factors)),
-        lengths,
+        tuple(map(len, groups)),
+        factors[0].dtype,
+        0 if sums is None else sums.shape[1],
     )
-    flat = iter(_new(factors, rows, own_memory))
-    gradients = [list(itertools.islice(flat, length)) for length in lengths]
-    if sums is not None:
-        # The gradient of the only factor of a group does not depend on it: this one is not read.
-        total = factors[0].new_empty(sums.shape[1])
-        factors.append(total)
-        groups = [*groups, [total]]
-        gradients.append([total])
-    LAUNCHER(
-        (form, factors[0].dtype, *map(dtype_of, d_matrices)),
-        form.grid,
-        [*d_matrices, *factors, *itertools.chain.from_iterable(gradients)],
-        pieces,
-        lambda: (
-            tuple(d_matrices),
-            tuple(map(tuple, groups)),
-            tuple(map(tuple, gradients)),
-            *pieces,
-            *form.constants,
-        ),
-        warps=WARPS,
-    )
-    return gradients
+    return list(map(list, grouped(make(d_matrices, factors, sums), make.lengths)))
