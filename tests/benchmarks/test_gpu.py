@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import benchmarks.gpu.__main__ as command
-from benchmarks.gpu import worker
+from benchmarks.gpu import stub, worker
 from benchmarks.gpu.bench import HEAD_LETTERS, TAIL_LETTERS, Bench, said
 from benchmarks.gpu.contest import Contestant, compete
 from benchmarks.gpu.floors import Rates, linear
@@ -401,3 +401,13 @@ def test_contexts_are_entered_outside_of_what_is_timed(pretend_gpu: Timer) -> No
     for word in seen:
         depth += {"in": 1, "out": -1}.get(word, 0)
         assert word != "call" or depth == 1
+
+
+def test_time_of_a_processor_alone() -> None:
+    """Every case starts its kernels by the driver, which is not there, and has three passes."""
+    pytest.importorskip("triton")
+    for case, starts in (("linear", 3), ("convolution", 5), ("two nn.Linear", 0)):
+        found = stub.measure(case, {"this": ROOT}, rounds=2, calls=1)
+        assert [record["pass"] for record in found] == ["forward without grad", "forward", "step"]
+        assert {record["starts_of_a_step"] for record in found} == {starts}
+        assert all(0 < record["min"] <= record["median"] for record in found)

@@ -12,9 +12,11 @@ from unittest import mock
 
 import pytest
 import torch
+from data import poisoned
 from torch import Tensor
 
 from counted_calls import own_calls
+from polyadic import _torch
 from polyadic.functional.boundary import Call
 from polyadic.kernels.linear import LinearMap
 from polyadic.plans import LinearPlan, LinearRoute
@@ -262,9 +264,9 @@ def test_without_a_driver_triton_starts_all(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Tensors that seem to be on a GPU, and a driver that launches nothing; the kernels' names."""
-    from polyadic.kernels import fused
+    from polyadic.kernels import fused, fused_linear
     from polyadic.kernels.triton import khatri_rao, mttkrp
 
     started: list[str] = []
@@ -277,34 +279,75 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(driver, "current_raw_stream", lambda index: 0)
     taken = driver.parameter_bits(Form.asm["ptx"])
     monkeypatch.setattr(driver, "expected_bits", lambda pointers, numbers: taken)
-    for module in (khatri_rao, mttkrp):
+    # What was made for sizes holds on to kernels.
+    for made in (khatri_rao.matrices_of, mttkrp.gradients_of, fused_linear._fused_of):
+        made.cache_clear()
+    for launcher in (khatri_rao.LAUNCHER, khatri_rao.WITH_SUMS, mttkrp.LAUNCHER):
         kernel = Kernel()
         kernel.calls = started
-        monkeypatch.setattr(module.LAUNCHER, "kernel", kernel)
-        monkeypatch.setattr(module.LAUNCHER, "forms", {})
+        monkeypatch.setattr(launcher, "kernel", kernel)
+        monkeypatch.setattr(launcher, "forms", {})
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(Tensor, "is_cpu", False)
     monkeypatch.setattr(fused, "triton_serves", lambda index: True)
-    return started
+    yield started
+    for made in (khatri_rao.matrices_of, mttkrp.gradients_of, fused_linear._fused_of):
+        made.cache_clear()
 
 
-def test_a_warm_step_makes_few_calls(stubbed: list[str]) -> None:
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of all that is allocated for the kernels."""
+    shapes: list[Any] = []
+    empty = _torch._EMPTY_ON_CPU
+    assert empty is not None
+
+    def noted(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+        shapes.append(shape)
+        return empty(shape, strides, dtype)
+
+    monkeypatch.setattr(_torch, "_EMPTY_ON_CPU", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_warm_step_makes_few_calls(
+    stubbed: list[str], allocated: list[torch.Size], biased: bool
+) -> None:
     """Of the library's functions, each of which costs a slow processor a microsecond."""
     ins, outs = [torch.randn(4, 8) for _ in range(3)], [torch.randn(5, 8) for _ in range(3)]
     route = LinearRoute((3,), (3,), by="triton")
     layer_map = LinearMap(LinearPlan(route, route, "x and z"), 3)
     x = torch.randn(7, 64, requires_grad=True)
     factors = [factor.requires_grad_() for factor in (*ins, *outs)]
+    bias = torch.randn(125, requires_grad=True) if biased else None
     call, grad_y = Call(layer_map, 0), torch.ones(7, 125)
+    leaves = [x, *factors, *([] if bias is None else [bias])]
 
     def forward() -> Tensor:
-        return call.run(x, (factors,), None, None)
+        return call.run(x, (factors,), bias, None)
 
     def backward(y: Tensor) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(y, [x, *factors], grad_y)
+        return lambda: torch.autograd.grad(y, leaves, grad_y)
 
-    backward(forward())()
+    # The first step compiles, and the second takes memory for starts.
+    for _ in range(2):
+        backward(forward())()
     stubbed.clear()
-    assert own_calls(forward)[0] <= 23
-    assert own_calls(backward(forward()))[0] <= 37
+    allocated.clear()
+    assert own_calls(forward)[0] <= 18
+    assert allocated == [(64, 8), (125, 8)]
+    assert own_calls(backward(forward()))[0] <= 26 + 4 * biased
     assert stubbed == ["driver"] * 4
+    sums = [(1, 125)] if biased else []
+    of_backward = [(64, 8), (125, 8), *sums, *[tuple(f.shape) for f in factors]]
+    of_backward += [(125,)] if biased else []
+    assert allocated[2:] == [(64, 8), (125, 8), *of_backward]
+
+
+def test_memory_is_filled_where_torch_is_told_to_fill_it() -> None:
+    with poisoned():
+        for dtype in (torch.float32, torch.bfloat16):
+            made = _torch.empty_beside(torch.zeros(2))((3, 5), (5, 1), dtype)
+            assert made.isnan().all()
+            assert (made.shape, made.dtype) == ((3, 5), dtype)

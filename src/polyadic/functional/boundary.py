@@ -448,7 +448,7 @@ class _Eager(Function):
         ctx.save_for_backward(x, *factors, *kept)
         return _own(y)
 
-    backward = _ClosedForm.backward
+    backward = staticmethod(_gradients)
 
 
 _apply_eager = direct_apply(_Eager)

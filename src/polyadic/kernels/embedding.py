@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from polyadic._torch import is_plain, no_autocast
-from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse, will_fuse
+from polyadic.kernels.fused import MOST_ROWS, contiguous, may_fuse
 from polyadic.kernels.multilinear import (
     accumulate_dtype,
     expand,
@@ -126,7 +126,9 @@ class EmbeddingMap:
 
     def asserts_range(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
         """Whether an eager forward finds out by itself that an index is outside the table."""
-        return self.plan.forward.by == "triton" and will_fuse(x, factors) and self._fits(factors)
+        return (
+            self.plan.forward.by == "triton" and may_fuse(x, factors, True) and self._fits(factors)
+        )
 
     def _forward_fused(
         self, x: Tensor, factors: Sequence[Tensor]

@@ -26,21 +26,19 @@ from polyadic.kernels.backend import DTYPES, triton_serves
 MOST_ROWS = 2**31 - 1
 
 
-def may_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
+def may_fuse(x: Tensor, factors: Sequence[Tensor], recording: bool = False) -> bool:
     """Whether a fused Triton kernel may compute a map of x by these factors.
 
     Args:
         x: the input, or indices.
         factors: all of one dtype.
+        recording: whether gradients may be recorded where this is asked, as they are around the
+            forward of an eager call but not in it.
     """
-    return not torch.is_grad_enabled() and will_fuse(x, factors)
-
-
-def will_fuse(x: Tensor, factors: Sequence[Tensor]) -> bool:
-    """What ``may_fuse`` says in the forward of an eager call, where no gradients are recorded."""
     # A layer asks this at each pass, so that as little as possible of it is in Python.
     return (
-        x.is_cuda
+        (recording or not torch.is_grad_enabled())
+        and x.is_cuda
         and not torch.compiler.is_compiling()
         and factors[0].dtype in DTYPES
         and x.numel() > 0
