@@ -11,7 +11,8 @@ A new kernel stands on two modules:
 - ``launch``: ``LAUNCHER = Launcher(kernel)`` once for each kernel, then
   ``LAUNCHER(key, grid, tensors, numbers, arguments, warps=…, stages=…)`` starts it through its
   compiled form, which takes a small part of the time that Triton's own way takes. Sizes that decide
-  the code are constants of the kernel; ``key`` names them and all dtypes.
+  the code are constants of the kernel; ``key`` names them and all dtypes. What a layer starts at
+  each pass holds on to ``LAUNCHER.form(key, …)`` and looks nothing up (see ``Matrices``).
 
 Conventions: a kernel takes pointers, then 32-bit integers on which it is not specialized, then
 constants; pointers of tensors that come in numbers are passed as (nested) tuples; tensors are
