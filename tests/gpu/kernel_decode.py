@@ -36,9 +36,12 @@ def check() -> Iterator[str]:
             found = subject.one_launch((in_modes, out_modes), rank, rows, True, dtype)
             as_said = (found is not None) == ONE_LAUNCH[number]
             assert as_said or dtype == torch.float32, (in_modes, rank)
-            for integers in (True, False):
+            # Autocast casts x and the bias alone.
+            wide = [(False, torch.float32)] if dtype != torch.float32 else []
+            for integers, held in ((True, dtype), (False, dtype), *wide):
                 name = f"{short(dtype)} {in_modes} to {out_modes} rank {rank} {rows=} {integers=}"
-                ins, outs = draw_groups((in_modes, out_modes), rank, dtype, integers)
+                name += f", factors in {short(held)}"
+                ins, outs = draw_groups((in_modes, out_modes), rank, held, integers)
                 x = draw((rows, math.prod(in_modes)), dtype, integers)
                 bias = draw((math.prod(out_modes),), dtype, integers) if rows != 5 else None
                 with poisoned():
@@ -51,8 +54,8 @@ def check() -> Iterator[str]:
                 added = torch.zeros(1) if bias is None else bias.cpu()
                 z = x.cpu().double() @ khatri_rao([f.double() for f in a])
                 exact = z @ khatri_rao([f.double() for f in c]).t() + added.double()
-                low_z = x.cpu().float() @ khatri_rao(a).float()
-                low = low_z.to(dtype).float() @ khatri_rao(c).float().t() + added.float()
+                low_z = x.cpu().float() @ khatri_rao(a, dtype).float()
+                low = low_z.to(dtype).float() @ khatri_rao(c, dtype).float().t() + added.float()
                 small = integers and z.abs().max() <= 2**8
                 judge(name, once, exact, low.to(dtype), bool(small))
                 judge(f"{name} in two", twice, exact, low.to(dtype), bool(small))

@@ -46,6 +46,31 @@ def fused_kernels() -> Iterator[None]:
         yield
 
 
+def _is_pointer(argument: Any) -> bool:
+    nested = isinstance(argument, tuple) and len(argument) > 0
+    return _is_pointer(argument[0]) if nested else isinstance(argument, Tensor)
+
+
+@contextlib.contextmanager
+def forms_are_told_apart() -> Iterator[None]:
+    """Fail where a form is started with other dtypes or constants than before.
+
+    Without a GPU each start is interpreted by itself; on one, the code of the first would run.
+    """
+    call, seen = Form.__call__, {}
+
+    def started(form: Form, grid: Any, tensors: Any, numbers: Any, arguments: Any) -> None:
+        given = arguments()
+        pointers = sum(map(_is_pointer, given))
+        own = [t.dtype for t in tensors], given[pointers + len(numbers) :]
+        first = seen.setdefault(form, own)
+        assert first == own, f"{form.kernel.fn.__name__}: one form for {first} and {own}"
+        call(form, grid, tensors, numbers, arguments)
+
+    with mock.patch.object(Form, "__call__", started):
+        yield
+
+
 @contextlib.contextmanager
 def assertions() -> Iterator[None]:
     """Have Triton's interpreter hold what kernels assert, which it passes over otherwise."""

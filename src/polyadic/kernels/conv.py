@@ -120,7 +120,7 @@ class ConvMap:
         split, lifted = self._stages(route.depthwise, factors), self._lifted
         x = x.unsqueeze(2) if lifted else x
         maps: list[Tensor] = []
-        if is_fused(route, split, x, factors):
+        if is_fused(route, split, x, factors if bias is None else (*factors, bias)):
             fused = self._fused(split, out_factors, in_factors, kernel_factors)
             y, kept = fused.forward(_strided(x, split.skip), bias, self.plan.keep)
             return (y.squeeze(2) if lifted else y), kept

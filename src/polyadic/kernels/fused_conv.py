@@ -155,7 +155,7 @@ class FusedConv:
             as_rows(z1),
             taps[0],
             kc,
-            bias,
+            None if bias is None else bias.contiguous(),
             where,
             _three(size, 1),
             _three(out, 1),

@@ -91,7 +91,7 @@ class LinearMap:
             ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
             return matmul_nt(x, matmul_nt(kc, ka), bias), ()
         if _in_pairs(x, route):
-            if _numbers_alone(x, factors, route):
+            if _numbers_alone(x, factors if bias is None else (*factors, bias), route):
                 if self.plan.keep == "x" and x.shape[0] <= MOST_DECODED_ROWS:
                     return self._decoded(x, bias, factors), ()
                 y, z = fused_of(x, factors, self.n_in).forward(x, bias, factors)
@@ -108,6 +108,7 @@ class LinearMap:
         """Return y (B, N) for a few rows x by one kernel or two, without a matrix in memory."""
         from polyadic.kernels.triton.decode import decode
 
+        bias = None if bias is None else bias.contiguous()
         x, *factors = contiguous((x, *factors))
         return decode(x, factors[: self.n_in], factors[self.n_in :], bias)
 

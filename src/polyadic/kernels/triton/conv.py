@@ -169,7 +169,7 @@ def depthwise_project(
         z1: (b·s, g·r), contiguous.
         taps: (t, r), contiguous, in the dtype of z1; r columns are a multiple of 8.
         kc: (n, r), contiguous, group by group.
-        bias: (n,) or None.
+        bias: (n,), contiguous, or None.
         where: taps, stride, padding and dilation.
         size: spatial size s of z1.
         out: spatial size of the result.

@@ -294,11 +294,12 @@ def decode(
 
     Args:
         x: (t, M), 1 to 16 rows, contiguous.
-        in_factors: (m_d, R) with Π m_d = M, contiguous, in the dtype of x.
-        out_factors: (n_d, R), contiguous, in the dtype of x.
-        bias: (Π n_d,) or None.
+        in_factors: (m_d, R) with Π m_d = M, contiguous, all factors of one dtype, which autocast
+            leaves as it is where it casts x.
+        out_factors: (n_d, R), contiguous.
+        bias: (Π n_d,), contiguous, or None.
     """
-    rows, rank = x.shape[0], in_factors[0].shape[1]
+    rows, rank, dtype = x.shape[0], in_factors[0].shape[1], in_factors[0].dtype
     modes = tuple([tuple([f.shape[0] for f in side]) for side in (in_factors, out_factors)])
     one = one_launch(modes, rank, rows, bias is not None, x.dtype)
     if one is not None:
@@ -306,7 +307,7 @@ def decode(
         left, right = tuple(in_factors[: one.cut]), tuple(in_factors[one.cut :])
         added = x if bias is None else bias
         DECODE(
-            (one, x.dtype, added.dtype),
+            (one, x.dtype, dtype, added.dtype),
             one.grid,
             (x, *in_factors, *out_factors, added, y),
             (rows,),
@@ -317,7 +318,7 @@ def decode(
     partial = x.new_empty((form.parts, form.rows, rank), dtype=torch.float32)
     y = x.new_empty((rows, form.expand[2]))
     CONTRACT(
-        (form.contract, x.dtype),
+        (form.contract, x.dtype, dtype),
         form.contract_grid,
         (x, *in_factors, partial),
         (rows,),
@@ -325,7 +326,7 @@ def decode(
     )
     added = partial if bias is None else bias
     EXPAND(
-        (form.expand, x.dtype, added.dtype),
+        (form.expand, x.dtype, dtype, added.dtype),
         form.expand_grid,
         (partial, *out_factors, added, y),
         (rows,),
