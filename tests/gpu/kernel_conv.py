@@ -311,12 +311,15 @@ def _forms(
             (*pointers[:5], "*fp32", *("i32",) * 11),
             depthwise.backward_constants(where, groups, padded, False),
         )
+    many = where.taps > depthwise.MOST_SUMS
+    # Many taps take the compiler long: the most of them are compiled, in one dtype for one GPU.
+    if many and (where.taps < depthwise.MOST_TAPS or dtype != torch.bfloat16):
+        return
     yield Form(
         f"backward {name}",
         depthwise.depthwise_backward_kernel,
         (*pointers[:5], "*fp32", *("i32",) * 11),
         depthwise.backward_constants(where, groups, padded, True),
-        wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
-        # Many taps take the compiler long.
-        capabilities=(80, 90, 100) if math.prod(where.kernel) <= depthwise.MOST_SUMS else (90,),
+        wide_loads=not many,
+        capabilities=(90,) if many else (80, 90, 100),
     )

@@ -19,18 +19,26 @@ if numerics.INTERPRETED.value:
 
 
 def cases() -> Iterator[Any]:
-    """Each table's forms for compute capability 9.0, those in bfloat16 for 8.0 and 10.0 too."""
+    """Each table's forms for compute capability 9.0; for 8.0 and 10.0 fewer, all in bfloat16.
+
+    These are the forms with products of tiles, which have instructions of their own on each GPU,
+    and of each other kernel the first form of a kind, which stands before the sizes in its name.
+    """
     for name in names():
         table = importlib.import_module(f"kernel_{name}")
         forms = list(getattr(table, "forms", tuple)())
         for capability in (80, 90, 100):
-            wanted = [
-                form
-                for form in forms
-                if capability in form.capabilities and (capability == 90 or "bfloat16" in form.name)
-            ]
+            wanted = [form for form in forms if capability in form.capabilities]
+            if capability != 90:
+                halves = [form for form in wanted if "bfloat16" in form.name]
+                first = {_kind(form): form for form in reversed(halves)}
+                wanted = [f for f in halves if f.tensor_cores or f is first[_kind(f)]]
             if wanted:
                 yield pytest.param(wanted, capability, id=f"{name} {capability}")
+
+
+def _kind(form: Form) -> tuple[Any, str]:
+    return form.kernel, form.name.partition("(")[0]
 
 
 @pytest.fixture(autouse=True)
