@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded(pytestconfig: pytest.Config) -> Iterator[None]:
     """Seed torch, and see that a test changed neither the default dtype nor the grad mode."""
-    torch.manual_seed(pytestconfig.getoption("--torch-seed"))
+    # Without a GPU torch.manual_seed formats the stack, for the GPU that it might seed later.
+    seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+    seed(pytestconfig.getoption("--torch-seed"))
     # neuraloperator, wherever it is imported, has tensorly contract by opt_einsum from then on, by
     # which tltorch's own layers fail under autocast.
     if (plugins := sys.modules.get("tensorly.plugins")) is not None:
