@@ -46,7 +46,7 @@ class _SpectralCall(Call):
     def run(self, x: Tensor, groups: Groups, bias: Tensor | None, weights: Tensor | None) -> Tensor:
         """Apply transforms and map, differentiably."""
         x = self.batched(x)
-        spectrum = x if self.into is None else self.into(x)
+        spectrum = x if self.into is None else self.into.apply(x)
         last = range(2, spectrum.dim())
         # One copy at most, also of a spectrum that was cut out of a larger one.
         rows = spectrum.permute(*last, 0, 1).contiguous().flatten(0, -3)
@@ -58,7 +58,7 @@ class _SpectralCall(Call):
             made = made + self._constant(bias)
         y: Tensor = made.permute(1, 2, 0)
         y = y.reshape(*y.shape[:2], *self.modes)
-        return y if self.out is None else self.unbatched(self.out(y))
+        return y if self.out is None else self.unbatched(self.out.apply(y))
 
     def _constant(self, bias: Tensor) -> Tensor:
         """Return the spectrum (s, 1, o) of the constants ``bias`` (o,), which is one mode of it.

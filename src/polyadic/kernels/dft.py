@@ -46,6 +46,8 @@ COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 class Transformation:
     """What an analysis and a synthesis have in common.
 
+    It is not called as a function: the compiler of torch 2.11 traces no call of a frozen dataclass.
+
     Args:
         sizes: positions, one number per dimension.
         modes: kept modes, one number per dimension.
@@ -62,7 +64,7 @@ class Transformation:
     scale: float
     doubled: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """Transform x differentiably; nothing is kept for the backward."""
         alone = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         # A Function would hand tangents on as constants.
@@ -162,7 +164,7 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.transformation.adjoint()(grad)
+        return None, ctx.transformation.adjoint().apply(grad)
 
 
 def _to_modes(x: Tensor, d: int, n: int, k: int, way: Transform) -> Tensor:
