@@ -45,6 +45,7 @@ class Form:
         tensor_cores: whether it has a product of tiles, for which a GPU has instructions.
         capabilities: the compute capabilities it is for.
         asserts: whether it asserts something.
+        all_wide: whether nothing is loaded but 16 bytes at a time, behind the program's back.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Form:
     tensor_cores: bool = False
     capabilities: tuple[int, ...] = (80, 90, 100)
     asserts: bool = False
+    all_wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ def faults(form: Form, code: Code, capability: int) -> list[str]:
         found.append("no instruction of tensor cores")
     if form.wide_loads and not code.count(r"\b(LDG|LDGSTS)\S*\.128"):
         found.append("no load of 16 bytes")
+    if form.all_wide and (narrow := code.count(r"\bLDG\b|\bLDGSTS(?!\S*\.128)")):
+        found.append(f"{narrow} loads of less than 16 bytes, or that a program waits for")
     if form.asserts and not code.asserts:
         found.append("no assertion")
     if code.parameters:

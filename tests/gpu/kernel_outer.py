@@ -75,6 +75,7 @@ def forms() -> Iterator[Form]:
             warps=subject.WARPS,
             stages=subject.STAGES,
             tensor_cores=True,
+            all_wide=True,
             # It runs where it was measured (see ``fused_linear``).
             capabilities=(90,),
         )

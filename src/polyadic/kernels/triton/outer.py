@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from polyadic.kernels.products import HALVES
-from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
+from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import product, up_to_power_of_two
 
 # The most columns r.
@@ -33,11 +33,11 @@ MOST_RANK = 64
 # so at least, and programs that fill a large GPU twice over (an H100 has 132 multiprocessors).
 OWNED, TERMS, LEAST_TURNS, MANY_PROGRAMS = 64, 64, 4, 256
 WARPS, STAGES = 4, 4
-# Columns of the matrix of ones: the fewest that tensor cores take.
-ONES = 16
+# Columns of the matrix of ones: the fewest that tensor cores take; entries of 16 bytes.
+ONES, UNIT = 16, 8
 
 
-@triton.jit(do_not_specialize=["rows", "share", "in_width", "out_width"])
+@triton.jit(do_not_specialize=["rows", "share", "in_units", "out_units"])
 def outer_kernel(
     x,
     g,
@@ -48,28 +48,30 @@ def outer_kernel(
     sums,
     rows,
     share,
-    in_width,
-    out_width,
+    in_units,
+    out_units,
     RANK: tl.constexpr,
     BIASED: tl.constexpr,
     OWNED: tl.constexpr,
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ONES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Write d_ka (pieces, i, RANK), d_kc (pieces, n, RANK) and, with BIASED, sums (pieces, n).
 
     They are made from x (t, i) and g (t, RANK), and from d_y (t, n) and z (t, RANK), for all t <
-    ``rows``; a piece is the sum over ``share`` rows. ``in_width`` and ``out_width`` are the numbers
-    of features, multiples of 8.
+    ``rows``; a piece is the sum over ``share`` rows. There are UNIT · ``in_units`` in features and
+    UNIT · ``out_units`` out features, so that the compiler knows that rows begin at multiples of 16
+    bytes.
     """
     program, piece = tl.program_id(0), tl.program_id(1)
-    in_programs = tl.cdiv(in_width, OWNED)
+    in_programs = tl.cdiv(in_units * UNIT, OWNED)
     if program < in_programs:
-        left, right, to, width, owned = x, g, d_ka, in_width, program
+        left, right, to, units, owned = x, g, d_ka, in_units, program
     else:
-        left, right, to, width, owned = d_y, z, d_kc, out_width, program - in_programs
-    width = tl.multiple_of(width, 8)
+        left, right, to, units, owned = d_y, z, d_kc, out_units, program - in_programs
+    width = units * UNIT
     i, r = owned * OWNED + tl.arange(0, OWNED), tl.arange(0, COLUMNS)
     real, ranked = (i < width)[None, :], (r < RANK)[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
@@ -101,14 +103,13 @@ LAUNCHER = Launcher(outer_kernel)
 
 def serves(in_features: int, out_features: int, padded: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes such sizes: few columns of half precision, and rows of 16 bytes."""
-    entries = ALIGNMENT_BYTES // dtype.itemsize
-    aligned = in_features % entries == out_features % entries == 0
+    aligned = in_features % UNIT == out_features % UNIT == 0
     return dtype in HALVES and padded <= MOST_RANK and aligned
 
 
 def constants_of(padded: int, biased: bool) -> tuple[Any, ...]:
     """Return the constants of the kernel."""
-    return padded, biased, OWNED, TERMS, max(16, up_to_power_of_two(padded)), ONES
+    return padded, biased, OWNED, TERMS, max(16, up_to_power_of_two(padded)), ONES, UNIT
 
 
 def outer(
@@ -138,7 +139,7 @@ def outer(
     sums = x.new_empty((pieces, out_width), dtype=torch.float32) if biased else None
     constants = constants_of(padded, biased)
     tensors = x, g, d_y, z, d_ka, d_kc, d_kc if sums is None else sums
-    numbers = rows, share, in_width, out_width
+    numbers = rows, share, in_width // UNIT, out_width // UNIT
     LAUNCHER(
         (constants, x.dtype),
         (programs, pieces, 1),
