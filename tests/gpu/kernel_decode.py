@@ -1,10 +1,9 @@
-"""Tables of the kernels of a linear map of few rows."""
+"""Tables of the kernel of a linear map of few rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 from compiled import Form, pointers_to
@@ -18,24 +17,24 @@ from polyadic.plans import LinearPlan, LinearRoute
 
 # In modes, out modes, rank, rows.
 SHAPES = (
-    ((4, 4), (2, 5), 3, 5),
-    ((13,), (11,), 5, 1),
+    ((4, 4), (2, 5), 3, 4),
     ((1, 8, 9), (4, 2, 3, 2), 17, 3),
-    ((16, 18), (9, 8), 72, 16),
+    ((16, 18), (9, 8), 72, 1),
     ((4, 5, 3), (37,), 70, 2),
     ((3, 100), (9, 8), 24, 4),
 )
-# Whether one launch serves in half precision: not a single in factor, nor more than four rows.
-ONE_LAUNCH = (False, False, True, False, True, True)
+# Not served: a single in factor, more than four rows, more terms than each program can make.
+REFUSED = (((13,), (11,), 5, 1), ((4, 4), (2, 5), 3, 5), ((64, 64), (64, 64), 600, 1))
 
 
 def check() -> Iterator[str]:
     """Each row of the table that holds."""
     for number, (in_modes, out_modes, rank, rows) in enumerate(SHAPES):
         for dtype in dtypes_of(number):
-            found = subject.one_launch((in_modes, out_modes), rank, rows, True, dtype)
-            as_said = (found is not None) == ONE_LAUNCH[number]
-            assert as_said or dtype == torch.float32, (in_modes, rank)
+            # Four rows of so many features are too many in float32.
+            if subject.one_launch((in_modes, out_modes), rank, rows, True, dtype) is None:
+                assert dtype == torch.float32, (in_modes, rank)
+                continue
             # Autocast casts x and the bias alone.
             wide = [(False, torch.float32)] if dtype != torch.float32 else []
             for integers, held in ((True, dtype), (False, dtype), *wide):
@@ -43,12 +42,12 @@ def check() -> Iterator[str]:
                 name += f", factors in {short(held)}"
                 ins, outs = draw_groups((in_modes, out_modes), rank, held, integers)
                 x = draw((rows, math.prod(in_modes)), dtype, integers)
-                bias = draw((math.prod(out_modes),), dtype, integers) if rows != 5 else None
+                bias = draw((math.prod(out_modes),), dtype, integers) if rows != 3 else None
                 with poisoned():
                     once = subject.decode(x, ins, outs, bias)
                     again = subject.decode(x, ins, outs, bias) if repeats(dtype) else once
-                    with mock.patch.object(subject, "one_launch", return_value=None):
-                        twice = subject.decode(x, ins, outs, bias)
+                assert once is not None
+                assert again is not None
                 assert torch.equal(once, again), f"{name}: differs from run to run"
                 a, c = [f.cpu() for f in ins], [f.cpu() for f in outs]
                 added = torch.zeros(1) if bias is None else bias.cpu()
@@ -58,24 +57,28 @@ def check() -> Iterator[str]:
                 low = low_z.to(dtype).float() @ khatri_rao(c, dtype).float().t() + added.float()
                 small = integers and z.abs().max() <= 2**8
                 judge(name, once, exact, low.to(dtype), bool(small))
-                judge(f"{name} in two", twice, exact, low.to(dtype), bool(small))
                 yield name
     yield _layer()
 
 
 def _layer() -> str:
-    """A layer of few rows launches one kernel or two, and gives what they give."""
+    """A layer of few rows launches one kernel, and gives what that gives; others launch three."""
     ins, outs = draw_groups(((1, 4, 6), (3, 5)), 8, torch.bfloat16, False)
     x, bias = draw((5, 24), torch.bfloat16, False), draw((15,), torch.bfloat16, False)
     route = LinearRoute((3,), (2,), by="triton")
     layer_map = LinearMap(LinearPlan(route, route, "x"), 3)
-    for rows, names in ((2, ["decode_kernel"]), (5, ["contract_kernel", "expand_kernel"])):
+    for rows, launched in ((2, 1), (4, 1), (5, 3)):
         few = x[:rows]
         with counted() as launches:
             y, kept = layer_map.forward(few, bias, [*ins, *outs])
         assert kept == ()
-        assert launches.names == names
-        assert torch.equal(y, subject.decode(few, ins, outs, bias))
+        assert len(launches.names) == launched, launches.names
+        alone = subject.decode(few, ins, outs, bias)
+        assert (alone is not None) == (launched == 1)
+        assert alone is None or torch.equal(y, alone)
+    for in_modes, out_modes, rank, rows in REFUSED:
+        dtype = torch.bfloat16
+        assert subject.one_launch((in_modes, out_modes), rank, rows, True, dtype) is None
     return "layer"
 
 
@@ -88,9 +91,6 @@ def forms() -> Iterator[Form]:
         ((16, 16, 32), (16, 16, 32), 64),
     ):
         for dtype in (torch.bfloat16, torch.float32):
-            for rows in (1, 16):
-                if in_modes != (16, 16, 32):
-                    yield from _forms((in_modes, out_modes), rank, rows, dtype)
             for rows in (1, 4):
                 one = subject.one_launch((in_modes, out_modes), rank, rows, True, dtype)
                 if one is not None:
@@ -113,30 +113,4 @@ def _form_of_one(
         one.constants,
         wide_loads=rank * dtype.itemsize % 16 == 0,
         tensor_cores=dtype != torch.float32,
-    )
-
-
-def _forms(
-    modes: tuple[tuple[int, ...], tuple[int, ...]], rank: int, rows: int, dtype: torch.dtype
-) -> Iterator[Form]:
-    (pointer,) = pointers_to(dtype, 1)
-    form = subject.form_of(modes, rank, rows, True, dtype)
-    ins, outs = (pointers_to(dtype, len(side)) for side in modes)
-    name = f"{modes} rank {rank} {rows=} {short(dtype)}"
-    cores, wide = dtype != torch.float32, rank * dtype.itemsize % 16 == 0
-    yield Form(
-        f"contract {name}",
-        subject.contract_kernel,
-        (pointer, ins, "*fp32", "i32"),
-        form.contract,
-        wide_loads=wide,
-        tensor_cores=cores,
-    )
-    yield Form(
-        f"expand {name}",
-        subject.expand_kernel,
-        ("*fp32", outs, pointer, pointer, "i32"),
-        form.expand,
-        wide_loads=wide,
-        tensor_cores=cores,
     )

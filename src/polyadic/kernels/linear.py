@@ -42,9 +42,9 @@ from polyadic.kernels.products import (
 )
 from polyadic.plans import LinearPlan, LinearRoute
 
-# A GPU computes up to this many rows from the factors in one launch or two, as when a language
-# model decodes: launching then costs more than computing.
-MOST_DECODED_ROWS = 16
+# A GPU computes up to this many rows from the factors in one launch, as when a language model
+# decodes, if there are not too many terms: launching then costs more than computing.
+MOST_DECODED_ROWS = 4
 
 
 def _in_pairs(x: Tensor, route: LinearRoute) -> bool:
@@ -93,7 +93,9 @@ class LinearMap:
         if _in_pairs(x, route):
             if _numbers_alone(x, factors if bias is None else (*factors, bias), route):
                 if self.plan.keep == "x" and x.shape[0] <= MOST_DECODED_ROWS:
-                    return self._decoded(x, bias, factors), ()
+                    decoded = self._decoded(x, bias, factors)
+                    if decoded is not None:
+                        return decoded, ()
                 y, z = fused_of(x, factors, self.n_in).forward(x, bias, factors)
             else:
                 ka, kc = khatri_rao_pair((in_factors, out_factors), x.dtype, route.by)
@@ -104,8 +106,8 @@ class LinearMap:
             y = expand(z, out_factors, route.out_groups, bias)
         return y, () if self.plan.keep == "x" else (z,)
 
-    def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
-        """Return y (B, N) for a few rows x by one kernel or two, without a matrix in memory."""
+    def _decoded(self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor | None:
+        """Return y (B, N) for a few rows x by one kernel, None where there are too many terms."""
         from polyadic.kernels.triton.decode import decode
 
         bias = None if bias is None else bias.contiguous()
