@@ -133,7 +133,7 @@ def test_convolutions_that_no_kernel_serves_are_refused(
     assert ConvPlan(route, route).covering(fits).forward == route
 
 
-@pytest.mark.parametrize("name", ["embedding", "conv", "depthwise", "decode", "sums"])
+@pytest.mark.parametrize("name", ["embedding", "conv", "depthwise", "decode", "outer", "sums"])
 def test_no_grid_is_longer_than_a_gpu_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first axis of a grid has room for more than 65,535 programs."""
     pytest.importorskip("triton")
@@ -183,7 +183,14 @@ def _depthwise() -> None:
 def _decode() -> None:
     from polyadic.kernels.triton.decode import decode
 
-    decode(meta(16, 2**20), [meta(1024, 8)] * 2, [meta(2048, 8)] * 2, None)
+    decode(meta(4, 2**14), [meta(16, 8), meta(1024, 8)], [meta(2**13, 8)] * 2, None)
+
+
+def _outer() -> None:
+    from polyadic.kernels.triton.outer import outer
+
+    x, g = meta(10**7, 8), meta(10**7, 8)
+    outer(x, g, x, g, biased=True)
 
 
 def _sums() -> None:
@@ -203,5 +210,6 @@ LAUNCHES = {
     "conv": _conv,
     "depthwise": _depthwise,
     "decode": _decode,
+    "outer": _outer,
     "sums": _sums,
 }
