@@ -307,6 +307,9 @@ def _forms(
         warps=depthwise.forward_warps(where),
         wide_loads=wide or not few,
     )
+    # Many taps take the compiler long: the most of them are compiled, in one dtype for one GPU.
+    if not few and (where.taps < depthwise.MOST_TAPS or dtype != torch.bfloat16):
+        return
     for wrt_taps in (False, True) if padded == 88 else (True,):
         yield Form(
             f"backward {wrt_taps=} {name}",
@@ -315,6 +318,5 @@ def _forms(
             depthwise.backward_constants(where, groups, padded, wrt_taps),
             warps=depthwise.BACKWARD_WARPS,
             wide_loads=wide,
-            # Many taps take the compiler long.
             capabilities=(80, 90, 100) if few else (90,),
         )

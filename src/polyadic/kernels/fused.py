@@ -22,8 +22,8 @@ from polyadic._torch import (
 )
 from polyadic.kernels.backend import DTYPES, triton_serves
 
-# Sizes and numbers of rows are 32-bit integers in the kernels.
-MOST_ROWS = 2**31 - 1
+# Sizes and numbers of rows are 32-bit integers in the kernels, which count to the end of a tile.
+MOST_ROWS = 2**31 - 2**16
 
 
 def may_fuse(x: Tensor, factors: Sequence[Tensor], recording: bool = False) -> bool:

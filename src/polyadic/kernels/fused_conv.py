@@ -61,7 +61,8 @@ def is_fused(route: ConvRoute, plan: Stages, x: Tensor, factors: Sequence[Tensor
     if route.by == "torch" or plan.dense.transposed or not may_fuse(x, factors):
         return False
     positions = x.shape[0] * math.prod(x.shape[2:])
-    return math.prod(plan.dense.kernel_size) <= MOST_FUSED_TAPS and positions <= MOST_ROWS
+    # Padding may give the output more positions.
+    return math.prod(plan.dense.kernel_size) <= MOST_FUSED_TAPS and positions <= MOST_ROWS // 2
 
 
 def _three(values: Sequence[int], missing: int) -> tuple[int, int, int]:
