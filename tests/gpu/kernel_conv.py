@@ -297,26 +297,25 @@ def _forms(
             warps=subject.project_warps(columns),
             tensor_cores=dtype != torch.float32,
         )
+    few = math.prod(where.kernel) <= depthwise.MOST_RUN_TAPS
+    # A thread that holds fewer entries of a run is faster, and reads 8 bytes of a half precision.
+    wide = dtype == torch.float32
     yield Form(
         f"depthwise {name}",
         depthwise.depthwise_kernel,
         (*pointers[:3], *("i32",) * 7),
         depthwise.forward_constants(where, groups, padded),
         warps=depthwise.forward_warps(where),
+        wide_loads=wide or not few,
     )
-    if padded == 88:
+    for wrt_taps in (False, True) if padded == 88 else (True,):
         yield Form(
-            f"backward without taps {name}",
+            f"backward {wrt_taps=} {name}",
             depthwise.depthwise_backward_kernel,
             (*pointers[:5], "*fp32", *("i32",) * 11),
-            depthwise.backward_constants(where, groups, padded, False),
+            depthwise.backward_constants(where, groups, padded, wrt_taps),
+            warps=depthwise.BACKWARD_WARPS,
+            wide_loads=wide,
+            # Many taps take the compiler long.
+            capabilities=(80, 90, 100) if few else (90,),
         )
-    yield Form(
-        f"backward {name}",
-        depthwise.depthwise_backward_kernel,
-        (*pointers[:5], "*fp32", *("i32",) * 11),
-        depthwise.backward_constants(where, groups, padded, True),
-        wide_loads=math.prod(where.kernel) <= depthwise.MOST_SUMS,
-        # Many taps take the compiler long.
-        capabilities=(80, 90, 100) if math.prod(where.kernel) <= depthwise.MOST_SUMS else (90,),
-    )

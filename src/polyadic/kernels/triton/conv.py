@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polyadic.kernels.triton.depthwise import MOST_SUMS, Three, Where, depthwise_rows
+from polyadic.kernels.triton.depthwise import MOST_RUN_TAPS, Three, Where, depthwise_rows
 from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import product, rounded, up_to_power_of_two
 
@@ -141,7 +141,7 @@ def project_constants(
     """Return the constants of the kernel, with ``columns`` channels to a program."""
     block = POSITIONS // 2 if dtype == torch.float32 else POSITIONS
     # The addresses of many taps take registers beside those of wide entries.
-    if dtype == torch.float32 and where.taps > MOST_SUMS:
+    if dtype == torch.float32 and where.taps > MOST_RUN_TAPS:
         block //= 2
     return (*where, where.taps, groups, channels, padded, biased, keep, block, columns, TERMS)
 
