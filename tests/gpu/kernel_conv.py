@@ -294,7 +294,6 @@ def _forms(
             subject.depthwise_project_kernel,
             (*pointers, *("i32",) * 7),
             constants,
-            warps=subject.project_warps(columns),
             tensor_cores=dtype != torch.float32,
         )
     few = math.prod(where.kernel) <= depthwise.MOST_RUN_TAPS

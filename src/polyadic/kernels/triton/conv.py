@@ -26,7 +26,7 @@ from polyadic.kernels.triton.numerics import product, rounded, up_to_power_of_tw
 # Programs that fill a large GPU once (an H100 has 132 multiprocessors).
 ENOUGH_PROGRAMS = 132
 # Positions of a program, and maps that it takes at a time.
-POSITIONS, TERMS = 64, 16
+POSITIONS, TERMS = 32, 32
 
 
 @triton.jit(
@@ -122,7 +122,8 @@ LAUNCHER = Launcher(depthwise_project_kernel)
 
 def columns_of(channels: int, positions: int, dtype: torch.dtype) -> int:
     """Return the channels of a program: many, as each makes Z2 again, if that leaves programs."""
-    columns = max(16, min(64 if dtype == torch.float32 else 256, up_to_power_of_two(channels)))
+    most = 64 if dtype == torch.float32 else 128
+    columns = max(16, min(most, up_to_power_of_two(channels)))
     while columns > 64 and -(-channels // columns) * -(-positions // POSITIONS) < ENOUGH_PROGRAMS:
         columns //= 2
     return columns
@@ -139,16 +140,10 @@ def project_constants(
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     """Return the constants of the kernel, with ``columns`` channels to a program."""
-    block = POSITIONS // 2 if dtype == torch.float32 else POSITIONS
     # The addresses of many taps take registers beside those of wide entries.
-    if dtype == torch.float32 and where.taps > MOST_RUN_TAPS:
-        block //= 2
-    return (*where, where.taps, groups, channels, padded, biased, keep, block, columns, TERMS)
-
-
-def project_warps(columns: int) -> int:
-    """Warps that share a tile of so many channels."""
-    return 4 if columns <= 64 else 8
+    many = dtype == torch.float32 and where.taps > MOST_RUN_TAPS
+    block, terms = (POSITIONS // 2, TERMS // 2) if many else (POSITIONS, TERMS)
+    return (*where, where.taps, groups, channels, padded, biased, keep, block, columns, terms)
 
 
 def depthwise_project(
@@ -196,6 +191,5 @@ def depthwise_project(
         tensors,
         numbers,
         lambda: (*tensors, *numbers, *constants),
-        warps=project_warps(columns),
     )
     return y, z2

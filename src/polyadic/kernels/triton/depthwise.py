@@ -20,9 +20,9 @@ taps of a 3×3 kernel are found.
 
 A program makes RUN neighbours of the last dimension together, a run, so that what several of them
 read is loaded and widened to float32 once: 18 loads for four positions of a 3×3 kernel where each
-apart takes nine. Widening takes as many instructions as multiplying. On an H200 (bfloat16, 32 images
-of 28×28, 184 maps) runs of four took the stage from 14.2 to 9.4 µs and its backward from 37.8 to
-21.2 (November 2026).
+apart takes nine. Widening takes as many instructions as multiplying. On an H200 (bfloat16, 32
+images of 28×28, 184 maps) runs of four took the stage from 14.2 to 9.4 µs and its backward from
+37.8 to 21.2 (November 2026).
 
 Axes: b images, s positions of an input, p and q positions of all images, r maps of a group, g
 groups, t taps.
@@ -52,9 +52,9 @@ MANY_PROGRAMS = 1024
 RUN, MOST_RUN_TAPS = 4, 9
 # TILE is the number of entries of a tile, of runs or, without them, of positions; those of the
 # backward keep in registers a sum for each entry and tap, of which there are at most MOST_TAPS. A
-# program of the backward goes through at least LEAST_TILES tiles. A program that makes Z2 again keeps
-# no sums: it takes OUT_TILES where that gives no more than MOST_OUT_PROGRAMS, which fill the GPU up
-# where the others leave room.
+# program of the backward goes through at least LEAST_TILES tiles. A program that makes Z2 again
+# keeps no sums: it takes OUT_TILES where that gives no more than MOST_OUT_PROGRAMS, which fill the
+# GPU up where the others leave room.
 TILE, BACKWARD_TILE, MOST_TAPS, LEAST_TILES = 512, 256, 27, 2
 OUT_TILES, MOST_OUT_PROGRAMS = 2, 16384
 

@@ -32,7 +32,7 @@ from polyadic.kernels.triton.numerics import (
     up_to_power_of_two,
 )
 
-BLOCK_ROWS, MOST_COLUMNS, WARPS = 32, 128, 4
+BLOCK_ROWS, MOST_COLUMNS, WARPS = 16, 128, 4
 # Rows of dY that a program of a sum reads at once, how often it does so at least, and the number of
 # such programs that fills a large GPU a few times over (an H100 has 132 multiprocessors).
 SUMMED_ROWS, LEAST_TURNS, MANY_SUMS = 32, 4, 512
