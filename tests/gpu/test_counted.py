@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from pretend import counted
 
-from polyadic.functional import cp_conv
+from polyadic.functional import cp_conv, cp_linear
 from polyadic.functional.boundary import Call
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
 from polyadic.kernels.fused_conv import MOST_PROJECTED_CHANNELS
@@ -199,6 +199,20 @@ def test_a_linear_step(order: int, dtype: torch.dtype, biased: bool) -> None:
         assert len(least) <= MOST_LINEAR + (rows > MOST_DECODED_ROWS), least
         rebuilt = linear_launches(rows, "x", biased=biased, dtype=dtype, order=order, kind="dense")
         assert len(rebuilt) == MOST_LINEAR + 1, rebuilt
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_without_gradients_nothing_is_kept(rows: int) -> None:
+    """A layer that decodes makes no Z, though its plan keeps one for steps of training."""
+    ins, outs = factors(4, 4, dtype=torch.bfloat16), factors(3, 3, dtype=torch.bfloat16)
+    route = LinearRoute((2,), (2,), by="triton")
+    plan = LinearPlan(route, route, "x and z")
+    x = torch.ones(rows, 16, dtype=torch.bfloat16)
+    with counted(computing=False) as launches, torch.no_grad():
+        cp_linear(x, ins, outs, plan=plan)
+    # Up to four rows are one launch, up to sixteen two; then KA and KC, Z, and Y.
+    most = 1 if rows <= 4 else 2 if rows <= MOST_DECODED_ROWS else 3
+    assert len(launches.names) == most, launches.names
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
