@@ -116,14 +116,18 @@ def _check_one(
 
 
 def _wide_tile() -> str:
-    """The tile of many indices, which few would not be given."""
-    before = subject.ENOUGH_PROGRAMS
-    subject.ENOUGH_PROGRAMS = 1
+    """The tile of many indices, and programs of several tiles, which few would not be given."""
+    before = subject.ENOUGH_PROGRAMS, subject.AT_ONCE
+    subject.ENOUGH_PROGRAMS = subject.AT_ONCE = 1
     subject.lookup_tile.cache_clear()
     try:
-        _check_one("wide tile", (5, 6), (15, 10), 20, 70, torch.bfloat16, False)
+        # KC is made once, and for each tile; the last tile is not full.
+        for rank in (24, 72):
+            _check_one(
+                f"wide tile, rank {rank}", (5, 6), (15, 10), rank, 150, torch.bfloat16, False
+            )
     finally:
-        subject.ENOUGH_PROGRAMS = before
+        subject.ENOUGH_PROGRAMS, subject.AT_ONCE = before
         subject.lookup_tile.cache_clear()
     return "wide tile"
 
@@ -252,7 +256,7 @@ def _forms(
         yield Form(
             f"lookup of {count} {name}",
             subject.lookup_kernel,
-            ("*i64", ins, outs, pointer, pointer, "i32", "i32", "i32"),
+            ("*i64", ins, outs, pointer, pointer, *("i32",) * 4),
             (*sides, padded, keep, *tile[:3]),
             warps=tile.warps,
             asserts=True,
