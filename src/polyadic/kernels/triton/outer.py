@@ -90,8 +90,9 @@ def outer_kernel(
     tl.store(to + row[:, None] * RANK + r[None, :], total, mask=(i < width)[:, None] & ranked)
     if BIASED:
         # All columns are equal.
-        mask = (i < width) & (program >= in_programs)
-        tl.store(sums + row, tl.max(summed, 1), mask=mask)
+        gradient = tl.max(summed, 1)
+        if program >= in_programs:
+            tl.store(sums + row, gradient, mask=i < width)
 
 
 LAUNCHER = Launcher(outer_kernel)
