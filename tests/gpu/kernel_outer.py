@@ -13,8 +13,8 @@ from torch import Tensor
 from polyadic.kernels.triton import outer as subject
 
 HALVES = (torch.float16, torch.bfloat16)
-# Rows of the batch, in and out features, columns, and programs that are to fill the GPU; more of them
-# divide the batch into pieces.
+# Rows of the batch, in and out features, columns, and programs that are to fill the GPU; more of
+# them divide the batch into pieces.
 SHAPES = (
     (1, 8, 16, 8, 256),
     (37, 72, 64, 24, 256),
