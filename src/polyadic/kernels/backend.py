@@ -74,6 +74,13 @@ def _serves(index: int | None) -> bool:
     return reason is None
 
 
+@functools.cache
+def has_warpgroups(index: int) -> bool:
+    """Whether four warps make a tensor-core product together on a device, as on Hopper alone."""
+    # A negative number is a CPU, on which kernels are interpreted.
+    return index >= 0 and torch.cuda.get_device_capability(index)[0] == 9
+
+
 def _why_not(index: int | None) -> str | None:
     """Return the reason why Triton kernels cannot run on a device, or None."""
     if os.environ.get(SWITCH, "1").lower() in ("0", "off", "false", "no"):

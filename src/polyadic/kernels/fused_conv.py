@@ -49,10 +49,10 @@ from polyadic.plans import MOST_FUSED_TAPS, ConvRoute
 
 # Out channels up to which the projection is made in the kernel of the depthwise stage, which saves
 # a launch. Its programs go through the maps one tile after the other, and load each tap of a
-# position apart: with 128 channels (28² pixels, 184 maps) that kernel takes 24.5 µs and with 64 (56², 88) it
-# takes 35.7, where the stage alone takes 9.4 and 20.1, and a GEMM the rest in less (32 images,
-# bfloat16 on an H200, November 2026). With several groups it is always made there: apart, it would
-# be a product for each group and a pass of its own for the bias.
+# position apart: with 128 channels (28² pixels, 184 maps) that kernel takes 24.5 µs and with 64
+# (56², 88) it takes 35.7, where the stage alone takes 9.4 and 20.1, and a GEMM the rest in less (32
+# images, bfloat16 on an H200, November 2026). With several groups it is always made there: apart,
+# it would be a product for each group and a pass of its own for the bias.
 MOST_PROJECTED_CHANNELS = 32
 
 

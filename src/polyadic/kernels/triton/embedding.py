@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polyadic.kernels.backend import has_warpgroups
 from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
 from polyadic.kernels.triton.numerics import (
     khatri_rao_rows,
@@ -405,9 +406,8 @@ def scatter_form(
 ) -> _Scatter:
     """Return the grid and the constants with which the scatter into such factors is started.
 
-    ``warpgroups`` says that four warps make a tensor-core product together, as on Hopper. Elsewhere
-    each warp computes all terms for itself, and large tiles would need more registers than there
-    are.
+    ``warpgroups`` is what ``has_warpgroups`` says. Elsewhere each warp computes all terms for
+    itself, and large tiles would need more registers than there are.
     """
     columns = max(16, min(64 if warpgroups else 32, up_to_power_of_two(rank)))
     first = (0, *itertools.accumulate([-(-mode // OWNED_ROWS) for mode in modes]))
@@ -418,11 +418,6 @@ def scatter_form(
     sizes = ((modes,), (right_of(modes),), first, base, math.prod(modes), rank, padded)
     constants = (*sizes, OWNED_ROWS, block, columns, parts)
     return _Scatter(-(-rank // columns), first[-1], constants)
-
-
-@functools.lru_cache(maxsize=64)
-def _has_warpgroups(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def scatter(
@@ -439,7 +434,7 @@ def scatter(
     leader, (count, padded) = in_factors[0], g.shape
     rank = leader.shape[1]
     modes = tuple([factor.shape[0] for factor in in_factors])
-    form = scatter_form(modes, rank, padded, leader.dtype, _has_warpgroups(leader.device))
+    form = scatter_form(modes, rank, padded, leader.dtype, has_warpgroups(leader.get_device()))
     shares = min(MOST_SHARES, max(1, ENOUGH_PROGRAMS // (form.across * form.down)))
     share = -(-count // (shares * SHARE_UNIT)) * SHARE_UNIT
     shares = -(-count // share)
