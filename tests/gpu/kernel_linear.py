@@ -25,6 +25,8 @@ SHAPES = (
     ((4, 6), (3, 5), 8, 7),
     ((1, 3, 4, 5), (2, 3, 4), 11, 5),
     ((12,), (9,), 5, 1),
+    # One kernel makes dKA and dKC, in two pieces.
+    ((4, 4), (2, 8), 10, 520),
 )
 
 
@@ -44,6 +46,8 @@ def on_gpu() -> Iterator[None]:
             for module in (linear, multilinear):
                 stack.enter_context(mock.patch.object(module, "matmul_tn_unrounded", _unrounded))
             stack.enter_context(mock.patch.object(fused_linear, "matmul_tn_in_float32", _unrounded))
+            there = mock.patch.object(fused_linear, "has_warpgroups", return_value=True)
+            stack.enter_context(there)
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pretend import counted
 
 from polyadic.functional import cp_conv, cp_linear
 from polyadic.functional.boundary import Call
+from polyadic.kernels import fused_linear
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
 from polyadic.kernels.fused_conv import MOST_PROJECTED_CHANNELS
 from polyadic.kernels.linear import MOST_DECODED_ROWS, LinearMap
@@ -213,6 +215,31 @@ def test_without_gradients_nothing_is_kept(rows: int) -> None:
     # Up to four rows are one launch, up to sixteen two; then KA and KC, Z, and Y.
     most = 1 if rows <= 4 else 2 if rows <= MOST_DECODED_ROWS else 3
     assert len(launches.names) == most, launches.names
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("keep", ["x", "x and z"])
+def test_a_linear_step_of_few_columns_on_hopper(keep: Any, biased: bool) -> None:
+    """One launch makes dKA, dKC and partial sums of the bias's gradient."""
+    names = {}
+    for warpgroups in (False, True):
+        ins, outs = factors(4, 4), factors(2, 4)
+        leaves = [factor.requires_grad_() for factor in (*ins, *outs)]
+        leaves += [torch.ones(200, 16, dtype=torch.bfloat16, requires_grad=True)]
+        bias = torch.ones(8, dtype=torch.bfloat16, requires_grad=True) if biased else None
+        leaves += [] if bias is None else [bias]
+        route = LinearRoute((2,), (2,), by="triton")
+        layer_map = LinearMap(LinearPlan(route, route, keep), 2)
+        with (
+            counted(computing=False) as launches,
+            mock.patch.object(fused_linear, "has_warpgroups", return_value=warpgroups),
+        ):
+            y = Call(layer_map, 0).run(leaves[4], (leaves[:4],), bias, None)
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+        names[warpgroups] = [name for name in launches.names if name != "ones_like"]
+    assert len(names[True]) == len(names[False]) - 1 == MOST_LINEAR - 1 + (keep == "x"), names
+    assert "outer_kernel" in names[True]
+    assert "khatri_rao_and_sums_kernel" not in names[True]
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])

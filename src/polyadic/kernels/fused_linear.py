@@ -3,9 +3,10 @@
     Z = X KA    Y = Z KCᵀ + b    G = dY KC    dX = G KAᵀ    dKA = Xᵀ G    dKC = dYᵀ Z
 
 The forward has three launches: both Khatri-Rao matrices, and two products. The backward has six:
-the matrices, four products, and the gradients of all factors. The kernel that makes the matrices
-begins the gradient of the bias, and the one that makes the factors' gradients ends it. Columns of
-the matrices, of Z and of G are padded with zeros to R' ≥ R.
+the matrices, four products, and the gradients of all factors; or five, where one kernel makes dKA
+and dKC together (see ``_makes_both``). That kernel, or else the one that makes the matrices, begins
+the gradient of the bias, and the one that makes the factors' gradients ends it. Columns of the
+matrices, of Z and of G are padded with zeros to R' ≥ R.
 
 With small tensors the GPU waits for the processor, and what that spends on a pass grows with the
 number of functions called and of tensors made. So all that follows from sizes is made once for
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyadic.kernels.backend import has_warpgroups
 from polyadic.kernels.fused import contiguous
 from polyadic.kernels.pairs import padded_rank
 from polyadic.kernels.products import HALVES, matmul_tn_in_float32
@@ -50,12 +52,15 @@ class FusedLinear:
         x_dtype: torch.dtype,
     ) -> None:
         from polyadic.kernels.triton.khatri_rao import matrices_of
+        from polyadic.kernels.triton.outer import serves
 
         self.shapes, self.n_in, self.dtype = shapes, n_in, dtype
         self.sum_dtype = torch.float32 if x_dtype in HALVES else x_dtype
         lengths = n_in, len(shapes) - n_in
         self.matrices = matrices_of(shapes, lengths, padded_rank(shapes[0][1]), dtype, x_dtype)
         self.gradients = functools.cache(self._gradients)
+        (features, padded), (out_features, _) = self.matrices.sizes
+        self.outer_serves = serves(features, out_features, padded, x_dtype)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
@@ -86,8 +91,9 @@ class FusedLinear:
         wrt_x, wrt_in, wrt_out, wrt_bias = wrt
         factors = contiguous(factors)
         sums: Tensor | None = None
+        both = wrt_in and wrt_out and self._makes_both(x, grad_y, kept)
         # Where no factor needs a gradient, nothing adds the sums up.
-        if wrt_bias and (wrt_in or wrt_out) and grad_y.is_contiguous():
+        if wrt_bias and not both and (wrt_in or wrt_out) and grad_y.is_contiguous():
             (ka, kc), sums = self.matrices.with_sums(factors, grad_y)
         elif wrt_x or wrt_in or not kept:
             ka, kc = self.matrices(factors)
@@ -97,16 +103,22 @@ class FusedLinear:
             g = torch.mm(grad_y, kc)
             if wrt_x:
                 d_x = F.linear(g, ka)
-            if wrt_in:
+            if wrt_in and not both:
                 d_matrices.append(matmul_tn_in_float32(x, g))
         if wrt_out:
             z = kept[0] if kept else torch.mm(x, ka)
-            d_matrices.append(matmul_tn_in_float32(grad_y, z))
+            if both:
+                from polyadic.kernels.triton.outer import outer
+
+                *d_matrices, sums = outer(x, g, grad_y, z, biased=wrt_bias)
+            else:
+                d_matrices.append(matmul_tn_in_float32(grad_y, z))
         gradients: list[Tensor | None] = []
         if d_matrices:
             n_in = self.n_in
             # A z that another route has kept is not padded, and dKC has its columns.
-            make = self.gradients(wrt_in, wrt_out, d_matrices[-1].shape[1], sums is not None)
+            *pieces, _, columns = d_matrices[-1].shape
+            make = self.gradients(wrt_in, wrt_out, columns, sums is not None, *pieces)
             wanted = factors[0 if wrt_in else n_in : None if wrt_out else n_in]
             gradients += make(d_matrices, wanted, sums)
         if not wrt_in:
@@ -117,10 +129,27 @@ class FusedLinear:
             gradients.append(grad_y.sum(0))
         return d_x, gradients
 
-    def _gradients(self, wrt_in: bool, wrt_out: bool, columns: int, biased: bool) -> Gradients:
+    def _makes_both(self, x: Tensor, grad_y: Tensor, kept: Sequence[Tensor]) -> bool:
+        """Whether one kernel makes dKA and dKC: on Hopper, where it was measured."""
+        return (
+            self.outer_serves
+            and has_warpgroups(x.get_device())
+            and x.is_contiguous()
+            and grad_y.is_contiguous()
+            and (not kept or kept[0].shape[1] == self.matrices.sizes[0][1])
+        )
+
+    def _gradients(
+        self, wrt_in: bool, wrt_out: bool, columns: int, biased: bool, pieces: int | None = None
+    ) -> Gradients:
         """Return what makes the gradients of one side or both, and of a bias if there is one.
 
-        The last dK has so many columns.
+        Args:
+            wrt_in: whether those of the in factors are wanted.
+            wrt_out: whether those of the out factors are wanted.
+            columns: of the last dK.
+            biased: whether partial sums of that of a bias come too.
+            pieces: in how many pieces each dK comes, None where it is whole.
         """
         from polyadic.kernels.triton.mttkrp import gradients_of
 
@@ -134,9 +163,14 @@ class FusedLinear:
         if wrt_out:
             sizes.append((rows_out, columns))
             groups.append(shapes[n_in:])
+        d_shapes: list[tuple[int, ...]] = [*sizes]
+        d_strides: list[tuple[int, ...]] = [(width, 1) for _, width in sizes]
+        if pieces is not None:
+            d_shapes = [(pieces, *size) for size in sizes]
+            d_strides = [(rows * width, width, 1) for rows, width in sizes]
         return gradients_of(
-            tuple(sizes),
-            tuple([(width, 1) for _, width in sizes]),
+            tuple(d_shapes),
+            tuple(d_strides),
             (self.sum_dtype,) * len(sizes),
             tuple(itertools.chain.from_iterable(groups)),
             tuple(map(len, groups)),

@@ -34,6 +34,9 @@ PADDED the number of maps in a group; BLOCK positions, or runs of RUN positions,
 make a tile.
 """
 
+# Tuples of tensors grow in Triton, whose language mypy does not know.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

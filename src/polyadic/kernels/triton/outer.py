@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polyadic.kernels.products import HALVES
 from polyadic.kernels.triton.launch import ALIGNMENT_BYTES, Launcher
 from polyadic.kernels.triton.numerics import product, up_to_power_of_two
 
@@ -98,15 +99,11 @@ def outer_kernel(
 LAUNCHER = Launcher(outer_kernel)
 
 
-def serves(x: Tensor, d_y: Tensor, padded: int) -> bool:
-    """Whether the kernel takes such inputs and gradients, of half precision."""
-    entries = ALIGNMENT_BYTES // x.itemsize
-    return (
-        padded <= MOST_RANK
-        and x.shape[1] % entries == d_y.shape[1] % entries == 0
-        and x.is_contiguous()
-        and d_y.is_contiguous()
-    )
+def serves(in_features: int, out_features: int, padded: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes such sizes: few columns of half precision, and rows of 16 bytes."""
+    entries = ALIGNMENT_BYTES // dtype.itemsize
+    aligned = in_features % entries == out_features % entries == 0
+    return dtype in HALVES and padded <= MOST_RANK and aligned
 
 
 def constants_of(padded: int, biased: bool) -> tuple[Any, ...]:
