@@ -23,11 +23,10 @@ the backward.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -140,19 +139,6 @@ class Call:
         else:
             y = _eager(self.map, x, bias, factors)
         return y if self.batch is None else self.unbatched(y)
-
-    def keeping_nothing(self) -> Any:
-        """Return the call where no gradients are recorded, so that nothing is kept for a backward.
-
-        A GPU then computes few rows in one launch.
-        """
-        plan: Any = self.map.plan
-        if not getattr(plan, "keep", 0):
-            return self
-        layer_map: Any = self.map
-        return dataclasses.replace(
-            self, map=dataclasses.replace(layer_map, plan=dataclasses.replace(plan, keep=0))
-        )
 
     def batched(self, x: Tensor) -> Tensor:
         """Reshape x to one batch dimension."""
@@ -279,8 +265,10 @@ def settled(
         return settle(Asked(x, groups, bias, weights, options, cast))
     if found is None:
         found, groups = settle(Asked(x, groups, bias, weights, options, cast))
-        if not torch.is_grad_enabled() and isinstance(found, Call):
-            found = found.keeping_nothing()
+        layer_map: Any = found.map
+        if not torch.is_grad_enabled() and getattr(layer_map.plan, "keep", False):
+            # Nothing is kept for a backward, and a GPU computes few rows in one launch.
+            found = replace(found, map=replace(layer_map, plan=replace(layer_map.plan, keep=0)))
         known_calls[key] = found
     return found, groups
 

@@ -2,7 +2,7 @@
 
     Y[p] = Z2[p] KCᵀ + bias        Z2 of the depthwise stage
 
-Z2 is never written to memory: a program makes a tile of it (see ``depthwise``), rounds it once and
+Z2 is never written to memory: a program makes a tile of it (see ``stage``), rounds it once and
 hands it to the tensor cores. It is the right-hand operand of that product. As the left-hand operand
 it would make the compiler change the layout of each tap's load, at the cost of one barrier each, as
 the machine code shows.
@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polyadic.kernels.triton.depthwise import MOST_RUN_TAPS, Three, Where, depthwise_rows
+from polyadic.kernels.triton.depthwise import MOST_RUN_TAPS, Three, Where
 from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import product, rounded, up_to_power_of_two
+from polyadic.kernels.triton.stage import depthwise_rows
 
 # Programs that fill a large GPU once (an H100 has 132 multiprocessors).
 ENOUGH_PROGRAMS = 132
