@@ -8,7 +8,7 @@ records of the benchmark on a CPU have; a measurement has ``launch`` besides (``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,48 @@ class Run:
     Attributes:
         records: all of them, in the order they were written.
         environment: of the newest worker.
+        sources: where runs were joined, the environment that each phase was made in.
         cells: the record of each cell by name.
     """
 
     def __init__(self, records: list[Record]) -> None:
         self.records = records
         self.environment: Record = next(self._backwards("environment"), {})
+        self.sources: dict[str, Record] = {}
         self.cells: dict[str, Record] = {r["cell"]: r for r in self.of("cell")}
         self._timed: dict[tuple[str, str, str], dict[str, Record]] = {}
         for record in self.of("measurement"):
             if record["status"] == "timed":
                 place = (record["cell"], record["mode"], record["launch"])
                 self._timed.setdefault(place, {})[record["contestant"]] = record
+
+    @classmethod
+    def joined(cls, runs: Sequence[Run]) -> Run:
+        """Of runs on one GPU, the oldest first, each phase as the newest that made it has it.
+
+        The environment is that of the newest run; ``sources`` says where each phase comes from.
+        """
+        newest: dict[str, list[Record]] = {}
+        sources: dict[str, Record] = {}
+        for run in runs:
+            last = run.phases()
+            for phase, records in run.by_phase().items():
+                if phase not in last or last[phase]["status"] in ("done", "out of time"):
+                    newest.pop(phase, None)
+                    newest[phase], sources[phase] = records, run.environment
+        joined = cls([record for records in newest.values() for record in records])
+        joined.sources = sources
+        return joined
+
+    def by_phase(self) -> dict[str, list[Record]]:
+        """The records of each phase, and under "" what was written before the first."""
+        found: dict[str, list[Record]] = {}
+        phase = ""
+        for record in self.records:
+            if record["kind"] == "phase":
+                phase = record["phase"]
+            found.setdefault(phase, []).append(record)
+        return found
 
     @classmethod
     def load(cls, path: Path) -> Run:

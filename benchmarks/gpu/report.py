@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.report [RESULTS [DOCS]]
 
-reads the newest ``gpu-*.jsonl`` of each GPU in a folder, ``benchmarks/results`` by default, and
-replaces what stands between markers in ``benchmarks.md`` and ``how/gpu.md`` of another, ``docs``.
+reads each ``gpu-*.jsonl`` in a folder, ``benchmarks/results`` by default, and replaces what stands
+between markers in ``benchmarks.md`` and ``how/gpu.md`` of another, ``docs``. Of each GPU it takes a
+phase from the newest run that went through it, as a run may have time for some alone.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def stored_runs(folder: Path) -> list[Run]:
-    """The newest run on each GPU, dry runs left out; their order is that of the GPUs' names."""
-    runs = [Run.load(path) for path in sorted(folder.glob("gpu-*.jsonl"))]
+    """What is known of each GPU, dry runs left out; their order is that of the GPUs' names."""
+    runs = [Run.load(path) for path in folder.glob("gpu-*.jsonl")]
     whole = [run for run in runs if run.environment and not run.environment.get("dry")]
-    newest = {
-        str(run.environment.get("gpu", "GPU")): run
-        for run in sorted(whole, key=lambda run: str(run.environment["date"]))
-    }
-    return [newest[name] for name in sorted(newest)]
+    of_gpu: dict[str, list[Run]] = {}
+    for run in sorted(whole, key=lambda run: str(run.environment["date"])):
+        of_gpu.setdefault(str(run.environment.get("gpu", "GPU")), []).append(run)
+    return [Run.joined(of_gpu[name]) for name in sorted(of_gpu)]
 
 
 def pages(runs: Sequence[Run]) -> str:
@@ -149,9 +149,20 @@ def _environment(run: Run) -> str:
     ]
     return (
         f"{e['dtype']}, torch {e['torch']} with CUDA {e.get('cuda')}, Python {e['python']}; "
-        f"{versions}; commit {e['commit'] or 'unknown'}; {e['date'][:10]}.\n"
-        f"Measured in the same run: {', '.join(rates) or 'no rates'}; {', '.join(costs)}."
+        f"{versions}; {_sources(run)}.\n"
+        f"Measured beside them: {', '.join(rates) or 'no rates'}; {', '.join(costs)}."
     )
+
+
+def _sources(run: Run) -> str:
+    """Commit and day of each phase, the newest first."""
+    phases: dict[str, list[str]] = {}
+    sources = run.sources or dict.fromkeys(run.by_phase(), run.environment)
+    for phase, e in reversed(sources.items()):
+        place = f"commit {e['commit'] or 'unknown'} of {e['date'][:10]}"
+        if phase not in ("", "environment"):
+            phases.setdefault(place, []).append(phase)
+    return "; ".join(f"{place} ({', '.join(names)})" for place, names in phases.items())
 
 
 def _goals(judged: Sequence[Goal]) -> str:

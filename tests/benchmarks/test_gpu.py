@@ -107,6 +107,26 @@ def test_the_pages_are_made_from_the_records() -> None:
         assert between(page, mark, made) == page
 
 
+def test_a_phase_is_that_of_the_newest_run_that_made_it(tmp_path: Path) -> None:
+    for day, phases in (
+        ("01", {"ceilings": "done", "conv": "done", "tune": "done"}),
+        ("02", {"ceilings": "skipped", "conv": "out of time", "tune": "crashed"}),
+    ):
+        writer = Writer(tmp_path / f"gpu-{day}.jsonl")
+        writer.write("environment", gpu="G", date=f"2026-12-{day}", commit=f"c{day}")
+        for phase, status in phases.items():
+            if status != "skipped":
+                writer.write("phase", phase=phase, status="begun")
+                writer.write("rate", name=phase, value=int(day))
+            writer.write("phase", phase=phase, status=status)
+    (run,) = stored_runs(tmp_path)
+    assert [run.rate(name) for name in ("ceilings", "conv", "tune")] == [1, 2, 1]
+    assert len(run.of("rate")) == 3
+    commits = {phase: source["commit"] for phase, source in run.sources.items() if phase}
+    assert commits == {"ceilings": "c01", "conv": "c02", "tune": "c01"}
+    assert run.environment["commit"] == "c02"
+
+
 def test_a_page_of_a_run(dry: tuple[Path, str]) -> None:
     text = section(Run.load(dry[0]))
     for title in ("Goals", "Thin products", "Few rows, forward", "Embedding", "A whole training"):

@@ -121,7 +121,11 @@ class Code:
         hook = RUNTIME.launch_enter_hook
         if getattr(hook, "calls", hook):
             return False
-        memory = self.free.pop() if self.free else self._memory()
+        try:
+            # Another thread may have taken the last one.
+            memory = self.free.pop()
+        except IndexError:
+            memory = self._memory()
         stream = current_raw_stream(self.index)
         self.write(memory[0], 0, *grid, *self.program, stream, 0, 0, *addresses, *numbers)
         status = self.launch(memory[1], self.function, memory[2], None)
