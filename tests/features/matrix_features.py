@@ -493,8 +493,9 @@ def profiled(layer: Layer) -> None:
             module(x)
         call(x)
     labels = [event for event in profile.key_averages() if event.key.startswith("polyadic.")]
-    assert [event.count for event in labels] == [2]
-    assert "forward: " in labels[0].key
+    # Without gradients a plan keeps nothing, which its label says too.
+    assert sum(event.count for event in labels) == 2
+    assert all("forward: " in event.key for event in labels)
     assert counter.frame_count == 1
 
 
