@@ -186,11 +186,18 @@ def recipe_finding(task: Task) -> str:
             open_.append(name)
         else:
             near.append(name)
+    dense = task.dense.best
+    unsure = (
+        f" The dense model's own losses spread by {dense.spread:.3f} nats over its seeds at that "
+        "rate, which is more than that bound: so few steps tell little about a recipe."
+        if dense.spread > WITHIN
+        else ""
+    )
     return (
-        f"At {task.dense.best.lr:g}, the dense model's best rate, with `polyadic.param_groups`. "
+        f"At {dense.lr:g}, the dense model's best rate, with `polyadic.param_groups`. "
         f"Within {WITHIN:g} nats of their own best: {'; '.join(near) or 'none'}. "
         f"Not: {'; '.join(far) or 'none'}. "
-        f"Within it, but swept with groups alone: {'; '.join(open_) or 'none'}."
+        f"Within it, but swept with groups alone: {'; '.join(open_) or 'none'}.{unsure}"
     )
 
 
