@@ -65,10 +65,13 @@ def _family(task: Task, contestant: Contestant) -> str:
 
 def _losses(task: Task, costs: Sequence[str], families: Sequence[str]) -> Any:
     """Held-out loss over each cost, a panel each, with its deviation over the seeds."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     columns = 2
     rows = -(-len(costs) // columns)
+    # Short enough to stand side by side: 500k, 1M, 2M; but 0.2 of a megabyte is 0.2.
+    short = EngFormatter(sep="")
+    ticks = FuncFormatter(lambda value, _: short(value) if value >= 1 else f"{value:g}")
     figure = pages.figure(9.6, 3.3 * rows + 0.6)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for ax, cost in zip(panels, costs, strict=True):
@@ -98,8 +101,7 @@ def _losses(task: Task, costs: Sequence[str], families: Sequence[str]) -> Any:
         ax.axhline(task.dense.best.mean, color="#000000", linewidth=0.6, linestyle=":")
         ax.set(xscale="log", xlabel=label)
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        # Short enough to stand side by side: 500k, 1M, 2M.
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_formatter(ticks)
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(color="#e4e4e4", linewidth=0.6)
     for ax in panels[::columns]:
