@@ -15,7 +15,7 @@ from pretend import fused_kernels
 from torch import Tensor
 
 from polyadic.functional import cp_conv, cp_linear
-from polyadic.kernels.linear import MOST_DECODED_ROWS
+from polyadic.kernels.fused import MOST_DECODED_ROWS
 from polyadic.plans import ConvPlan, ConvRoute, LinearPlan, LinearRoute
 
 # Sums in float32, in the order of another product.

@@ -18,8 +18,9 @@ from polyadic.functional import cp_conv, cp_linear
 from polyadic.functional.boundary import Call
 from polyadic.kernels import fused_linear
 from polyadic.kernels.embedding import MOST_SCATTERED_ROWS, EmbeddingMap
+from polyadic.kernels.fused import MOST_DECODED_ROWS
 from polyadic.kernels.fused_conv import MOST_PROJECTED_CHANNELS
-from polyadic.kernels.linear import MOST_DECODED_ROWS, LinearMap
+from polyadic.kernels.linear import LinearMap
 from polyadic.kernels.projections import PRODUCT_PER_IMAGE_FROM_POSITIONS
 from polyadic.plans import MOST_FUSED_TAPS, ConvPlan, ConvRoute, LinearPlan, LinearRoute
 

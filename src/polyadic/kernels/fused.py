@@ -24,6 +24,9 @@ from polyadic.kernels.backend import DTYPES, triton_serves
 
 # Sizes and numbers of rows are 32-bit integers in the kernels, which count to the end of a tile.
 MOST_ROWS = 2**31 - 2**16
+# Up to so many rows of a linear layer are computed from the factors in one launch, as when a
+# language model decodes, if there are not too many terms: launching then costs more than computing.
+MOST_DECODED_ROWS = 4
 
 
 def may_fuse(x: Tensor, factors: Sequence[Tensor], recording: bool = False) -> bool:

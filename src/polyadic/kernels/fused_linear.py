@@ -52,7 +52,7 @@ class FusedLinear:
         x_dtype: torch.dtype,
     ) -> None:
         from polyadic.kernels.triton.khatri_rao import matrices_of
-        from polyadic.kernels.triton.outer import serves
+        from polyadic.kernels.triton.outer import outer, serves
 
         self.shapes, self.n_in, self.dtype = shapes, n_in, dtype
         self.sum_dtype = torch.float32 if x_dtype in HALVES else x_dtype
@@ -60,7 +60,7 @@ class FusedLinear:
         self.matrices = matrices_of(shapes, lengths, padded_rank(shapes[0][1]), dtype, x_dtype)
         self.gradients = functools.cache(self._gradients)
         (features, padded), (out_features, _) = self.matrices.sizes
-        self.outer_serves = serves(features, out_features, padded, x_dtype)
+        self.outer, self.outer_serves = outer, serves(features, out_features, padded, x_dtype)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
@@ -108,9 +108,7 @@ class FusedLinear:
         if wrt_out:
             z = kept[0] if kept else torch.mm(x, ka)
             if both:
-                from polyadic.kernels.triton.outer import outer
-
-                *d_matrices, sums = outer(x, g, grad_y, z, biased=wrt_bias)
+                *d_matrices, sums = self.outer(x, g, grad_y, z, biased=wrt_bias)
             else:
                 d_matrices.append(matmul_tn_in_float32(grad_y, z))
         gradients: list[Tensor | None] = []

@@ -19,7 +19,7 @@ from functools import partial
 from torch import Tensor
 
 from polyadic.kernels.backend import DTYPES
-from polyadic.kernels.fused import contiguous, may_fuse
+from polyadic.kernels.fused import MOST_DECODED_ROWS, contiguous, may_fuse
 from polyadic.kernels.fused_linear import fused_of
 from polyadic.kernels.multilinear import (
     contract,
@@ -41,10 +41,6 @@ from polyadic.kernels.products import (
     matmul_tn_unrounded,
 )
 from polyadic.plans import LinearPlan, LinearRoute
-
-# A GPU computes up to this many rows from the factors in one launch, as when a language model
-# decodes, if there are not too many terms: launching then costs more than computing.
-MOST_DECODED_ROWS = 4
 
 
 def _in_pairs(x: Tensor, route: LinearRoute) -> bool:

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polyadic.kernels.fused import MOST_DECODED_ROWS
 from polyadic.kernels.triton.launch import Launcher
 from polyadic.kernels.triton.numerics import (
     khatri_rao_rows,
@@ -38,9 +39,9 @@ from polyadic.kernels.triton.numerics import (
 
 # Rows of KR and out features of a tile, and terms that are summed at a time.
 BLOCK, OUT_FEATURES, TERMS = 64, 32, 64
-# One launch serves up to so many rows t, rows t·l of its product, and entries of KR, which each
-# program makes for itself.
-MOST_ROWS_AT_ONCE, MOST_AT_ONCE, MOST_ENTRIES_AT_ONCE = 4, 64, 2**15
+# One launch serves up to so many rows t·l of its product, and entries of KR, which each program
+# makes for itself.
+MOST_AT_ONCE, MOST_ENTRIES_AT_ONCE = 64, 2**15
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -135,7 +136,7 @@ def one_launch(
     for cut in range(len(ins) - 1, 0, -1):
         left, split = math.prod(ins[:cut]), math.prod(ins[cut:])
         padded = max(up_to_power_of_two(left), 16 // padded_rows)
-        if padded_rows <= MOST_ROWS_AT_ONCE and padded_rows * padded <= most:
+        if rows <= MOST_DECODED_ROWS and padded_rows * padded <= most:
             if split * rank > MOST_ENTRIES_AT_ONCE:
                 return None
             groups = ins[:cut], ins[cut:], outs
