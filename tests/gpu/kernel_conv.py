@@ -273,6 +273,8 @@ def forms() -> Iterator[Form]:
         (plain._replace(stride=(1, 2, 2)), 1, 512, 744),
         (Where((1, 5, 5), ONE, (0, 2, 2), ONE), 2, 128, 64),
         (Where((3, 3, 3), ONE, ONE, ONE), 1, 64, 48),
+        # No code grows with the distance between taps.
+        (Where((1, 1, 3), ONE, (0, 0, 512), (1, 1, 512)), 1, 128, 32),
     ):
         # Half precisions make the same code but for the names of instructions.
         for dtype in (torch.bfloat16, *((torch.float32,) if channels == 64 else ())):
@@ -282,7 +284,8 @@ def forms() -> Iterator[Form]:
 def _forms(
     where: Where, groups: int, channels: int, padded: int, dtype: torch.dtype
 ) -> Iterator[Form]:
-    name = f"{where.kernel} stride {where.stride} {groups=} {channels=} {padded=} {short(dtype)}"
+    name = f"{where.kernel} stride {where.stride} dilation {where.dilation} {groups=} {channels=}"
+    name += f" {padded=} {short(dtype)}"
     pointers = pointers_to(dtype, 6)
     for positions in (10**6, 1000):
         columns = subject.columns_of(channels, positions, dtype)

@@ -175,8 +175,6 @@ def depthwise_backward_kernel(
     ranked = r < PADDED
     maps: tl.constexpr = GROUPS * PADDED
     widths: tl.constexpr = KERNEL[2]
-    # How many positions before q the last tap of a row reads.
-    back: tl.constexpr = (KERNEL[2] - 1) * DILATION[2]
     dtype: tl.constexpr = taps.dtype.element_ty
     if program < in_programs:
         first = program * share
@@ -208,8 +206,9 @@ def depthwise_backward_kernel(
                 x, y = x // STRIDE[0], y // STRIDE[1]
                 there &= (x < out_0) & (y < out_1)
                 line_at = ((image * out_0 + x).to(tl.int64) * out_1 + y) * out_2
-                for c in tl.static_range(back + IN_RUN):
-                    z = k + (IN_RUN - 1 - c)
+                # Taps of a run are neighbours, so that what they read is one position apart.
+                for c in tl.static_range(IN_RUN - 1 + widths):
+                    z = k + (IN_RUN - 1 - c * DILATION[2])
                     real = there & (z >= 0) & (z % STRIDE[2] == 0)
                     z = z // STRIDE[2]
                     at = d_z2 + (line_at + z)[:, None] * maps + (g * PADDED + r)[None, :]
@@ -220,7 +219,7 @@ def depthwise_backward_kernel(
                     for s in tl.static_range(IN_RUN):
                         total = totals[s]
                         for w in tl.static_range(widths):
-                            if s - w * DILATION[2] == IN_RUN - 1 - c:
+                            if s - w * DILATION[2] == IN_RUN - 1 - c * DILATION[2]:
                                 t = row * KERNEL[2] + w
                                 tap = tl.load(taps + t * PADDED + r, mask=ranked, other=0.0)
                                 total += gradient * tap.to(tl.float32)[None, :]
@@ -231,8 +230,9 @@ def depthwise_backward_kernel(
                         for t in tl.static_range(TAPS):
                             total = sums[t]
                             if t // KERNEL[2] == row:
+                                w = t % KERNEL[2]
                                 for s in tl.static_range(IN_RUN):
-                                    if s - (t % KERNEL[2]) * DILATION[2] == IN_RUN - 1 - c:
+                                    if s - w * DILATION[2] == IN_RUN - 1 - c * DILATION[2]:
                                         total += gradient * owns[s]
                             grown = grown + (total,)  # noqa: RUF005
                         sums = grown
@@ -306,9 +306,14 @@ def _columns(padded: int) -> int:
     return min(columns, max(16, up_to_power_of_two(padded)))
 
 
-def _run(where: Where, stride: int) -> int:
-    """Return the positions of a run, behind a stride along the last dimension."""
-    return RUN if where.taps <= MOST_RUN_TAPS and stride == 1 else 1
+def _run(where: Where, most_stride: int) -> int:
+    """Return the positions of a run.
+
+    There are runs for few taps that are neighbours along the last dimension, behind a stride of at
+    most ``most_stride``: the code of a run goes through all positions that it spans.
+    """
+    near = where.dilation[2] == 1 and where.stride[2] <= most_stride
+    return RUN if where.taps <= MOST_RUN_TAPS and near else 1
 
 
 def _runs(images: int, size: Three, run: int) -> int:
@@ -319,7 +324,7 @@ def _runs(images: int, size: Three, run: int) -> int:
 def forward_constants(where: Where, groups: int, padded: int) -> tuple[Any, ...]:
     """Return the constants of the forward's kernel."""
     columns = _columns(padded)
-    return (*where, where.taps, groups, padded, _run(where, 1), TILE // columns, columns)
+    return (*where, where.taps, groups, padded, _run(where, 2), TILE // columns, columns)
 
 
 def forward_warps(where: Where) -> int:
@@ -351,7 +356,7 @@ def depthwise(
 def backward_constants(where: Where, groups: int, padded: int, wrt_taps: bool) -> tuple[Any, ...]:
     """Return the constants of the backward's kernel."""
     columns = max(16, min(32, up_to_power_of_two(padded)))
-    runs = _run(where, where.stride[2]), _run(where, 1)
+    runs = _run(where, 1), _run(where, 2)
     return (*where, where.taps, groups, padded, wrt_taps, *runs, BACKWARD_TILE // columns, columns)
 
 
